@@ -1,0 +1,78 @@
+# ramoe-megatron: `make demo` is the whole pipeline on a CPU, `make test` and `make check` are what CI runs.
+#
+#   make demo               data, base model, taxonomy, profile, fine-tuning, evaluation and report, in runs/demo
+#   make demo SEEDS=5       the same with five seeds instead of the recipe's own
+#   make test               pytest            (make test ARGS="-k taxonomy -x")
+#   make check              ruff and mypy
+#   make install            the virtual environment .venv with the pinned versions; the targets above make it when needed
+#   make PYTHON=/path/to/python3.12 ...       names the interpreter instead of looking for one
+
+SHELL := $(shell command -v bash)
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help find-python venv install test check demo clean
+
+PYTHON ?=
+SEEDS ?=
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+
+# Each candidate is run, not only found: a pyenv shim exists for every version but fails unless its version is active, and
+# a Debian python3.12 without python3.12-venv cannot make an environment.
+define FIND_PYTHON
+works() { "$$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; }; \
+shopt -s nullglob; \
+if [ -n "$(PYTHON)" ]; then \
+  if works "$(PYTHON)"; then found="$(PYTHON)"; else \
+    echo "error: PYTHON=$(PYTHON) is not a Python 3.12 with the venv and ensurepip modules. Name another one, or leave PYTHON out to have one looked for." >&2; exit 1; fi; \
+else \
+  found=; refused=; \
+  candidates=($$(type -aP python3.12 python3 python || true) \
+    $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python3.12 \
+    $$(uv python find --no-project 3.12 2>/dev/null || true) $$HOME/.local/share/uv/python/cpython-3.12*/bin/python3.12 \
+    $${CONDA_PREFIX:-/nonexistent}/bin/python3.12 $$HOME/{miniconda3,miniforge3,mambaforge,anaconda3}/{,envs/*/}bin/python3.12 \
+    $$HOME/.asdf/installs/python/3.12*/bin/python3.12 $$HOME/.local/share/mise/installs/python/3.12*/bin/python3.12 \
+    /opt/homebrew/bin/python3.12 /usr/local/bin/python3.12); \
+  for candidate in "$${candidates[@]}"; do \
+    if works "$$candidate"; then found="$$candidate"; break; elif [ -e "$$candidate" ]; then refused+=" $$candidate"; fi; done; \
+  if [ -z "$$found" ]; then { \
+    echo "error: no Python 3.12 found that runs and has the venv and ensurepip modules."; \
+    echo "Looked for: python3.12, python3 and python on PATH; pyenv ($${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*); uv; conda; asdf; mise; /usr/local/bin."; \
+    echo "There, but not usable:$${refused:- none}"; \
+    echo "Install one (Debian and Ubuntu: python3.12 and python3.12-venv; or: pyenv install 3.12; uv python install 3.12; conda create -n py312 python=3.12),"; \
+    echo "or name one: make PYTHON=/path/to/python3.12"; } >&2; exit 1; fi; \
+fi
+endef
+
+help:  ## the targets and what they do
+	@sed -n '/^#   make/s/^#   //p' Makefile
+
+find-python:  ## print the Python 3.12 that `make venv` would use
+	@$(FIND_PYTHON); echo "$$found"
+
+# The stamps are written last, so that an interrupted target is done again.
+venv: $(VENV)/.made
+$(VENV)/.made:
+	@$(FIND_PYTHON); echo "making $(VENV) with $$found"; "$$found" -m venv $(VENV)
+	@touch $@
+
+install: $(VENV)/.installed
+$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+demo: install
+	$(BIN)/ramoe run examples/demo.yaml --out $(RUN) $(if $(SEEDS),--set 'seeds=[$(shell seq -s, 1 $(SEEDS))]')
+
+clean:  ## remove the tools' caches; runs/ and the environment stay
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
