@@ -33,14 +33,13 @@ else \
   candidates=($$(type -aP python3.12 python3 python || true) \
     $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python3.12 \
     $$(uv python find --no-project 3.12 2>/dev/null || true) $$HOME/.local/share/uv/python/cpython-3.12*/bin/python3.12 \
-    $${CONDA_PREFIX:-/nonexistent}/bin/python3.12 $$HOME/{miniconda3,miniforge3,mambaforge,anaconda3}/{,envs/*/}bin/python3.12 \
-    $$HOME/.asdf/installs/python/3.12*/bin/python3.12 $$HOME/.local/share/mise/installs/python/3.12*/bin/python3.12 \
-    /opt/homebrew/bin/python3.12 /usr/local/bin/python3.12); \
+    $${CONDA_PREFIX:+$$CONDA_PREFIX/bin/python3.12} $$HOME/{miniconda3,miniforge3,mambaforge,anaconda3}/{,envs/*/}bin/python3.12 \
+    $$HOME/.asdf/installs/python/3.12*/bin/python3.12 $$HOME/.local/share/mise/installs/python/3.12*/bin/python3.12); \
   for candidate in "$${candidates[@]}"; do \
     if works "$$candidate"; then found="$$candidate"; break; elif [ -e "$$candidate" ]; then refused+=" $$candidate"; fi; done; \
   if [ -z "$$found" ]; then { \
     echo "error: no Python 3.12 found that runs and has the venv and ensurepip modules."; \
-    echo "Looked for: python3.12, python3 and python on PATH; pyenv ($${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*); uv; conda; asdf; mise; /usr/local/bin."; \
+    echo "Looked for: python3.12, python3 and python on PATH; pyenv ($${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*); uv; conda; asdf; mise."; \
     echo "There, but not usable:$${refused:- none}"; \
     echo "Install one (Debian and Ubuntu: python3.12 and python3.12-venv; or: pyenv install 3.12; uv python install 3.12; conda create -n py312 python=3.12),"; \
     echo "or name one: make PYTHON=/path/to/python3.12"; } >&2; exit 1; fi; \
