@@ -1,0 +1,214 @@
+"""The routing-alignment loss at Megatron's routers (RA-MoE, arXiv 2605.28306; our reading, METHODS section 1).
+
+The scale law. With per-token loss off, the term is the mean over the samples of the global batch. Each rank attaches, for its
+micro-batch of B samples, coeff * sum_i w_i D_i / B; Megatron multiplies that by cp / micro-batches and DDP averages over dp * cp
+ranks, which leaves the sum over all samples divided by the global batch size. With `--calculate-per-token-loss` nothing is
+averaged and `finalize_model_grads` divides by the loss tokens of the global batch: each sample is weighted by its loss tokens n_i.
+
+Shape suffixes: G tasks, L MoE layers, Z aligned layers, B samples of the micro-batch, S its tokens on this rank, E experts.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
+from ramoe_megatron.mcore.carrier import routing_context
+from ramoe_megatron.mcore.metrics import AlignmentMetrics
+from ramoe_megatron.mcore.observe import (
+    TokenSelection,
+    local_positions,
+    pooled_distribution,
+    router_distribution,
+    sum_over_sequence,
+)
+from ramoe_megatron.mcore.router import chunks, moe_layer_numbers, observe_routers, unwrapped
+from ramoe_megatron.method.artefacts import ExpertFile
+from ramoe_megatron.method.divergence import parse_layers
+from ramoe_megatron.method.losses import divergence, mass
+
+BATCH_KEYS = ("ramoe_weight", "ramoe_task", "ramoe_target")
+"""What a batch carries beside prompt_length and length: weight [B] (0 = not aligned), task [B] (row of the expert file, -1 =
+none), and with the target "example" the English routing [B, Z, E]."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """An alignment configuration resolved against a model."""
+
+    config: RoutingAlignmentConfig
+    tasks: tuple[str, ...]
+    first: int
+    last: int
+    expert_mask_GLE: Tensor
+    pattern_GLE: Tensor
+    metrics: AlignmentMetrics
+
+    @property
+    def layers(self) -> range:
+        """Aligned layers, 0-based among the MoE layers."""
+        return range(self.first, self.last + 1)
+
+
+def resolve_zone(config: RoutingAlignmentConfig, experts: ExpertFile) -> tuple[int, int]:
+    """The aligned layers (first, last) inclusive, from `--ramoe-layers` and the expert file's own zone."""
+    return parse_layers(config.layers, experts.num_moe_layers, experts.zone.span)
+
+
+def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
+    """Add routing alignment to a built Megatron model, before or after it is wrapped.
+
+    Args:
+        model: a `GPTModel` or `HybridModel`, a wrapped one, or the list of model chunks of this rank.
+        config: the alignment; with coefficient 0 the model is left as it is.
+
+    Returns:
+        `model`, so that `attach` can serve as one of a model configuration's `pre_wrap_hooks`.
+
+    Raises:
+        RamoeError: the expert file belongs to another model, or the zone holds no layer of it.
+    """
+    if config.coeff == 0:
+        return model
+    assert config.experts is not None  # the configuration refuses a coefficient without it
+    experts = ExpertFile.load(config.experts)
+    model_config = unwrapped(next(iter(chunks(model)))).config
+    numbers = moe_layer_numbers(model)
+    experts.check_model(
+        num_moe_layers=len(numbers),
+        num_experts=model_config.num_moe_experts,
+        topk=model_config.moe_router_topk,
+        score_function=model_config.moe_router_score_function,
+    )
+    first, last = resolve_zone(config, experts)
+    device = torch.cuda.current_device() if torch.cuda.is_available() else torch.device("cpu")
+    alignment = Alignment(
+        config=config,
+        tasks=tuple(experts.tasks),
+        first=first,
+        last=last,
+        expert_mask_GLE=experts.expert_mask.bool().to(device),
+        pattern_GLE=experts.english_pattern[config.tokens].float().to(device),
+        metrics=AlignmentMetrics.install(len(numbers), device),
+    )
+    observe_routers(model)
+    for chunk in chunks(model):
+        unwrapped(chunk).ramoe_alignment = alignment
+    return model
+
+
+@contextlib.contextmanager
+def routing_batch(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put around the model call of a `forward_step`: the routers of `model` align the samples of `batch`.
+
+    Args:
+        model: the model chunk that is about to be called.
+        batch: the micro-batch of our dataset: `prompt_length`, `length` [B], `loss_mask` [B, S_whole] (before any context-parallel
+            slicing) and the keys in `BATCH_KEYS`.
+
+    Raises:
+        RamoeError: an aligned layer of this chunk did not run exactly once.
+    """
+    alignment = getattr(unwrapped(model), "ramoe_alignment", None)
+    if alignment is None:
+        yield
+        return
+    local = [m.ramoe_layer for m in unwrapped(model).modules() if hasattr(m, "ramoe_layer")]
+    context = AlignmentContext(alignment, batch, expected={layer for layer in local if layer in alignment.layers})
+    with routing_context(context):
+        yield
+    context.check_consumed()
+
+
+class AlignmentContext:
+    """One micro-batch's alignment: attaches the loss at each aligned router, and records it."""
+
+    def __init__(self, alignment: Alignment, batch: Mapping[str, Tensor], expected: set[int]) -> None:
+        missing = [key for key in ("prompt_length", "length", "loss_mask", *BATCH_KEYS[:2]) if key not in batch]
+        if alignment.config.target == "example" and "ramoe_target" not in batch:
+            missing.append("ramoe_target")
+        if missing:
+            raise RamoeError(
+                f"routing_batch: the batch has no {', '.join(missing)}; expected a micro-batch of "
+                "ramoe_megatron's dataset provider, moved to the model's device"
+            )
+        self.alignment = alignment
+        self.selection = TokenSelection(batch["prompt_length"], batch["length"])
+        self.weight_B = batch["ramoe_weight"].float()
+        self.task_B = batch["ramoe_task"].clamp(min=0)
+        self.has_task_B = batch["ramoe_task"] >= 0
+        self.target_BZE = batch.get("ramoe_target")
+        self.loss_tokens_B = batch["loss_mask"].float().sum(dim=1)
+        self.expected, self.passed, self.attached = expected, dict.fromkeys(expected, 0), set[int]()
+
+    def on_logits(self, router: Any, logits: Tensor) -> Tensor:
+        """The logits as they are: alignment steers through the loss alone."""
+        return logits
+
+    def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
+        """Attach the layer's loss to `probs` when training with gradients on."""
+        layer = router.ramoe_layer
+        if layer not in self.expected:
+            return probs
+        self.passed[layer] += 1
+        if not (router.training and torch.is_grad_enabled()):
+            return probs  # evaluation, or the first pass of a recomputed layer
+        if layer in self.attached:
+            raise RamoeError(f"MoE layer {layer} attached its alignment loss twice for one micro-batch")
+        self.attached.add(layer)
+        return self._attach(router, layer, logits, probs)
+
+    def _attach(self, router: Any, layer: int, logits_SBE: Tensor, probs: Tensor) -> Tensor:
+        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+        alignment, config = self.alignment, self.alignment.config
+        p_SBE = router_distribution(logits_SBE, router.score_function)
+        mask_BE = alignment.expert_mask_GLE[self.task_B, layer]
+        q_BE = pooled_distribution(router, p_SBE, self.selection, config.tokens)
+        if config.pooling == "sequence":
+            divergence_B = divergence(config.divergence, self._target(layer), q_BE, mask_BE)
+        else:
+            divergence_B = self._mean_over_tokens(router, layer, p_SBE, mask_BE)
+        # Where a weight is zero nothing may pass, whatever stands there (an empty prompt, a missing prior).
+        divergence_B = torch.where(self.weight_B > 0, divergence_B, torch.zeros_like(divergence_B))
+
+        per_token = router.calculate_per_token_loss
+        unit_B = self.loss_tokens_B if per_token else torch.ones_like(self.weight_B)
+        share = 1.0 if per_token else 1.0 / len(self.weight_B)
+        loss = config.coeff * share / len(alignment.layers) * (self.weight_B * unit_B * divergence_B).sum()
+        alignment.metrics.record_alignment(
+            layer,
+            loss=(self.weight_B * unit_B * divergence_B).detach(),
+            unit=unit_B,
+            aligned=self.weight_B > 0,
+            has_task=self.has_task_B,
+            task_mass=mass(q_BE.detach(), mask_BE),
+        )
+        return MoEAuxLossAutoScaler.apply(probs, loss)
+
+    def _target(self, layer: int) -> Tensor:
+        if self.target_BZE is not None and self.alignment.config.target == "example":
+            return self.target_BZE[:, layer - self.alignment.first]
+        return self.alignment.pattern_GLE[self.task_B, layer]
+
+    def _mean_over_tokens(self, router: Any, layer: int, p_SBE: Tensor, mask_BE: Tensor) -> Tensor:
+        tokens = self.alignment.config.tokens
+        divergence_SB = divergence(self.alignment.config.divergence, self._target(layer)[None], p_SBE, mask_BE[None])
+        positions_S = local_positions(router, p_SBE.shape[0], p_SBE.device)
+        chosen_SB = self.selection.mask(tokens, positions_S)
+        sum_B = sum_over_sequence(router, divergence_SB.masked_fill(~chosen_SB, 0.0).sum(dim=0))
+        return sum_B / self.selection.count(tokens).clamp(min=1)
+
+    def check_consumed(self) -> None:
+        """Raises RamoeError unless every expected layer passed exactly once (recomputation comes later and is not counted)."""
+        wrong = {layer: times for layer, times in self.passed.items() if times != 1}
+        if wrong:
+            raise RamoeError(
+                f"routing_batch: aligned MoE layers ran {wrong} times (layer: times) in one micro-batch; expected once each. Was "
+                "the model called once inside the context, with the routers that attach() opened?"
+            )

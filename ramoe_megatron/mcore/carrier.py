@@ -1,0 +1,68 @@
+"""How per-sample information reaches the routers: a context around the model call, which recomputation re-enters.
+
+A process-wide variable would be wrong: with pipelining, the backward pass of micro-batch i re-runs its forward pass after
+micro-batch i+1 has run. Here each recomputed closure re-enters the context in which it was made.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+
+
+class RoutingContext(Protocol):
+    """What acts on, or listens to, the routers while a micro-batch passes the model."""
+
+    def on_logits(self, router: Any, logits: torch.Tensor) -> torch.Tensor:
+        """Before the top-k choice. `logits` [S_local, B, E]; returns the logits to route by."""
+        ...
+
+    def on_routing(
+        self, router: Any, logits: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> torch.Tensor:
+        """After it. `probs`, `routing_map` [S_local*B, E]; returns the probabilities to use (a loss may be attached)."""
+        ...
+
+
+_CURRENT: ContextVar[RoutingContext | None] = ContextVar("ramoe_routing_context", default=None)
+
+
+def current() -> RoutingContext | None:
+    """The context of the micro-batch that is passing the model, if any."""
+    return _CURRENT.get()
+
+
+@contextlib.contextmanager
+def routing_context(context: RoutingContext | None) -> Iterator[None]:
+    """Make `context` current for the body, and for every recomputation of what the body checkpoints."""
+    _install_recompute_carrier()
+    token = _CURRENT.set(context)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def _install_recompute_carrier() -> None:
+    """Wrap `tensor_parallel.checkpoint`, which every call site takes by attribute, once."""
+    from megatron.core import tensor_parallel
+
+    checkpoint = tensor_parallel.checkpoint
+    if getattr(checkpoint, "carries_routing_context", False):
+        return
+
+    def checkpoint_in_context(function: Callable, *args: Any) -> Any:
+        context = _CURRENT.get()
+        if context is None:
+            return checkpoint(function, *args)
+
+        def in_context(*inputs: Any) -> Any:
+            with routing_context(context):
+                return function(*inputs)
+
+        return checkpoint(in_context, *args)
+
+    checkpoint_in_context.carries_routing_context = True  # type: ignore[attr-defined]
+    tensor_parallel.checkpoint = checkpoint_in_context

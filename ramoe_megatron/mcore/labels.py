@@ -1,0 +1,136 @@
+"""From a sample's id and language to what its routing is to be: the part of a batch that the alignment loss reads."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ramoe_megatron.data.dataset import SFTDataset
+from ramoe_megatron.data.parallel import Example
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.alignment import resolve_zone
+from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
+from ramoe_megatron.method.artefacts import ExpertFile, Priors, read_taxonomy
+
+CATEGORIES = {"ci": ("ci",), "ci+cc": ("ci", "cc"), "all": ("cc", "ci", "ic", "ii")}
+
+
+class AlignedDataset(torch.utils.data.Dataset):
+    """An `SFTDataset` whose items also say whether, and to what, their routing is aligned.
+
+    Added to each item: `ramoe_weight` float32 [] (0 = not aligned), `ramoe_task` int64 [] (row of the expert file; -1 when the task is
+    not in it) and, for the target "example", `ramoe_target` float32 [Z, E].
+    """
+
+    def __init__(
+        self, dataset: SFTDataset, config: RoutingAlignmentConfig, anchor: str, global_batch_size: int
+    ) -> None:
+        assert config.experts is not None
+        experts = ExpertFile.load(config.experts)
+        self.dataset, self.config = dataset, config
+        self.first, self.last = resolve_zone(config, experts)
+        examples = dataset.examples
+        rows = {task: row for row, task in enumerate(experts.tasks)}
+        self.task = np.array([rows.get(example.task, -1) for example in examples], dtype=np.int64)
+        self.aligned = aligned_examples(examples, config, anchor)
+        self._refuse_unknown_tasks(examples, experts)
+        self.priors = self._load_priors(examples, experts) if config.target == "example" else None
+        self.target_ids = shuffled_ids(examples, self.aligned, config.shuffle_targets)
+        self.weight = self._weights(global_batch_size)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: int) -> dict[str, Tensor]:
+        item = self.dataset[draw]
+        index = int(self.dataset.order[draw])
+        item["ramoe_weight"] = torch.tensor(self.weight[draw], dtype=torch.float32)
+        item["ramoe_task"] = torch.tensor(self.task[index])
+        if self.priors is not None:
+            item["ramoe_target"] = self._target(index)
+        return item
+
+    def _target(self, index: int) -> Tensor:
+        assert self.priors is not None
+        if not self.aligned[index]:
+            return torch.zeros(self.last - self.first + 1, self.priors.num_experts)
+        return self.priors.rows([self.target_ids[index]])[0, self.first : self.last + 1].float()
+
+    def _weights(self, global_batch_size: int) -> np.ndarray:
+        """Weight of each draw: 1 when aligned; under `normalize ci` divided by the aligned share of its global batch, which is known
+        beforehand because the order of draws is."""
+        aligned = self.aligned[self.dataset.order].astype(np.float64)
+        if self.config.normalize == "samples":
+            return aligned
+        batch = np.arange(len(aligned)) // global_batch_size
+        share = np.bincount(batch, aligned) / np.bincount(batch)
+        return np.divide(aligned, share[batch], out=np.zeros_like(aligned), where=share[batch] > 0)
+
+    def _refuse_unknown_tasks(self, examples: Sequence[Example], experts: ExpertFile) -> None:
+        unknown = sorted({e.task for e, row, on in zip(examples, self.task, self.aligned, strict=True) if on and row < 0})
+        if unknown:
+            raise RamoeError(
+                f"{self.config.experts}: no experts for the tasks {', '.join(unknown)} of the training data; it has "
+                f"{', '.join(experts.tasks)}. Run `ramoe profile` on data with these tasks"
+            )
+
+    def _load_priors(self, examples: Sequence[Example], experts: ExpertFile) -> Priors:
+        assert self.config.priors is not None
+        priors = Priors.load(self.config.priors)
+        if priors.tokens != self.config.tokens:
+            raise RamoeError(
+                f"{self.config.priors}: pooled over the tokens {priors.tokens!r}, but --ramoe-tokens is {self.config.tokens!r}; "
+                "run `ramoe profile --ramoe-save-priors` with the same --ramoe-tokens, or change the flag"
+            )
+        if (priors.num_moe_layers, priors.num_experts) != (experts.num_moe_layers, experts.num_experts):
+            raise RamoeError(
+                f"{self.config.priors}: {priors.num_moe_layers} MoE layers x {priors.num_experts} experts, but "
+                f"{self.config.experts} has {experts.num_moe_layers} x {experts.num_experts}; profile the same model"
+            )
+        priors.require([e.id for e, on in zip(examples, self.aligned, strict=True) if on])
+        return priors
+
+
+def aligned_examples(examples: Sequence[Example], config: RoutingAlignmentConfig, anchor: str) -> np.ndarray:
+    """Which examples are aligned: target-language ones of the chosen categories. [examples], bool
+
+    Raises:
+        RamoeError: target-language examples that the taxonomy does not know (how many, the first five).
+    """
+    target = np.array([example.language != anchor for example in examples], dtype=bool)
+    if config.taxonomy is None:
+        return target
+    category = {(row.id, row.language): row.category for row in read_taxonomy(config.taxonomy)}
+    unknown = [e for e, on in zip(examples, target, strict=True) if on and (e.id, e.language) not in category]
+    if unknown:
+        first = ", ".join(f"{e.id} ({e.language})" for e in unknown[:5])
+        raise RamoeError(
+            f"{config.taxonomy}: {len(unknown)} training examples have no category, first {first}; run `ramoe taxonomy` on this data"
+        )
+    chosen = CATEGORIES[config.examples]
+    return np.array(
+        [on and category[e.id, e.language] in chosen for e, on in zip(examples, target, strict=True)], dtype=bool
+    )
+
+
+def shuffled_ids(examples: Sequence[Example], aligned: np.ndarray, seed: int | None) -> list[str]:
+    """The id whose English routing each example is pulled to: its own, or (control) another of the aligned ones of its task."""
+    if seed is None:
+        return [example.id for example in examples]
+    generator = np.random.default_rng(seed)
+    by_task: dict[str, list[str]] = {}
+    for example, on in zip(examples, aligned, strict=True):
+        if on and example.id not in by_task.setdefault(example.task, []):
+            by_task[example.task].append(example.id)
+    other: dict[str, str] = {}
+    for _, ids in sorted(by_task.items()):
+        order = [ids[i] for i in generator.permutation(len(ids))]
+        other |= dict(zip(order, order[1:] + order[:1], strict=True))  # a cycle: nobody keeps its own
+    return [other.get(example.id, example.id) for example in examples]
+
+
+def category_counts(dataset: Any) -> str:
+    """One line for the start-up block: how many examples are aligned."""
+    return f"{int(dataset.aligned.sum())} of {len(dataset.aligned)} examples aligned"

@@ -1,0 +1,94 @@
+"""Megatron's router, opened: a mixin over the `TopKRouter` of any built model, and how MoE layers are numbered.
+
+Only `routing` is extended, around Megatron's own: nothing of it is copied. State-dict keys stay Megatron's.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore import carrier
+
+
+class ObservedRouting:
+    """Mixin: hands each micro-batch's logits and routing to the current routing context, if there is one."""
+
+    ramoe_layer: int
+    """Place among the model's MoE layers, 0-based (MTP layers not counted)."""
+
+    def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`logits` [S_local, B, E] to `probs`, `routing_map` [S_local*B, E], as Megatron's."""
+        context = carrier.current()
+        if context is None:
+            return super().routing(logits, *args, **kwargs)  # type: ignore[misc]
+        logits = context.on_logits(self, logits)
+        probs, routing_map = super().routing(logits, *args, **kwargs)  # type: ignore[misc]
+        return context.on_routing(self, logits, probs, routing_map), routing_map
+
+
+_OBSERVED: dict[type, type] = {}
+
+
+def observe_routers(model: Any) -> list[Any]:
+    """Re-class every router of a built model chunk (or list of chunks), MTP layers excepted, to its observed subclass.
+
+    Returns:
+        the observed routers of this rank, in order; calling it twice changes nothing.
+    """
+    routers = []
+    for router in local_routers(model):
+        kind = type(router)
+        if not issubclass(kind, ObservedRouting):
+            if kind not in _OBSERVED:
+                _OBSERVED[kind] = type(f"Observed{kind.__name__}", (ObservedRouting, kind), {})
+            router.__class__ = _OBSERVED[kind]
+        routers.append(router)
+    numbers = moe_layer_numbers(model)
+    for router in routers:
+        if router.layer_number not in numbers:
+            raise RamoeError(
+                f"a router says that it is in Megatron layer {router.layer_number}, but the model's configuration has MoE layers "
+                f"{numbers}: give --moe-layer-freq or --hybrid-layer-pattern as the model was built"
+            )
+        router.ramoe_layer = numbers.index(router.layer_number)
+    return routers
+
+
+def local_routers(model: Any) -> Iterator[TopKRouter]:
+    """The routers of the decoder layers that this rank holds, MTP layers excepted."""
+    for chunk in chunks(model):
+        for module in chunk.modules():
+            if isinstance(module, TopKRouter) and not module.is_mtp_layer:
+                yield module
+
+
+def chunks(model: Any) -> Iterable[Any]:
+    """A model or list of model chunks (one for each virtual pipeline stage) as a list."""
+    return model if isinstance(model, list | tuple) else [model]
+
+
+def unwrapped(chunk: Any) -> Any:
+    """The chunk without DDP and mixed-precision wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def moe_layer_numbers(model: Any) -> list[int]:
+    """Megatron's own (1-based) layer numbers of all MoE layers of the whole model, over all pipeline stages.
+
+    A hybrid model numbers attention and MoE apart, a GPT model counts a block as one: the place in this list is the same.
+    """
+    chunk = unwrapped(next(iter(chunks(model))))
+    config = chunk.config
+    pattern = getattr(chunk, "hybrid_layer_pattern", None) or getattr(chunk, "hybrid_override_pattern", None)
+    if pattern:
+        decoder = pattern.split("/")[0].replace("|", "")  # what follows "/" are MTP layers; "|" splits pipeline stages
+        return [number for number, kind in enumerate(decoder, 1) if kind == "E"]
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return [layer + 1 for layer in range(config.num_layers) if layer % frequency == 0]
+    return [layer + 1 for layer, is_moe in enumerate(frequency) if is_moe]
