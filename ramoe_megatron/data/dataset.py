@@ -65,6 +65,11 @@ class SFTDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.order)
 
+    @property
+    def loss_tokens(self) -> np.ndarray:
+        """Tokens of each example that the loss is taken on, int64 [examples]."""
+        return np.diff(self._starts) - np.maximum(self._prompt_lengths, 1)
+
     def encoded(self, example: int) -> Encoded:
         """The token ids of one example, by its index into `examples`."""
         ids = self._ids[self._starts[example] : self._starts[example + 1]]

@@ -1,0 +1,44 @@
+"""Configs of the data jobs: frozen dataclasses filled from JSON, with unknown keys refused."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.files import read_json
+
+
+def config_from_mapping[T](kind: type[T], values: Mapping[str, Any]) -> T:
+    """A config dataclass from its field values; lists become tuples, numbers are checked.
+
+    Raises:
+        RamoeError: for an unknown key (with the nearest valid one), or a value of the wrong type or out of range.
+    """
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise RamoeError(
+                f"{kind.__name__}: unknown key {key!r}; did you mean {near[0]!r}? Keys: {', '.join(known)}."
+            )
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "config"
+        raise RamoeError(f"{kind.__name__}: {place} is {first['input']!r}: {first['msg']}.") from error
+
+
+def config_from_json[T](kind: type[T], text: str) -> T:
+    """A config from a JSON object given as text (`{...}`) or as the name of a file that holds one."""
+    try:
+        values = json.loads(text) if text.lstrip().startswith("{") else read_json(text)
+    except json.JSONDecodeError as error:
+        raise RamoeError(f"config: column {error.colno}: malformed JSON ({error.msg}).") from error
+    if not isinstance(values, dict):
+        raise RamoeError(f"config {text}: found {type(values).__name__}, expected a JSON object.")
+    return config_from_mapping(kind, values)

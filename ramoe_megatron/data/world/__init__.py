@@ -1,0 +1,6 @@
+"""The embedded world: real multilingual words and facts from CLDR, so that the demo and the tests need no download."""
+
+from ramoe_megatron.data.world.build import ANCHOR, WorldConfig, WorldStats, build_world
+from ramoe_megatron.data.world.facts import TASKS
+
+__all__ = ["ANCHOR", "TASKS", "WorldConfig", "WorldStats", "build_world"]
