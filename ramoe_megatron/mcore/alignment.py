@@ -57,7 +57,7 @@ class Alignment:
 
 def resolve_zone(config: RoutingAlignmentConfig, experts: ExpertFile) -> tuple[int, int]:
     """The aligned layers (first, last) inclusive, from `--ramoe-layers` and the expert file's own zone."""
-    return parse_layers(config.layers, experts.num_moe_layers, experts.zone.span)
+    return parse_layers(config.layers, experts.shape.num_moe_layers, experts.zone)
 
 
 def attach(model: Any, config: RoutingAlignmentConfig) -> Any:

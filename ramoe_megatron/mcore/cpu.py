@@ -99,12 +99,12 @@ def cpu_backend() -> Iterator[bool]:
         return
     if os.environ.get("RANK", "0") == "0":
         print("ramoe: no CUDA device: Megatron runs on the CPU backend (gloo, local layers)", flush=True)
-    # Compiling for a CPU takes longer than a small run; must be set before the first torch.compile call.
+    # Compiling for a CPU takes longer than a small run. Read where a function is decorated: before Megatron is imported.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    torch._dynamo.config.disable = True
     with contextlib.ExitStack() as stack:
         for owner, name, stand_in in [*_torch_stand_ins(), *_megatron_stand_ins()]:
             _replace(stack, owner, name, stand_in)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # for what was decorated before
         stack.enter_context(_CudaMeansCpu())
         yield True
 
@@ -162,8 +162,8 @@ def _torch_stand_ins() -> list[tuple[Any, str, Any]]:
         # Dropout and recompute need a real random state: the CPU's generator is "the CUDA generator".
         *((owner, "get_rng_state", lambda *_, **__: torch.get_rng_state()) for owner in (cuda, cuda.random)),
         *((owner, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state)) for owner in (cuda, cuda.random)),
-        *((owner, "manual_seed", lambda seed: torch.manual_seed(seed) and None) for owner in (cuda, cuda.random)),
-        (cuda, "manual_seed_all", lambda seed: torch.manual_seed(seed) and None),
+        *((owner, "manual_seed", lambda seed: torch.default_generator.manual_seed(seed)) for owner in (cuda, cuda.random)),
+        *((owner, "manual_seed_all", nothing) for owner in (cuda, cuda.random)),  # torch.manual_seed calls it too
         # autograd's Function and checkpointing would otherwise look for an accelerator that matches is_available().
         (torch.accelerator, "is_available", lambda: False),
         (torch.nn.Module, "cuda", lambda self, *_: self),

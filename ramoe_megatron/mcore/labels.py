@@ -25,7 +25,12 @@ class AlignedDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, dataset: SFTDataset, config: RoutingAlignmentConfig, anchor: str, global_batch_size: int
+        self,
+        dataset: SFTDataset,
+        config: RoutingAlignmentConfig,
+        anchor: str,
+        global_batch_size: int,
+        per_token_loss: bool = False,
     ) -> None:
         assert config.experts is not None
         experts = ExpertFile.load(config.experts)
@@ -38,7 +43,7 @@ class AlignedDataset(torch.utils.data.Dataset):
         self._refuse_unknown_tasks(examples, experts)
         self.priors = self._load_priors(examples, experts) if config.target == "example" else None
         self.target_ids = shuffled_ids(examples, self.aligned, config.shuffle_targets)
-        self.weight = self._weights(global_batch_size)
+        self.weight = self._weights(global_batch_size, per_token_loss)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -55,17 +60,18 @@ class AlignedDataset(torch.utils.data.Dataset):
     def _target(self, index: int) -> Tensor:
         assert self.priors is not None
         if not self.aligned[index]:
-            return torch.zeros(self.last - self.first + 1, self.priors.num_experts)
+            return torch.zeros(self.last - self.first + 1, self.priors.shape.num_experts)
         return self.priors.rows([self.target_ids[index]])[0, self.first : self.last + 1].float()
 
-    def _weights(self, global_batch_size: int) -> np.ndarray:
+    def _weights(self, global_batch_size: int, per_token_loss: bool) -> np.ndarray:
         """Weight of each draw: 1 when aligned; under `normalize ci` divided by the aligned share of its global batch, which is known
         beforehand because the order of draws is."""
         aligned = self.aligned[self.dataset.order].astype(np.float64)
         if self.config.normalize == "samples":
             return aligned
+        unit = self.dataset.loss_tokens[self.dataset.order] if per_token_loss else np.ones_like(aligned)
         batch = np.arange(len(aligned)) // global_batch_size
-        share = np.bincount(batch, aligned) / np.bincount(batch)
+        share = np.bincount(batch, aligned * unit) / np.bincount(batch, unit)
         return np.divide(aligned, share[batch], out=np.zeros_like(aligned), where=share[batch] > 0)
 
     def _refuse_unknown_tasks(self, examples: Sequence[Example], experts: ExpertFile) -> None:
@@ -84,12 +90,15 @@ class AlignedDataset(torch.utils.data.Dataset):
                 f"{self.config.priors}: pooled over the tokens {priors.tokens!r}, but --ramoe-tokens is {self.config.tokens!r}; "
                 "run `ramoe profile --ramoe-save-priors` with the same --ramoe-tokens, or change the flag"
             )
-        if (priors.num_moe_layers, priors.num_experts) != (experts.num_moe_layers, experts.num_experts):
+        shape = experts.shape
+        priors.check_model(shape.num_moe_layers, shape.num_experts, shape.topk, shape.score_function)
+        known = set(priors.ids)
+        missing = sorted({e.id for e, on in zip(examples, self.aligned, strict=True) if on} - known)
+        if missing:
             raise RamoeError(
-                f"{self.config.priors}: {priors.num_moe_layers} MoE layers x {priors.num_experts} experts, but "
-                f"{self.config.experts} has {experts.num_moe_layers} x {experts.num_experts}; profile the same model"
+                f"{self.config.priors}: no English routing for {len(missing)} aligned examples, first {', '.join(missing[:5])}; "
+                "run `ramoe profile --ramoe-save-priors` on the data that is trained on"
             )
-        priors.require([e.id for e, on in zip(examples, self.aligned, strict=True) if on])
         return priors
 
 
@@ -129,8 +138,3 @@ def shuffled_ids(examples: Sequence[Example], aligned: np.ndarray, seed: int | N
         order = [ids[i] for i in generator.permutation(len(ids))]
         other |= dict(zip(order, order[1:] + order[:1], strict=True))  # a cycle: nobody keeps its own
     return [other.get(example.id, example.id) for example in examples]
-
-
-def category_counts(dataset: Any) -> str:
-    """One line for the start-up block: how many examples are aligned."""
-    return f"{int(dataset.aligned.sum())} of {len(dataset.aligned)} examples aligned"

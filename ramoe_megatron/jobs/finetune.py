@@ -1,0 +1,35 @@
+"""Fine-tune (or train from scratch) with Megatron's own `pretrain()`, routing alignment beside its losses.
+
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.finetune MEGATRON_FLAGS --ramoe-data FILE --ramoe-coeff X ...
+"""
+
+from functools import partial
+
+from ramoe_megatron.mcore.launch import megatron_arguments, run_job
+
+
+def main() -> None:
+    """Parse, build, train, save: all of it Megatron's."""
+    from ramoe_megatron.mcore import compat
+    from ramoe_megatron.mcore.alignment import attach
+    from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
+
+    with megatron_arguments(add_arguments) as args:
+        from megatron.training import pretrain
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+        from ramoe_megatron.mcore.training import dataset_provider, forward_step
+
+        alignment = RoutingAlignmentConfig.from_args(args)
+        model_config = compat.model_config_from_args(args)
+        model_config.pre_wrap_hooks.append(partial(attach, config=alignment))
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            dataset_provider,
+            compat.model_type(),
+            forward_step,
+        )
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,69 @@
+"""How a job starts: one place that turns the CPU backend on, parses Megatron's arguments, and prints our errors."""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore import compat
+from ramoe_megatron.mcore.cpu import cpu_backend, cpu_command_line
+
+
+@contextlib.contextmanager
+def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = None) -> Iterator[Any]:
+    """Megatron's validated arguments, with the CPU backend around the body where there is no CUDA device.
+
+    Args:
+        extra_args_provider: adds our flags to Megatron's parser.
+        flags: flags that the job itself sets, after the user's.
+    """
+    with cpu_backend() as on_cpu:
+        from megatron.training.arguments import parse_and_validate_args
+
+        compat.skip_helper_compilation()
+        command_line = sys.argv
+        arguments = command_line[1:] + (flags or [])
+        if on_cpu:
+            arguments, left_out = cpu_command_line(arguments)
+            if left_out and is_rank_0():
+                print(f"ramoe: the CPU backend leaves out {', '.join(left_out)}", flush=True)
+        sys.argv = [command_line[0], *arguments]
+        try:
+            args = parse_and_validate_args(extra_args_provider=extra_args_provider, args_defaults={})
+        finally:
+            sys.argv = command_line
+        yield args
+
+
+def run_job(main: Callable[[], None]) -> None:
+    """Run a job's main: an error meant for the user is printed once, without a traceback, and ends the job with status 2."""
+    try:
+        main()
+    except RamoeError as error:
+        if is_rank_0() or os.environ.get("RAMOE_ERRORS") == "all":
+            print(f"ramoe: error: {error}", file=sys.stderr, flush=True)
+        _leave(2)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+    _leave(0)
+
+
+def _leave(status: int) -> None:
+    """Leave with the process group taken down; a rank that failed must not wait for the others."""
+    import torch
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status == 0 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if status:
+        os._exit(status)
+
+
+def is_rank_0() -> bool:
+    """Whether this process is the first of the job, before the process group exists."""
+    return os.environ.get("RANK", "0") == "0"
