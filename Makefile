@@ -71,7 +71,7 @@ check: install
 	$(BIN)/mypy
 
 demo: install
-	$(BIN)/ramoe run examples/demo.yaml --out $(RUN) $(if $(SEEDS),--set 'seeds=[$(shell seq -s, 1 $(SEEDS))]')
+	$(BIN)/ramoe run examples/demo.yaml --out $(RUN) $(if $(SEEDS),--set seeds=$(SEEDS))
 
 clean:  ## remove the tools' caches; runs/ and the environment stay
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,0 +1,149 @@
+"""All that the report is made from: what no stage has written yet is None, what is malformed is an error."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.artefacts import ExpertFile, read_divergence
+from ramoe_megatron.method.divergence import DivergenceRow, Zone
+from ramoe_megatron.method.files import load_document, read_json
+
+ExampleKey = tuple[str, str]
+"""(example id, language): unique in the data."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One checkpoint's answers on the evaluated split: `evaluations/NAME.json` and its `.jsonl`."""
+
+    method: str
+    seed: int | None
+    split: str
+    rows: list[dict[str, Any]]
+    """{"task", "language", "n", "correct"}"""
+    mass: list[dict[str, Any]]
+    """{"task", "language", "mass": [one share per MoE layer]}"""
+    examples: dict[ExampleKey, bool]
+    """Right or wrong, per example and language."""
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    root: Path
+    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe_text: str = ""
+    evaluations: list[Evaluation] = field(default_factory=list)
+    taxonomy: dict[str, Any] | None = None
+    experts: ExpertFile | None = None
+    divergence: list[DivergenceRow] | None = None
+    prediction: dict[str, Any] | None = None
+    manifest: dict[str, Any] | None = None
+
+    @property
+    def anchor(self) -> str:
+        """The language that the others are aligned with."""
+        data = self.recipe.get("data")
+        asked = data.get("anchor") if isinstance(data, dict) else None
+        return str((self.taxonomy or {}).get("anchor") or asked or "en")
+
+    @property
+    def zone(self) -> Zone | None:
+        """The profile's alignment zone; None without a profile, or when the curve showed no zone."""
+        zone = self.experts.zone if self.experts is not None else None
+        return zone if isinstance(zone, Zone) else None
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("name") or self.root.resolve().name)
+
+    @property
+    def methods(self) -> list[str]:
+        """base first, then SFT, then the recipe's own order; methods that the recipe does not name last, by name."""
+        found = {evaluation.method for evaluation in self.evaluations}
+        order = dict.fromkeys(["base", "sft", *_methods(self.recipe), *sorted(found)])
+        return [method for method in order if method in found]
+
+    def evaluated_split(self) -> str | None:
+        return self.evaluations[0].split if self.evaluations else None
+
+
+def load_run(root: Path) -> RunInputs:
+    """Read what the stages wrote under `root`.
+
+    Raises:
+        RamoeError: the folder does not exist, or a file in it is malformed or of another format.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise RamoeError(f"{root}: no such run folder. Give --run the folder that `ramoe run ... --out` wrote.")
+    recipe_text = _text(root / "recipe.yaml")
+    try:
+        recipe = yaml.safe_load(recipe_text) or {}
+    except yaml.YAMLError as error:
+        raise RamoeError(f"{root / 'recipe.yaml'}: not readable as YAML ({error}). Run the recipe again.") from error
+    if not isinstance(recipe, dict):
+        raise RamoeError(f"{root / 'recipe.yaml'}: found {type(recipe).__name__}, expected a mapping. Run it again.")
+    experts, divergence, manifest = root / "experts.safetensors", root / "divergence.csv", root / "manifest.json"
+    return RunInputs(
+        root=root,
+        recipe=recipe,
+        recipe_text=recipe_text,
+        evaluations=_evaluations(root, recipe),
+        taxonomy=_document(root / "taxonomy.json", "ramoe-taxonomy"),
+        experts=ExpertFile.load(experts) if experts.exists() else None,
+        divergence=read_divergence(divergence) if divergence.exists() else None,
+        prediction=_document(root / "predict.json", "ramoe-prediction"),
+        manifest=read_json(manifest) if manifest.exists() else None,
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _document(path: Path, format_name: str) -> dict[str, Any] | None:
+    return load_document(path, format_name) if path.exists() else None
+
+
+def _methods(recipe: dict[str, Any]) -> list[str]:
+    return [entry if isinstance(entry, str) else str(entry["name"]) for entry in recipe.get("methods") or []]
+
+
+def _evaluations(root: Path, recipe: dict[str, Any]) -> list[Evaluation]:
+    """Those that the recipe asks for: an earlier run with more seeds may have left others, of other settings."""
+    found = [_evaluation(path) for path in sorted((root / "evaluations").glob("*.json"))]
+    methods, seeds = _methods(recipe), recipe.get("seeds")
+    if methods and isinstance(seeds, list):
+        found = [e for e in found if e.method == "base" or (e.method in methods and e.seed in seeds)]
+    return found
+
+
+def _evaluation(path: Path) -> Evaluation:
+    value = load_document(path, "ramoe-evaluation")
+    try:
+        examples: dict[ExampleKey, bool] = {}
+        lines = path.parent / str(value["examples"])
+        for number, line in enumerate(_text(lines).split("\n")[:-1], start=1):
+            try:
+                row = json.loads(line)
+                examples[str(row["id"]), str(row["language"])] = bool(row["correct"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise RamoeError(f"{lines}:{number}: {error!r}; expected id, language, correct.") from error
+        counted = sum(int(row["n"]) for row in value["rows"])
+        if len(examples) != counted:
+            raise RamoeError(f"{lines}: found {len(examples)} examples, {path.name} counts {counted}. Evaluate again.")
+        seed = value["seed"]
+        return Evaluation(
+            method=str(value["method"]),
+            seed=None if seed is None else int(seed),
+            split=str(value["split"]),
+            rows=list(value["rows"]),
+            mass=list(value.get("mass") or []),
+            examples=examples,
+        )
+    except KeyError as error:
+        raise RamoeError(f"{path}: key {error} is missing. Run the evaluate stage again.") from error
