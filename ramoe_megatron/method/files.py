@@ -1,0 +1,151 @@
+"""Writing files whole or not at all, and JSON documents with a format name and version."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ramoe_megatron.errors import RamoeError
+
+FORMATS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "ramoe-taxonomy": (1, ("anchor", "checkpoint", "data", "package_version", "pairs")),
+    "ramoe-evaluation": (1, ("method", "seed", "checkpoint", "split", "data", "rows", "mass", "examples")),
+    "ramoe-prediction": (1, ("rows", "verdict", "limits")),
+    "ramoe-results": (1, ("recipe", "anchor", "methods", "seeds", "rows", "summary", "mass", "ci_gain")),
+    "ramoe-experts": (1, ()),
+    "ramoe-priors": (1, ()),
+}
+"""Version and required keys of every versioned format; the safetensors formats check their own."""
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives the path of a temporary file in the same folder; on leaving, it is synced and takes the name ``path``.
+
+    On any exception (Ctrl-C included) the temporary file is removed and whatever stood at ``path`` stays. Missing
+    folders are made. The caller opens the path that it is given, in any mode, and closes it.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(target.parent)  # the rename itself must survive a power cut too
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all; newlines as they are."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hex digest of a file's bytes.
+
+    Raises:
+        RamoeError: when there is no such file.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def digests(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, str]]:
+    """The ``data`` entry of the artefacts: path and digest of every file read."""
+    return [{"path": str(path), "sha256": sha256(path)} for path in paths]
+
+
+def package_version() -> str:
+    """The installed version of this package, for the artefacts' ``package_version``."""
+    try:
+        return version("ramoe-megatron")
+    except PackageNotFoundError:
+        return "unknown (run from a source tree, not installed)"
+
+
+def save_document(path: str | os.PathLike[str], format_name: str, body: Mapping[str, Any]) -> None:
+    """Write a JSON document of one of `FORMATS`, whole or not at all.
+
+    Raises:
+        RamoeError: when a required key is missing, or a number is not finite (JSON has no NaN).
+    """
+    number, keys = FORMATS[format_name]
+    missing = [key for key in keys if key not in body]
+    if missing:
+        raise RamoeError(f"{path}: {format_name} to be written lacks {', '.join(missing)}")
+    try:
+        text = json.dumps(
+            {"format": format_name, "version": number, **body}, ensure_ascii=False, indent=1, allow_nan=False
+        )
+    except ValueError as error:
+        raise RamoeError(f"{path}: {format_name} to be written holds a number that is not finite") from error
+    atomic_write_text(path, text + "\n")
+
+
+def load_document(path: str | os.PathLike[str], format_name: str) -> dict[str, Any]:
+    """Read a JSON document and check that it is of this format, of a known version, and complete.
+
+    Raises:
+        RamoeError: naming the file, what was found, what was expected, and what to do.
+    """
+    return check_document(path, read_json(path), format_name)
+
+
+def check_document(path: str | os.PathLike[str], document: Any, format_name: str) -> dict[str, Any]:
+    """The check of `load_document` for a document already read; ``path`` is for the message only."""
+    number, keys = FORMATS[format_name]
+    if not isinstance(document, dict) or document.get("format") != format_name:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise RamoeError(f"{path}: found format {found!r}, expected {format_name!r}; give the right file")
+    if document.get("version") != number:
+        raise RamoeError(
+            f"{path}: found {format_name} version {document.get('version')!r}, expected {number}; write the file "
+            f"again with this version of ramoe-megatron, or use the version that wrote it "
+            f"({document.get('package_version', 'not recorded')})"
+        )
+    missing = [key for key in keys if key not in document]
+    if missing:
+        raise RamoeError(f"{path}: {format_name} lacks {', '.join(missing)}; the file is incomplete, write it again")
+    return document
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Any JSON file.
+
+    Raises:
+        RamoeError: when it is missing, or not JSON (with line and column).
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        raise RamoeError(f"{path}: not UTF-8 text at byte {error.start}, expected JSON; give the right file") from error
+    except json.JSONDecodeError as error:
+        raise RamoeError(
+            f"{path}: line {error.lineno} column {error.colno}: {error.msg}; the file is not JSON or was cut short: "
+            f"write it again"
+        ) from error
+
+
+def _unreadable(path: str | os.PathLike[str], error: OSError) -> RamoeError:
+    return RamoeError(f"{path}: cannot be read ({error.strerror}); check the path, or run the stage that writes it")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
