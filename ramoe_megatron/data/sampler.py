@@ -1,6 +1,7 @@
 """Which example the i-th draw of training takes: a pure function of (seed, i), so that resuming is slicing."""
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -42,6 +43,11 @@ def order(
         places = np.flatnonzero(chosen == number)
         result[places] = pool[_epochs(len(pool), len(places), seed, number)]
     return result
+
+
+def named_rng(seed: int, name: str) -> np.random.Generator:
+    """A generator of its own for every purpose, so that one more of them does not move the others."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
 def _pools(examples: Sequence[Example], weights: Mapping[str, float]) -> tuple[list[np.ndarray], np.ndarray]:

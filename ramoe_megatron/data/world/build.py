@@ -1,7 +1,6 @@
 """Building the embedded world: a small multilingual data set and its tokenizer, with no download."""
 
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ramoe_megatron.data.parallel import write_rows
+from ramoe_megatron.data.sampler import named_rng
 from ramoe_megatron.data.tokenizer import train_tokenizer
 from ramoe_megatron.data.world.facts import TASKS, Fact, facts, questions
 from ramoe_megatron.data.world.text import codes, list_rows, name_rows
@@ -18,7 +18,7 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.files import atomic_write, atomic_write_text
 
 ANCHOR = "en"
-PUNCTUATION = "?¿؟.,:،।"
+PUNCTUATION = "?؟.,:،।"
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def build_world(config: WorldConfig, out: Path) -> WorldStats:
 def _split(task: str, config: WorldConfig) -> dict[str, list[Fact]]:
     """split -> its facts, sorted; plus "held out" (of English pretraining) and each target language's own."""
     all_facts = facts(task)
-    rng = _rng(config.seed, task)
+    rng = named_rng(config.seed, task)
     shuffled = [all_facts[i] for i in rng.permutation(len(all_facts))]
     first, second = (round(len(shuffled) * share) for share in (config.pretrain_share, config.finetune_share))
     pool, finetune, test = shuffled[:first], shuffled[first : first + second], shuffled[first + second :]
@@ -160,7 +160,7 @@ def _split(task: str, config: WorldConfig) -> dict[str, list[Fact]]:
         held_out += [splits[name][i] for i in rng.permutation(len(splits[name]))[:count]]
     splits["held out"] = held_out
     for language, share in config.target_shares.items():
-        chosen = _rng(config.seed, f"{task}/{language}").permutation(len(pool))[: round(len(all_facts) * share)]
+        chosen = named_rng(config.seed, f"{task}/{language}").permutation(len(pool))[: round(len(all_facts) * share)]
         splits[language] = [pool[i] for i in chosen]
     return {name: sorted(members, key=lambda fact: fact.key) for name, members in splits.items()}
 
@@ -172,7 +172,7 @@ def _parallel_rows(
     for split in ("pretrain", "train", "validation", "test"):
         for fact in splits[split]:
             frames = {language: questions()[task][language] for language in languages}
-            phrasing = int(_rng(seed, f"{task}-{fact.key}").integers(len(frames[ANCHOR])))
+            phrasing = int(named_rng(seed, f"{task}-{fact.key}").integers(len(frames[ANCHOR])))
             for language in languages:
                 rows.append(_row(fact, f"{task}-{fact.key}", language, frames[language][phrasing], split))
     return rows
@@ -194,7 +194,7 @@ def _task_rows(task: str, splits: dict[str, list[Fact]], config: WorldConfig) ->
 
 def _general_rows(kept: list[dict[str, Any]], config: WorldConfig) -> list[dict[str, Any]]:
     english = [row for row in kept if row["language"] == ANCHOR]
-    chosen = sorted(_rng(config.seed, "general").permutation(len(english))[: config.general_rows])
+    chosen = sorted(named_rng(config.seed, "general").permutation(len(english))[: config.general_rows])
     rows = []
     for row in (english[i] for i in chosen):
         text = f"{row['prompt']} {row['response']}"
@@ -221,11 +221,6 @@ def _row(fact: Fact, id: str, language: str, frame: str, split: str) -> dict[str
         "answer": fact.answer,
         "split": split,
     }
-
-
-def _rng(seed: int, name: str) -> np.random.Generator:
-    """A generator of its own for every purpose, so that one more task or language does not move the others."""
-    return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
 class _Lengths:

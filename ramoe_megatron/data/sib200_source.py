@@ -1,0 +1,107 @@
+"""Reading SIB-200: a folder per language, each with train.tsv, dev.tsv and test.tsv (index_id, category, text).
+
+The sentences are FLORES-200 translations, so rows with one `index_id` are parallel across languages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramoe_megatron.errors import RamoeError
+
+CATEGORIES = ("entertainment", "geography", "health", "politics", "science/technology", "sports", "travel")
+_COLUMNS = ["index_id", "category", "text"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """One sentence and its topic, in every language (language -> text)."""
+
+    category: str
+    texts: dict[str, str]
+
+
+def find_languages(folder: str, languages: Sequence[str], anchor: str) -> list[str]:
+    """The languages to read, the anchor first and the others sorted; all of the folder's when none is named.
+
+    Raises:
+        RamoeError: for a missing folder or language, no anchor or no target language.
+    """
+    source = Path(folder)
+    if not folder or not source.is_dir():
+        raise RamoeError(f"SIB-200 source {folder!r}: no such folder. Expected one with a folder per language.")
+    found = sorted(path.name for path in source.iterdir() if (path / "train.tsv").is_file())
+    wanted = list(languages) or found
+    for language in dict.fromkeys([*wanted, anchor]):
+        if language not in found:
+            raise RamoeError(
+                f"{source}: no folder of language {language!r} with a train.tsv. Found: {found or 'none'}."
+            )
+    if anchor not in wanted:
+        raise RamoeError(f"languages: the anchor {anchor!r} is missing from {wanted}.")
+    if len(set(wanted)) < 2:
+        raise RamoeError(f"languages: {wanted} has no target language beside the anchor {anchor!r}.")
+    return [anchor, *sorted(set(wanted) - {anchor})]
+
+
+def read_split(folder: str, languages: Sequence[str], name: str) -> dict[str, Sentence]:
+    """id -> sentence of NAME.tsv in all its languages, sorted by id; the first language is the anchor.
+
+    Raises:
+        RamoeError: for a missing file, a malformed line (file and line), an id without a row in the anchor language or
+            with two categories.
+    """
+    anchor = languages[0]
+    sentences: dict[str, Sentence] = {}
+    orphans: dict[str, None] = {}
+    for language in languages:
+        path = Path(folder) / language / f"{name}.tsv"
+        for id, (category, text, line) in _read_tsv(path).items():
+            if language == anchor:
+                sentences[id] = Sentence(category, {language: text})
+            elif id not in sentences:
+                orphans[id] = None
+            elif sentences[id].category != category:
+                raise RamoeError(
+                    f"{path}, line {line}: index_id {id} has category {category!r}, but "
+                    f"{sentences[id].category!r} in {anchor}."
+                )
+            else:
+                sentences[id].texts[language] = text
+    if orphans:
+        raise RamoeError(
+            f"{folder}, {name}.tsv: {len(orphans)} ids have no row in the anchor language {anchor!r}: "
+            f"{', '.join(list(orphans)[:5])}{', ...' if len(orphans) > 5 else ''}. Add them or choose another anchor."
+        )
+    if not sentences:
+        raise RamoeError(f"{folder}/{anchor}/{name}.tsv: no rows.")
+    return {id: sentences[id] for id in sorted(sentences, key=lambda id: (len(id), id))}
+
+
+def _read_tsv(path: Path) -> dict[str, tuple[str, str, int]]:
+    """id -> (category, text, line number)."""
+    if not path.is_file():
+        raise RamoeError(f"{path}: no such file.")
+    try:
+        # not str.splitlines, which also splits at characters that a sentence may hold; no quoting: a quote is text
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise RamoeError(f"{path}, byte {error.start + 1}: not UTF-8 ({error.reason}).") from error
+    rows: dict[str, tuple[str, str, int]] = {}
+    for number, line in enumerate(lines, 1):
+        cells = line.rstrip("\r").split("\t")
+        if number == 1:
+            if cells != _COLUMNS:
+                raise RamoeError(f"{path}, line 1: columns {cells}, expected {_COLUMNS}, separated by tabs.")
+            continue
+        if cells == [""]:
+            continue
+        if len(cells) != 3 or not all(cell.strip() for cell in cells):
+            raise RamoeError(f"{path}, line {number}: expected three cells with text ({', '.join(_COLUMNS)}): {cells}.")
+        id, category, text = cells
+        if category not in CATEGORIES:
+            raise RamoeError(f"{path}, line {number}: category {category!r}, expected one of {', '.join(CATEGORIES)}.")
+        if id in rows:
+            raise RamoeError(f"{path}, line {number}: index_id {id} again; the first is on line {rows[id][2]}.")
+        rows[id] = (category, text.strip(), number)
+    return rows
