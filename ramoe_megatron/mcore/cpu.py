@@ -101,6 +101,7 @@ def cpu_backend() -> Iterator[bool]:
         print("ramoe: no CUDA device: Megatron runs on the CPU backend (gloo, local layers)", flush=True)
     # Compiling for a CPU takes longer than a small run. Read where a function is decorated: before Megatron is imported.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with TP or CP; without CUDA it says nothing
     with contextlib.ExitStack() as stack:
         for owner, name, stand_in in [*_torch_stand_ins(), *_megatron_stand_ins()]:
             _replace(stack, owner, name, stand_in)

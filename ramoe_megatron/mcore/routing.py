@@ -1,0 +1,122 @@
+"""Reading, and transplanting, the routing of whole sequences with a model run forward only.
+
+Shape suffixes: N sequences, L MoE layers, E experts, B sequences of a micro-batch, S its tokens on this rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramoe_megatron.data.encode import Encoded
+from ramoe_megatron.mcore.observe import (
+    TOKEN_CHOICES,
+    TokenSelection,
+    local_positions,
+    pooled_distribution,
+    router_distribution,
+    sum_over_sequence,
+)
+from ramoe_megatron.mcore.offline import MicroBatch, OfflineModel
+from ramoe_megatron.method.losses import pool
+
+
+@dataclass(frozen=True)
+class SequenceRouting:
+    """The routing of N sequences at every MoE layer, on every rank."""
+
+    frequency_NLE: Tensor
+    """Share of a sequence's tokens that an expert is in the top-k of (counts, not weights; METHODS section 3)."""
+    pooled_NLE: dict[str, Tensor]
+    """By token choice: mean router distribution, before top-k."""
+
+
+def sequence_routing(
+    model: OfflineModel, encoded: Sequence[Encoded], choices: Sequence[str] = TOKEN_CHOICES
+) -> SequenceRouting:
+    """One forward pass over the sequences. Memory grows with their number, not with their tokens."""
+    shape = (len(encoded), len(model.layer_numbers), model.config.num_moe_experts)
+    names = ("frequency", *choices)
+    buffers = {name: torch.zeros(shape, device=model.device) for name in names}
+
+    def context(micro: MicroBatch) -> "_Listen":
+        return _Listen(micro, buffers, speaks=model.tp_rank == 0)
+
+    for group in model.groups([len(sequence.ids) for sequence in encoded]):
+        model.run(encoded, group, None, labels=True, context=context)
+    for buffer in buffers.values():
+        model.share(buffer)
+    return SequenceRouting(buffers["frequency"], {choice: buffers[choice] for choice in choices})
+
+
+class _Listen:
+    """Writes each sequence's routing into the buffers; the routing itself is left alone."""
+
+    def __init__(self, micro: MicroBatch, buffers: dict[str, Tensor], speaks: bool) -> None:
+        self.micro, self.buffers, self.speaks = micro, buffers, speaks
+        self.selection = TokenSelection(micro.batch["prompt_length"], micro.batch["length"])
+
+    def on_logits(self, router: Any, logits: Tensor) -> Tensor:
+        return logits
+
+    def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
+        p_SBE = router_distribution(logits, router.score_function)
+        for name in self.buffers:
+            if name == "frequency":
+                positions_S = local_positions(router, p_SBE.shape[0], p_SBE.device)
+                chosen_BE, _ = pool(routing_map.view_as(p_SBE).float(), self.selection.mask("all", positions_S))
+                value_BE = sum_over_sequence(router, chosen_BE) / self.selection.count("all")[:, None]
+            else:
+                value_BE = pooled_distribution(router, p_SBE, self.selection, name)
+            self._write(name, router.ramoe_layer, value_BE)
+        return probs
+
+    def _write(self, name: str, layer: int, value_BE: Tensor) -> None:
+        if self.speaks:
+            real = self.micro.real
+            self.buffers[name][self.micro.places[real], layer] = value_BE[real]
+
+
+def last_prompt_logits(model: OfflineModel, encoded: Sequence[Encoded]) -> Tensor:
+    """Router logits at the last prompt token of each sequence. [N, L, E], on every rank"""
+    shape = (len(encoded), len(model.layer_numbers), model.config.num_moe_experts)
+    logits_NLE = torch.zeros(shape, device=model.device)
+
+    def context(micro: MicroBatch) -> "_CaptureLogits":
+        return _CaptureLogits(micro, logits_NLE, speaks=model.tp_rank == 0)
+
+    for group in model.groups([len(sequence.ids) for sequence in encoded]):
+        model.run(encoded, group, None, labels=True, context=context)
+    return model.share(logits_NLE)
+
+
+class _CaptureLogits(_Listen):
+    def __init__(self, micro: MicroBatch, logits_NLE: Tensor, speaks: bool) -> None:
+        super().__init__(micro, {"logits": logits_NLE}, speaks)
+
+    def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
+        positions_S = local_positions(router, logits.shape[0], logits.device)
+        last_BE, _ = pool(logits.float(), self.selection.mask("last", positions_S))
+        self._write("logits", router.ramoe_layer, sum_over_sequence(router, last_BE))
+        return probs
+
+
+class Transplant:
+    """Routes the last prompt token of each sequence, in the chosen layers, by the logits of another one (METHODS section 8)."""
+
+    def __init__(self, micro: MicroBatch, logits_NLE: Tensor, layers: range) -> None:
+        self.selection = TokenSelection(micro.batch["prompt_length"], micro.batch["length"])
+        self.logits_BLE = logits_NLE[micro.places.clamp(min=0)]
+        self.layers = layers
+
+    def on_logits(self, router: Any, logits: Tensor) -> Tensor:
+        if router.ramoe_layer not in self.layers:
+            return logits
+        positions_S = local_positions(router, logits.shape[0], logits.device)
+        chosen_SB1 = self.selection.mask("last", positions_S)[..., None]
+        return torch.where(chosen_SB1, self.logits_BLE[None, :, router.ramoe_layer].to(logits.dtype), logits)
+
+    def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
+        return probs

@@ -1,0 +1,144 @@
+"""Scoring examples with a model run forward only: log-likelihood of choices, and greedy decoding."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ramoe_megatron.data.answers import is_correct
+from ramoe_megatron.data.encode import Encoded, encode_choices, encode_prompt
+from ramoe_megatron.data.parallel import Example
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.offline import ContextMaker, MicroBatch, OfflineModel
+
+Progress = Callable[[int], None]
+ContextFor = Callable[[Sequence[int]], ContextMaker]
+"""From the example that each scored sequence belongs to, to the maker of its routing contexts."""
+
+
+def score(
+    model: OfflineModel,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    context_for: ContextFor | None = None,
+    progress: Progress | None = None,
+) -> list[bool]:
+    """Whether the model answers each example correctly, on every rank.
+
+    With choices: the choice of the highest log-likelihood as response (sum over its tokens and the end token) is the answer. Without:
+    the greedy continuation of the prompt equals the answer after normalising (`data.answers`).
+    """
+    correct = [False] * len(examples)
+    with_choices = [place for place, example in enumerate(examples) if example.choices]
+    generated = [place for place, example in enumerate(examples) if not example.choices]
+    if with_choices:
+        encoded, owner = [], []
+        for place in with_choices:
+            choices = encode_choices(examples[place], model.tokenizer)
+            encoded += choices
+            owner += [place] * len(choices)
+        likelihood = log_likelihoods(model, encoded, context_for(owner) if context_for else None, progress).tolist()
+        start = 0
+        for place in with_choices:
+            options = examples[place].choices or ()
+            scores = likelihood[start : start + len(options)]
+            correct[place] = options[scores.index(max(scores))] == examples[place].answer
+            start += len(options)
+    if generated:
+        prompts = [encode_prompt(examples[place], model.tokenizer) for place in generated]
+        context = context_for(generated) if context_for else None
+        answers = greedy(model, prompts, max_new_tokens, context, progress)
+        for place, ids in zip(generated, answers, strict=True):
+            correct[place] = is_correct(model.tokenizer.detokenize(ids), examples[place].answer)
+    return correct
+
+
+def log_likelihoods(
+    model: OfflineModel,
+    encoded: Sequence[Encoded],
+    context: ContextMaker | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Natural log-likelihood of each response given its prompt, end token included. [N], float64, on every rank"""
+    scores = torch.zeros(len(encoded), dtype=torch.float64, device=model.device)
+
+    def read(micro: MicroBatch, losses: Tensor) -> None:
+        if model.reports:
+            sums = -(losses.double() * micro.batch["loss_mask"]).sum(dim=1)
+            scores[micro.places[micro.real]] = sums[micro.real]
+
+    _refuse_long(model, [len(sequence.ids) - 1 for sequence in encoded])
+    for group in model.groups([len(sequence.ids) for sequence in encoded]):
+        model.run(encoded, group, read, labels=True, context=context)
+        if progress:
+            progress(len(group))
+    return model.share(scores)
+
+
+def greedy(
+    model: OfflineModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    context: ContextMaker | None = None,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """The greedy continuation of each prompt, up to the end token (left out) or `max_new_tokens`, on every rank.
+
+    Each step runs the whole sequence again: right in every layout, and quick where answers are short.
+    """
+    _refuse_long(model, [len(prompt) + max_new_tokens for prompt in prompts])
+    answers: list[list[int]] = [[] for _ in prompts]
+    for group in model.groups([len(prompt) + max_new_tokens for prompt in prompts]):
+        unfinished = list(group)
+        for _ in range(max_new_tokens):
+            # one id more than is run: the last one is only ever a label
+            current = [Encoded([*prompts[p], *answers[p], model.tokenizer.eod], len(prompts[p])) for p in unfinished]
+            tokens = _next_tokens(model, current, unfinished, context)
+            for place, token in zip(unfinished, tokens, strict=True):
+                answers[place].append(token)
+            unfinished = [place for place in unfinished if answers[place][-1] != model.tokenizer.eod]
+            if not unfinished:
+                break
+        if progress:
+            progress(len(group))
+    return [[token for token in answer if token != model.tokenizer.eod] for answer in answers]
+
+
+def _next_tokens(
+    model: OfflineModel, sequences: Sequence[Encoded], owners: Sequence[int], context: ContextMaker | None
+) -> list[int]:
+    """The most likely next token of each sequence (lowest id among equals)."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    tokens = torch.zeros(len(sequences), dtype=torch.int64, device=model.device)
+    owner = torch.tensor(owners, device=model.device)
+
+    def read(micro: MicroBatch, logits: Tensor) -> None:
+        rows = torch.arange(len(logits), device=logits.device)
+        last = gather_from_tensor_model_parallel_region(logits[rows, micro.batch["length"] - 1])
+        if model.reports:
+            best = last[:, : model.tokenizer.vocab_size].float().argmax(dim=-1)
+            tokens[micro.places[micro.real]] = best[micro.real]
+
+    def with_owner(micro: MicroBatch) -> object:
+        # contexts are made for the job's own places, not for those of the unfinished rest
+        places = torch.where(micro.real, owner[micro.places.clamp(min=0)], micro.places)
+        return context(MicroBatch(micro.batch, places)) if context else None
+
+    group = list(range(len(sequences)))
+    for part in _parts(model, group, sequences):
+        model.run(sequences, part, read, labels=False, context=with_owner if context else None)  # type: ignore[arg-type]
+    return model.share(tokens).tolist()
+
+
+def _parts(model: OfflineModel, group: list[int], sequences: Sequence[Encoded]) -> list[list[int]]:
+    return [[group[i] for i in part] for part in model.groups([len(sequences[place].ids) for place in group])]
+
+
+def _refuse_long(model: OfflineModel, lengths: Sequence[int]) -> None:
+    limit = model.args.max_position_embeddings
+    if lengths and max(lengths) > limit:
+        raise RamoeError(
+            f"{sum(length > limit for length in lengths)} sequences are longer than --max-position-embeddings {limit} (the longest: "
+            f"{max(lengths)} tokens with its answer); shorten --ramoe-max-new-tokens, or drop those examples in every language"
+        )
