@@ -1,4 +1,4 @@
-"""Laws of the alignment divergences (METHODS section 1)."""
+"""Laws of the alignment divergences."""
 
 import math
 

@@ -22,7 +22,7 @@ MIN_DEPTH = 0.2
 
 
 def hjs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy-normalised JS divergence ``JSD(a, b) / (log E - (H(a) + H(b)) / 2)`` (arXiv 2510.04694; METHODS 2).
+    """Entropy-normalised JS divergence ``JSD(a, b) / (log E - (H(a) + H(b)) / 2)`` (arXiv 2510.04694).
 
     Args:
         a: distributions over experts. [..., E]
@@ -128,7 +128,7 @@ class NoZone:
 
 
 def zone_from_curve(curve: Tensor) -> Zone | NoZone:
-    """The floor of the U that divergence makes over depth (METHODS section 2 states the U, the rule is our reading).
+    """The floor of the U that divergence makes over depth (arXiv 2510.04694 states the U, the rule is our reading).
 
     1. Each inner layer is replaced by the median of itself and its neighbours, so that one odd layer decides nothing.
     2. The bottom is the lowest layer, the rims are the highest values on either side of it.
@@ -155,7 +155,7 @@ def zone_from_curve(curve: Tensor) -> Zone | NoZone:
     rim, floor = min(left, right), smooth[bottom]
     if rim - floor < MIN_DEPTH * rim or rim <= 0:
         return NoZone(_why_not_a_u(smooth, left, right))
-    level = floor + (rim - floor) / 2
+    level = floor + (rim - floor) / 2 * (1 + 1e-9)  # so that rounding does not part equal layers
     first = last = bottom
     while smooth[first - 1] <= level:  # stops inside: a rim above the level stands on either side
         first -= 1

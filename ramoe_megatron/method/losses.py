@@ -1,4 +1,4 @@
-"""The alignment divergences of RA-MoE (arXiv 2605.28306; METHODS section 1), on pooled router distributions.
+"""The alignment divergences of RA-MoE (arXiv 2605.28306), on pooled router distributions.
 
 Shape suffixes: T tokens, B sequences, E routed experts; "..." any leading dimensions (sequence, layer, ...).
 Natural logarithm throughout, so every divergence is in nats. The paper states what is aligned (the total routing mass
@@ -38,7 +38,7 @@ def pool(p_TBE: Tensor, mask_TB: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mass(q: Tensor, expert_mask: Tensor) -> Tensor:
-    """Total routing mass ``m = sum_{k in S} q_k`` on the task experts S (arXiv 2605.28306; METHODS section 1).
+    """Total routing mass ``m = sum_{k in S} q_k`` on the task experts S (arXiv 2605.28306).
 
     Args:
         q: pooled router distribution. [..., E]
@@ -70,7 +70,7 @@ def lumped(q: Tensor, expert_mask: Tensor) -> Tensor:
 
 
 def divergence(name: str, q_en: Tensor, q_tg: Tensor, expert_mask: Tensor) -> Tensor:
-    """Divergence of the target language's pooled routing from the English one; METHODS section 1, our reading.
+    """Divergence of the target language's pooled routing from the English one (our reading).
 
     ``q_en`` is a constant: the gradient flows through ``q_tg`` only. Values and gradients are finite everywhere,
     zeros included (see ``TINY``).

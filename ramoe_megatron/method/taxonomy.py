@@ -1,4 +1,4 @@
-"""Stage 1 of RA-MoE (arXiv 2605.28306; METHODS section 1): each parallel example by its English and target outcome."""
+"""Stage 1 of RA-MoE (arXiv 2605.28306): each parallel example by its English and target outcome."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -1,0 +1,121 @@
+"""Laws of intervals and tests, and closed forms worked out by hand."""
+
+import math
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.statistics import paired_difference, paired_proportions, pearson, wilson
+
+Z = 1.959963984540054
+values = st.lists(st.integers(-50, 50).map(float), min_size=3, max_size=20)
+outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40)
+
+
+@given(st.integers(0, 200), st.integers(1, 200))
+def test_wilson_holds_the_share_mirrors_and_solves_its_equation(correct: int, n: int) -> None:
+    assume(correct <= n)
+    low, high = wilson(correct, n)
+    share = correct / n
+    assert 0 <= low <= share + 1e-12
+    assert share - 1e-12 <= high <= 1
+    assert wilson(n - correct, n) == pytest.approx((1 - high, 1 - low))
+    for end in (low, high):  # the ends are where |share - end| is 1.96 standard errors of the end itself
+        assert (share - end) ** 2 == pytest.approx(Z**2 * end * (1 - end) / n, abs=1e-9)
+
+
+def test_wilson_narrows_with_n_knows_nothing_at_zero_and_refuses_the_impossible() -> None:
+    widths = [high - low for low, high in (wilson(n // 2, n) for n in (10, 100, 1000))]
+    assert widths == sorted(widths, reverse=True)
+    assert wilson(0, 0) == (0.0, 1.0)
+    with pytest.raises(RamoeError, match="found 3 of 2"):
+        wilson(3, 2)
+
+
+@given(values, st.data())
+def test_pearson_is_symmetric_scale_free_and_turns_with_the_sign(x: list[float], data: st.DataObject) -> None:
+    y = data.draw(st.lists(st.integers(-50, 50).map(float), min_size=len(x), max_size=len(x)))
+    found = pearson(x, y)
+    if found is None:
+        assert min(len(set(x)), len(set(y))) == 1
+        return
+    assert -1 <= found.low <= found.r <= found.high <= 1
+    mirrored = pearson(y, [-3 * v + 1 for v in x])
+    assert mirrored is not None
+    assert mirrored.r == pytest.approx(-found.r, abs=1e-9)
+    assert mirrored.p == pytest.approx(found.p, abs=1e-6)
+    if len(x) > 3 and abs(found.r) < 0.999:
+        assert math.atanh(found.high) - math.atanh(found.low) == pytest.approx(2 * Z / math.sqrt(len(x) - 3))
+
+
+def test_pearson_of_a_line_is_one_and_of_too_little_is_none() -> None:
+    line = pearson([0.0, 1.0, 2.0, 3.0], [1.0, 3.0, 5.0, 7.0])
+    assert line is not None
+    assert (line.r, line.low, line.high) == pytest.approx((1, 1, 1))
+    assert pearson([0.0, 1.0], [0.0, 1.0]) is None
+    assert pearson([1.0, 1.0, 1.0], [0.0, 1.0, 2.0]) is None
+    three = pearson([0.0, 1.0, 2.0], [0.0, 1.0, 1.0])
+    assert three is not None
+    assert (three.low, three.high) == (-1.0, 1.0)
+    with pytest.raises(RamoeError, match="found 3 and 2 values"):
+        pearson([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+@given(values, st.data())
+def test_paired_difference_turns_with_its_sides_and_ignores_what_pairs_share(
+    x: list[float], data: st.DataObject
+) -> None:
+    y = data.draw(st.lists(st.integers(-50, 50).map(float), min_size=len(x), max_size=len(x)))
+    there, back = paired_difference(x, y), paired_difference(y, x)
+    shifted = paired_difference([v + i for i, v in enumerate(x)], [v + i for i, v in enumerate(y)])
+    assert shifted == there
+    assert there.change == pytest.approx(sum(x) / len(x) - sum(y) / len(y), abs=1e-9)
+    assert back.change == -there.change
+    if there.low is not None and there.high is not None and back.low is not None:
+        assert there.low <= there.change <= there.high
+        assert back.low == pytest.approx(-there.high, abs=1e-9)
+        assert there.p is not None
+        if there.p != pytest.approx(0.05, abs=1e-6) and there.low != there.high:
+            assert (there.p < 0.05) == (there.low > 0 or there.high < 0)
+
+
+def test_paired_difference_of_five_seeds_worked_by_hand() -> None:
+    found = paired_difference([2.0, 4.0, 6.0, 8.0, 10.0], [1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.776445 * math.sqrt(2.5 / 5)
+    assert (found.change, found.low, found.high) == pytest.approx((3.0, 3.0 - half, 3.0 + half), abs=1e-5)
+
+
+def test_too_little_to_judge_gives_no_interval_and_equality_gives_zero() -> None:
+    assert paired_difference([1.0], [0.0]).low is None
+    assert paired_difference([1.0, 2.0], [0.0, 1.0]).p is None
+    same = paired_difference([0.1, 0.2], [0.1, 0.2])
+    assert (same.change, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+    for refused in (paired_difference, paired_proportions):
+        with pytest.raises(RamoeError, match="found no pairs"):
+            refused([], [])
+
+
+@given(outcomes)
+def test_paired_proportions_hold_the_change_and_turn_with_their_sides(pairs: list[tuple[bool, bool]]) -> None:
+    after, before = [a for a, _ in pairs], [b for _, b in pairs]
+    there, back = paired_proportions(after, before), paired_proportions(before, after)
+    assert there.change == pytest.approx((sum(after) - sum(before)) / len(pairs))
+    assert there.low is not None
+    assert there.high is not None
+    assert back.low is not None
+    assert -1 <= there.low < there.high <= 1
+    assert back.low == pytest.approx(-there.high)
+    assert back.p == there.p
+
+
+def test_mcnemar_is_exact_and_no_change_still_has_a_width() -> None:
+    found = paired_proportions([True] * 5 + [False] * 5, [False] * 10)
+    assert found.p == pytest.approx(2 / 2**5)
+    small, large = (paired_proportions([True] * n, [True] * n) for n in (5, 500))
+    assert small.low is not None
+    assert large.low is not None
+    assert small.p == 1.0
+    assert small.low < large.low < 0 < large.change + 0.1
+    assert small.change == 0.0
