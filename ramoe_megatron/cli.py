@@ -1,0 +1,227 @@
+"""The `ramoe` command. Heavy imports stand inside the commands, so that `ramoe --help` answers at once."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ramoe_megatron.errors import RamoeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PASS_THROUGH = {"ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
+FILE = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+EXISTING = click.Path(path_type=Path, file_okay=False, exists=True)
+
+
+class RamoeGroup(click.Group):
+    """Commands whose user-facing errors are a red text on stderr and exit status 2, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except RamoeError as error:
+            click.secho(f"ramoe: error: {error}", fg="red", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt as stop:  # Ctrl-C, or a signal that says its name
+            click.secho(f"ramoe: stopped{f' by {stop}' if str(stop) else ''}", fg="red", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=RamoeGroup, context_settings={"help_option_names": ["--help", "-h"]})
+@click.version_option(package_name="ramoe-megatron", prog_name="ramoe")
+def main() -> None:
+    """Routing-aligned fine-tuning (RA-MoE) of Mixture-of-Experts models on Megatron-Core.
+
+    `ramoe run RECIPE.yaml` goes from data to report. The stages are commands of their own, which take Megatron's flags.
+    """
+
+
+@main.command()
+@click.argument("recipe", type=FILE)
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY.PATH=VALUE",
+    help="Change a value of the recipe; the value is YAML. Repeatable.",
+)
+@click.option(
+    "--from",
+    "first",
+    metavar="STAGE",
+    help="Begin here: leave earlier stages as they are, and run this one in any case.",
+)
+@click.option("--until", "last", metavar="STAGE", help="End after this stage.")
+@click.option("--out", type=FOLDER, help="Run folder.  [default: runs/NAME]")
+@click.option("--dry-run", is_flag=True, help="Tell what would run, why, and with which command lines.")
+def run(
+    recipe: Path, changes: tuple[str, ...], first: str | None, last: str | None, out: Path | None, dry_run: bool
+) -> None:
+    """Run a recipe: data, base model, taxonomy, profile, fine-tuning, evaluation, report.
+
+    A second run skips what stands; a changed setting reruns what depends on it. STAGE is data, pretrain, taxonomy,
+    profile, predict, finetune, evaluate, results or report, or one such as finetune/sft-seed1.
+    """
+    from ramoe_megatron.recipe.runner import StageFailed, run_recipe
+
+    try:
+        run_recipe(recipe, changes, out, first, last, dry_run)
+    except StageFailed as failure:
+        click.secho(failure.text, fg="red", err=True)
+        sys.exit(failure.status)
+
+
+def _job(name: str, summary: str) -> None:
+    """Add a command that starts a job's ranks with the flags it is given."""
+
+    @main.command(name, context_settings=PASS_THROUGH, short_help=summary, help=_job_help(name, summary))
+    @click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Ranks per node.")
+    @click.option(
+        "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Nodes; start the same command on each."
+    )
+    @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+    def command(ranks: int, nodes: int, flags: tuple[str, ...]) -> None:
+        import os
+
+        from ramoe_megatron.recipe.launch import Place, launch, python_command, rank_environment
+        from ramoe_megatron.recipe.processes import stop_signals
+
+        place = Place.from_environment(nodes, os.environ)
+        module = (f"ramoe_megatron.jobs.{name}", *flags)
+        with stop_signals():
+            outcome = launch(python_command(module, ranks, place), rank_environment(ranks, os.environ))
+        sys.exit(outcome.status)
+
+
+def _job_help(name: str, summary: str) -> str:
+    return (
+        f"{summary}\n\nFLAGS are Megatron's own and ours (--ramoe-...), passed to `torchrun -m "
+        f"ramoe_megatron.jobs.{name}`; "
+        f"`ramoe {name} -- --help` lists them. With several nodes, NODE_RANK (or SLURM_NODEID), MASTER_ADDR and "
+        f"MASTER_PORT "
+        "say where this one stands."
+    )
+
+
+_job("taxonomy", "Score parallel examples in English and target languages: cc, ci, ic, ii.")
+_job("profile", "Find the task experts, the English routing and the alignment zone.")
+_job("finetune", "Fine-tune with Megatron's training loop and the alignment loss.")
+_job("evaluate", "Accuracy and routing mass of a checkpoint, per task and language.")
+
+
+@main.command()
+@click.option("--out", type=FOLDER, required=True, help="Folder for the data and the tokenizer.")
+@click.option("--config", default="{}", help="JSON object, or a file of one: the fields of WorldConfig.")
+def world(out: Path, config: str) -> None:
+    """Write the embedded world: parallel, pretraining and general text from CLDR, and a tokenizer. Needs no
+    download."""
+    _plain_job("world", "--config", config, "--out", str(out))
+
+
+@main.command()
+@click.option(
+    "--source", type=EXISTING, help="Folder of the languages, as downloaded; instead of `source` in --config."
+)
+@click.option("--out", type=FOLDER, required=True, help="Folder for the data and the tokenizer.")
+@click.option("--config", default="{}", help="JSON object, or a file of one: the fields of SibConfig.")
+def sib200(source: Path | None, out: Path, config: str) -> None:
+    """Convert SIB-200 to parallel, pretraining and general text, and train a tokenizer on it."""
+    import json
+
+    if source is not None:
+        from ramoe_megatron.method.files import read_json
+
+        try:
+            given = json.loads(config) if config.lstrip().startswith("{") else read_json(config)
+        except json.JSONDecodeError as error:
+            raise RamoeError(f"--config: column {error.colno}: malformed JSON ({error.msg})") from error
+        config = json.dumps({**given, "source": str(source)})
+    _plain_job("sib200", "--config", config, "--out", str(out))
+
+
+@main.command()
+@click.argument("run_folder", metavar="RUN", type=EXISTING)
+def report(run_folder: Path) -> None:
+    """Write RUN's report.html and plots anew."""
+    _plain_job("report", "--run", str(run_folder))
+
+
+def _plain_job(name: str, *arguments: str) -> None:
+    import os
+
+    from ramoe_megatron.recipe.launch import launch, python_command
+    from ramoe_megatron.recipe.processes import stop_signals
+
+    with stop_signals():
+        sys.exit(launch(python_command((f"ramoe_megatron.jobs.{name}", *arguments), ranks=0), os.environ).status)
+
+
+@main.command()
+@click.argument("run_folder", metavar="RUN", type=EXISTING)
+def predict(run_folder: Path) -> None:
+    """Go or no-go before any training: ci share, divergence and the transplant test of RUN."""
+    from rich.console import Console
+
+    from ramoe_megatron.method.files import load_document
+
+    path = run_folder / "predict.json"
+    if not path.exists():
+        raise RamoeError(f"{path} does not exist: `ramoe run RECIPE --until predict --out {run_folder}` writes it")
+    document = load_document(path, "ramoe-prediction")
+    console = Console()
+    console.print(_prediction_table(document["rows"]))
+    verdict = document["verdict"]
+    for key, value in verdict.items() if isinstance(verdict, dict) else [("verdict", verdict)]:
+        console.print(f"{key}: {value}", markup=False)
+    for limit in document["limits"]:
+        console.print(f"limit: {limit}", markup=False)
+
+
+def _prediction_table(rows: list[dict[str, Any]]) -> "Table":
+    from rich.table import Table
+
+    def percent(row: dict[str, Any], names: tuple[str, str, str], sign: str = "") -> str:
+        value, low, high = (row.get(name) for name in names)
+        if value is None:
+            return "-"
+        interval = "" if low is None or high is None else f" [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+        return f"{100 * value:{sign}.1f}{interval}"
+
+    table = Table(title="before training, in % with 95 % intervals")
+    for name in ("task", "language"):
+        table.add_column(name)
+    for name in ("n", "ci share", "divergence", "accuracy", "with English routing", "change"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        divergence = row.get("divergence")
+        table.add_row(
+            str(row["task"]),
+            str(row["language"]),
+            str(row["n"]),
+            percent(row, ("ci_share", "ci_low", "ci_high")),
+            "-" if divergence is None else f"{divergence:.3f}",
+            percent(row, ("target_accuracy", "", "")),
+            percent(row, ("transplant_accuracy", "", "")),
+            percent(row, ("transplant_change", "transplant_low", "transplant_high"), "+"),
+        )
+    return table
+
+
+@main.command()
+@click.argument("file", type=FILE)
+def inspect(file: Path) -> None:
+    """Show any artefact readably: taxonomy, experts, priors, divergence, evaluation, prediction, results."""
+    from rich.console import Console
+
+    from ramoe_megatron.method.inspect import describe
+
+    Console().print(describe(file))
+
+
+if __name__ == "__main__":
+    main()

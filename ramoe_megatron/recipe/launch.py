@@ -1,0 +1,172 @@
+"""Starting a job's ranks, following its output, and leaving none of its processes behind.
+
+One node: torchrun with a rendezvous of its own on this machine. Several nodes: `ramoe` runs once on each node, and
+the environment says which one it is and where the first one is (`Place.from_environment`).
+"""
+
+import contextlib
+import os
+import selectors
+import subprocess
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe.output import Progress, parse_progress
+from ramoe_megatron.recipe.processes import MARK, end_processes
+
+GRACE_SECONDS = 15.0  # between TERM and KILL
+
+
+@dataclass(frozen=True)
+class Place:
+    """This node among the nodes of a launch."""
+
+    node: int = 0
+    nodes: int = 1
+    address: str = "localhost"
+    port: int = 29500
+
+    @classmethod
+    def from_environment(cls, nodes: int, environment: Mapping[str, str]) -> "Place":
+        """NODE_RANK (or SLURM_NODEID, or GROUP_RANK), MASTER_ADDR and MASTER_PORT (29500 by default).
+
+        Raises RamoeError when several nodes are asked for and the environment does not say which one this is.
+        """
+        if nodes == 1:
+            return cls()
+        node = next(
+            (environment[name] for name in ("NODE_RANK", "SLURM_NODEID", "GROUP_RANK") if environment.get(name)), None
+        )
+        address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", "29500")
+        if node is None or not address:
+            raise RamoeError(
+                f"{nodes} nodes, but the environment does not say which one this is: start the same command once on "
+                f"each node, with "
+                "NODE_RANK (Slurm sets SLURM_NODEID) and MASTER_ADDR, the name of node 0, set"
+            )
+        if not node.isdigit() or int(node) >= nodes or not port.isdigit():
+            raise RamoeError(
+                f"node rank {node} of {nodes} nodes and MASTER_PORT {port}: expected a rank below {nodes} and a number"
+            )
+        return cls(int(node), nodes, address, int(port))
+
+
+def python_command(command: Sequence[str], ranks: int, place: Place = Place()) -> list[str]:
+    """The full command line: `command` is a module and its arguments, ranks 0 is one plain process."""
+    if ranks == 0:
+        return [sys.executable, "-m", *command]
+    if place.nodes == 1:
+        where = ["--standalone", "--nnodes", "1"]
+    else:
+        where = ["--nnodes", str(place.nodes), "--node-rank", str(place.node)]
+        where += ["--master-addr", place.address, "--master-port", str(place.port)]
+    return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks), "-m", *command]
+
+
+def rank_environment(ranks: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Environment of a launch: the cores shared out among the ranks, lines written as they come; what the user set
+    stays."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, cores // max(1, ranks))),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's need with tensor or context parallelism before Blackwell
+        "PYTHONUNBUFFERED": "1",
+    }
+    return {**defaults, **environment}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch ended."""
+
+    status: int
+    last_lines: list[str]
+    seconds: float
+
+
+def launch(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    while_running: Callable[[], None] | None = None,
+    grace: float = GRACE_SECONDS,
+) -> Outcome:
+    """Run a full command line to its end, its output appended to `log` (or passed to the terminal without one).
+
+    On any exception, Ctrl-C included, and also after an ordinary end, every process that descends from the command is
+    ended: TERM, then KILL after `grace` seconds; a second Ctrl-C kills at once. `while_running` is called about twice
+    a second.
+    """
+    mark = uuid.uuid4().hex
+    started = time.monotonic()
+    lines: deque[str] = deque(maxlen=5000)
+    with _opened(log) as sink:
+        if sink:
+            sink.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(command)}\n".encode())
+        process = subprocess.Popen(
+            command,
+            env={**environment, MARK: mark},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if sink else None,
+            stderr=subprocess.STDOUT if sink else None,
+            start_new_session=True,
+        )
+        try:
+            for line in _lines(process, sink, while_running):
+                lines.append(line)
+                if on_progress and (progress := parse_progress(line)):
+                    on_progress(progress)
+            status = process.wait()
+        finally:
+            end_processes(process, mark, grace)
+            if process.stdout:
+                process.stdout.close()
+    return Outcome(status, list(lines), time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _opened(log: Path | None) -> Iterator[IO[bytes] | None]:
+    if log is None:
+        yield None
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab", buffering=0) as sink:
+        yield sink
+
+
+def _lines(
+    process: subprocess.Popen[bytes], sink: IO[bytes] | None, while_running: Callable[[], None] | None
+) -> Iterator[str]:
+    """Lines of output until the process has ended; a grandchild that keeps the pipe open does not hold this up."""
+    with selectors.DefaultSelector() as selector:
+        if process.stdout:
+            os.set_blocking(process.stdout.fileno(), False)
+            selector.register(process.stdout, selectors.EVENT_READ)
+        rest, at_end = b"", process.stdout is None
+        while True:
+            ended = process.poll() is not None
+            if at_end:
+                if ended:
+                    break
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+            elif selector.select(0.0 if ended else 0.5) and process.stdout and sink:
+                chunk = os.read(process.stdout.fileno(), 1 << 16)
+                at_end = not chunk
+                sink.write(chunk)
+                *whole, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
+                yield from (line.decode(errors="replace") for line in whole)
+            elif ended:
+                break
+            if while_running:
+                while_running()
+        if rest:
+            yield rest.decode(errors="replace")

@@ -1,0 +1,152 @@
+"""Reading a recipe: YAML, `--set` changes, and errors that name the file, the line, the key and the nearest valid
+key."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe.schema import Recipe
+
+Location = tuple[int | str, ...]
+SCALAR = (str, int, float)
+
+
+def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file with `key.path=value` changes applied.
+
+    Raises RamoeError when the file is absent or no YAML, or when a key or value is not valid.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RamoeError(
+            f"{path}: the recipe cannot be read ({error.strerror}); give the path of a YAML recipe"
+        ) from error
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines = dict(_lines(tree, (), path)) if tree is not None else {}
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise RamoeError(f"{where}: this is no valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(raw, dict):
+        raise RamoeError(
+            f"{path}: expected a mapping with keys such as name, model and data, found {type(raw).__name__}"
+        )
+    for change in changes:
+        raw = set_value(raw, change)
+    return validate(raw, str(path), lines)
+
+
+def validate(raw: dict[str, Any], source: str, lines: dict[Location, int] | None = None) -> Recipe:
+    """A recipe from plain data. Raises RamoeError naming `source`, the line where known, and each wrong key."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems = [_explain(item, source, lines or {}) for item in error.errors()]
+        raise RamoeError("\n".join(dict.fromkeys(problems))) from None
+
+
+def set_value(raw: dict[str, Any], change: str) -> dict[str, Any]:
+    """A copy of `raw` with `key.path=value` applied; the value is YAML, a number in the path indexes a list.
+
+    Raises RamoeError when there is no `=`, the value is no YAML, or the path runs through something that is no mapping.
+    """
+    path, equals, text = change.partition("=")
+    if not equals or not all(path.split(".")):
+        raise RamoeError(f"--set {change}: expected key.path=value, such as --set train.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RamoeError(
+            f"--set {change}: the value is no valid YAML ({error.__class__.__name__}); quote it"
+        ) from error
+    return _set(raw, path.split("."), value, change)
+
+
+def _set(node: Any, keys: list[str], value: Any, change: str) -> Any:
+    if not keys:
+        return value
+    key, rest = keys[0], keys[1:]
+    if node is None:
+        node = {}
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise RamoeError(f"--set {change}: {key} is no place in a list of {len(node)}; places count from 0")
+        return [_set(item, rest, value, change) if place == int(key) else item for place, item in enumerate(node)]
+    if not isinstance(node, dict):
+        raise RamoeError(f"--set {change}: {key} lies under {node!r}, which holds no keys")
+    return {**node, key: _set(node.get(key), rest, value, change)}
+
+
+def _lines(node: yaml.Node, at: Location, path: Path) -> Iterable[tuple[Location, int]]:
+    """Each key's place and 1-based line; PyYAML would let a repeated key silently replace the first."""
+    yield at, node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise RamoeError(f"{path}:{line}: the key {key.value!r} is given twice; keep one")
+            seen.add(key.value)
+            yield from _lines(value, (*at, key.value), path)
+            yield (*at, key.value), line
+    elif isinstance(node, yaml.SequenceNode):
+        for place, item in enumerate(node.value):
+            yield from _lines(item, (*at, place), path)
+
+
+def _explain(item: Any, source: str, lines: dict[Location, int]) -> str:
+    location: Location = tuple(item["loc"])
+    known = next((location[:n] for n in range(len(location), 0, -1) if location[:n] in lines), None)
+    where = f"{source}:{lines[known]}" if known else source
+    key = ".".join(map(str, location))
+    if item["type"] == "extra_forbidden":
+        valid = _keys_at(location[:-1])
+        return f"{where}: {key} is no key of a recipe{nearest(str(location[-1]), valid)}"
+    if item["type"] == "missing":
+        return f"{where}: {key} is missing and has no default; add it"
+    found = f" (found {item['input']!r})" if isinstance(item["input"], SCALAR) else ""
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {key + ': ' if key else ''}{message}{found}"
+
+
+def nearest(found: str, valid: Iterable[str]) -> str:
+    """`; did you mean X?` with the nearest valid name, or the whole list when nothing is near."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(found, valid, n=1, cutoff=0.6) or difflib.get_close_matches(
+        found.replace("_", "-"), valid, n=1, cutoff=0.6
+    )
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; valid here: {', '.join(valid)}" if len(valid) <= 30 else ""
+
+
+def _keys_at(location: Location) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int) or not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue
+        field = next((f for f in model.model_fields.values() if f.alias == part), None)
+        model = _model_in(field.annotation) if field else None
+    return _keys(model) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _model_in(annotation: Any) -> Any:
+    """The section in `Section`, `Section | None` or `list[Section]`."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return annotation if issubclass(annotation, BaseModel) else None
+    if get_origin(annotation) in (list, Union, UnionType):
+        return next((found for arg in get_args(annotation) if (found := _model_in(arg))), None)
+    return None

@@ -1,0 +1,57 @@
+"""What a job's output tells: how far it is, and why it failed."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ERROR_PREFIX = "ramoe: error: "
+_ITERATION = re.compile(r" iteration\s+(\d+)/\s*(\d+) \|(.*)")
+_LOSS = re.compile(r"(lm loss|routing_alignment_loss): ([-+.\dEe]+)")
+_EXCEPTION = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)")
+_NOISE = re.compile(
+    r"torch\.distributed\.elastic|torch/distributed/|ChildFailedError|^[=-]{10,}|^\s*(time|host|rank|exitcode|error_file|traceback)\s*:"
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is."""
+
+    done: int
+    total: int
+    unit: str
+    note: str = ""
+
+
+def parse_progress(line: str) -> Progress | None:
+    """Progress told by a line of output: our jobs' RAMOE-PROGRESS, or Megatron's iteration line."""
+    if (start := line.find("RAMOE-PROGRESS ")) >= 0:
+        try:
+            told = json.loads(line[start + len("RAMOE-PROGRESS ") :])
+            return Progress(int(told["done"]), int(told["total"]), str(told["unit"]), str(told.get("note") or ""))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None  # a line torn by another rank's output
+    if match := _ITERATION.search(line):
+        losses = [f"{name.replace('_', ' ')} {float(value):.4g}" for name, value in _LOSS.findall(match[3])]
+        return Progress(int(match[1]), int(match[2]), "iterations", ", ".join(losses))
+    return None
+
+
+def relevant_lines(lines: Sequence[str]) -> tuple[list[str], bool]:
+    """What of a failed job's last lines tells why, and whether it is a RamoeError (the user's to mend).
+
+    The text of the first RamoeError with its indented lines; or the exceptions that ranks raised; or the last lines,
+    without torchrun's own summary.
+    """
+    for place, line in enumerate(lines):
+        if (start := line.find(ERROR_PREFIX)) >= 0:
+            text = [line[start + len(ERROR_PREFIX) :]]
+            for more in lines[place + 1 :]:
+                if not more.startswith("  "):
+                    break
+                text.append(more)
+            return text, True
+    plain = [line for line in lines if line.strip() and not _NOISE.search(line) and parse_progress(line) is None]
+    raised = [match[1] for line in plain if (match := _EXCEPTION.match(line))]
+    return (list(dict.fromkeys(raised))[-3:] or plain[-12:]), False

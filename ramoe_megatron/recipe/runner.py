@@ -1,0 +1,198 @@
+"""`ramoe run`: the stages of a recipe, each run only when its result does not stand."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.files import atomic_write_text, read_json
+from ramoe_megatron.recipe import flags
+from ramoe_megatron.recipe.console import RunConsole
+from ramoe_megatron.recipe.digests import digest_value
+from ramoe_megatron.recipe.launch import Place, launch, python_command, rank_environment
+from ramoe_megatron.recipe.load import load_recipe, nearest
+from ramoe_megatron.recipe.manifest import Manifest, locked
+from ramoe_megatron.recipe.nodes import Leader, follow
+from ramoe_megatron.recipe.output import relevant_lines
+from ramoe_megatron.recipe.plan import make_plan
+from ramoe_megatron.recipe.processes import stop_signals
+from ramoe_megatron.recipe.schema import Recipe
+from ramoe_megatron.recipe.stage import Stage
+
+
+class StageFailed(Exception):
+    """A stage that ended with an error: `text` for the console, `status` for the shell."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.text, self.status = text, status
+
+
+def run_recipe(
+    path: Path,
+    changes: Sequence[str] = (),
+    out: Path | None = None,
+    first: str | None = None,
+    last: str | None = None,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Run a recipe's stages into `out` (runs/NAME by default).
+
+    `first`: leave the stages before it as they are, and run it even if its result stands. `last`: end after it. Both
+    name a stage ("finetune/sft-seed1") or a kind ("finetune": its first or last stage). `dry_run` only tells what
+    would run.
+
+    Raises RamoeError for what the user can mend before anything starts, StageFailed when a stage fails.
+    """
+    console = console or Console()
+    recipe = load_recipe(path, changes)
+    folder = (out or Path("runs") / recipe.name).resolve()
+    flags.check_layout(recipe, flags.cuda_devices(os.environ))
+    plan = make_plan(recipe, folder, path.parent)
+    begin, end = select(plan, first, last)
+    place = Place.from_environment(recipe.launch.nodes, os.environ)
+    if dry_run:
+        _tell(plan[begin:end], Manifest(folder, recipe.name), first is not None, console, place)
+        return
+    with stop_signals():
+        if place.node > 0:
+            follow(place, folder)
+            return
+        with locked(folder), Leader(place) as leader:
+            manifest = Manifest(folder, recipe.name)
+            _prepare(recipe, path, plan, manifest)
+            run_stages(plan, begin, end, manifest, console, first is not None, place, leader)
+
+
+def select(plan: Sequence[Stage], first: str | None, last: str | None) -> tuple[int, int]:
+    """[begin, end) of the stages to run. Raises RamoeError for a name that is neither stage nor kind."""
+    begin = _places(plan, first)[0] if first else 0
+    end = _places(plan, last)[-1] + 1 if last else len(plan)
+    if begin >= end:
+        raise RamoeError(f"--from {first} comes after --until {last}: nothing is left to run")
+    return begin, end
+
+
+def _places(plan: Sequence[Stage], name: str) -> list[int]:
+    found = [place for place, stage in enumerate(plan) if name in (stage.name, stage.kind)]
+    if not found:
+        names = dict.fromkeys([stage.kind for stage in plan] + [stage.name for stage in plan])
+        raise RamoeError(f"this recipe has no stage {name!r}{nearest(name, names)}")
+    return found
+
+
+def _prepare(recipe: Recipe, path: Path, plan: Iterable[Stage], manifest: Manifest) -> None:
+    """Check Megatron's flags, move aside what the recipe no longer holds, write manifest.json and the resolved
+    recipe.yaml."""
+    names = digest_value({key: sorted(group) for key, group in flags.sections(recipe).items()})
+    if manifest.flags != {"checked": names, "megatron": _megatron_version()}:
+        flags.check_names(recipe, str(path), flags.megatron_flags())
+        manifest.flags = {"checked": names, "megatron": _megatron_version()}
+    planned = {stage.name for stage in plan}
+    for name in [name for name in manifest.stages if name not in planned and name.startswith("evaluate/")]:
+        # results.json is made of all that lies in evaluations/: only this recipe's may.
+        manifest.supersede(tuple(manifest.folder / output for output in manifest.stages[name].outputs), name)
+        del manifest.stages[name]
+    manifest.write()
+    resolved = yaml.safe_dump(recipe.model_dump(by_alias=True, exclude_none=True), sort_keys=False, allow_unicode=True)
+    atomic_write_text(
+        manifest.folder / "recipe.yaml",
+        f"# Written by `ramoe run {path}`: the recipe with every default and --set.\n{resolved}",
+    )
+
+
+def _megatron_version() -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version("megatron-core")
+
+
+def run_stages(
+    plan: Sequence[Stage],
+    begin: int,
+    end: int,
+    manifest: Manifest,
+    console: Console,
+    force_first: bool = False,
+    place: Place = Place(),  # noqa: B008 (frozen)
+    leader: Leader | None = None,
+) -> None:
+    """Run plan[begin:end], each stage unless its result stands; `force_first` runs the first one in any case.
+
+    Raises RamoeError when a stage's input is missing, StageFailed when a stage fails.
+    """
+    with RunConsole(console, len(plan)) as shown:
+        for number, stage in enumerate(plan[begin:end], begin + 1):
+            reason = manifest.reason_to_run(stage)
+            if force_first and number == begin + 1:
+                reason = reason or "asked for by --from"
+            if reason is None:
+                shown.skipped(number, stage.name)
+                continue
+            _check_inputs(stage, plan, manifest)
+            resumes = manifest.start(stage)
+            shown.started(number, stage.name, reason, resumes)
+            try:
+                if leader:
+                    leader.announce(stage)
+                outcome = launch(
+                    python_command(stage.arguments(), stage.ranks, place),
+                    rank_environment(stage.ranks, os.environ),
+                    manifest.folder / stage.log,
+                    shown.progress,
+                    leader.watch if leader else None,
+                )
+            except BaseException:
+                manifest.fail(stage)
+                raise
+            if outcome.status:
+                manifest.fail(stage)
+                raise _failure(stage, manifest.folder, outcome.last_lines, outcome.status)
+            manifest.finish(stage)
+            shown.finished(number, stage.name, outcome.seconds)
+    if plan[end - 1].name in ("results", "report"):
+        results = manifest.folder / "results.json"
+        shown.results(manifest.folder, read_json(results))
+        if plan[end - 1].name == "report":
+            shown.report(manifest.folder)
+
+
+def _check_inputs(stage: Stage, plan: Sequence[Stage], manifest: Manifest) -> None:
+    for path in stage.inputs:
+        if path.exists() or path == stage.weights:
+            continue
+        maker = next((other.name for other in plan if path in other.outputs), None)
+        what = f"run `--from {maker}`, which writes it" if maker else "restore it, or correct the recipe"
+        raise RamoeError(f"{stage.name} reads {manifest.name(path)}, which does not exist: {what}")
+
+
+def _failure(stage: Stage, folder: Path, lines: Sequence[str], status: int) -> StageFailed:
+    text, mendable = relevant_lines(lines)
+    body = "\n".join(f"  {line}" for line in text)
+    where = f"  log: {folder / stage.log}"
+    return StageFailed(
+        f"stage {stage.name} failed (exit status {status}):\n{body}\n{where}", 2 if status == 2 or mendable else 1
+    )
+
+
+def _tell(stages: Sequence[Stage], manifest: Manifest, force_first: bool, console: Console, place: Place) -> None:
+    """The dry run: each stage, whether it would run and why, and its command line."""
+    import shlex
+
+    pending: dict[Path, str] = {}
+    for number, stage in enumerate(stages):
+        reason = manifest.reason_to_run(stage)
+        if force_first and number == 0:
+            reason = reason or "asked for by --from"
+        upstream = sorted({pending[path] for path in stage.inputs if path in pending})
+        if reason is None and upstream:
+            reason = f"if {', '.join(upstream)} gives another result"
+        pending |= {path: stage.name for path in stage.outputs} if reason else {}
+        console.print(f"[bold]{stage.name}[/bold]: {reason or 'stands'}", soft_wrap=True, highlight=False)
+        if reason:
+            command = shlex.join(python_command(stage.arguments(), stage.ranks, place))
+            console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
