@@ -22,7 +22,7 @@ def read_source(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     path = Path(source)
     if path.is_dir():
-        names = sorted(p for p in path.iterdir() if p.suffix == ".jsonl" or p.suffix in BUILDERS)
+        names = local_files(source)
         if not names:
             raise RamoeError(f"{source}: the folder holds no data file (.jsonl, {', '.join(BUILDERS)}).")
         for name in names:
@@ -33,6 +33,14 @@ def read_source(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _read_hub(source)
     else:
         raise RamoeError(f"{source}: no such file or folder. Expected a path, or a hub name such as owner/name.")
+
+
+def local_files(source: str) -> list[Path]:
+    """The files behind a path, in the order they are read; none for a hub name."""
+    path = Path(source)
+    if path.is_dir():
+        return sorted(p for p in path.iterdir() if p.suffix == ".jsonl" or p.suffix in BUILDERS)
+    return [path] if path.exists() else []
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

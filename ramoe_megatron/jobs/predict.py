@@ -1,0 +1,105 @@
+"""Go or no-go before any training: ci share, divergence, and the transplant test run on the model.
+
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.predict MEGATRON_FLAGS --load DIR --ramoe-data FILE --ramoe-taxonomy FILE
+        --ramoe-experts FILE --ramoe-divergence-file FILE --ramoe-output DIR
+
+The transplant test answers each target-language prompt twice: as it is, and with its last prompt token routed, in the zone, by the
+router logits that the model had at the last token of the parallel English prompt (METHODS section 8; no paper has it).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramoe_megatron.data.encode import encode
+from ramoe_megatron.data.parallel import Example, pair_with_anchor
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.jobs.offline import Progress, examples_with_anchor, offline_job, write_on_rank_0
+from ramoe_megatron.mcore.arguments import options_from_args
+from ramoe_megatron.mcore.launch import run_job
+from ramoe_megatron.method.artefacts import ExpertFile, read_divergence, read_taxonomy, save_document
+from ramoe_megatron.method.divergence import parse_layers
+from ramoe_megatron.method.predict import TransplantOutcome, predict
+from ramoe_megatron.method.taxonomy import summarise
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Options of the go/no-go estimate."""
+
+    taxonomy: str | None = None
+    """taxonomy.jsonl, with the split that `--ramoe-split` names."""
+
+    experts: str | None = None
+    """experts.safetensors, for the zone and the check of the model."""
+
+    divergence_file: str | None = None
+    """divergence.csv of the profile."""
+
+    layers: str = "auto"
+    """Layers whose routing is transplanted: auto (the zone in the expert file), FIRST-LAST or FRACTION-FRACTION."""
+
+
+def main() -> None:
+    """Write `predict.json` to the output folder."""
+    with offline_job(PredictOptions) as (args, data, options):
+        from ramoe_megatron.mcore.offline import OfflineModel
+
+        own = options_from_args(PredictOptions, args)
+        for flag, value in (("taxonomy", own.taxonomy), ("experts", own.experts), ("divergence-file", own.divergence_file)):
+            if value is None:
+                raise RamoeError(f"--ramoe-{flag} is missing: expected the file that `ramoe taxonomy` or `ramoe profile` wrote")
+        experts = ExpertFile.load(str(own.experts))
+        zone = parse_layers(own.layers, experts.shape.num_moe_layers, experts.zone)
+        taxonomy = summarise(read_taxonomy(str(own.taxonomy)))
+        divergence = read_divergence(str(own.divergence_file))
+        pairs = pair_with_anchor(examples_with_anchor(data), data.anchor)
+        model = OfflineModel(args, options.batch_tokens)
+        experts.check_model(
+            len(model.layer_numbers), model.config.num_moe_experts, model.config.moe_router_topk,
+            model.config.moe_router_score_function,
+        )  # fmt: skip
+        outcomes = transplant(model, pairs, range(zone[0], zone[1] + 1), options.max_new_tokens)
+        prediction = predict(taxonomy, divergence, zone, outcomes, data.split)
+
+        def write() -> None:
+            save_document(Path(str(options.output)) / "predict.json", "ramoe-prediction", prediction.document())
+
+        write_on_rank_0(model, write)
+
+
+def transplant(
+    model: "OfflineModel",  # noqa: F821
+    pairs: Sequence[tuple[Example, Example]],
+    layers: range,
+    max_new_tokens: int,
+) -> list[TransplantOutcome]:
+    """Both answers to each target-language example: with its own routing, and with that of its English view."""
+    from ramoe_megatron.mcore.offline import ContextMaker, MicroBatch
+    from ramoe_megatron.mcore.routing import Transplant, last_prompt_logits
+    from ramoe_megatron.mcore.scoring import score
+
+    english = list({anchor.id: anchor for anchor, _ in pairs}.values())
+    row = {example.id: number for number, example in enumerate(english)}
+    logits_NLE = last_prompt_logits(model, [encode(example, model.tokenizer) for example in english])
+    targets = [target for _, target in pairs]
+
+    def context_for(places: Sequence[int]) -> ContextMaker:
+        own_NLE = logits_NLE[[row[targets[place].id] for place in places]]
+
+        def context(micro: MicroBatch) -> Transplant:
+            return Transplant(micro, own_NLE, layers)
+
+        return context
+
+    progress = Progress(2 * sum(len(target.choices or (target,)) for target in targets), "answers")
+    plain = score(model, targets, max_new_tokens, progress=progress)
+    moved = score(model, targets, max_new_tokens, context_for, progress)
+    return [
+        TransplantOutcome(target.id, target.task, target.language, before, after)
+        for target, before, after in zip(targets, plain, moved, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,200 @@
+"""Stage 2: task experts of English, the divergence curve, the alignment zone, and the English routing to align to.
+
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.profile MEGATRON_FLAGS --load DIR --ramoe-data FILE --ramoe-general FILE
+        --ramoe-taxonomy FILE --ramoe-output DIR
+
+One forward pass each over English task data, general English text and the parallel views. What it keeps does not grow with the
+number of tokens; the priors alone grow with the number of examples.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from ramoe_megatron.data.encode import encode
+from ramoe_megatron.data.parallel import Example, load_examples, pair_with_anchor
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.jobs.offline import (
+    Progress,
+    checkpoint_name,
+    data_digests,
+    examples_with_anchor,
+    offline_job,
+    write_on_rank_0,
+)
+from ramoe_megatron.mcore.arguments import options_from_args
+from ramoe_megatron.mcore.launch import is_rank_0, run_job
+from ramoe_megatron.method.artefacts import TOKENS, ExpertFile, ModelShape, Priors, read_taxonomy, write_divergence
+from ramoe_megatron.method.divergence import DivergenceCurve, Zone, mean_curve, parse_layers, zone_from_curve
+from ramoe_megatron.method.experts import FrequencySum, delta, describe_empty, parse_rule, task_experts
+
+if TYPE_CHECKING:
+    from ramoe_megatron.mcore.offline import OfflineModel
+
+PART = 256
+"""Examples whose routing is held at once."""
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """Options of the profile."""
+
+    general: list[str] = dataclasses.field(default_factory=list)
+    """General English text, in the same format (its prompt may be empty): what task experts are compared with."""
+
+    taxonomy: str | None = None
+    """taxonomy.jsonl: which examples English answers correctly, for the English pattern."""
+
+    select: str = "tau=0.3"
+    """Rule for task experts: tau=X (frequency above that of general text by more than X) or top-m=M per layer."""
+
+    layers: str = "auto"
+    """Alignment zone to record: auto (read off the divergence curve), FIRST-LAST or FRACTION-FRACTION."""
+
+    tokens: Literal["prompt", "response", "all", "last"] = "prompt"
+    """Tokens that the priors pool (the expert file holds the English pattern of every choice)."""
+
+    save_priors: bool = False
+    """Write priors.safetensors: the English routing of every example, for the target "example"."""
+
+
+def main() -> None:
+    """Write `experts.safetensors`, `divergence.csv` and, when asked for, `priors.safetensors` to the output folder."""
+    with offline_job(ProfileOptions) as (args, data, options):
+        from ramoe_megatron.mcore.offline import OfflineModel
+
+        own = options_from_args(ProfileOptions, args)
+        rule = parse_rule(own.select)
+        if not own.general:
+            raise RamoeError("--ramoe-general is missing: expected general English text to compare the task data with")
+        if own.taxonomy is None:
+            raise RamoeError("--ramoe-taxonomy is missing: expected taxonomy.jsonl; run `ramoe taxonomy` first")
+        examples = examples_with_anchor(data)
+        pairs = pair_with_anchor(examples, data.anchor)
+        general = load_examples(own.general, languages=[data.anchor])
+        correct = {row.id for row in read_taxonomy(own.taxonomy) if row.english_correct}
+        english = [example for example in examples if example.language == data.anchor]
+        tasks = sorted({example.task for example in english})
+        model = OfflineModel(args, options.batch_tokens)
+        progress = Progress(len(examples) + len(general), "sequences")
+        passes = Passes(model, tasks, sorted({t.language for _, t in pairs}), own.tokens)
+        passes.general(general, progress)
+        passes.parallel(english, [target for _, target in pairs], correct, own.save_priors, progress)
+
+        shape = ModelShape(
+            num_moe_layers=len(model.layer_numbers),
+            num_experts=model.config.num_moe_experts,
+            topk=model.config.moe_router_topk,
+            score_function=model.config.moe_router_score_function,
+            hidden_size=model.config.hidden_size,
+        )
+        rows = passes.curve.rows(model.layer_numbers)
+        zone = zone_from_curve(mean_curve(rows))
+        if own.layers != "auto":
+            first, last = parse_layers(own.layers, shape.num_moe_layers)
+            zone = Zone(first, last, own.layers, "given by --ramoe-layers")
+        task_frequency = passes.task_frequency.mean().cpu()
+        general_frequency = passes.general_frequency.mean()[0].cpu()
+        difference = delta(task_frequency, general_frequency)
+        mask = task_experts(difference, rule)
+        checkpoint, output = checkpoint_name(args.load), Path(str(options.output))
+        digests = data_digests([*data.data, *own.general])
+        experts = ExpertFile(
+            tasks=tuple(tasks), shape=shape, expert_mask=mask, delta=difference, task_frequency=task_frequency,
+            general_frequency=general_frequency, english_pattern=passes.english_pattern(),
+            layer_number=torch.tensor(model.layer_numbers), rule=rule.as_dict(), zone=zone, checkpoint=checkpoint,
+            data=digests,
+            sequences={
+                "english_task": dict(zip(tasks, passes.task_frequency.sequences.tolist(), strict=True)),
+                "english_correct": dict(zip(tasks, passes.pattern_count.int().tolist(), strict=True)),
+                "general": len(general), "pairs": len(pairs),
+            },
+        )  # fmt: skip
+
+        def write() -> None:
+            output.mkdir(parents=True, exist_ok=True)
+            write_divergence(output / "divergence.csv", rows)
+            if own.save_priors:
+                Priors.save(
+                    output / "priors.safetensors", [e.id for e in english], torch.cat(passes.priors), tokens=own.tokens,
+                    shape=shape, checkpoint=checkpoint, data=digests,
+                )  # fmt: skip
+            experts.save(output / "experts.safetensors")
+
+        write_on_rank_0(model, write)
+        if is_rank_0():
+            print(f"ramoe: zone: {zone}", *describe_empty(mask, tasks, rule), sep="\nramoe: ", flush=True)
+
+
+class Passes:
+    """The sums of the forward passes, on the model's device, the same on every rank."""
+
+    def __init__(self, model: "OfflineModel", tasks: Sequence[str], languages: Sequence[str], tokens: str) -> None:
+        layers, experts = len(model.layer_numbers), model.config.num_moe_experts
+        self.model, self.tasks, self.tokens = model, list(tasks), tokens
+        self.task_frequency = FrequencySum(len(tasks), layers, experts, model.device)
+        self.general_frequency = FrequencySum(1, layers, experts, model.device)
+        self.curve = DivergenceCurve(languages, layers, model.device)
+        zeros = torch.zeros(len(tasks), layers, experts, dtype=torch.float64, device=model.device)
+        self.pattern_sum = {choice: zeros.clone() for choice in TOKENS}
+        self.pattern_count = torch.zeros(len(tasks), dtype=torch.float64, device=model.device)
+        self.priors: list[torch.Tensor] = []
+
+    def general(self, examples: Sequence[Example], progress: Progress) -> None:
+        """Expert frequency of general English text."""
+        for part in _parts(examples):
+            routing = self._routing(part, choices=())
+            group = torch.zeros(len(part), dtype=torch.int64, device=self.model.device)
+            self.general_frequency.add(group, routing.frequency_NLE, torch.ones_like(group))
+            progress(len(part))
+
+    def parallel(
+        self, english: Sequence[Example], targets: Sequence[Example], correct: set[str], keep: bool, progress: Progress
+    ) -> None:
+        """English views (frequency, pattern, priors), and each language's divergence from them."""
+        views: dict[str, dict[str, Example]] = {}
+        for target in targets:
+            views.setdefault(target.language, {})[target.id] = target
+        for part in _parts(english):
+            reference = self._routing(part, choices=TOKENS)
+            self._add_english(part, reference, correct)
+            if keep:
+                self.priors.append(reference.pooled_NLE[self.tokens].float().cpu())
+            progress(len(part))
+            for language, by_id in sorted(views.items()):
+                rows = [row for row, example in enumerate(part) if example.id in by_id]
+                if rows:
+                    routing = self._routing([by_id[part[row].id] for row in rows], choices=("all",))
+                    self.curve.add(language, reference.pooled_NLE["all"][rows], routing.pooled_NLE["all"])
+                    progress(len(rows))
+
+    def _add_english(self, part: Sequence[Example], routing: "SequenceRouting", correct: set[str]) -> None:  # noqa: F821
+        device = self.model.device
+        group = torch.tensor([self.tasks.index(example.task) for example in part], device=device)
+        self.task_frequency.add(group, routing.frequency_NLE, torch.ones_like(group))
+        right = torch.tensor([example.id in correct for example in part], dtype=torch.float64, device=device)
+        self.pattern_count.index_add_(0, group, right)
+        for choice, total in self.pattern_sum.items():
+            total.index_add_(0, group, routing.pooled_NLE[choice].double() * right[:, None, None])
+
+    def english_pattern(self) -> dict[str, torch.Tensor]:
+        """Mean pooled distribution over the English-correct examples of each task, by token choice. [G, L, E]"""
+        count = self.pattern_count.clamp(min=1)[:, None, None]
+        return {choice: (total / count).float().cpu() for choice, total in self.pattern_sum.items()}
+
+    def _routing(self, examples: Sequence[Example], choices: Sequence[str]) -> "SequenceRouting":  # noqa: F821
+        from ramoe_megatron.mcore.routing import sequence_routing
+
+        return sequence_routing(self.model, [encode(e, self.model.tokenizer) for e in examples], choices)
+
+
+def _parts(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    return (examples[start : start + PART] for start in range(0, len(examples), PART))
+
+
+if __name__ == "__main__":
+    run_job(main)
