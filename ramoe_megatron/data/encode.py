@@ -38,7 +38,7 @@ def encode(example: Example, tokenizer: Tokenizer) -> Encoded:
     """
     prompt = encode_prompt(example, tokenizer)
     if example.messages is None:
-        response = list(tokenizer.tokenize(example.response))
+        response = _tokenize(example.response, tokenizer)
     else:
         response = _chat_response(example, tokenizer, prompt)
     return Encoded([*prompt, *response, tokenizer.eod], len(prompt))
@@ -47,8 +47,8 @@ def encode(example: Example, tokenizer: Tokenizer) -> Encoded:
 def encode_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
     """Ids of the prompt alone, as `encode` writes them: what generation starts from."""
     if example.messages is None:
-        return list(tokenizer.tokenize(example.prompt)) if example.prompt else []
-    return list(tokenizer.tokenize(_render(example, tokenizer, len(example.messages) - 1)))
+        return _tokenize(example.prompt, tokenizer, start=True) if example.prompt else []
+    return _tokenize(_render(example, tokenizer, len(example.messages) - 1), tokenizer)
 
 
 def encode_choices(example: Example, tokenizer: Tokenizer) -> list[Encoded]:
@@ -74,6 +74,18 @@ def _with_response(example: Example, response: str) -> Example:
     return replace(example, response=response, messages=(*example.messages[:-1], last))
 
 
+def _tokenize(text: str, tokenizer: Tokenizer, start: bool = False) -> list[int]:
+    """Ids of the text alone; with `start` also what the tokenizer puts before any text, such as a BOS token.
+
+    Hugging Face tokenizers wrap every text in such tokens. Before a response, after a prompt or around a rendered chat
+    template, which writes its own, they would be wrong.
+    """
+    wrap, letter = list(tokenizer.tokenize("")), list(tokenizer.tokenize("a"))
+    before = next((i for i, (one, other) in enumerate(zip(wrap, letter, strict=False)) if one != other), len(wrap))
+    ids = list(tokenizer.tokenize(text))
+    return ids[0 if start else before : len(ids) - (len(wrap) - before)]
+
+
 def _chat_response(example: Example, tokenizer: Tokenizer, prompt: list[int]) -> list[int]:
     assert example.messages is not None
     start = _render(example, tokenizer, len(example.messages) - 1)
@@ -84,9 +96,9 @@ def _chat_response(example: Example, tokenizer: Tokenizer, prompt: list[int]) ->
             "last message differently once that message follows, so the response cannot be told from the prompt. "
             "Give `prompt` and `response` instead of `messages`, or another template."
         )
-    ids = list(tokenizer.tokenize(whole))
+    ids = _tokenize(whole, tokenizer)
     # a token that straddles the border is split there: generation starts from the prompt's own ids
-    response = ids[len(prompt) :] if ids[: len(prompt)] == prompt else list(tokenizer.tokenize(whole[len(start) :]))
+    response = ids[len(prompt) :] if ids[: len(prompt)] == prompt else _tokenize(whole[len(start) :], tokenizer)
     # drop what a template writes after the end of the turn, such as a line break
     return response[: response.index(tokenizer.eod)] if tokenizer.eod in response else response
 

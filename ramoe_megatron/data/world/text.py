@@ -1,5 +1,6 @@
 """The rest of the embedded world: code-name pairs and ordered lists in every language, from the CLDR data in Babel."""
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -30,10 +31,9 @@ def name_rows(language: str) -> Iterator[dict[str, Any]]:
     Names that stand for more than one code are left out.
     """
     endonym = Locale(language).get_display_name()
-    for kind, names in _names(language).items():
-        owners: dict[str, int] = {}
-        for name in names.values():
-            owners[name] = owners.get(name, 0) + 1
+    kinds = _names(language)
+    owners = Counter(name for names in kinds.values() for name in names.values())
+    for kind, names in kinds.items():
         for code, name in names.items():
             if owners[name] == 1:
                 yield _row(f"{kind}-{code}#name", language, "names", f"{code} {endonym}:", name)

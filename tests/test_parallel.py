@@ -1,0 +1,204 @@
+"""Reading parallel rows: what is read is what was written, and every fault is told with its place."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_rows import row, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ramoe_megatron.data import sources
+from ramoe_megatron.data.parallel import Example, load_examples, pair_with_anchor, write_rows
+from ramoe_megatron.errors import RamoeError
+
+MESSAGES = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "no"},
+]
+
+
+def load(tmp_path: Path, *rows: dict[str, Any], **options: Any) -> list[Example]:
+    return load_examples([write_jsonl(tmp_path / "rows.jsonl", list(rows))], **options)
+
+
+# "\u2028" and "\x85" are line breaks to str.splitlines but not to JSON lines
+@given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5))
+def test_written_rows_are_read_back(tmp_path_factory: pytest.TempPathFactory, prompts: list[str]) -> None:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text(write_rows(row(f"q{i}", prompt=p) for i, p in enumerate(prompts)), encoding="utf-8", newline="")
+    assert [e.prompt for e in load_examples([str(path)])] == prompts
+
+
+def test_optional_fields_and_defaults(tmp_path: Path) -> None:
+    plain, choice, chat = load(
+        tmp_path,
+        row("1", answer=None),
+        row(2, choices=["EUR", "USD"]),  # type: ignore[arg-type]
+        row("3", prompt=None, response=None, answer=None, messages=MESSAGES),
+    )
+    assert (plain.answer, plain.choices, plain.messages) == ("EUR", None, None)
+    assert (choice.id, choice.choices) == ("2", ("EUR", "USD"))
+    assert (chat.prompt, chat.response, chat.answer) == ("one?\nyes\ntwo?", "no", "no")
+    assert chat.messages == tuple(MESSAGES)
+
+
+def test_folder_is_its_files_in_sorted_order(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "b.jsonl", [row("2")])
+    write_jsonl(tmp_path / "a.jsonl", [row("1")])
+    (tmp_path / "notes.txt").write_text("not data")
+    assert [e.id for e in load_examples([str(tmp_path)])] == ["1", "2"]
+
+
+def test_columns_are_mapped(tmp_path: Path) -> None:
+    rows = [{"key": 7, "lang": "fi", **row(id=None, language=None)}]  # type: ignore[arg-type]
+    (found,) = load(tmp_path, *rows, columns={"id": "key", "language": "lang"})
+    assert (found.id, found.language) == ("7", "fi")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_other_files_say_the_same_as_jsonl(tmp_path: Path, suffix: str) -> None:
+    import datasets
+
+    rows = [row("1"), row("2", "fi", prompt='a "quoted", text')]
+    table = datasets.Dataset.from_list(rows)
+    path = str(tmp_path / f"rows.{suffix}")
+    table.to_parquet(path) if suffix == "parquet" else table.to_csv(path)
+    assert load_examples([path]) == load(tmp_path, *rows)
+
+
+def test_split_and_languages_select(tmp_path: Path) -> None:
+    rows = [row("1"), row("1", "fi"), row("2", split="test"), row("2", "fi", split="test"), row("3", split="dev")]
+    assert [e.id for e in load(tmp_path, *rows, split="test", languages=["fi"])] == ["2"]
+    assert [e.id for e in load(tmp_path, *rows, split="train,test", languages=["en"])] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "2", "language" "fi"}', "line 3, column 24: malformed JSON"),
+        ('{"id": "2"', "line 3, column 11: malformed JSON"),
+        ('["id"]', "line 3, column 1: found list, expected one JSON object"),
+        (b'{"id": "\xff"}', "line 3, byte 9: not UTF-8"),
+    ],
+)
+def test_malformed_json_is_told_by_file_line_and_column(tmp_path: Path, line: str | bytes, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    bad = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(json.dumps(row()).encode() + b"\n\n" + bad + b"\n")
+    with pytest.raises(RamoeError, match=f"rows.jsonl, {message}"):
+        load_examples([str(path)])
+
+
+@pytest.mark.parametrize("name", ["id", "language", "task", "prompt", "response", "split"])
+def test_missing_field_is_named(tmp_path: Path, name: str) -> None:
+    rows = [row("1"), {key: value for key, value in row("2").items() if key != name}]
+    with pytest.raises(RamoeError, match=f"rows.jsonl, line 2: missing field '{name}'. Fields found: "):
+        load(tmp_path, *rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"response": 3}, "field 'response' is 3, expected a string"),
+        ({"response": ""}, "field 'response' is '', expected a string that is not empty"),
+        ({"language": ["en"]}, "field 'language' is"),
+        ({"choices": ["USD", "GBP"]}, "answer 'EUR' is none of the choices"),
+        ({"choices": "EUR"}, "field 'choices' is 'EUR', expected a list"),
+        ({"messages": MESSAGES[:3]}, "last has role 'assistant'"),
+        ({"messages": [{"role": "user"}]}, "field 'messages' must be"),
+    ],
+)
+def test_bad_values_are_told_with_their_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RamoeError, match=f"line 2: .*{message}"):
+        load(tmp_path, row("1"), row("2", **changes))
+
+
+def test_second_row_of_an_id_and_language_names_both_places(tmp_path: Path) -> None:
+    with pytest.raises(RamoeError, match=r"line 3: second row with id 'q1' and language 'fi'; .*line 2"):
+        load(tmp_path, row(), row(language="fi"), row(language="fi"))
+
+
+def test_one_id_in_two_tasks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RamoeError, match=r"line 2: id 'q1' has task 'month', but task 'currency' at .*line 1"):
+        load(tmp_path, row(), row(language="fi", task="month"))
+
+
+def test_unknown_language_and_empty_split_list_what_there_is(tmp_path: Path) -> None:
+    rows = [row("1"), row("1", "fi"), row("2", split="test")]
+    with pytest.raises(RamoeError, match=r"unknown language 'sw'.*Found: en \(2 rows\), fi \(1 rows\)"):
+        load(tmp_path, *rows, languages=["en", "sw"])
+    with pytest.raises(RamoeError, match=r"empty split 'test'.*Splits found: train \(1 rows\)"):
+        load(tmp_path, *rows, languages=["fi"], split="test")
+    with pytest.raises(RamoeError, match="no rows in"):
+        load(tmp_path)
+
+
+def test_bad_sources_and_mappings(tmp_path: Path) -> None:
+    with pytest.raises(RamoeError, match=r"none\.jsonl: no such file or folder"):
+        load_examples([str(tmp_path / "none.jsonl")])
+    with pytest.raises(RamoeError, match="folder holds no data file"):
+        load_examples([str(tmp_path)])
+    (tmp_path / "rows.txt").write_text("x")
+    with pytest.raises(RamoeError, match=r"cannot read '\.txt' files"):
+        load_examples([str(tmp_path / "rows.txt")])
+    (tmp_path / "bad.parquet").write_text("x")
+    with pytest.raises(RamoeError, match=r"bad\.parquet: not readable as parquet"):
+        load_examples([str(tmp_path / "bad.parquet")])
+    with pytest.raises(RamoeError, match="'lang' is no field"):
+        load(tmp_path, row(), columns={"lang": "language"})
+    with pytest.raises(RamoeError, match=r"missing field 'key' \(for field 'id'\)"):
+        load(tmp_path, row(), columns={"id": "key"})
+    with pytest.raises(RamoeError, match="no data"):
+        load_examples([])
+
+
+def test_pairs_join_each_target_with_its_anchor(tmp_path: Path) -> None:
+    found = load(tmp_path, row("1", "fi"), row("2"), row("1"), row("2", "sw"), row("2", "fi"))
+    pairs = pair_with_anchor(found, "en")
+    assert [(a.id, a.language, t.id, t.language) for a, t in pairs] == [
+        ("1", "en", "1", "fi"),
+        ("2", "en", "2", "sw"),
+        ("2", "en", "2", "fi"),
+    ]
+
+
+def test_ids_without_anchor_are_counted_and_the_first_five_named(tmp_path: Path) -> None:
+    found = load(tmp_path, row("a"), *(row(f"x{i}", lang) for i in range(7) for lang in ("fi", "sw")), row("a", "fi"))
+    with pytest.raises(RamoeError, match=r"7 of 8 ids have no row .*'en': x0, x1, x2, x3, x4, \.\.\."):
+        pair_with_anchor(found, "en")
+    with pytest.raises(RamoeError, match=r"no row is in the anchor language 'de'\. Languages found: en, fi, sw"):
+        pair_with_anchor(found, "de")
+
+
+def test_hub_rows_keep_their_split(tmp_path: Path) -> None:
+    """A folder stands in for the hub: `datasets` gives both the same way, as named splits."""
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", [row(split, split=None)])
+    rows = dict(sources._read_hub(str(tmp_path)))
+    assert {place.removeprefix(f"{tmp_path}, ") for place in rows} == {"split train, row 1", "split test, row 1"}
+    assert sorted(r["split"] for r in rows.values()) == ["test", "train"]
+
+
+def test_hub_name_out_of_reach_is_told() -> None:
+    code = "from ramoe_megatron.data.parallel import load_examples; load_examples(['no-such-owner/no-such-data'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+    )
+    assert "RamoeError: no-such-owner/no-such-data: no such file or folder, and as a hub name it failed" in run.stderr
+
+
+def test_datasets_is_not_imported_for_jsonl(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [row()])
+    code = (
+        "import sys; from ramoe_megatron.data.parallel import load_examples; "
+        f"load_examples([{path!r}]); print('datasets' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
