@@ -19,7 +19,7 @@ from ramoe_megatron.report.style import (
     unique,
     whole_layers,
 )
-from ramoe_megatron.report.tables import label
+from ramoe_megatron.report.tables import correlation_text, label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +71,7 @@ def mass_layers(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None":
                 name = f"targets, {plain(label(method))}"
                 axis.plot(range(len(curve)), curve, color=colour, marker=marker, ms=4, label=name)
         whole_layers(axis)
-        axis.set_ylabel("routing mass on task experts")
+        axis.set_ylabel("routing mass")
         axis.set_ylim(bottom=0)
         axis.set_title(plain(task))
         axis.grid(axis="y", alpha=0.3)
@@ -97,6 +97,7 @@ def mass_languages(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None
         )
     language_axis(axis, languages)
     axis.set_ylabel("routing mass on task experts,\nmean over zone and tasks")
+    axis.margins(y=0.08)
     axis.set_ylim(bottom=0)
     axis.grid(axis="y", alpha=0.3)
     legend_below(figure, [axis])
@@ -116,7 +117,7 @@ def ci_gain(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None":
     found = {(c["method"], c["over"]): c for c in results["ci_gain"]["correlations"]}
     shown = []
     for method in methods:
-        title = f"{label(method)}: {correlation_text(found.get((method, 'base'), {}))}"
+        title = f"{label(method)}\n{correlation_text(found.get((method, 'base'), {}))}"
         shown.append((title, [point for point in points if point["method"] == method]))
     return _scatter(shown, "gain", "ci_share", "ci share, %", "gain over base, points")
 
@@ -157,10 +158,3 @@ def _scatter(shown: "list[tuple[str, list[dict[str, Any]]]]", y: str, x: str, x_
         axis.grid(alpha=0.3)
     legend_below(figure, axes)
     return figure
-
-
-def correlation_text(found: Mapping[str, Any]) -> str:
-    """`r = 0.70 [0.34, 0.88], n = 18`, or that r is undefined."""
-    if found.get("r") is None:
-        return "r undefined"
-    return f"r = {found['r']:.2f} [{found['low']:.2f}, {found['high']:.2f}], n = {found['n']}"

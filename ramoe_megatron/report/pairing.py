@@ -7,25 +7,20 @@
   It speaks of new examples for the seeds at hand; how many seeds agree in sign is given beside it.
 """
 
-import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy import stats
-
-from ramoe_megatron.method.statistics import wilson
+from ramoe_megatron.method.statistics import clustered_difference, wilson
 from ramoe_megatron.report.inputs import Evaluation
-
-Limit = float | None
 
 
 @dataclass(frozen=True)
-class Difference:
+class SeededDifference:
     """A mean paired difference in [-1, 1], its 95 % interval and p; those are None where the data cannot give them."""
 
-    value: float
+    change: float
     low: float | None
     high: float | None
     p: float | None
@@ -33,28 +28,9 @@ class Difference:
     seeds_lower: int
 
 
-def clustered_difference(clusters: Mapping[str, Sequence[float]]) -> tuple[float, Limit, Limit, Limit]:
-    """(mean, low, high, p) of all values, 95 % Student's t interval with the standard error clustered by key.
-
-    Variance of the mean: C/(C-1) * sum_c (sum_{i in c} (d_i - mean))^2 / N^2, with C - 1 degrees of freedom.
-    """
-    count = sum(len(values) for values in clusters.values())
-    mean = math.fsum(value for values in clusters.values() for value in values) / count
-    groups = len(clusters)
-    if groups < 2:
-        return mean, None, None, None
-    squares = math.fsum(math.fsum(value - mean for value in values) ** 2 for values in clusters.values())
-    error = math.sqrt(groups / (groups - 1) * squares) / count
-    if error == 0.0:
-        # All differences alike: none at all is what it is, any other constant leaves no spread to judge by.
-        return (0.0, 0.0, 0.0, 1.0) if mean == 0.0 else (mean, None, None, None)
-    half = float(stats.t.ppf(0.975, groups - 1)) * error
-    return mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, groups - 1))
-
-
 def paired_change(
     method: Sequence[Evaluation], reference: Sequence[Evaluation], languages: Collection[str]
-) -> Difference | None:
+) -> SeededDifference | None:
     """`method` minus `reference` over the (seed, example) that both answered; None when they share nothing.
 
     The base model has no seeds: it is paired with every seed of `method`.
@@ -78,7 +54,9 @@ def paired_change(
         signs.append(total)
     if not clusters:
         return None
-    return Difference(*clustered_difference(clusters), sum(s > 0 for s in signs), sum(s < 0 for s in signs))
+    found = clustered_difference(clusters)
+    higher, lower = sum(sign > 0 for sign in signs), sum(sign < 0 for sign in signs)
+    return SeededDifference(found.change, found.low, found.high, found.p, higher, lower)
 
 
 def pooled(

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CATEGORIES = {
-    "cc": ("both right", "#0072B2", ""),
+    "cc": ("both right (cc)", "#0072B2", ""),
     "ci": ("English right, target wrong (ci)", "#E69F00", "//"),
-    "ic": ("target right, English wrong", "#56B4E9", ".."),
-    "ii": ("both wrong", "#BBBBBB", ""),
+    "ic": ("target right, English wrong (ic)", "#56B4E9", ".."),
+    "ii": ("both wrong (ii)", "#BBBBBB", ""),
 }
 
 

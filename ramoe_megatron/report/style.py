@@ -36,18 +36,20 @@ def pyplot() -> Iterator[None]:
     plt.close("all")
 
 
-def panels(count: int, width: float, height: float, columns: int = 2, **options: Any) -> "tuple[Figure, list[Axes]]":
-    """A grid of `count` panels, the spare ones hidden."""
+def panels(count: int, width: float, height: float, **options: Any) -> "tuple[Figure, list[Axes]]":
+    """A grid of `count` panels of that size in inches, two in a row (three when there are three)."""
     import matplotlib.pyplot as plt
 
-    columns = min(columns, count)
+    columns = 3 if count == 3 else min(2, count)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained", **options
-    )
+    size = (min(width * columns, 10.5), height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+    figure.get_layout_engine().set(h_pad=0.09, hspace=0.04)  # type: ignore[union-attr]
     flat = list(axes.flat)
     for spare in flat[count:]:
         spare.set_visible(False)
+    for axis in flat[:count]:
+        axis.tick_params(labelbottom=True, labelleft=True)  # panels that share an axis are read on their own as well
     return figure, flat[:count]
 
 

@@ -1,5 +1,6 @@
 """results.json: accuracies with intervals, paired differences, English retention, and ci share against gain."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ def build(run: RunInputs) -> dict[str, Any]:
         "by_language": by_language,
         "by_pair": by_pair,
         "summary": _summary(by_method, anchor),
+        "comparisons": _comparisons(by_method, anchor),
         "mass": [{"method": e.method, "seed": e.seed, **row} for e in run.evaluations for row in e.mass],
         "ci_gain": _ci_gain(by_pair, run),
     }
@@ -80,18 +82,29 @@ def _summary(by_method: Mapping[str, list[Evaluation]], anchor: str) -> list[dic
                     "method": method,
                     "group": group,
                     **counts,
-                    "change_vs_sft": sft and sft.value,
+                    "change_vs_sft": sft and sft.change,
                     "change_low": sft and sft.low,
                     "change_high": sft and sft.high,
                     "p": sft and sft.p,
                     "seeds_higher": sft and sft.seeds_higher,
                     "seeds_lower": sft and sft.seeds_lower,
-                    "change_vs_base": base and base.value,
+                    "change_vs_base": base and base.change,
                     "change_vs_base_low": base and base.low,
                     "change_vs_base_high": base and base.high,
                 }
             )
     return summary
+
+
+def _comparisons(by_method: Mapping[str, list[Evaluation]], anchor: str) -> list[dict[str, Any]]:
+    """The first method that is not SFT against every later one (its controls), on the target languages."""
+    first, *others = [method for method in by_method if method not in ("base", "sft")] or [""]
+    rows = []
+    for other in others:
+        languages = {row["language"] for evaluation in by_method[first] for row in evaluation.rows} - {anchor}
+        if change := paired_change(by_method[first], by_method[other], languages):
+            rows.append({"method": first, "reference": other, **dataclasses.asdict(change)})
+    return rows
 
 
 def ci_shares(run: RunInputs) -> dict[tuple[str, str], float]:
@@ -142,15 +155,27 @@ def label(method: str) -> str:
     return LABELS.get(method, method)
 
 
+def number(value: float, form: str) -> str:
+    """Formatted, with a true minus sign: a hyphen could end a line."""
+    return f"{value:{form}}".replace("-", "−")
+
+
 def interval(row: Mapping[str, Any], value: str, low: str, high: str, signed: bool = False) -> str:
     """`46.2 [43.1, 49.3]`, in per cent or percentage points; a dash where there is no value."""
     if row.get(value) is None:
         return NONE
-    sign = "+" if signed else ""
-    text = f"{100 * row[value]:{sign}.1f}"
+    form = "+.1f" if signed else ".1f"
     if row.get(low) is None or row.get(high) is None:
-        return text
-    return f"{text} [{100 * row[low]:{sign}.1f}, {100 * row[high]:{sign}.1f}]"
+        return number(100 * row[value], form)
+    return f"{number(100 * row[value], form)} [{number(100 * row[low], form)}, {number(100 * row[high], form)}]"
+
+
+def correlation_text(found: Mapping[str, Any]) -> str:
+    """`r = 0.70 [0.34, 0.88], n = 18`, or that r is undefined."""
+    if found.get("r") is None:
+        return "r undefined"
+    r, low, high = (number(found[name], ".2f") for name in ("r", "low", "high"))
+    return f"r = {r} [{low}, {high}], n = {found['n']}"
 
 
 def summary_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -178,10 +203,10 @@ def summary_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
 
 COLUMNS = {
     "method": "method",
-    "target": "target languages, % right",
+    "target": "target languages, %\N{NO-BREAK SPACE}right",
     "change": "change against SFT, points",
     "seeds": "seeds against SFT",
-    "english": "English, % right",
+    "english": "English, %\N{NO-BREAK SPACE}right",
     "retention": "English, change from base, points",
 }
 

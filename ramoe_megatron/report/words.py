@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ramoe_megatron.report.inputs import RunInputs
-from ramoe_megatron.report.outcome_plots import correlation_text
-from ramoe_megatron.report.tables import interval, label
+from ramoe_megatron.report.tables import correlation_text, interval, label
 
 TITLES = {
     "accuracy": "Accuracy by language and method",
@@ -99,6 +98,11 @@ def summary(run: RunInputs, results: Mapping[str, Any]) -> list[str]:
     for method in [m for m in results["methods"] if m not in ("base", "sft")]:
         if (row := rows.get((method, "target"))) is not None:
             sentences.append(_against_sft(method, row, rows.get(("sft", "target"))))
+    for row in results["comparisons"]:
+        change = interval(row, "change", "low", "high", signed=True)
+        told = f"{label(row['method'])} against {label(row['reference'])}: {change} points"
+        unclear = row["low"] is None or row["low"] <= 0 <= row["high"]
+        sentences.append(f"{told}; {'this run does not tell them apart' if unclear else 'the interval excludes zero'}.")
     if (sft := rows.get(("sft", "target"))) is not None and sft["change_vs_base"] is not None:
         change = interval(sft, "change_vs_base", "change_vs_base_low", "change_vs_base_high", signed=True)
         sentences.append(f"Fine-tuning without alignment (SFT) changed target accuracy by {change} points from base.")
@@ -140,8 +144,7 @@ def _against_sft(method: str, row: Mapping[str, Any], sft: Mapping[str, Any] | N
     told = f"{own}, SFT {interval(sft, 'accuracy', 'low', 'high')} %: a paired difference of {change} points"
     if row["p"] is not None:
         told += f" (p {'< 0.001' if row['p'] < 0.001 else f'= {row["p"]:.3f}'})"
-    seeds = f"{row['seeds_higher']} of {row['seeds_higher'] + row['seeds_lower']}" if row["seeds"] > 1 else ""
-    told += f", higher in {seeds} seeds that differ. " if seeds else ", from one seed. "
+    told += f", higher in {row['seeds_higher']} of {_count(row['seeds'], 'seed')}. "
     if row["change_low"] is None or row["change_high"] is None:
         return told + "There is too little data for an interval."
     if row["change_low"] <= 0 <= row["change_high"]:
@@ -157,9 +160,7 @@ def caption(name: str, run: RunInputs, results: Mapping[str, Any], split: str) -
         rule = " = ".join(
             str(run.experts.rule.get(key, "")) for key in ("name", *(k for k in run.experts.rule if k != "name"))
         )
-        megatron = [int(number) for number in run.experts.layer_number]
-        pairs = ", ".join(f"{place} is {number}" for place, number in enumerate(megatron))
-        numbers = f"MoE layers count from 0 among the MoE layers; in Megatron's layer_number: {pairs}."
+        numbers = _layer_numbers([int(number) for number in run.experts.layer_number])
         zone = f"No alignment zone: {run.experts.zone.reason}."
     if run.zone is not None:
         first, last = run.zone.first, run.zone.last
@@ -176,22 +177,24 @@ def caption(name: str, run: RunInputs, results: Mapping[str, Any], split: str) -
     )
 
 
+def _layer_numbers(numbers: list[int]) -> str:
+    first = numbers[0]
+    if numbers == list(range(first, first + len(numbers))):
+        told = f"MoE layer 0 is {first}, and so on upward"
+    else:
+        told = ", ".join(f"{place} is {number}" for place, number in enumerate(numbers))
+    return f"Layers are counted from 0 among the MoE layers; as Megatron's layer_number: {told}."
+
+
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def verdict(found: Mapping[str, Any]) -> list[str]:
-    """predict.json's verdict in sentences: its texts as they are, its numbers with their names."""
-    lines = []
-    for key, value in found.items():
-        name = key.replace("_", " ").capitalize()
-        if isinstance(value, Mapping):
-            told = ", ".join(f"{inner.replace('_', ' ')} {_number(item)}" for inner, item in value.items())
-            lines.append(f"{name}: {told}.")
-        else:
-            lines.append(f"{name}: {_number(value)}")
-    return lines
-
-
-def _number(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """predict.json's verdict as sentences: its word and reading first, then by task, then what ci share adds."""
+    if not found:
+        return []
+    lines = [f"{str(found['word']).capitalize()}. {found['reading']}"]
+    if found.get("tasks"):
+        lines.append("By task: " + ", ".join(f"{task} {word}" for task, word in found["tasks"].items()) + ".")
+    return lines + [str(found[key]) for key in ("pairs", "ci_share", "paper") if key in found]
