@@ -7,7 +7,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.statistics import paired_difference, paired_proportions, pearson, wilson
+from ramoe_megatron.method.statistics import (
+    clustered_difference,
+    paired_difference,
+    paired_proportions,
+    pearson,
+    wilson,
+)
 
 Z = 1.959963984540054
 values = st.lists(st.integers(-50, 50).map(float), min_size=3, max_size=20)
@@ -92,9 +98,25 @@ def test_too_little_to_judge_gives_no_interval_and_equality_gives_zero() -> None
     assert paired_difference([1.0, 2.0], [0.0, 1.0]).p is None
     same = paired_difference([0.1, 0.2], [0.1, 0.2])
     assert (same.change, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+    assert clustered_difference({"a": [0.5, 0.7]}).low is None
     for refused in (paired_difference, paired_proportions):
         with pytest.raises(RamoeError, match="found no pairs"):
             refused([], [])
+    with pytest.raises(RamoeError, match="found no pairs"):
+        clustered_difference({"a": []})
+
+
+@given(values, st.data())
+def test_clusters_of_one_are_plain_pairs_and_copies_add_no_certainty(x: list[float], data: st.DataObject) -> None:
+    y = data.draw(st.lists(st.integers(-50, 50).map(float), min_size=len(x), max_size=len(x)))
+    plain = paired_difference(x, y)
+    single = clustered_difference({str(i): [a - b] for i, (a, b) in enumerate(zip(x, y, strict=True))})
+    tripled = clustered_difference({str(i): [a - b] * 3 for i, (a, b) in enumerate(zip(x, y, strict=True))})
+    assert tripled.n == 3 * plain.n
+    for found in (single, tripled):
+        for name in ("change", "low", "high", "p"):
+            expected = getattr(plain, name)
+            assert getattr(found, name) == (expected if expected is None else pytest.approx(expected, abs=1e-9))
 
 
 @given(outcomes)

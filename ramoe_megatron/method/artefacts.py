@@ -9,9 +9,9 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import DivergenceRow
@@ -38,9 +38,11 @@ __all__ = [
     "atomic_write",
     "atomic_write_text",
     "digests",
+    "first_line",
     "load_document",
     "package_version",
     "read_divergence",
+    "read_examples",
     "read_json",
     "read_taxonomy",
     "save_document",
@@ -49,7 +51,8 @@ __all__ = [
     "write_taxonomy",
 ]
 
-_TAXONOMY_TYPES = {f.name: f.type for f in fields(TaxonomyRow)}
+_TAXONOMY_TYPES = get_type_hints(TaxonomyRow)
+_EXAMPLE_TYPES = {"id": str, "task": str, "language": str, "correct": bool}
 _DIVERGENCE_COLUMNS = [f.name for f in fields(DivergenceRow)]
 
 
@@ -67,19 +70,61 @@ def read_taxonomy(path: str | os.PathLike[str]) -> list[TaxonomyRow]:
             category at odds with the two outcomes, or repeats an (id, language).
     """
     rows: list[TaxonomyRow] = []
-    seen: dict[tuple[str, str], int] = {}
-    for number, line in _lines(path):
-        row = _taxonomy_row(f"{path}:{number}", line)
-        first = seen.setdefault((row.id, row.language), number)
-        if first != number:
+    again = "score the examples again (ramoe taxonomy)"
+    for where, found in _records(path, _TAXONOMY_TYPES, again):
+        row = TaxonomyRow(**{key: found[key] for key in _TAXONOMY_TYPES})
+        if found.get("category") != row.category:
             raise RamoeError(
-                f"{path}:{number}: id {row.id!r} in {row.language!r} stands on line {first} already; score the "
-                f"examples again"
+                f"{where}: key 'category': found {found.get('category')!r}, expected {row.category!r} by the two "
+                f"outcomes; {again}"
             )
         rows.append(row)
-    if not rows:
-        raise RamoeError(f"{path}: no rows, expected one a line; score the examples again (ramoe taxonomy)")
     return rows
+
+
+def read_examples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read ``evaluations/NAME.jsonl``: rows with id, task, language (str) and correct (bool).
+
+    Raises:
+        RamoeError: ``file:line: what``, as `read_taxonomy`.
+    """
+    return [found for _, found in _records(path, _EXAMPLE_TYPES, "evaluate again (ramoe evaluate)")]
+
+
+def first_line(path: str | os.PathLike[str]) -> str:
+    """The first line that is not blank, to tell a file's kind by; raises RamoeError when there is none."""
+    for _, line in _lines(path):
+        return line
+    raise RamoeError(f"{path}: no rows, expected one a line; run the stage that writes it again")
+
+
+def _records(
+    path: str | os.PathLike[str], types: Mapping[str, type], again: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) for every line, its keys checked for their types and (id, language) for being unique."""
+    seen: dict[tuple[str, str], int] = {}
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RamoeError(
+                f"{where}: column {error.colno}: {error.msg}, expected one JSON object; {again}"
+            ) from error
+        if not isinstance(found, dict):
+            raise RamoeError(f"{where}: found {type(found).__name__}, expected one JSON object; {again}")
+        for key, kind in types.items():
+            if not isinstance(found.get(key), kind):
+                value = repr(found[key]) if key in found else "nothing"
+                raise RamoeError(f"{where}: key {key!r}: found {value}, expected {kind.__name__}; {again}")
+        first = seen.setdefault((found["id"], found["language"]), number)
+        if first != number:
+            raise RamoeError(
+                f"{where}: id {found['id']!r} in {found['language']!r} stands on line {first} already; {again}"
+            )
+        yield where, found
+    if not seen:
+        raise RamoeError(f"{path}: no rows, expected one a line; {again}")
 
 
 def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
@@ -94,27 +139,6 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
         ) from error
     except UnicodeDecodeError as error:
         raise RamoeError(f"{path}: not UTF-8 text at byte {error.start}; give the right file") from error
-
-
-def _taxonomy_row(where: str, line: str) -> TaxonomyRow:
-    again = "score the examples again (ramoe taxonomy)"
-    try:
-        found: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RamoeError(f"{where}: column {error.colno}: {error.msg}, expected one JSON object; {again}") from error
-    if not isinstance(found, dict):
-        raise RamoeError(f"{where}: found {type(found).__name__}, expected one JSON object; {again}")
-    for key, kind in _TAXONOMY_TYPES.items():
-        if not isinstance(found.get(key), kind):  # type: ignore[arg-type]
-            value = repr(found[key]) if key in found else "nothing"
-            raise RamoeError(f"{where}: key {key!r}: found {value}, expected {kind.__name__}; {again}")  # type: ignore[union-attr]
-    row = TaxonomyRow(**{key: found[key] for key in _TAXONOMY_TYPES})
-    if found.get("category") != row.category:
-        raise RamoeError(
-            f"{where}: key 'category': found {found.get('category')!r}, expected {row.category!r} by the two outcomes; "
-            f"{again}"
-        )
-    return row
 
 
 def write_divergence(path: str | os.PathLike[str], rows: Iterable[DivergenceRow]) -> None:

@@ -132,7 +132,7 @@ def zone_from_curve(curve: Tensor) -> Zone | NoZone:
 
     1. Each inner layer is replaced by the median of itself and its neighbours, so that one odd layer decides nothing.
     2. The bottom is the lowest layer, the rims are the highest values on either side of it.
-    3. It is a U when the lower rim stands above the bottom by at least 20 % of its height (`MIN_DEPTH`). Otherwise the
+    3. It is a U when the lower rim stands above the bottom by more than 20 % of its height (`MIN_DEPTH`). Otherwise the
        curve is flat, falls or rises throughout, or is inverted, and there is no zone.
     4. The zone is the run of layers around the bottom that lie no higher than half-way from bottom to lower rim.
 
@@ -153,7 +153,7 @@ def zone_from_curve(curve: Tensor) -> Zone | NoZone:
     bottom = min(range(len(smooth)), key=smooth.__getitem__)
     left, right = max(smooth[: bottom + 1]), max(smooth[bottom:])
     rim, floor = min(left, right), smooth[bottom]
-    if rim - floor < MIN_DEPTH * rim or rim <= 0:
+    if rim - floor <= MIN_DEPTH * rim:
         return NoZone(_why_not_a_u(smooth, left, right))
     level = floor + (rim - floor) / 2 * (1 + 1e-9)  # so that rounding does not part equal layers
     first = last = bottom
@@ -172,10 +172,10 @@ def zone_from_curve(curve: Tensor) -> Zone | NoZone:
 
 def _why_not_a_u(smooth: list[float], left: float, right: float) -> str:
     low, high = min(smooth), max(smooth)
-    if high <= 0 or high - low < MIN_DEPTH * high:
+    if high - low <= MIN_DEPTH * high:
         return f"the divergence curve is flat: {low:.4f} to {high:.4f} over depth"
     edges = max(smooth[0], smooth[-1])
-    if high - edges >= MIN_DEPTH * high:
+    if high - edges > MIN_DEPTH * high:
         return f"the divergence curve is inverted: {high:.4f} inside, {smooth[0]:.4f} and {smooth[-1]:.4f} at the ends"
     side, what = ("last", "falls towards") if right < left else ("first", "rises from")
     return f"the divergence curve {what} the {side} layer ({smooth[0]:.4f} to {smooth[-1]:.4f}): it has one rim only"

@@ -1,7 +1,7 @@
 """Intervals and tests for the numbers that the artefacts report. All intervals are two-sided, 95 % unless said."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy import stats
@@ -94,6 +94,31 @@ def paired_difference(after: Sequence[float], before: Sequence[float], confidenc
     result = stats.ttest_1samp(differences, 0.0)
     low, high = (float(end) for end in result.confidence_interval(confidence))
     return Difference(change, low, high, float(result.pvalue), n)
+
+
+def clustered_difference(clusters: Mapping[str, Sequence[float]], confidence: float = CONFIDENCE) -> Difference:
+    """Mean of paired differences that come in clusters (one example in several languages or seeds, say).
+
+    Student's t with the standard error clustered by key and one degree of freedom less than there are clusters. With
+    one value a cluster it is `paired_difference`, whose rules for data without spread hold here too.
+
+    Raises:
+        RamoeError: without any difference.
+    """
+    groups = [values for values in clusters.values() if values]
+    n = sum(len(values) for values in groups)
+    if n == 0:
+        raise RamoeError("clustered difference: found no pairs, expected at least one")
+    change = math.fsum(value for values in groups for value in values) / n
+    if len(groups) == 1:
+        return Difference(change, None, None, None, n)
+    squares = math.fsum(math.fsum(value - change for value in values) ** 2 for values in groups)
+    error = math.sqrt(len(groups) / (len(groups) - 1) * squares) / n
+    if error <= 1e-9 * abs(change):
+        return Difference(0.0, 0.0, 0.0, 1.0, n) if change == 0 else Difference(change, None, None, None, n)
+    half = float(stats.t.ppf((1 + confidence) / 2, len(groups) - 1)) * error
+    p = float(2 * stats.t.sf(abs(change) / error, len(groups) - 1))
+    return Difference(change, change - half, change + half, p, n)
 
 
 def paired_proportions(after: Sequence[bool], before: Sequence[bool], confidence: float = CONFIDENCE) -> Difference:

@@ -70,6 +70,12 @@ def open_tensors(path: Path, format_name: str) -> tuple[Any, dict[str, Any]]:
     Raises:
         RamoeError: when the file is missing, cut short, no safetensors, or of another format or version.
     """
+    handle, meta = open_any(path, format_name)
+    return handle, check_document(path, meta, format_name)
+
+
+def open_any(path: Path, expected: str) -> tuple[Any, Any]:
+    """`open_tensors` without the check of format and version; ``expected`` is for the message only."""
     try:
         handle = safe_open(path, framework="pt")
     except FileNotFoundError as error:
@@ -80,14 +86,11 @@ def open_tensors(path: Path, format_name: str) -> tuple[Any, dict[str, Any]]:
         ) from error
     text = (handle.metadata() or {}).get("ramoe")
     if text is None:
-        raise RamoeError(
-            f"{path}: a safetensors file without ramoe metadata, expected {format_name}; give the right file"
-        )
+        raise RamoeError(f"{path}: a safetensors file without ramoe metadata, expected {expected}; give the right file")
     try:
-        meta = json.loads(text)
+        return handle, json.loads(text)
     except json.JSONDecodeError as error:
         raise bad_metadata(path, error) from error
-    return handle, check_document(path, meta, format_name)
 
 
 def bad_metadata(path: Path, error: Exception) -> RamoeError:

@@ -1,0 +1,130 @@
+"""The JSON documents of a run as tables for the console."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ramoe_megatron.method.rendering import data, facts, flat, interval, mass, number, share, table
+from ramoe_megatron.method.taxonomy import CATEGORIES
+
+
+def taxonomy(path: Path, document: Mapping[str, Any]) -> RenderableType:
+    """Counts and ci share by task, language and split."""
+    told = {"anchor": document["anchor"], "checkpoint": document["checkpoint"], "data": data(document["data"])}
+    return Group(
+        facts(path, "ramoe-taxonomy", {**told, "written by": f"ramoe-megatron {document['package_version']}"}),
+        taxonomy_pairs("taxonomy by task, target language and split", document["pairs"]),
+    )
+
+
+def taxonomy_pairs(title: str, pairs: Iterable[Mapping[str, Any]]) -> Table:
+    """The table of `summarise`."""
+    rows = [
+        [
+            p["task"],
+            p["language"],
+            p["split"],
+            p["n"],
+            *(p[c] for c in CATEGORIES),
+            interval(p, "ci_share", "ci_low", "ci_high"),
+        ]
+        for p in pairs
+    ]
+    heads = ("task", "language", "split", "n", *CATEGORIES, "ci share, %")
+    return table(title, heads, rows, left=("task", "language", "split"))
+
+
+def evaluation(path: Path, document: Mapping[str, Any]) -> RenderableType:
+    """Accuracy and routing mass of one checkpoint."""
+    told = {key: document[key] for key in ("method", "seed", "checkpoint", "split", "examples")}
+    rows = [[r["task"], r["language"], r["n"], share(r["correct"], r["n"])] for r in document["rows"]]
+    return Group(
+        facts(path, "ramoe-evaluation", {**told, "data": data(document["data"])}),
+        table("accuracy", ("task", "language", "n", "correct, %"), rows, left=("task", "language")),
+        *mass(document["mass"], ("task", "language")),
+    )
+
+
+def prediction(path: Path, document: Mapping[str, Any]) -> RenderableType:
+    """The go/no-go table, its verdict and its limits."""
+    heads = (
+        "task",
+        "language",
+        "n",
+        "ci share, %",
+        "divergence",
+        "target, %",
+        "with English routing, %",
+        "change, points",
+    )
+    rows = [
+        [
+            r["task"],
+            r["language"],
+            r["n"],
+            interval(r, "ci_share", "ci_low", "ci_high"),
+            "-" if r["divergence"] is None else f"{r['divergence']:.3f}",
+            interval(r, "target_accuracy"),
+            interval(r, "transplant_accuracy"),
+            interval(r, "transplant_change", "transplant_low", "transplant_high", sign="+"),
+        ]
+        for r in document["rows"]
+    ]
+    verdict = {key: flat(v) if isinstance(v, Mapping) else v for key, v in document["verdict"].items()}
+    return Group(
+        table(f"{path}: before training, 95 % intervals", heads, rows, left=("task", "language")),
+        facts("verdict", "our reading", verdict),
+        facts("limits", "what this cannot tell", {str(n): text for n, text in enumerate(document["limits"], 1)}),
+    )
+
+
+def results(path: Path, document: Mapping[str, Any]) -> RenderableType:
+    """Methods against each other."""
+    told = {"recipe": document["recipe"], "anchor": document["anchor"]}
+    told |= {key: ", ".join(map(str, document[key])) for key in ("methods", "seeds")}
+    summary = [
+        [
+            r["method"],
+            r["group"],
+            interval(r, "accuracy", "low", "high"),
+            interval(r, "change_vs_sft", "change_low", "change_high", sign="+"),
+            number(r.get("p")),
+        ]
+        for r in document["summary"]
+    ]
+    rows = [
+        [
+            r["method"],
+            "-" if r["seed"] is None else r["seed"],
+            r["task"],
+            r["language"],
+            r["n"],
+            interval(r, "accuracy", "low", "high"),
+        ]
+        for r in document["rows"]
+    ]
+    gain = document["ci_gain"]
+    relation = (
+        f"ci share against gain: r = {number(gain.get('r'))} ({number(gain.get('low'))} to {number(gain.get('high'))})"
+    )
+    return Group(
+        facts(path, "ramoe-results", told),
+        table(
+            "summary",
+            ("method", "group", "accuracy, %", "change vs SFT, points", "p"),
+            summary,
+            left=("method", "group"),
+        ),
+        Text(f"{relation}, {len(gain['points'])} points"),
+        table(
+            "accuracy by seed",
+            ("method", "seed", "task", "language", "n", "accuracy, %"),
+            rows,
+            left=("method", "task", "language"),
+        ),
+        *mass(document["mass"], ("method", "seed", "task", "language")),
+    )
