@@ -51,7 +51,8 @@ def relevant(flags: Mapping[str, FlagValue]) -> dict[str, FlagValue]:
     """The flags that bear on a result.
 
     Left out: flags that render to nothing; logging, saving and time limits; and the parallel layout. By the law that
-    the alignment loss keeps, results do not depend on the layout (up to rounding): what was run on one stands on another.
+    the alignment loss keeps, results do not depend on the layout (up to rounding): what was run on one stands on
+    another.
     """
     left_out = LAYOUT | INCIDENTAL
     return {
