@@ -148,6 +148,8 @@ def _scatter(shown: "list[tuple[str, list[dict[str, Any]]]]", y: str, x: str, x_
             colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
             across, up = [100 * p[x] for p in own], [100 * p[y] for p in own]
             axis.scatter(across, up, label=plain(task), color=colour, marker=marker, s=22)
+            if len(points) > 30:  # names would cover each other
+                continue
             for point, at in zip(own, zip(across, up, strict=True), strict=True):
                 text: dict[str, Any] = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": 7}
                 axis.annotate(plain(point["language"]), at, **text)

@@ -101,7 +101,7 @@ def offset(place: int, count: int) -> float:
 
 def language_axis(axis: "Axes", languages: Sequence[str]) -> None:
     names = [plain(name) for name in languages]
-    axis.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 0)
+    axis.set_xticks(range(len(names)), names, rotation=90 if sum(map(len, names)) > 50 else 0)
     axis.set_xlim(-0.6, len(names) - 0.4)
 
 
