@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ramoe_megatron.method.files import save_document
@@ -179,7 +181,7 @@ def correlation_text(found: Mapping[str, Any]) -> str:
 
 
 def summary_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """One row of display strings a method, for the console and the page alike."""
+    """One row of display strings a method, for the page; keys as in `COLUMNS`."""
     groups = {(row["method"], row["group"]): row for row in results["summary"]}
     shown = []
     for method in results["methods"]:
@@ -212,11 +214,27 @@ COLUMNS = {
 
 
 def summary_table(results: Mapping[str, Any]) -> Table:
-    """The table that `ramoe run` ends with."""
+    """The table that `ramoe run` ends with; it fits eighty columns, so methods go by their names in the recipe."""
     seeds = ", ".join(map(str, results["seeds"])) or "none"
-    table = Table(title=f"{results['recipe']}: accuracy with 95 % intervals, seeds {seeds}")
-    for key, heading in COLUMNS.items():
-        table.add_column(heading, justify="left" if key == "method" else "right")
-    for row in summary_rows(results):
-        table.add_row(*(row[key] for key in COLUMNS))
+    caption = "[95 % interval]; seeds: with more right answers than SFT's; English: (change from base, points)"
+    table = Table(
+        title=f"{escape(results['recipe'])}: right answers, seeds {seeds}",
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for heading in ("method", "target, %", "against SFT, points", "seeds", "English, %"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    groups = {(row["method"], row["group"]): row for row in results["summary"]}
+    for method in results["methods"]:
+        target, english = groups.get((method, "target"), {}), groups.get((method, "english"), {})
+        change = {} if method == "sft" else target
+        kept = interval({} if method == "base" else english, "change_vs_base", "", "", signed=True)
+        table.add_row(
+            escape(method),
+            escape(interval(target, "accuracy", "low", "high")),
+            escape(interval(change, "change_vs_sft", "change_low", "change_high", signed=True)),
+            NONE if change.get("change_vs_sft") is None else f"{change['seeds_higher']} of {change['seeds']}",
+            interval(english, "accuracy", "", "") + ("" if kept == NONE else f" ({kept})"),
+        )
     return table
