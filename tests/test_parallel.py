@@ -50,10 +50,10 @@ def test_optional_fields_and_defaults(tmp_path: Path) -> None:
 
 
 def test_folder_is_its_files_in_sorted_order(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "b.jsonl", [row("2")])
-    write_jsonl(tmp_path / "a.jsonl", [row("1")])
+    for name in "caebd":  # neither the order of making nor its reverse is the sorted one
+        write_jsonl(tmp_path / f"{name}.jsonl", [row(name)])
     (tmp_path / "notes.txt").write_text("not data")
-    assert [e.id for e in load_examples([str(tmp_path)])] == ["1", "2"]
+    assert [e.id for e in load_examples([str(tmp_path)])] == list("abcde")
 
 
 def test_columns_are_mapped(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole: Iterable[str] 
             eos_id=EOD_ID,
             pad_id=3,
             user_defined_symbols=list(apart),
-            num_threads=1,  # more threads sum in no fixed order
+            num_threads=1,  # the order of the work is then the same everywhere
             max_sentence_length=1 << 16,
             minloglevel=2,
         )
