@@ -140,9 +140,16 @@ def test_a_ramoe_error_is_what_is_told_of_a_failure() -> None:
 
 
 def test_without_one_it_is_the_exceptions_or_else_the_last_lines() -> None:
-    noise = ["E1122 torch/distributed/elastic/multiprocessing/api.py] failed", "=" * 40, "  exitcode  : 1 (pid: 3)"]
+    noise = [
+        "E1122 13:36 site-packages/torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1)",
+        "Traceback (most recent call last):",
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
+        "  exitcode  : 1 (pid: 3)",
+    ]
     raised = ["[rank1]: ValueError: bad shape", "[rank0]: ValueError: bad shape"]
     assert relevant_lines(["start", *raised, *noise]) == (["ValueError: bad shape"], False)
+    refused = "predict.py: error: unrecognized arguments: --x"
+    assert relevant_lines(["usage: predict.py [-h]", refused, *noise]) == ([refused], False)
     assert relevant_lines(["start", "killed by the kernel", *noise]) == (["start", "killed by the kernel"], False)
 
 

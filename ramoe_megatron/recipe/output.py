@@ -8,10 +8,10 @@ from dataclasses import dataclass
 ERROR_PREFIX = "ramoe: error: "
 _ITERATION = re.compile(r" iteration\s+(\d+)/\s*(\d+) \|(.*)")
 _LOSS = re.compile(r"(lm loss|routing_alignment_loss): ([-+.\dEe]+)")
-_EXCEPTION = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)")
-_NOISE = re.compile(
-    r"torch\.distributed\.elastic|torch/distributed/|ChildFailedError|^[=-]{10,}|^\s*(time|host|rank|exitcode|error_file|traceback)\s*:"
-)
+# An exception's last line, with the rank that torch may put before it; or argparse's refusal of a flag.
+_EXCEPTION = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*|\S+: error: .*)")
+# torchrun on a rank that failed: from here on it speaks of itself.
+_SUMMARY = re.compile(r"torch/distributed/elastic/.*(failed \(exitcode|closing signal)|ChildFailedError")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def relevant_lines(lines: Sequence[str]) -> tuple[list[str], bool]:
                     break
                 text.append(more)
             return text, True
-    plain = [line for line in lines if line.strip() and not _NOISE.search(line) and parse_progress(line) is None]
+    summary = next((place for place, line in enumerate(lines) if _SUMMARY.search(line)), len(lines))
+    plain = [line for line in lines[:summary] if line.strip() and parse_progress(line) is None]
     raised = [match[1] for line in plain if (match := _EXCEPTION.match(line))]
     return (list(dict.fromkeys(raised))[-3:] or plain[-12:]), False

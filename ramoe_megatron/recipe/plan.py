@@ -83,6 +83,9 @@ class _Plan:
     def _checkpoint(self, name: str) -> Path:
         return self.out / "checkpoints" / name
 
+    def _curves(self, name: str) -> Path:
+        return self.out / "tensorboard" / name
+
     def _job(
         self,
         name: str,
@@ -91,11 +94,11 @@ class _Plan:
         options: Mapping[str, FlagValue],
         files: Files,
         outputs: Sequence[Path],
-        places: Mapping[str, Path],
+        places: Mapping[str, FlagValue],
         checkpoint: Path | None = None,
         traces: Sequence[Path] = (),
     ) -> Stage:
-        """A Megatron job. `places` are folders it is told of; they and the paths of `files` are no settings."""
+        """A Megatron job. `places` (folders, mostly) and the paths of `files` are no settings."""
         merged = {**self.recipe.model, **flags, **self.tokenizer, **self.recipe.parallel}
         columns = [f"{field}={column}" for field, column in sorted(self.recipe.data.columns.items())]
         settings: dict[str, FlagValue] = {
@@ -108,7 +111,7 @@ class _Plan:
         }
         words = [
             *render(merged),
-            *render({key: str(place) for key, place in places.items()}),
+            *render(places),
             *render(paths),
             *render({f"ramoe-{key}": value for key, value in settings.items()}),
         ]
@@ -133,20 +136,20 @@ class _Plan:
 
     def _training(
         self, name: str, flags: Mapping[str, FlagValue], seed: int
-    ) -> tuple[dict[str, FlagValue], dict[str, Path]]:
+    ) -> tuple[dict[str, FlagValue], dict[str, FlagValue]]:
         # Megatron saves at the end only when an interval is set.
         interval = {"save-interval": flags.get("train-iters")} if "save-interval" not in flags else {}
-        places = {
-            "save": self._checkpoint(name),
-            "load": self._checkpoint(name),
-            "tensorboard-dir": self.out / "tensorboard" / name,
+        places: dict[str, FlagValue] = {
+            "save": str(self._checkpoint(name)),
+            "load": str(self._checkpoint(name)),
+            "tensorboard-dir": str(self._curves(name)),
         }
         return {**flags, **interval, "seed": seed}, places
 
     def _pretrain(self) -> Stage:
         flags, places = self._training("base", self.recipe.pretrain_flags(), self.recipe.seed)
         options: dict[str, FlagValue] = {"split": "train", "weights": _weights(self.recipe.data.pretrain_weights)}
-        traces = [places["tensorboard-dir"]]
+        traces = [self._curves("base")]
         stage = self._job(
             "pretrain", "finetune", flags, options, {"data": self.pretraining}, [self.base], places, traces=traces
         )
@@ -176,8 +179,10 @@ class _Plan:
     def _languages(self) -> FlagValue:
         return [*self.recipe.data.languages] if self.recipe.data.languages else None
 
-    def _offline(self, checkpoint: Path | None = None, folder: str = ".") -> dict[str, Path]:
-        return {"load": checkpoint or self.base, "ramoe-output": self.out / folder}
+    def _offline(self, checkpoint: Path | None = None, folder: str = ".") -> dict[str, FlagValue]:
+        batch = self.recipe.launch.batch_tokens
+        places: dict[str, FlagValue] = {"load": str(checkpoint or self.base), "ramoe-output": str(self.out / folder)}
+        return {**places, "ramoe-batch-tokens": batch}
 
     def _wants_priors(self) -> bool:
         if self.recipe.profile.save_priors is not None:
@@ -206,7 +211,6 @@ class _Plan:
         options: dict[str, FlagValue] = {
             "split": self.recipe.evaluate.split,
             "languages": self._languages(),
-            "tokens": self.recipe.alignment.tokens,
             "layers": self.recipe.alignment.layers,
             "max-new-tokens": self._answer_tokens(),
         }
@@ -241,9 +245,9 @@ class _Plan:
             options,
             files,
             [self._checkpoint(name)],
-            {**places, "pretrained-checkpoint": self.base},
+            {**places, "pretrained-checkpoint": str(self.base)},
             self.base,
-            [places["tensorboard-dir"]],
+            [self._curves(name)],
         )
 
     def _answer_tokens(self) -> int:

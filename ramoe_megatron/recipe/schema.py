@@ -193,6 +193,8 @@ class Launch(Section):
 
     ranks_per_node: PositiveInt = 1
     nodes: PositiveInt = 1
+    batch_tokens: PositiveInt | None = None
+    """Tokens of a micro-batch on one rank, in the stages that score; the jobs' own default when left out."""
 
 
 def _named(value: Any) -> Any:
