@@ -18,7 +18,7 @@ from ramoe_megatron.method.artefacts import atomic_write_text, digests, read_jso
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline import OfflineModel
 
-FORWARD_ONLY_FLAGS = "--micro-batch-size 1 --no-load-optim --no-load-rng --finetune".split()
+FORWARD_ONLY_FLAGS = ["--micro-batch-size", "1", "--no-load-optim", "--no-load-rng", "--finetune"]
 """Megatron's parser asks for a micro-batch size; a checkpoint is loaded for its weights alone."""
 
 

@@ -1,7 +1,6 @@
 """From a sample's id and language to what its routing is to be: the part of a batch that the alignment loss reads."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch

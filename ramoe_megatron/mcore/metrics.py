@@ -14,11 +14,15 @@ COLUMNS = ("loss", "unit", "aligned", "samples", "mass_aligned", "with_task", "m
 
 
 class AlignmentMetrics(moe_logging.MoEMetricsTracker):
-    """Megatron's tracker with one more `report`: `routing_alignment_loss` and the routing mass on the task experts."""
+    """Megatron's tracker with more in its report: `routing_alignment_loss` and the routing mass on the task experts.
+
+    `latest` holds the figures of the last step that was reported.
+    """
 
     def __init__(self, num_moe_layers: int, device: Any) -> None:
         super().__init__()
         self.sums_LM = torch.zeros(num_moe_layers, len(COLUMNS), dtype=torch.float32, device=device)
+        self.latest: dict[str, Tensor] = {}
 
     @classmethod
     def install(cls, num_moe_layers: int, device: Any) -> Self:
@@ -93,7 +97,7 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         **kwargs: Any,
     ) -> str:
         """Megatron's report, then ours: into its loss table, TensorBoard and Weights & Biases."""
-        figures = self.reduced()  # first: Megatron's report ends in clear()
+        figures = self.latest = self.reduced()  # first: Megatron's report ends in clear()
         log = super().report(
             loss_scale, iteration, writer, wandb_writer, *args, total_loss_dict=total_loss_dict, **kwargs
         )

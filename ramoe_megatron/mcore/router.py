@@ -1,8 +1,9 @@
-"""Megatron's router, opened: a mixin over the `TopKRouter` of any built model, and how MoE layers are numbered.
+"""Megatron's router, opened: a subclass of the `TopKRouter` of any built model, and how MoE layers are numbered.
 
 Only `routing` is extended, around Megatron's own: nothing of it is copied. State-dict keys stay Megatron's.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,23 +14,25 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore import carrier
 
 
-class ObservedRouting:
-    """Mixin: hands each micro-batch's logits and routing to the current routing context, if there is one."""
+@functools.cache
+def observed(kind: type[TopKRouter]) -> type[TopKRouter]:
+    """The subclass of a router class that hands each micro-batch's logits and routing to the current routing context.
 
-    ramoe_layer: int
-    """Place among the model's MoE layers, 0-based (MTP layers not counted)."""
+    One base only: the class of a built router can be changed to it.
+    """
 
-    def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """`logits` [S_local, B, E] to `probs`, `routing_map` [S_local*B, E], as Megatron's."""
-        context = carrier.current()
-        if context is None:
-            return super().routing(logits, *args, **kwargs)  # type: ignore[misc]
-        logits = context.on_logits(self, logits)
-        probs, routing_map = super().routing(logits, *args, **kwargs)  # type: ignore[misc]
-        return context.on_routing(self, logits, probs, routing_map), routing_map
+    class ObservedRouter(kind):  # type: ignore[misc, valid-type]
+        def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            """`logits` [S_local, B, E] to `probs`, `routing_map` [S_local*B, E], as Megatron's."""
+            context = carrier.current()
+            if context is None:
+                return super().routing(logits, *args, **kwargs)
+            logits = context.on_logits(self, logits)
+            probs, routing_map = super().routing(logits, *args, **kwargs)
+            return context.on_routing(self, logits, probs, routing_map), routing_map
 
-
-_OBSERVED: dict[type, type] = {}
+    ObservedRouter.__name__ = f"Observed{kind.__name__}"
+    return ObservedRouter
 
 
 def observe_routers(model: Any) -> list[Any]:
@@ -38,14 +41,7 @@ def observe_routers(model: Any) -> list[Any]:
     Returns:
         the observed routers of this rank, in order; calling it twice changes nothing.
     """
-    routers = []
-    for router in local_routers(model):
-        kind = type(router)
-        if not issubclass(kind, ObservedRouting):
-            if kind not in _OBSERVED:
-                _OBSERVED[kind] = type(f"Observed{kind.__name__}", (ObservedRouting, kind), {})
-            router.__class__ = _OBSERVED[kind]
-        routers.append(router)
+    routers = list(local_routers(model))
     numbers = moe_layer_numbers(model)
     for router in routers:
         if router.layer_number not in numbers:
@@ -53,6 +49,8 @@ def observe_routers(model: Any) -> list[Any]:
                 f"a router says that it is in Megatron layer {router.layer_number}, but the model's configuration has MoE layers "
                 f"{numbers}: give --moe-layer-freq or --hybrid-layer-pattern as the model was built"
             )
+        if not hasattr(router, "ramoe_layer"):
+            router.__class__ = observed(type(router))
         router.ramoe_layer = numbers.index(router.layer_number)
     return routers
 
