@@ -1,0 +1,48 @@
+"""Routing-aligned fine-tuning of multilingual Mixture-of-Experts models on Megatron-Core (RA-MoE, arXiv 2605.28306; our reading).
+
+What a user's own training script needs, each imported from Megatron's side only when asked for:
+
+    add_arguments        Megatron's `extra_args_provider`: the --ramoe-... flags
+    attach               routing alignment on a model that is already built
+    dataset_provider     Megatron's datasets provider for parallel data
+    routing_batch        context around the model call of a `forward_step`
+    RoutingAlignmentConfig   the alignment, as a dataclass
+    cpu_backend          Megatron on a machine without a CUDA device
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ramoe_megatron.errors import RamoeError
+
+if TYPE_CHECKING:
+    from ramoe_megatron.mcore.alignment import attach, routing_batch
+    from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
+    from ramoe_megatron.mcore.cpu import cpu_backend
+    from ramoe_megatron.mcore.training import dataset_provider
+
+_HOMES = {
+    "RoutingAlignmentConfig": "ramoe_megatron.mcore.arguments",
+    "add_arguments": "ramoe_megatron.mcore.arguments",
+    "attach": "ramoe_megatron.mcore.alignment",
+    "cpu_backend": "ramoe_megatron.mcore.cpu",
+    "dataset_provider": "ramoe_megatron.mcore.training",
+    "routing_batch": "ramoe_megatron.mcore.alignment",
+}
+
+__all__ = [
+    "RamoeError",
+    "RoutingAlignmentConfig",
+    "add_arguments",
+    "attach",
+    "cpu_backend",
+    "dataset_provider",
+    "routing_batch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import from the owning module on first use: `import ramoe_megatron` loads neither torch nor Megatron."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ramoe_megatron' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -4,12 +4,11 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 from ramoe_megatron.errors import RamoeError
 
 PREFIX = "ramoe"
-Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def arguments_with(*options: type) -> Callable[[argparse.ArgumentParser], argpar
     return provider
 
 
-def options_from_args(options: type[Options], args: argparse.Namespace) -> Options:
+def options_from_args[Options](options: type[Options], args: argparse.Namespace) -> Options:
     """A dataclass filled from the parsed `--ramoe-...` flags."""
     names = [field.name for field in dataclasses.fields(options)]  # type: ignore[arg-type]
     return options(**{name: getattr(args, f"{PREFIX}_{name}") for name in names})

@@ -18,7 +18,18 @@ from torch.overrides import TorchFunctionMode
 
 from ramoe_megatron.mcore.cpu_devices import InertEvent, InertStream, inert_device_properties
 
-CPU_FLAGS = ["--transformer-impl", "local", "--distributed-backend", "gloo", "--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion", "--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion", "--no-rope-fusion", "--no-persist-layer-norm", "--use-cpu-initialization"]
+CPU_FLAGS = [
+    *("--transformer-impl", "local"),
+    *("--distributed-backend", "gloo"),
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-rope-fusion",
+    "--no-persist-layer-norm",
+    "--use-cpu-initialization",
+]
 """What a CPU run needs beside the user's flags: transformer-engine, NCCL, the fused kernels and CUDA's generators are not there."""
 
 CUDA_ONLY_FLAGS = {
