@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ramoe_megatron.errors import RamoeError
@@ -74,6 +75,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, fai
         with atomic_write(path) as temporary:
             temporary.write_text("half")
             assert temporary.parent == path.parent
+            assert temporary.suffix != path.suffix, "a search for files of this kind must not find half of one"
             assert path.read_text() == "old"
             raise failure
 
@@ -140,6 +142,22 @@ def test_an_inconsistent_expert_file_is_not_written(tmp_path: Path, change: dict
     with pytest.raises(RamoeError, match=message):
         replace(expert_file(), **change).save(tmp_path / "experts.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_expert_file_whose_tensors_do_not_fit_its_metadata_is_refused_on_loading(tmp_path: Path) -> None:
+    path = tmp_path / "experts.safetensors"
+    expert_file().save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    for name, tensor, message in [
+        ("delta", torch.zeros(2, 3, 5), r"delta has shape \(2, 3, 5\), expected \(2, 3, 4\)"),
+        ("delta", torch.full((2, 3, 4), float("inf")), "delta holds values that are not finite"),
+        ("english_pattern.last", torch.ones(2, 3, 4), "rows of english_pattern.last sum to neither 1 nor 0"),
+    ]:
+        save_file({**tensors, name: tensor}, path, metadata)
+        with pytest.raises(RamoeError, match=rf"experts\.safetensors: {message}"):
+            ExpertFile.load(path)
 
 
 def test_the_expert_file_of_another_model_is_refused_with_every_difference(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def save_experts(path: Path, zone: Zone | NoZone) -> None:
     delta = torch.zeros(1, 3, 4)
     delta[0, 0, 1], delta[0, 2, 3], delta[0, 2, 0] = 0.5, 0.42, 0.75
     ExpertFile(
-        tasks=("currency [EUR]",),
+        tasks=("currency [eur]",),
         shape=SHAPE,
         expert_mask=delta > 0.3,
         delta=delta,
@@ -69,7 +69,7 @@ def test_expert_file_lists_chosen_experts_with_both_layer_numbers(tmp_path: Path
         text, "3 MoE layers, 4 experts, top-2, softmax scores", "tau=0.3", "data/parallel.jsonl (sha256 abababababab"
     )
     contains(text, "MoE layers 1 to 2 (layer_number 4 to 6), auto: floor of the curve")
-    contains(text, "task experts: currency [EUR]")  # shown as it is, not taken for markup
+    contains(text, "task experts: currency [eur]")
     contains(text, "0 2 1 +0.50 1 (+0.50)", "1 4 yes 0 +0.00", "2 6 yes 2 +0.75 0 (+0.75), 3 (+0.42)")
     contains(text, "tau=0.3 chooses no expert in 1 of 3 MoE layers (1)")
 
@@ -94,6 +94,12 @@ def test_taxonomy_lines_and_document_show_the_same_pairs(tmp_path: Path) -> None
     for text in (shown(lines), shown(document)):
         contains(text, "currency tr test 10 3 7 0 0 70.0 [39.7, 89.2]")
     contains(shown(document), "anchor en")
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "[bold]taxonomy.jsonl"
+    write_taxonomy(path, [TaxonomyRow("a", "[red]month", "[/]", "test", True, False)])
+    contains(shown(path), "[bold]taxonomy.jsonl", "[red]month [/] test 1 0 1 0 0")
 
 
 def test_divergence_table_shows_languages_means_and_the_zone_in_both_numberings(tmp_path: Path) -> None:
