@@ -2,14 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ramoe_megatron.errors import RamoeError
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 PASS_THROUGH = {"ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
 FILE = click.Path(path_type=Path)
@@ -59,9 +56,7 @@ def main() -> None:
 @click.option("--until", "last", metavar="STAGE", help="End after this stage.")
 @click.option("--out", type=FOLDER, help="Run folder.  [default: runs/NAME]")
 @click.option("--dry-run", is_flag=True, help="Tell what would run, why, and with which command lines.")
-def run(
-    recipe: Path, changes: tuple[str, ...], first: str | None, last: str | None, out: Path | None, dry_run: bool
-) -> None:
+def run(recipe: Path, changes: tuple[str, ...], first: str | None, last: str | None, out: Path | None, dry_run: bool) -> None:
     """Run a recipe: data, base model, taxonomy, profile, fine-tuning, evaluation, report.
 
     A second run skips what stands; a changed setting reruns what depends on it. STAGE is data, pretrain, taxonomy,
@@ -81,9 +76,7 @@ def _job(name: str, summary: str) -> None:
 
     @main.command(name, context_settings=PASS_THROUGH, short_help=summary, help=_job_help(name, summary))
     @click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Ranks per node.")
-    @click.option(
-        "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Nodes; start the same command on each."
-    )
+    @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Nodes; start the same command on each.")
     @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
     def command(ranks: int, nodes: int, flags: tuple[str, ...]) -> None:
         import os
@@ -124,9 +117,7 @@ def world(out: Path, config: str) -> None:
 
 
 @main.command()
-@click.option(
-    "--source", type=EXISTING, help="Folder of the languages, as downloaded; instead of `source` in --config."
-)
+@click.option("--source", type=EXISTING, help="Folder of the languages, as downloaded; instead of `source` in --config.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for the data and the tokenizer.")
 @click.option("--config", default="{}", help="JSON object, or a file of one: the fields of SibConfig.")
 def sib200(source: Path | None, out: Path, config: str) -> None:
@@ -165,62 +156,25 @@ def _plain_job(name: str, *arguments: str) -> None:
 @click.argument("run_folder", metavar="RUN", type=EXISTING)
 def predict(run_folder: Path) -> None:
     """Go or no-go before any training: ci share, divergence and the transplant test of RUN."""
-    from rich.console import Console
-
-    from ramoe_megatron.method.files import load_document
-
     path = run_folder / "predict.json"
     if not path.exists():
         raise RamoeError(f"{path} does not exist: `ramoe run RECIPE --until predict --out {run_folder}` writes it")
-    document = load_document(path, "ramoe-prediction")
-    console = Console()
-    console.print(_prediction_table(document["rows"]))
-    verdict = document["verdict"]
-    for key, value in verdict.items() if isinstance(verdict, dict) else [("verdict", verdict)]:
-        console.print(f"{key}: {value}", markup=False)
-    for limit in document["limits"]:
-        console.print(f"limit: {limit}", markup=False)
-
-
-def _prediction_table(rows: list[dict[str, Any]]) -> "Table":
-    from rich.table import Table
-
-    def percent(row: dict[str, Any], names: tuple[str, str, str], sign: str = "") -> str:
-        value, low, high = (row.get(name) for name in names)
-        if value is None:
-            return "-"
-        interval = "" if low is None or high is None else f" [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
-        return f"{100 * value:{sign}.1f}{interval}"
-
-    table = Table(title="before training, in % with 95 % intervals")
-    for name in ("task", "language"):
-        table.add_column(name)
-    for name in ("n", "ci share", "divergence", "accuracy", "with English routing", "change"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        divergence = row.get("divergence")
-        table.add_row(
-            str(row["task"]),
-            str(row["language"]),
-            str(row["n"]),
-            percent(row, ("ci_share", "ci_low", "ci_high")),
-            "-" if divergence is None else f"{divergence:.3f}",
-            percent(row, ("target_accuracy", "", "")),
-            percent(row, ("transplant_accuracy", "", "")),
-            percent(row, ("transplant_change", "transplant_low", "transplant_high"), "+"),
-        )
-    return table
+    _show(path)
 
 
 @main.command()
 @click.argument("file", type=FILE)
 def inspect(file: Path) -> None:
     """Show any artefact readably: taxonomy, experts, priors, divergence, evaluation, prediction, results."""
+    _show(file)
+
+
+def _show(path: Path) -> None:
     from rich.console import Console
 
     from ramoe_megatron.method.inspect import describe
 
-    Console().print(describe(file))
+    Console().print(describe(path))
 
 
 if __name__ == "__main__":

@@ -48,9 +48,7 @@ print([name for name in ("torch", "megatron", "datasets", "pydantic", "scipy", "
 
 
 def test_an_error_is_a_text_on_stderr_and_status_2() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ramoe_megatron.cli", "run", "absent.yaml"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "ramoe_megatron.cli", "run", "absent.yaml"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("ramoe: error: absent.yaml: the recipe cannot be read")
@@ -101,6 +99,29 @@ def test_a_run_folder_of_another_recipe_is_refused(recipe: Path, tmp_path: Path)
     assert "holds the results of the recipe 'big', not of 'small'" in result.stderr
 
 
+def test_a_run_checks_flags_once_resolves_the_recipe_and_moves_foreign_evaluations_aside(recipe: Path, tmp_path: Path) -> None:
+    """Real: Megatron's parser is asked, and the data stage builds a small world."""
+    out = tmp_path / "out"
+    words = ["run", str(recipe), "--out", str(out), "--until", "data", "--set", "data.world={max-tokens: 60, vocab-size: 1200}"]
+    first = ramoe(*words)
+    assert first.exit_code == 0, first.output
+    assert "data runs (not run yet)" in first.output
+    resolved = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert resolved["data"]["world"] == {"max-tokens": 60, "vocab-size": 1200}
+
+    manifest = json.loads((out / "manifest.json").read_text())
+    gone = {**manifest["stages"]["data"], "outputs": {"evaluations/gone-seed1.json": "0"}}
+    manifest["stages"]["evaluate/gone-seed1"] = gone
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / "evaluations").mkdir()
+    (out / "evaluations" / "gone-seed1.json").write_text("{}")
+    again = ramoe("run", str(out / "recipe.yaml"), "--out", str(out), "--until", "data")
+    assert again.exit_code == 0, again.output
+    assert "data stands" in again.output, "the resolved recipe is the same recipe"
+    assert not list((out / "evaluations").iterdir())
+    assert len(list((out / "superseded").rglob("gone-seed1.json"))) == 1
+
+
 def test_jobs_get_their_flags_as_given() -> None:
     flags = ["--num-layers", "2", "--lr", "-1", "--bf16", "--ramoe-data", "a", "b"]
     job = main.commands["finetune"]
@@ -136,11 +157,11 @@ def test_predict_shows_the_table_and_the_verdict(tmp_path: Path) -> None:
         "transplant_low": -0.0625,
         "transplant_high": None,
     }
-    body = {"rows": [row], "verdict": {"go": True}, "limits": ["a correlation, not a slope"]}
+    body = {"rows": [row], "verdict": {"word": "undecided"}, "limits": ["a correlation, not a slope"]}
     save_document(tmp_path / "predict.json", "ramoe-prediction", body)
     result = ramoe("predict", str(tmp_path))
     assert result.exit_code == 0, result.output
-    for text in ("currency", "25.0", "0.062", "+12.5", "go: True", "limit: a correlation, not a slope"):
+    for text in ("25.0", "0.062", "+12.5", "undecided", "a correlation, not a slope"):
         assert text in result.output
     (tmp_path / "predict.json").unlink()
     refused = ramoe("predict", str(tmp_path))

@@ -38,9 +38,7 @@ class RunConsole:
             self.live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.live:
             self.live.stop()
 
@@ -86,9 +84,7 @@ class RunConsole:
         """Where the report is."""
         self.console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
         if (folder / "tensorboard").is_dir():
-            self.console.print(
-                f"curves: tensorboard --logdir {folder / 'tensorboard'}", soft_wrap=True, highlight=False
-            )
+            self.console.print(f"curves: tensorboard --logdir {folder / 'tensorboard'}", soft_wrap=True, highlight=False)
 
     def _head(self, place: int, name: str) -> str:
         return f"\\[{place:>{len(str(self.stages))}}/{self.stages}] {escape(name)}"

@@ -55,11 +55,7 @@ def relevant(flags: Mapping[str, FlagValue]) -> dict[str, FlagValue]:
     another.
     """
     left_out = LAYOUT | INCIDENTAL
-    return {
-        name: value
-        for name, value in flags.items()
-        if name not in left_out and value is not None and value is not False
-    }
+    return {name: value for name, value in flags.items() if name not in left_out and value is not None and value is not False}
 
 
 def sections(recipe: Recipe) -> dict[str, Mapping[str, FlagValue]]:
@@ -90,8 +86,7 @@ def check_names(recipe: Recipe, source: str, known: Iterable[str]) -> None:
 def megatron_flags() -> list[str]:
     """Megatron's and our own flags, asked in a process of its own: importing Megatron takes seconds and prints much."""
     code = (
-        "import json; from ramoe_megatron.mcore.arguments import known_flags; "
-        "print('\\nRAMOE-FLAGS ' + json.dumps(sorted(known_flags())))"
+        "import json; from ramoe_megatron.mcore.arguments import known_flags; print('\\nRAMOE-FLAGS ' + json.dumps(sorted(known_flags())))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
@@ -122,20 +117,15 @@ def check_layout(recipe: Recipe, devices: int | None) -> None:
     flags = {**recipe.model, **recipe.train, **recipe.parallel}
     ranks, nodes = recipe.launch.ranks_per_node, recipe.launch.nodes
     world = ranks * nodes
-    tp, pp, cp, ep = (
-        _size(flags, f"{name}-parallel-size") for name in ("tensor-model", "pipeline-model", "context", "expert-model")
-    )
+    tp, pp, cp, ep = (_size(flags, f"{name}-parallel-size") for name in ("tensor-model", "pipeline-model", "context", "expert-model"))
     etp = _size(flags, "expert-tensor-parallel-size", tp)
     launched = f"launch gives {nodes} x {ranks} = {world} ranks"
     layout = f"TP {tp} x PP {pp} x CP {cp}"
     if devices is not None and ranks > devices:
-        raise RamoeError(
-            f"launch.ranks-per-node is {ranks}, but this node has {devices} CUDA devices: lower it to at most {devices}"
-        )
+        raise RamoeError(f"launch.ranks-per-node is {ranks}, but this node has {devices} CUDA devices: lower it to at most {devices}")
     if world % (tp * pp * cp):
         raise RamoeError(
-            f"{launched}, but {layout} needs a multiple of {tp * pp * cp}: change launch.ranks-per-node, "
-            f"launch.nodes or parallel"
+            f"{launched}, but {layout} needs a multiple of {tp * pp * cp}: change launch.ranks-per-node, launch.nodes or parallel"
         )
     if world % (ep * etp * pp):
         raise RamoeError(
@@ -144,21 +134,15 @@ def check_layout(recipe: Recipe, devices: int | None) -> None:
         )
     if (experts := _size(flags, "num-experts", ep)) % ep:
         raise RamoeError(f"parallel.expert-model-parallel-size {ep} does not divide model.num-experts {experts}")
-    uneven = any(
-        name.startswith(("decoder-", "num-layers-in-", "pipeline-model-parallel-layout", "hybrid-")) for name in flags
-    )
+    uneven = any(name.startswith(("decoder-", "num-layers-in-", "pipeline-model-parallel-layout", "hybrid-")) for name in flags)
     if (layers := _size(flags, "num-layers", pp)) % pp and not uneven:
         raise RamoeError(f"parallel.pipeline-model-parallel-size {pp} does not divide model.num-layers {layers}")
     if (heads := _size(flags, "num-attention-heads", tp)) % tp:
         raise RamoeError(f"parallel.tensor-model-parallel-size {tp} does not divide model.num-attention-heads {heads}")
     if tp > 1 and "num-experts" in flags and flags.get("sequence-parallel") is not True:
-        raise RamoeError(
-            "tensor parallelism with experts needs sequence parallelism: set parallel.sequence-parallel to true"
-        )
+        raise RamoeError("tensor parallelism with experts needs sequence parallelism: set parallel.sequence-parallel to true")
     replicas = world // (tp * pp * cp)
-    trainings = {"train": recipe.train} | {
-        f"methods.{i}.train": recipe.train_of(m) for i, m in enumerate(recipe.methods)
-    }
+    trainings = {"train": recipe.train} | {f"methods.{i}.train": recipe.train_of(m) for i, m in enumerate(recipe.methods)}
     if recipe.pretrain is not None:
         trainings["pretrain"] = recipe.pretrain_flags()
     for path, training in trainings.items():

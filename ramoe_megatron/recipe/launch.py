@@ -41,9 +41,7 @@ class Place:
         """
         if nodes == 1:
             return cls()
-        node = next(
-            (environment[name] for name in ("NODE_RANK", "SLURM_NODEID", "GROUP_RANK") if environment.get(name)), None
-        )
+        node = next((environment[name] for name in ("NODE_RANK", "SLURM_NODEID", "GROUP_RANK") if environment.get(name)), None)
         address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", "29500")
         if node is None or not address:
             raise RamoeError(
@@ -52,9 +50,7 @@ class Place:
                 "NODE_RANK (Slurm sets SLURM_NODEID) and MASTER_ADDR, the name of node 0, set"
             )
         if not node.isdigit() or int(node) >= nodes or not port.isdigit():
-            raise RamoeError(
-                f"node rank {node} of {nodes} nodes and MASTER_PORT {port}: expected a rank below {nodes} and a number"
-            )
+            raise RamoeError(f"node rank {node} of {nodes} nodes and MASTER_PORT {port}: expected a rank below {nodes} and a number")
         return cls(int(node), nodes, address, int(port))
 
 
@@ -142,9 +138,7 @@ def _opened(log: Path | None) -> Iterator[IO[bytes] | None]:
         yield sink
 
 
-def _lines(
-    process: subprocess.Popen[bytes], sink: IO[bytes] | None, while_running: Callable[[], None] | None
-) -> Iterator[str]:
+def _lines(process: subprocess.Popen[bytes], sink: IO[bytes] | None, while_running: Callable[[], None] | None) -> Iterator[str]:
     """Lines of output until the process has ended; a grandchild that keeps the pipe open does not hold this up."""
     with selectors.DefaultSelector() as selector:
         if process.stdout:

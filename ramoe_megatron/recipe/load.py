@@ -25,9 +25,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise RamoeError(
-            f"{path}: the recipe cannot be read ({error.strerror}); give the path of a YAML recipe"
-        ) from error
+        raise RamoeError(f"{path}: the recipe cannot be read ({error.strerror}); give the path of a YAML recipe") from error
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         lines = dict(_lines(tree, (), path)) if tree is not None else {}
@@ -37,9 +35,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise RamoeError(f"{where}: this is no valid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(raw, dict):
-        raise RamoeError(
-            f"{path}: expected a mapping with keys such as name, model and data, found {type(raw).__name__}"
-        )
+        raise RamoeError(f"{path}: expected a mapping with keys such as name, model and data, found {type(raw).__name__}")
     for change in changes:
         raw = set_value(raw, change)
     return validate(raw, str(path), lines)
@@ -65,9 +61,7 @@ def set_value(raw: dict[str, Any], change: str) -> dict[str, Any]:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RamoeError(
-            f"--set {change}: the value is no valid YAML ({error.__class__.__name__}); quote it"
-        ) from error
+        raise RamoeError(f"--set {change}: the value is no valid YAML ({error.__class__.__name__}); quote it") from error
     return _set(raw, path.split("."), value, change)
 
 

@@ -53,8 +53,7 @@ class Manifest:
             self._read()
         elif folder.is_dir() and (found := sorted(p.name for p in folder.iterdir() if p.name != ".lock")):
             raise RamoeError(
-                f"{folder} is not empty ({', '.join(found[:5])}) and holds no manifest.json, so it is no run "
-                f"folder: give another --out"
+                f"{folder} is not empty ({', '.join(found[:5])}) and holds no manifest.json, so it is no run folder: give another --out"
             )
 
     def _read(self) -> None:
@@ -71,9 +70,7 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, RamoeError):
                 raise
-            raise RamoeError(
-                f"{self.path} is damaged ({error}): restore it, or move the folder aside and start anew"
-            ) from error
+            raise RamoeError(f"{self.path} is damaged ({error}): restore it, or move the folder aside and start anew") from error
         if recipe != self.recipe:
             raise RamoeError(
                 f"{self.folder} holds the results of the recipe {recipe!r}, not of {self.recipe!r}: give another "
@@ -127,11 +124,7 @@ class Manifest:
         fresh = self.current(stage)
         if fresh.settings != entry.settings:
             return "its settings changed"
-        changed = [
-            name
-            for name in fresh.inputs.keys() | entry.inputs.keys()
-            if fresh.inputs.get(name) != entry.inputs.get(name)
-        ]
+        changed = [name for name in fresh.inputs.keys() | entry.inputs.keys() if fresh.inputs.get(name) != entry.inputs.get(name)]
         if changed:
             return f"{sorted(changed)[0]} changed"
         for path in stage.outputs:
@@ -161,9 +154,7 @@ class Manifest:
         if missing := [self.name(path) for path in stage.outputs if not path.exists()]:
             entry.state, entry.ended = "failed", now()
             self.write()
-            raise RamoeError(
-                f"{stage.name} ended without an error, but {missing[0]} is missing; see {self.folder / stage.log}"
-            )
+            raise RamoeError(f"{stage.name} ended without an error, but {missing[0]} is missing; see {self.folder / stage.log}")
         entry.outputs = {self.name(path): "" for path in stage.outputs}  # the maker's mark is found through the names
         entry.outputs = {self.name(path): self.digest(path) or "" for path in stage.outputs}
         entry.state, entry.ended = "done", now()
@@ -197,9 +188,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise RamoeError(
-            f"another run is at work in {folder}: wait for it to end, stop it, or give another --out"
-        ) from None
+        raise RamoeError(f"another run is at work in {folder}: wait for it to end, stop it, or give another --out") from None
     try:
         yield
     finally:

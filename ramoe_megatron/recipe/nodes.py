@@ -52,9 +52,7 @@ class Leader:
                 self._followers.append(follower)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self._send(b"null\n")
         self._close()
@@ -107,8 +105,7 @@ def _connected(place: Place, patience: float) -> Iterator[socket.socket]:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise RamoeError(
-                    f"node 0 ({place.address}, port {place.port + 1}) does not answer ({error}): start the same "
-                    f"command there"
+                    f"node 0 ({place.address}, port {place.port + 1}) does not answer ({error}): start the same command there"
                 ) from error
             time.sleep(0.2)
     with link:

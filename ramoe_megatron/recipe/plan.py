@@ -48,8 +48,7 @@ class _Plan:
         offline = [self._taxonomy(), self._profile(), self._evaluate("base", None, self.base), self._predict()]
         tunings = [self._finetune(method, seed) for method, seed in self.fine_tunings]
         evaluations = [
-            self._evaluate(method.name, seed, self._checkpoint(f"{method.name}-seed{seed}"))
-            for method, seed in self.fine_tunings
+            self._evaluate(method.name, seed, self._checkpoint(f"{method.name}-seed{seed}")) for method, seed in self.fine_tunings
         ]
         return [*generated, *pretraining, *offline, *tunings, *evaluations, self._results(), self._report()]
 
@@ -73,9 +72,7 @@ class _Plan:
             return {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": str(generated)}, [generated]
         flags, files = dict(self.recipe.tokenizer), []
         for name in ("tokenizer-model", "vocab-file", "merge-file"):
-            if isinstance(value := flags.get(name), str) and (
-                path := find_path(value, self.recipe_folder, f"tokenizer.{name}")
-            ):
+            if isinstance(value := flags.get(name), str) and (path := find_path(value, self.recipe_folder, f"tokenizer.{name}")):
                 flags[name] = str(path)
                 files.append(path)
         return flags, files
@@ -106,9 +103,7 @@ class _Plan:
             "columns": [*columns] or None,
             **options,
         }
-        paths: dict[str, list[Scalar]] = {
-            f"ramoe-{key}": [str(path) for path in group] for key, group in files.items() if group
-        }
+        paths: dict[str, list[Scalar]] = {f"ramoe-{key}": [str(path) for path in group] for key, group in files.items() if group}
         words = [
             *render(merged),
             *render(places),
@@ -134,9 +129,7 @@ class _Plan:
     def _scoring(self) -> dict[str, FlagValue]:
         return {name: value for name, value in self.recipe.train.items() if name in SCORING}
 
-    def _training(
-        self, name: str, flags: Mapping[str, FlagValue], seed: int
-    ) -> tuple[dict[str, FlagValue], dict[str, FlagValue]]:
+    def _training(self, name: str, flags: Mapping[str, FlagValue], seed: int) -> tuple[dict[str, FlagValue], dict[str, FlagValue]]:
         # Megatron saves at the end only when an interval is set.
         interval = {"save-interval": flags.get("train-iters")} if "save-interval" not in flags else {}
         places: dict[str, FlagValue] = {
@@ -150,9 +143,7 @@ class _Plan:
         flags, places = self._training("base", self.recipe.pretrain_flags(), self.recipe.seed)
         options: dict[str, FlagValue] = {"split": "train", "weights": _weights(self.recipe.data.pretrain_weights)}
         traces = [self._curves("base")]
-        stage = self._job(
-            "pretrain", "finetune", flags, options, {"data": self.pretraining}, [self.base], places, traces=traces
-        )
+        stage = self._job("pretrain", "finetune", flags, options, {"data": self.pretraining}, [self.base], places, traces=traces)
         if self.recipe.data.pretrain_weights or self.recipe.data.files is not None:
             return stage
         return dataclasses.replace(stage, weights=self.weights, inputs=(*stage.inputs, self.weights))
@@ -235,9 +226,7 @@ class _Plan:
         if alignment.coeff:  # without a coefficient the run is plain fine-tuning, whatever else stands under alignment
             files |= {"experts": [self.out / "experts.safetensors"], "taxonomy": [self.out / "taxonomy.jsonl"]}
             files |= {"priors": [self.out / "priors.safetensors"]} if alignment.target == "example" else {}
-            options |= alignment.model_dump(by_alias=True) | {
-                "shuffle-targets": seed if alignment.shuffle_targets else None
-            }
+            options |= alignment.model_dump(by_alias=True) | {"shuffle-targets": seed if alignment.shuffle_targets else None}
         return self._job(
             f"finetune/{name}",
             "finetune",

@@ -146,7 +146,7 @@ def run_stages(
                     shown.progress,
                     leader.watch if leader else None,
                 )
-            except BaseException:
+            except Exception:  # Ctrl-C leaves it as started: "interrupted before"
                 manifest.fail(stage)
                 raise
             if outcome.status:
@@ -174,9 +174,7 @@ def _failure(stage: Stage, folder: Path, lines: Sequence[str], status: int) -> S
     text, mendable = relevant_lines(lines)
     body = "\n".join(f"  {line}" for line in text)
     where = f"  log: {folder / stage.log}"
-    return StageFailed(
-        f"stage {stage.name} failed (exit status {status}):\n{body}\n{where}", 2 if status == 2 or mendable else 1
-    )
+    return StageFailed(f"stage {stage.name} failed (exit status {status}):\n{body}\n{where}", 2 if status == 2 or mendable else 1)
 
 
 def _tell(stages: Sequence[Stage], manifest: Manifest, force_first: bool, console: Console, place: Place) -> None:

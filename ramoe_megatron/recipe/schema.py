@@ -44,15 +44,11 @@ def _kebab(name: str) -> str:
 def _flags(flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
     for name, value in flags.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            raise ValueError(
-                f"{name!r} is no flag name: write Megatron's flag without the leading dashes, such as num-layers"
-            )
+            raise ValueError(f"{name!r} is no flag name: write Megatron's flag without the leading dashes, such as num-layers")
         if name in RESERVED_FLAGS:
             raise ValueError(f"{name} is set by the plan itself; use {RESERVED_FLAGS[name]}")
         if name.startswith("ramoe-"):
-            raise ValueError(
-                f"{name} is set by the plan itself; use the recipe's data, taxonomy, profile or alignment section"
-            )
+            raise ValueError(f"{name} is set by the plan itself; use the recipe's data, taxonomy, profile or alignment section")
         if value == []:
             raise ValueError(f"{name} is an empty list; use null to leave the flag out")
     return flags
@@ -174,9 +170,7 @@ class Method(Section):
     @classmethod
     def _not_base(cls, name: str) -> str:
         if name == "base" or re.search(r"-seed\d+$", name):
-            raise ValueError(
-                f"a method cannot be called {name!r}: base and the ending -seedK name the run folder's own files"
-            )
+            raise ValueError(f"a method cannot be called {name!r}: base and the ending -seedK name the run folder's own files")
         return name
 
 
@@ -234,9 +228,7 @@ class Recipe(Section):
             raise ValueError(f"give one of checkpoint (a base model) and pretrain (flags to train one); found {found}")
         if self.data.files is not None:
             if self.tokenizer is None:
-                raise ValueError(
-                    "data.files needs tokenizer: Megatron's flags, such as tokenizer-type and tokenizer-model"
-                )
+                raise ValueError("data.files needs tokenizer: Megatron's flags, such as tokenizer-type and tokenizer-model")
             if self.pretrain is not None and not self.data.pretrain:
                 raise ValueError("pretrain with data.files needs data.pretrain: the files to train the base model on")
         for what, values in (("methods", [method.name for method in self.methods]), ("seeds", self.seeds)):
@@ -245,9 +237,7 @@ class Recipe(Section):
         for method in self.methods:
             alignment = self.alignment_of(method)
             if method.name in ("ra-moe", "ra-moe-shuffled") and alignment.coeff == 0:
-                raise ValueError(
-                    f"method {method.name} needs a coefficient: set alignment.coeff above 0 (0 is the method sft)"
-                )
+                raise ValueError(f"method {method.name} needs a coefficient: set alignment.coeff above 0 (0 is the method sft)")
             if alignment.shuffle_targets and alignment.target != "example":
                 raise ValueError(f"method {method.name} shuffles per-example targets: set alignment.target to example")
         return self

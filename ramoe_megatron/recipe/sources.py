@@ -22,9 +22,7 @@ def find_path(name: str, recipe_folder: Path, key: str) -> Path | None:
         if candidate.exists():
             return candidate.resolve()
     if name.endswith(LOCAL_SUFFIXES) or name.startswith((".", "/", "~")) or "/" not in name:
-        raise RamoeError(
-            f"{key}: {name} exists neither in {recipe_folder.resolve()} nor in {Path.cwd()}: correct the path"
-        )
+        raise RamoeError(f"{key}: {name} exists neither in {recipe_folder.resolve()} nor in {Path.cwd()}: correct the path")
     return None
 
 
@@ -72,8 +70,6 @@ def _config(key: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     from ramoe_megatron.data.config import config_from_mapping
 
     try:
-        return dataclasses.asdict(
-            config_from_mapping(kind, {name.replace("-", "_"): value for name, value in values.items()})
-        )
+        return dataclasses.asdict(config_from_mapping(kind, {name.replace("-", "_"): value for name, value in values.items()}))
     except RamoeError as error:
         raise RamoeError(f"{key}: {error}") from None
