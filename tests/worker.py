@@ -8,6 +8,7 @@ the end; in OUT/NAME.json (rank 0): the figures of the last step, or the error.
 """
 
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -31,19 +32,18 @@ def main() -> None:
 
 def run_row(row: dict[str, Any], out: Path) -> None:
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+    from megatron.training import argument_utils
     from megatron.training.training import destroy_global_state
 
-    from ramoe_megatron.mcore import compat
-
     seen: dict[str, Any] = {"models": None, "grads": None}
-    config_from_args = compat.model_config_from_args
+    config_from_args = argument_utils.gpt_config_from_args
 
     def watched_config(args: Any) -> Any:
         config = config_from_args(args)
         config.post_wrap_hooks.append(lambda models: watch(models, seen))
         return config
 
-    compat.model_config_from_args = watched_config
+    argument_utils.gpt_config_from_args = watched_config
     sys.argv = [row["job"], *row["argv"]]
     result: dict[str, Any] = {}
     try:
@@ -57,8 +57,9 @@ def run_row(row: dict[str, Any], out: Path) -> None:
     except RamoeError as error:
         result["error"] = str(error)
     finally:
-        compat.model_config_from_args = config_from_args
+        argument_utils.gpt_config_from_args = config_from_args
     figures = getattr(get_moe_metrics_tracker(), "latest", {})
+    result["first"] = seen.get("first", {})
     result["figures"] = {name: float(value) for name, value in figures.items()}
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     if seen["models"] is not None:
@@ -74,6 +75,7 @@ def run_row(row: dict[str, Any], out: Path) -> None:
 def watch(models: list[Any], seen: dict[str, Any]) -> list[Any]:
     """Note the models, and have Megatron's own `finalize_model_grads` followed by a look at the routers' gradients."""
     from megatron.core.distributed import finalize_model_grads
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.utils import get_model_config
 
     from ramoe_megatron.mcore.router import local_routers
@@ -84,6 +86,9 @@ def watch(models: list[Any], seen: dict[str, Any]) -> list[Any]:
     def finalize_and_look(chunks: Any, *args: Any, **kwargs: Any) -> None:
         finalize_model_grads(chunks, *args, **kwargs)
         if seen["grads"] is None:
+            tracker = get_moe_metrics_tracker()
+            if hasattr(tracker, "reduced"):
+                seen["first"] = {name: float(value) for name, value in tracker.reduced().items()}
             seen["grads"] = {r.layer_number: r.weight.main_grad.detach().clone() for r in local_routers(models)}
 
     config.finalize_model_grads_func = finalize_and_look

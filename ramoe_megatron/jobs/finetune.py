@@ -13,6 +13,7 @@ def main() -> None:
     from ramoe_megatron.mcore import compat
     from ramoe_megatron.mcore.alignment import attach
     from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
+    from ramoe_megatron.mcore.checkpoint import explained_mismatch, has_checkpoint, require_checkpoint
 
     with megatron_arguments(add_arguments) as args:
         from megatron.training import pretrain
@@ -23,12 +24,16 @@ def main() -> None:
         alignment = RoutingAlignmentConfig.from_args(args)
         model_config = compat.model_config_from_args(args)
         model_config.pre_wrap_hooks.append(partial(attach, config=alignment))
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            dataset_provider,
-            compat.model_type(),
-            forward_step,
-        )
+        resumes = has_checkpoint(args.load)
+        if args.pretrained_checkpoint and not resumes:
+            require_checkpoint(args.pretrained_checkpoint, "--pretrained-checkpoint")
+        with explained_mismatch(args.load if resumes else args.pretrained_checkpoint):
+            pretrain(
+                pretrain_cfg_container_from_args(args, model_config),
+                dataset_provider,
+                compat.model_type(),
+                forward_step,
+            )
 
 
 if __name__ == "__main__":

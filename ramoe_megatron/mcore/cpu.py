@@ -104,6 +104,9 @@ def cpu_backend() -> Iterator[bool]:
     if not cuda_absent():
         yield False
         return
+    if torch.cuda.is_available is _cuda_is_available:  # already on
+        yield True
+        return
     if os.environ.get("RANK", "0") == "0":
         print("ramoe: no CUDA device: Megatron runs on the CPU backend (gloo, local layers)", flush=True)
     # Compiling for a CPU takes longer than a small run. Read where a function is decorated: before Megatron is imported.
@@ -115,6 +118,10 @@ def cpu_backend() -> Iterator[bool]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # for what was decorated before
         stack.enter_context(_CudaMeansCpu())
         yield True
+
+
+def _cuda_is_available() -> bool:
+    return True
 
 
 def _replace(stack: contextlib.ExitStack, owner: Any, name: str, stand_in: Any) -> None:
@@ -142,7 +149,7 @@ def _torch_stand_ins() -> list[tuple[Any, str, Any]]:
     unpinned_loader.__wrapped__ = loader_init  # type: ignore[attr-defined]
     return [
         # Megatron asserts that CUDA is there and asks which device is current.
-        (cuda, "is_available", lambda: True),
+        (cuda, "is_available", _cuda_is_available),
         (cuda, "is_initialized", lambda: True),
         (cuda, "device_count", lambda: max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))),
         (cuda, "current_device", lambda: cpu),

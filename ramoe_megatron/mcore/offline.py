@@ -17,7 +17,8 @@ from ramoe_megatron.data.encode import Encoded
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.carrier import RoutingContext, routing_context
-from ramoe_megatron.mcore.router import moe_layer_numbers, observe_routers, unwrapped
+from ramoe_megatron.mcore.checkpoint import explained_mismatch, require_checkpoint
+from ramoe_megatron.mcore.router import moe_layer_numbers, observe_routers
 
 ContextMaker = Callable[["MicroBatch"], RoutingContext | None]
 
@@ -55,6 +56,7 @@ class OfflineModel:
                 f"--context-parallel-size {args.context_parallel_size}: the offline jobs score whole sequences; run them with 1 "
                 "(the checkpoint loads in any layout)"
             )
+        require_checkpoint(args.load, "--load")
         initialize_megatron()
         self.args, self.tokenizer, self.batch_tokens = args, get_tokenizer(), batch_tokens
         self.chunks = _load(args)
@@ -159,13 +161,8 @@ def _collect(micro: MicroBatch, read: Callable | None, output: Tensor, non_loss_
 
 def _load(args: Any) -> list[Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
+    from megatron.training.checkpointing import load_checkpoint
 
-    if not args.load or not checkpoint_exists(args.load):
-        raise RamoeError(
-            f"--load {args.load}: no checkpoint there (expected a folder with latest_checkpointed_iteration.txt); give the folder "
-            "that training saved to"
-        )
     config = compat.model_config_from_args(args)
     builder = config.get_builder_cls()(config)
     chunks = builder.build_distributed_models(
@@ -173,19 +170,8 @@ def _load(args: Any) -> list[Any]:
         wrap_with_ddp=False,
         data_parallel_random_init=False,
     )
-    try:
+    with explained_mismatch(args.load):
         load_checkpoint(chunks, None, None)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise RamoeError(
-            f"--load {args.load}: the checkpoint does not fit the model flags: {_first_line(error)}. Give the model flags that it was "
-            "trained with"
-        ) from error
     for chunk in chunks:
         chunk.eval()
-        unwrapped(chunk).config.calculate_per_token_loss = False
     return chunks
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

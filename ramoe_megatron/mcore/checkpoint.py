@@ -1,0 +1,42 @@
+"""Checkpoints that are absent, or of another model: told by name, before training starts from random weights unasked."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ramoe_megatron.errors import RamoeError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def has_checkpoint(folder: str | None) -> bool:
+    """Whether Megatron would find a checkpoint in the folder."""
+    return bool(folder) and (Path(str(folder)) / TRACKER).is_file()
+
+
+def require_checkpoint(folder: str | None, flag: str) -> None:
+    """Raises RamoeError unless there is a checkpoint: Megatron itself would go on with random weights."""
+    if not has_checkpoint(folder):
+        raise RamoeError(f"{flag} {folder}: no checkpoint there (expected a folder with {TRACKER}); give the folder that training saved to")
+
+
+@contextlib.contextmanager
+def explained_mismatch(folder: str | None) -> Iterator[None]:
+    """Turn the failure to load a checkpoint of another shape into one sentence; other failures pass.
+
+    Raises:
+        RamoeError: names the folder and the first tensor that differs.
+    """
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except (CheckpointException, RuntimeError, KeyError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        marks = ("shape mismatch", "size mismatch", "Missing key", "Unexpected key", "is not found in the checkpoint")
+        found = next((line for line in reversed(lines) if any(mark in line for mark in marks)), None)
+        if found is None:
+            raise
+        raise RamoeError(
+            f"the checkpoint in {folder} does not fit the model flags: {found[:300]}. Give the model flags that it was trained with"
+        ) from error
