@@ -65,9 +65,7 @@ def test_expert_file_lists_chosen_experts_with_both_layer_numbers(tmp_path: Path
     path = tmp_path / "experts.safetensors"
     save_experts(path, Zone(1, 2, "auto", "floor of the curve"))
     text = shown(path)
-    contains(
-        text, "3 MoE layers, 4 experts, top-2, softmax scores", "tau=0.3", "data/parallel.jsonl (sha256 abababababab"
-    )
+    contains(text, "3 MoE layers, 4 experts, top-2, softmax scores", "tau=0.3", "data/parallel.jsonl (sha256 abababababab")
     contains(text, "MoE layers 1 to 2 (layer_number 4 to 6), auto: floor of the curve")
     contains(text, "task experts: currency [eur]")
     contains(text, "0 2 1 +0.50 1 (+0.50)", "1 4 yes 0 +0.00", "2 6 yes 2 +0.75 0 (+0.75), 3 (+0.42)")
@@ -109,9 +107,7 @@ def test_divergence_table_shows_languages_means_and_the_zone_in_both_numberings(
     rows += [DivergenceRow("sw", n, 2 * n + 1, value + 0.02 if n else None, 5, 0) for n, value in enumerate(curve)]
     write_divergence(path, rows)
     text = shown(path)
-    contains(
-        text, "0 1 0.6000 - 0.6000 1", "3 7 0.1200 0.1400 0.1300 1", "MoE layers 1 to 4 (layer_number 3 to 9), auto"
-    )
+    contains(text, "0 1 0.6000 - 0.6000 1", "3 7 0.1200 0.1400 0.1300 1", "MoE layers 1 to 4 (layer_number 3 to 9), auto")
 
 
 def test_evaluation_and_its_answers(tmp_path: Path) -> None:
@@ -126,9 +122,7 @@ def test_evaluation_and_its_answers(tmp_path: Path) -> None:
         "examples": "ra-moe-seed2.jsonl",
     }
     save_document(tmp_path / "e.json", "ramoe-evaluation", body)
-    contains(
-        shown(tmp_path / "e.json"), "method ra-moe", "currency tr 10 30.0 [10.8, 60.3]", "currency tr 0.250 0.500 0.125"
-    )
+    contains(shown(tmp_path / "e.json"), "method ra-moe", "currency tr 10 30.0 [10.8, 60.3]", "currency tr 0.250 0.500 0.125")
     answers = [{"id": str(i), "task": "currency", "language": "tr", "correct": i < 3} for i in range(10)]
     (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     contains(shown(tmp_path / "e.jsonl"), "currency tr 10 30.0 [10.8, 60.3]")

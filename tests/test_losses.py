@@ -50,9 +50,7 @@ def test_lumped_kl_is_mass_plus_weighted_relative_allocation(case: tuple[Tensor,
 
 @names
 @given(routings())
-def test_non_negative_and_zero_iff_the_compared_distributions_are_equal(
-    name: str, case: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def test_non_negative_and_zero_iff_the_compared_distributions_are_equal(name: str, case: tuple[Tensor, Tensor, Tensor]) -> None:
     q_en, q_tg, mask = case
     value = divergence(name, q_en, q_tg, mask)
     assert (value > -1e-12).all()
@@ -83,9 +81,7 @@ def test_the_order_of_experts_does_not_matter(name: str, case: tuple[Tensor, Ten
     q_en, q_tg, mask = case
     order = list(range(mask.shape[-1]))
     rng.shuffle(order)  # type: ignore[attr-defined]
-    torch.testing.assert_close(
-        divergence(name, q_en, q_tg, mask), divergence(name, q_en[:, order], q_tg[:, order], mask[:, order])
-    )
+    torch.testing.assert_close(divergence(name, q_en, q_tg, mask), divergence(name, q_en[:, order], q_tg[:, order], mask[:, order]))
 
 
 @names
@@ -132,9 +128,7 @@ def test_leading_dimensions_broadcast(name: str) -> None:
     assert together.shape == (4, 3)
     for b in range(4):
         for layer in range(3):
-            torch.testing.assert_close(
-                together[b, layer], divergence(name, q_en[layer], q_tg[b, layer], mask[layer].to(torch.uint8))
-            )
+            torch.testing.assert_close(together[b, layer], divergence(name, q_en[layer], q_tg[b, layer], mask[layer].to(torch.uint8)))
 
 
 @pytest.mark.parametrize("name", ["lumped-kl", "mass"])

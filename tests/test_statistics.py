@@ -70,9 +70,7 @@ def test_pearson_of_a_line_is_one_and_of_too_little_is_none() -> None:
 
 
 @given(values, st.data())
-def test_paired_difference_turns_with_its_sides_and_ignores_what_pairs_share(
-    x: list[float], data: st.DataObject
-) -> None:
+def test_paired_difference_turns_with_its_sides_and_ignores_what_pairs_share(x: list[float], data: st.DataObject) -> None:
     y = data.draw(st.lists(st.integers(-50, 50).map(float), min_size=len(x), max_size=len(x)))
     there, back = paired_difference(x, y), paired_difference(y, x)
     shifted = paired_difference([v + i for i, v in enumerate(x)], [v + i for i, v in enumerate(y)])

@@ -75,8 +75,7 @@ def read_taxonomy(path: str | os.PathLike[str]) -> list[TaxonomyRow]:
         row = TaxonomyRow(**{key: found[key] for key in _TAXONOMY_TYPES})
         if found.get("category") != row.category:
             raise RamoeError(
-                f"{where}: key 'category': found {found.get('category')!r}, expected {row.category!r} by the two "
-                f"outcomes; {again}"
+                f"{where}: key 'category': found {found.get('category')!r}, expected {row.category!r} by the two outcomes; {again}"
             )
         rows.append(row)
     return rows
@@ -98,9 +97,7 @@ def first_line(path: str | os.PathLike[str]) -> str:
     raise RamoeError(f"{path}: no rows, expected one a line; run the stage that writes it again")
 
 
-def _records(
-    path: str | os.PathLike[str], types: Mapping[str, type], again: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(path: str | os.PathLike[str], types: Mapping[str, type], again: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", object) for every line, its keys checked for their types and (id, language) for being unique."""
     seen: dict[tuple[str, str], int] = {}
     for number, line in _lines(path):
@@ -108,9 +105,7 @@ def _records(
         try:
             found = json.loads(line)
         except json.JSONDecodeError as error:
-            raise RamoeError(
-                f"{where}: column {error.colno}: {error.msg}, expected one JSON object; {again}"
-            ) from error
+            raise RamoeError(f"{where}: column {error.colno}: {error.msg}, expected one JSON object; {again}") from error
         if not isinstance(found, dict):
             raise RamoeError(f"{where}: found {type(found).__name__}, expected one JSON object; {again}")
         for key, kind in types.items():
@@ -119,9 +114,7 @@ def _records(
                 raise RamoeError(f"{where}: key {key!r}: found {value}, expected {kind.__name__}; {again}")
         first = seen.setdefault((found["id"], found["language"]), number)
         if first != number:
-            raise RamoeError(
-                f"{where}: id {found['id']!r} in {found['language']!r} stands on line {first} already; {again}"
-            )
+            raise RamoeError(f"{where}: id {found['id']!r} in {found['language']!r} stands on line {first} already; {again}")
         yield where, found
     if not seen:
         raise RamoeError(f"{path}: no rows, expected one a line; {again}")
@@ -134,9 +127,7 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     yield number, line.rstrip()
     except OSError as error:
-        raise RamoeError(
-            f"{path}: cannot be read ({error.strerror}); check the path, or run the stage that writes it"
-        ) from error
+        raise RamoeError(f"{path}: cannot be read ({error.strerror}); check the path, or run the stage that writes it") from error
     except UnicodeDecodeError as error:
         raise RamoeError(f"{path}: not UTF-8 text at byte {error.start}; give the right file") from error
 
@@ -185,9 +176,7 @@ def read_divergence(path: str | os.PathLike[str]) -> list[DivergenceRow]:
     deepest = max((len(found) for found in layers.values()), default=0)
     for language, found in layers.items():
         if found != list(range(deepest)):
-            raise RamoeError(
-                f"{path}: language {language!r} has MoE layers {found}, expected 0 to {deepest - 1}; profile again"
-            )
+            raise RamoeError(f"{path}: language {language!r} has MoE layers {found}, expected 0 to {deepest - 1}; profile again")
     if not rows:
         raise RamoeError(f"{path}: no rows, expected one per language and MoE layer; profile again")
     return rows

@@ -212,9 +212,7 @@ def parse_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | None
     first, last = math.ceil(low * num_moe_layers - half), math.floor(high * num_moe_layers - half)
     first, last = max(first, 0), min(last, num_moe_layers - 1)
     if first > last:
-        raise RamoeError(
-            f"layers: {text!r} holds the middle of none of the {num_moe_layers} MoE layers; give a wider range"
-        )
+        raise RamoeError(f"layers: {text!r} holds the middle of none of the {num_moe_layers} MoE layers; give a wider range")
     return first, last
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ramoe_megatron.method.rendering import data, facts, flat, interval, mass, number, share, table
@@ -21,7 +20,7 @@ def taxonomy(path: Path, document: Mapping[str, Any]) -> RenderableType:
     )
 
 
-def taxonomy_pairs(title: str, pairs: Iterable[Mapping[str, Any]]) -> Table:
+def taxonomy_pairs(title: str, pairs: Iterable[Mapping[str, Any]]) -> RenderableType:
     """The table of `summarise`."""
     rows = [
         [
@@ -108,9 +107,7 @@ def results(path: Path, document: Mapping[str, Any]) -> RenderableType:
         for r in document["rows"]
     ]
     gain = document["ci_gain"]
-    relation = (
-        f"ci share against gain: r = {number(gain.get('r'))} ({number(gain.get('low'))} to {number(gain.get('high'))})"
-    )
+    relation = f"ci share against gain: r = {number(gain.get('r'))} ({number(gain.get('low'))} to {number(gain.get('high'))})"
     return Group(
         facts(path, "ramoe-results", told),
         table(

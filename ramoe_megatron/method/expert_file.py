@@ -145,8 +145,7 @@ class ExpertFile:
         """
         if tokens not in self.english_pattern:
             raise RamoeError(
-                f"{self.path}: no English pattern for tokens {tokens!r}, found {', '.join(self.english_pattern)}; "
-                f"profile again"
+                f"{self.path}: no English pattern for tokens {tokens!r}, found {', '.join(self.english_pattern)}; profile again"
             )
         pattern = self.english_pattern[tokens][self.task_index(task)]
         if not pattern.any():
@@ -169,9 +168,7 @@ class ExpertFile:
         for name, tensor in tensors.items():
             check_tensor(path, name, tensor, expected[name])
         if isinstance(self.zone, Zone) and not 0 <= self.zone.first <= self.zone.last < layers:
-            raise RamoeError(
-                f"{path}: zone {self.zone.first} to {self.zone.last}, expected within 0 to {layers - 1}; profile again"
-            )
+            raise RamoeError(f"{path}: zone {self.zone.first} to {self.zone.last}, expected within 0 to {layers - 1}; profile again")
         for name in (n for n in tensors if n.startswith("english_pattern")):
             totals = tensors[name].double().sum(-1)
             if not bool((((totals - 1).abs() < 1e-3) | (totals == 0)).all()):

@@ -85,9 +85,7 @@ def save_document(path: str | os.PathLike[str], format_name: str, body: Mapping[
     if missing:
         raise RamoeError(f"{path}: {format_name} to be written lacks {', '.join(missing)}")
     try:
-        text = json.dumps(
-            {"format": format_name, "version": number, **body}, ensure_ascii=False, indent=1, allow_nan=False
-        )
+        text = json.dumps({"format": format_name, "version": number, **body}, ensure_ascii=False, indent=1, allow_nan=False)
     except ValueError as error:
         raise RamoeError(f"{path}: {format_name} to be written holds a number that is not finite") from error
     atomic_write_text(path, text + "\n")
@@ -134,8 +132,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise RamoeError(f"{path}: not UTF-8 text at byte {error.start}, expected JSON; give the right file") from error
     except json.JSONDecodeError as error:
         raise RamoeError(
-            f"{path}: line {error.lineno} column {error.colno}: {error.msg}; the file is not JSON or was cut short: "
-            f"write it again"
+            f"{path}: line {error.lineno} column {error.colno}: {error.msg}; the file is not JSON or was cut short: write it again"
         ) from error
 
 

@@ -57,16 +57,12 @@ def describe(path: str | os.PathLike[str]) -> RenderableType:
     document: Any = open_any(path, "ramoe-experts or ramoe-priors")[1] if tensors else read_json(path)
     name = document.get("format") if isinstance(document, dict) else None
     if name not in FORMATS:
-        raise RamoeError(
-            f"{path}: found format {name!r}, expected one of {', '.join(FORMATS)}; give an artefact of a run"
-        )
+        raise RamoeError(f"{path}: found format {name!r}, expected one of {', '.join(FORMATS)}; give an artefact of a run")
     check_document(path, document, name)
     try:
         return _DESCRIBE[name](path, document)
     except (KeyError, TypeError, AttributeError) as error:
-        raise RamoeError(
-            f"{path}: {name} with a bad entry ({type(error).__name__}: {error}); write the file again"
-        ) from error
+        raise RamoeError(f"{path}: {name} with a bad entry ({type(error).__name__}: {error}); write the file again") from error
 
 
 # --- safetensors ---
@@ -98,9 +94,7 @@ def _experts(path: Path, _document: Mapping[str, Any]) -> RenderableType:
             order = delta[layer].argsort(descending=True, stable=True).tolist()
             chosen = [f"{e} ({delta[layer, e]:+.2f})" for e in order if mask[layer, e]]
             listed = ", ".join(chosen[:SHOWN_EXPERTS]) + (", ..." if len(chosen) > SHOWN_EXPERTS else "")
-            rows.append(
-                [layer, layer_number, "yes" if inside else "", len(chosen), f"{delta[layer].max():+.2f}", listed]
-            )
+            rows.append([layer, layer_number, "yes" if inside else "", len(chosen), f"{delta[layer].max():+.2f}", listed])
         heads = (*LAYER_HEADS, "in zone", "chosen", "largest delta", "expert (delta)")
         parts.append(table(f"task experts: {task}", heads, rows, left=("expert (delta)",)))
     parts += [Text(sentence) for sentence in describe_empty(experts.expert_mask, experts.tasks, rule)]

@@ -98,9 +98,7 @@ def predict(
     chosen = sorted((p for p in pairs if p.split == split), key=lambda p: (p.task, p.language))
     if not chosen:
         found = ", ".join(sorted({p.split for p in pairs})) or "none"
-        raise RamoeError(
-            f"taxonomy: no pairs of split {split!r}, found {found}; score that split, or predict on another"
-        )
+        raise RamoeError(f"taxonomy: no pairs of split {split!r}, found {found}; score that split, or predict on another")
     rows = tuple(_row(pair, divergence, zone, outcomes) for pair in chosen)
     return Prediction(rows, _verdict(rows, outcomes), LIMITS)
 
@@ -183,16 +181,10 @@ def _reading(word: str, change: Difference | None) -> str:
         return f"{points}; too few examples, or too alike, for an interval. Score more examples."
     points += f" (95 % interval {100 * change.low:+.1f} to {100 * change.high:+.1f}), without any training"
     if word == "go":
-        return (
-            f"{points}: routing looks like a bottleneck. Our reading: aligned fine-tuning should gain over plain SFT."
-        )
+        return f"{points}: routing looks like a bottleneck. Our reading: aligned fine-tuning should gain over plain SFT."
     if word == "no-go":
-        return (
-            f"{points}: routing does not look like the bottleneck. Our reading: alignment should do nothing, or harm."
-        )
-    return (
-        f"{points}: the interval holds zero, so the sign is open. More examples narrow it; training may go either way."
-    )
+        return f"{points}: routing does not look like the bottleneck. Our reading: alignment should do nothing, or harm."
+    return f"{points}: the interval holds zero, so the sign is open. More examples narrow it; training may go either way."
 
 
 def _pairs_sentence(rows: Sequence[PredictionRow]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -17,24 +17,24 @@ LAYER_HEADS = ("MoE layer (from 0)", "layer_number")
 NONE = "-"
 
 
-def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[object]], left: Sequence[str] = ()) -> Table:
-    """A table whose columns are numbers, right-justified, but those named in ``left``."""
-    made = Table(title=Text(title, style="italic"), title_justify="left")
+def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[object]], left: Sequence[str] = ()) -> Group:
+    """A title and a table whose columns are numbers, right-justified, but those named in ``left``."""
+    made = Table()
     for head in heads:
         made.add_column(Text(head), justify="left" if head in left else "right", overflow="fold")
     for row in rows:
         made.add_row(*(Text(str(cell)) for cell in row))
-    return made
+    return Group(Text(title, style="bold"), made)  # not the table's own title, which folds at the table's width
 
 
-def facts(title: object, kind: str, told: Mapping[str, object]) -> Table:
+def facts(title: object, kind: str, told: Mapping[str, object]) -> Group:
     """Names and values, one a line."""
-    made = Table(title=Text(f"{title}: {kind}", style="italic"), title_justify="left", show_header=False)
+    made = Table(show_header=False)
     made.add_column(no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in told.items():
         made.add_row(Text(name), Text(NONE if value is None else str(value)))
-    return made
+    return Group(Text(f"{title}: {kind}", style="bold"), made)
 
 
 def interval(row: Mapping[str, Any], value: str, low: str = "", high: str = "", sign: str = "") -> str:

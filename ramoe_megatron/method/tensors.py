@@ -52,9 +52,7 @@ def shape_from(meta: Mapping[str, Any]) -> ModelShape:
     return ModelShape(**{f.name: meta[f.name] for f in fields(ModelShape)})
 
 
-def save_tensors(
-    path: str | os.PathLike[str], format_name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
-) -> None:
+def save_tensors(path: str | os.PathLike[str], format_name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write a safetensors file of this format, whole or not at all."""
     text = json.dumps({"format": format_name, "version": FORMATS[format_name][0], **meta}, ensure_ascii=False)
     with atomic_write(path) as temporary:
@@ -81,9 +79,7 @@ def open_any(path: Path, expected: str) -> tuple[Any, Any]:
     except FileNotFoundError as error:
         raise RamoeError(f"{path}: no such file; check the path, or make it with ramoe profile") from error
     except (SafetensorError, OSError) as error:
-        raise RamoeError(
-            f"{path}: not a whole safetensors file ({error}); it was cut short or is something else: profile again"
-        ) from error
+        raise RamoeError(f"{path}: not a whole safetensors file ({error}); it was cut short or is something else: profile again") from error
     text = (handle.metadata() or {}).get("ramoe")
     if text is None:
         raise RamoeError(f"{path}: a safetensors file without ramoe metadata, expected {expected}; give the right file")
