@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.data.parallel import Example
@@ -22,6 +23,9 @@ from ramoe_megatron.mcore.arguments import options_from_args
 from ramoe_megatron.mcore.launch import run_job
 from ramoe_megatron.method.artefacts import ExpertFile, atomic_write_text, package_version, save_document
 from ramoe_megatron.method.losses import mass
+
+if TYPE_CHECKING:
+    from ramoe_megatron.mcore.offline import OfflineModel
 
 
 @dataclass(frozen=True)
@@ -84,18 +88,16 @@ def main() -> None:
         write_on_rank_0(model, write)
 
 
-def task_mass(model: object, examples: list[Example], path: str) -> list[dict[str, object]]:
+def task_mass(model: "OfflineModel", examples: list[Example], path: str) -> list[dict[str, object]]:
     """Mean routing mass on each task's experts at the last prompt token, per language and MoE layer."""
-    from ramoe_megatron.mcore.offline import OfflineModel
     from ramoe_megatron.mcore.routing import sequence_routing
 
-    assert isinstance(model, OfflineModel)
     experts = ExpertFile.load(path)
     config = model.config
     experts.check_model(
         len(model.layer_numbers), config.num_moe_experts, config.moe_router_topk, config.moe_router_score_function
     )
-    rows = []
+    rows: list[dict[str, object]] = []
     groups: dict[tuple[str, str], list[Example]] = {}
     for example in examples:
         if example.task in experts.tasks:

@@ -10,6 +10,7 @@ router logits that the model had at the last token of the parallel English promp
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.data.parallel import Example, pair_with_anchor
@@ -21,6 +22,9 @@ from ramoe_megatron.method.artefacts import ExpertFile, read_divergence, read_ta
 from ramoe_megatron.method.divergence import parse_layers
 from ramoe_megatron.method.predict import TransplantOutcome, predict
 from ramoe_megatron.method.taxonomy import summarise
+
+if TYPE_CHECKING:
+    from ramoe_megatron.mcore.offline import OfflineModel
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def main() -> None:
 
 
 def transplant(
-    model: "OfflineModel",  # noqa: F821
+    model: "OfflineModel",
     pairs: Sequence[tuple[Example, Example]],
     layers: range,
     max_new_tokens: int,

@@ -34,6 +34,7 @@ from ramoe_megatron.method.experts import FrequencySum, delta, describe_empty, p
 
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline import OfflineModel
+    from ramoe_megatron.mcore.routing import SequenceRouting
 
 PART = 256
 """Examples whose routing is held at once."""
@@ -172,7 +173,7 @@ class Passes:
                     self.curve.add(language, reference.pooled_NLE["all"][rows], routing.pooled_NLE["all"])
                     progress(len(rows))
 
-    def _add_english(self, part: Sequence[Example], routing: "SequenceRouting", correct: set[str]) -> None:  # noqa: F821
+    def _add_english(self, part: Sequence[Example], routing: "SequenceRouting", correct: set[str]) -> None:
         device = self.model.device
         group = torch.tensor([self.tasks.index(example.task) for example in part], device=device)
         self.task_frequency.add(group, routing.frequency_NLE, torch.ones_like(group))
@@ -186,7 +187,7 @@ class Passes:
         count = self.pattern_count.clamp(min=1)[:, None, None]
         return {choice: (total / count).float().cpu() for choice, total in self.pattern_sum.items()}
 
-    def _routing(self, examples: Sequence[Example], choices: Sequence[str]) -> "SequenceRouting":  # noqa: F821
+    def _routing(self, examples: Sequence[Example], choices: Sequence[str]) -> "SequenceRouting":
         from ramoe_megatron.mcore.routing import sequence_routing
 
         return sequence_routing(self.model, [encode(e, self.model.tokenizer) for e in examples], choices)

@@ -50,7 +50,7 @@ def observe_routers(model: Any) -> list[Any]:
                 f"{numbers}: give --moe-layer-freq or --hybrid-layer-pattern as the model was built"
             )
         if not hasattr(router, "ramoe_layer"):
-            router.__class__ = observed(type(router))
+            router.__class__ = observed(type(router))  # type: ignore[arg-type]
         router.ramoe_layer = numbers.index(router.layer_number)
     return routers
 
