@@ -176,9 +176,9 @@ def test_one_coefficient_means_the_same_in_every_layout(world: Path, name: str) 
     for layer, gradient in expected.items():
         error = (found[layer] - gradient).norm() / gradient.norm()
         assert error < 1e-5, f"layer {layer}: relative error {error}"
-    logged = outcome(world, name)["figures"]
-    for figure, value in outcome(world, SAME_AS[name])["figures"].items():
-        assert logged[figure] == pytest.approx(value, rel=2e-5, abs=1e-9), figure
+    logged = outcome(world, name)["first"]
+    for figure, value in outcome(world, SAME_AS[name])["first"].items():
+        assert logged[figure] == pytest.approx(value, rel=1e-5, abs=1e-9), figure
 
 
 def test_the_alignment_moves_the_gradient(world: Path) -> None:
@@ -256,7 +256,7 @@ def test_the_logged_loss_is_the_formula(
     first_step = json.loads((world / f"{name}.json").read_text())["first"]
     expected = reference_loss(world, name, BY_HAND[divergence], tokens, target, chosen, **how)
     assert expected > 0
-    assert first_step["routing_alignment_loss"] == pytest.approx(expected, rel=1e-4)
+    assert first_step["routing_alignment_loss"] == pytest.approx(expected, rel=1e-4, abs=1e-8)  # float32 logarithms of near-equal numbers
 
 
 def test_off_is_stock_megatron_bit_for_bit(world: Path) -> None:
