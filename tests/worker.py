@@ -36,14 +36,18 @@ def run_row(row: dict[str, Any], out: Path) -> None:
     from megatron.training.training import destroy_global_state
 
     seen: dict[str, Any] = {"models": None, "grads": None}
-    config_from_args = argument_utils.gpt_config_from_args
+    makers = {name: getattr(argument_utils, name) for name in ("gpt_config_from_args", "hybrid_config_from_args")}
 
-    def watched_config(args: Any) -> Any:
-        config = config_from_args(args)
-        config.post_wrap_hooks.append(lambda models: watch(models, seen))
-        return config
+    def watched(maker: Any) -> Any:
+        def config_from_args(args: Any) -> Any:
+            config = maker(args)
+            config.post_wrap_hooks.append(lambda models: watch(models, seen))
+            return config
 
-    argument_utils.gpt_config_from_args = watched_config
+        return config_from_args
+
+    for name, maker in makers.items():
+        setattr(argument_utils, name, watched(maker))
     sys.argv = [row["job"], *row["argv"]]
     result: dict[str, Any] = {}
     try:
@@ -57,7 +61,8 @@ def run_row(row: dict[str, Any], out: Path) -> None:
     except RamoeError as error:
         result["error"] = str(error)
     finally:
-        argument_utils.gpt_config_from_args = config_from_args
+        for name, maker in makers.items():
+            setattr(argument_utils, name, maker)
     figures = getattr(get_moe_metrics_tracker(), "latest", {})
     result["first"] = seen.get("first", {})
     result["figures"] = {name: float(value) for name, value in figures.items()}

@@ -19,12 +19,21 @@ def skip_helper_compilation() -> None:
 
 
 def model_config_from_args(args: Any) -> Any:
-    """Megatron 0.19's model configuration (`GPTModelConfig`, or `HybridModelConfig` under `--hybrid-layer-pattern`)."""
+    """Megatron 0.19's model configuration (`GPTModelConfig`, or `HybridModelConfig` under `--hybrid-layer-pattern`).
+
+    Raises:
+        RamoeError: the pattern has layers that local modules cannot make.
+    """
     from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
-    if getattr(args, "hybrid_layer_pattern", None):
-        return hybrid_config_from_args(args)
-    return gpt_config_from_args(args)
+    if not args.hybrid_layer_pattern:
+        return gpt_config_from_args(args)
+    config = hybrid_config_from_args(args)
+    if args.transformer_impl == "local" and args.spec is None:  # 0.19 would take its transformer-engine stack here too
+        from ramoe_megatron.mcore.hybrid import local_stack_spec
+
+        config.hybrid_stack_spec = local_stack_spec(config.transformer, args.hybrid_layer_pattern)
+    return config
 
 
 def model_type() -> Any:

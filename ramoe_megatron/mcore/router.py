@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
 from megatron.core.transformer.moe.router import TopKRouter
 
 from ramoe_megatron.errors import RamoeError
@@ -82,10 +83,10 @@ def moe_layer_numbers(model: Any) -> list[int]:
     """
     chunk = unwrapped(next(iter(chunks(model))))
     config = chunk.config
-    pattern = getattr(chunk, "hybrid_layer_pattern", None) or getattr(chunk, "hybrid_override_pattern", None)
-    if pattern:
-        decoder = pattern.split("/")[0].replace("|", "")  # what follows "/" are MTP layers; "|" splits pipeline stages
-        return [number for number, kind in enumerate(decoder, 1) if kind == "E"]
+    if getattr(chunk, "hybrid_layer_pattern", None):  # a HybridModel puts its deprecated patterns and ratios there too
+        decoder = parse_hybrid_pattern(chunk.hybrid_layer_pattern).main_pattern or ""  # without the MTP layers
+        layers = decoder.replace(Symbols.PIPE, "")
+        return [number for number, symbol in enumerate(layers, 1) if symbol == Symbols.MOE]
     frequency = config.moe_layer_freq
     if isinstance(frequency, int):
         return [layer + 1 for layer in range(config.num_layers) if layer % frequency == 0]

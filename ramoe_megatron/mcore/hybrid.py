@@ -1,0 +1,100 @@
+"""`HybridModel` of Megatron's local modules, where the stock stack of transformer-engine modules cannot be built.
+
+Megatron 0.19's only hybrid stack is one of transformer-engine modules (`hybrid_layer_specs.hybrid_stack_spec`), whatever
+`--transformer-impl` says. Here the positions that have local modules are filled with them: each GPT layer of Megatron's own local spec
+is taken apart into an attention layer `*` and a feed-forward layer `E` or `-`. Modules, their names and the keys of their weights
+are those of that GPT layer, so a checkpoint of a local GPT run loads into a local hybrid run, as Megatron does it.
+
+The norms: transformer-engine's linear layers hold the norm before them, local ones do not. So the attention layer keeps its own
+`input_layernorm` and the feed-forward layer its own `pre_mlp_layernorm`, and checkpoints name them as the GPT layer does.
+
+Remove when Megatron builds a hybrid stack under `--transformer-impl local` itself.
+"""
+
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer, TransformerLayerSubmodules
+
+from ramoe_megatron.errors import RamoeError
+
+LOCAL_SYMBOLS = (Symbols.ATTENTION, Symbols.MOE, Symbols.MLP)
+
+
+class LocalHybridStack(HybridStack):
+    """A hybrid stack whose final norm is torch's: the stock one asks for transformer-engine's, whatever the spec says."""
+
+    def __init__(self, config: Any, *args: Any, post_layer_norm: bool = True, **kwargs: Any) -> None:
+        """As `HybridStack`."""
+        super().__init__(config, *args, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            self.final_norm = WrappedTorchNorm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+
+def local_stack_spec(config: Any, pattern: str) -> ModuleSpec:
+    """The hybrid stack of local modules for a model.
+
+    Args:
+        config: the model's `TransformerConfig`.
+        pattern: `--hybrid-layer-pattern`.
+
+    Raises:
+        RamoeError: the pattern has a layer for which there is no local module, or MTP layers.
+    """
+    parsed = parse_hybrid_pattern(pattern)
+    others = sorted(set(parsed.main_pattern or "") - {*LOCAL_SYMBOLS, Symbols.PIPE})
+    if others or parsed.mtp_pattern:
+        found = "multi-token prediction (/)" if parsed.mtp_pattern else f"layers {', '.join(others)}"
+        raise RamoeError(
+            f"--hybrid-layer-pattern {pattern!r}: {found} cannot be built from local modules; expected attention (*), MoE (E) and MLP "
+            "(-) layers alone, or a machine with transformer-engine (--transformer-impl transformer_engine)"
+        )
+    return ModuleSpec(
+        module=LocalHybridStack,
+        submodules=HybridStackSubmodules(
+            attention_layer=_attention_layer(config),
+            mlp_layer=_feed_forward_layer(config, MLPLayer, num_experts=None),
+            moe_layer=_feed_forward_layer(config, MoETransformerLayer, num_experts=config.num_moe_experts),
+        ),
+    )
+
+
+def _gpt_layer(config: Any, num_experts: int | None) -> TransformerLayerSubmodules:
+    return get_gpt_layer_local_submodules(
+        num_experts=num_experts,
+        qk_layernorm=config.qk_layernorm,
+        qk_l2_norm=config.qk_l2_norm,
+        normalization=config.normalization,
+    )
+
+
+def _attention_layer(config: Any) -> ModuleSpec:
+    layer = _gpt_layer(config, num_experts=None)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=layer.input_layernorm,
+            self_attention=layer.self_attention,
+            self_attn_bda=layer.self_attn_bda,
+            sharded_state_dict_keys_map=layer.sharded_state_dict_keys_map,
+        ),
+    )
+
+
+def _feed_forward_layer(config: Any, module: type, num_experts: int | None) -> ModuleSpec:
+    layer = _gpt_layer(config, num_experts)
+    return ModuleSpec(
+        module=module,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=layer.pre_mlp_layernorm,
+            mlp=layer.mlp,
+            mlp_bda=layer.mlp_bda,
+            sharded_state_dict_keys_map=layer.sharded_state_dict_keys_map,
+        ),
+    )
