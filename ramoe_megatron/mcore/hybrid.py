@@ -6,7 +6,9 @@ is taken apart into an attention layer `*` and a feed-forward layer `E` or `-`. 
 are those of that GPT layer, so a checkpoint of a local GPT run loads into a local hybrid run, as Megatron does it.
 
 The norms: transformer-engine's linear layers hold the norm before them, local ones do not. So the attention layer keeps its own
-`input_layernorm` and the feed-forward layer its own `pre_mlp_layernorm`, and checkpoints name them as the GPT layer does.
+`input_layernorm` and the feed-forward layer its own `pre_mlp_layernorm`, and checkpoints name them as the GPT layer does. That name
+is transformer-engine's for attention and MLP. For MoE it is not (`mlp.linear_fc1.layer_norm_weight`, where transformer-engine's
+models have `pre_mlp_layernorm.weight`): as with GPT models, a local MoE checkpoint stays with local modules.
 
 Remove when Megatron builds a hybrid stack under `--transformer-impl local` itself.
 """

@@ -84,10 +84,14 @@ def moe_layer_numbers(model: Any) -> list[int]:
     chunk = unwrapped(next(iter(chunks(model))))
     config = chunk.config
     if getattr(chunk, "hybrid_layer_pattern", None):  # a HybridModel puts its deprecated patterns and ratios there too
-        decoder = parse_hybrid_pattern(chunk.hybrid_layer_pattern).main_pattern or ""  # without the MTP layers
-        layers = decoder.replace(Symbols.PIPE, "")
-        return [number for number, symbol in enumerate(layers, 1) if symbol == Symbols.MOE]
+        return hybrid_moe_layer_numbers(chunk.hybrid_layer_pattern)
     frequency = config.moe_layer_freq
     if isinstance(frequency, int):
         return [layer + 1 for layer in range(config.num_layers) if layer % frequency == 0]
     return [layer + 1 for layer, is_moe in enumerate(frequency) if is_moe]
+
+
+def hybrid_moe_layer_numbers(pattern: str) -> list[int]:
+    """The 1-based places of the MoE layers in `--hybrid-layer-pattern`; MTP layers are not counted, stage boundaries are no layers."""
+    decoder = parse_hybrid_pattern(pattern).main_pattern or ""
+    return [number for number, symbol in enumerate(decoder.replace(Symbols.PIPE, ""), 1) if symbol == Symbols.MOE]

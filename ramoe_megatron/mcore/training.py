@@ -17,13 +17,14 @@ from ramoe_megatron.mcore.labels import AlignedDataset
 SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-def dataset_provider(num_samples: list[int]) -> tuple[Any, Any, Any]:
+def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Megatron's `train_valid_test_datasets_provider` for parallel data, from the parsed arguments.
 
     Built on every rank: each pipeline stage needs the samples' labels, and drawing is a pure function of the seed.
 
     Args:
         num_samples: samples of training, validation and test that the schedule will draw.
+        vp_stage: the virtual pipeline stage that asks, each once; all get the same.
 
     Returns:
         the training set (an `AlignedDataset` when alignment is on), the validation set where the data has a split "validation" and
@@ -38,17 +39,29 @@ def dataset_provider(num_samples: list[int]) -> tuple[Any, Any, Any]:
 
     def build(split: str, count: int) -> SFTDataset:
         examples = load_examples(options.data, options.column_mapping(), split, options.languages)
+        if split == "validation" and count is None:
+            raise RamoeError("--full-validation: parallel data is drawn by --eval-iters; remove that flag")
         weights = options.weight_mapping()
         return SFTDataset(examples, get_tokenizer(), args.seq_length, count, args.seed, weights)
 
-    train: Any = build(options.split, num_samples[0])
+    if alignment.coeff > 0 and alignment.normalize == "ci" and (args.rampup_batch_size or args.dataloader_type != "single"):
+        raise RamoeError(
+            "--ramoe-normalize ci weighs each sample by its global batch: it needs batches of one size in the order of the draws. "
+            "Remove --rampup-batch-size and --dataloader-type, or use --ramoe-normalize samples"
+        )
+    # One batch more than is drawn: Megatron's sampler refuses to resume a run that has drawn all there is.
+    train: Any = build(options.split, num_samples[0] + args.global_batch_size)
     print_rank_0(f"ramoe: {len(train.examples)} training examples, {num_samples[0]} draws")
     if alignment.coeff > 0:
         train = AlignedDataset(
             train, alignment, options.anchor, args.global_batch_size, args.calculate_per_token_loss
         )
         print_rank_0(f"ramoe: {int(train.aligned.sum())} of {len(train.aligned)} training examples are aligned")
-    validation = build("validation", num_samples[1]) if args.eval_iters else None
+    validation = None
+    if args.eval_iters:
+        views = load_examples(options.data, options.column_mapping(), None, options.languages)
+        if any(example.split == "validation" for example in views):
+            validation = build("validation", num_samples[1])
     return train, validation, None
 
 
