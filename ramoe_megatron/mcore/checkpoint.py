@@ -33,8 +33,9 @@ def explained_mismatch(folder: str | None) -> Iterator[None]:
         yield
     except (CheckpointException, RuntimeError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        marks = ("the current run builds a non-hybrid model", "Cannot load a GPT checkpoint", "pairs with a GPT checkpoint")
-        marks += ("shape mismatch", "size mismatch", "Missing key", "Unexpected key", "is not found in the checkpoint")
+        marks = ["shape mismatch", "size mismatch", "Missing key", "Unexpected key", "is not found in the checkpoint"]
+        # between GPTModel and HybridModel
+        marks += ["the current run builds a non-hybrid model", "Cannot load a GPT checkpoint", "pairs with a GPT checkpoint"]
         found = next((line for line in reversed(lines) if any(mark in line for mark in marks)), None)
         if found is None:
             raise
