@@ -14,7 +14,6 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    PositiveFloat,
     PositiveInt,
     field_validator,
     model_validator,
@@ -89,9 +88,9 @@ class Data(Section):
     """What the base model is trained on (with `files` and `pretrain`; the generated data bring their own)."""
     columns: dict[str, str] = {}
     """Field of the parallel format -> the files' own column."""
-    weights: dict[str, PositiveFloat] = {}
+    weights: dict[str, NonNegativeFloat] = {}
     """Pattern TASK/LANGUAGE -> share of the fine-tuning samples; without it, seeded epochs over all examples."""
-    pretrain_weights: dict[str, PositiveFloat] = {}
+    pretrain_weights: dict[str, NonNegativeFloat] = {}
     """The same for the base model's training; without it, those that the generated data bring along."""
     anchor: str | None = None
     """The language whose routing is the target; "en" when left out ("eng_Latn" for SIB-200)."""
@@ -134,7 +133,7 @@ class Profile(Section):
     split: str = "train"
     """Split that the profile is measured on."""
     tokens: Literal["prompt", "response", "all", "last"] = "last"
-    """Tokens over which router probabilities are pooled for the divergence curve and the saved priors."""
+    """Tokens that the saved priors pool (the divergence curve always pools all of a sequence)."""
     layers: str = "auto"
     """Alignment zone: auto (read off the divergence curve), FIRST-LAST or FRACTION-FRACTION."""
     save_priors: bool | None = None
@@ -240,6 +239,11 @@ class Recipe(Section):
                 raise ValueError(f"method {method.name} needs a coefficient: set alignment.coeff above 0 (0 is the method sft)")
             if alignment.shuffle_targets and alignment.target != "example":
                 raise ValueError(f"method {method.name} shuffles per-example targets: set alignment.target to example")
+            if alignment.coeff and alignment.target == "example" and alignment.tokens != self.profile.tokens:
+                raise ValueError(
+                    f"method {method.name} aligns the tokens {alignment.tokens!r} to priors that pool {self.profile.tokens!r}: "
+                    "set profile.tokens to the same"
+                )
         return self
 
     def alignment_of(self, method: Method) -> Alignment:
