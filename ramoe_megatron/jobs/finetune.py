@@ -27,6 +27,8 @@ def main() -> None:
         resumes = has_checkpoint(args.load)
         if args.pretrained_checkpoint and not resumes:
             require_checkpoint(args.pretrained_checkpoint, "--pretrained-checkpoint")
+        elif args.finetune and args.load and not resumes:
+            require_checkpoint(args.load, "--load")
         with explained_mismatch(args.load if resumes else args.pretrained_checkpoint):
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),

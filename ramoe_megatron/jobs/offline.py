@@ -82,9 +82,15 @@ class Shards:
         self.folder = output / f".{job}-shards" / key
 
     def rows(self, number: int) -> list[Any] | None:
-        """What shard `number` held, or None."""
-        path = self.folder / f"{number:06d}.json"
-        return read_json(path) if path.exists() else None
+        """What shard `number` held, or None: rank 0 looks and tells the others, so that all ranks skip the same shards."""
+        import torch
+
+        path, rows = self.folder / f"{number:06d}.json", [None]
+        if is_rank_0() and path.exists():
+            rows = [read_json(path)]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(rows, src=0)
+        return rows[0]
 
     def save(self, number: int, rows: list[Any]) -> None:
         """Write a shard (on rank 0), whole or not at all."""

@@ -79,6 +79,8 @@ def transplant(
     max_new_tokens: int,
 ) -> list[TransplantOutcome]:
     """Both answers to each target-language example: with its own routing, and with that of its English view."""
+    import torch
+
     from ramoe_megatron.mcore.offline import ContextMaker, MicroBatch
     from ramoe_megatron.mcore.routing import Transplant, last_prompt_logits
     from ramoe_megatron.mcore.scoring import score
@@ -89,10 +91,11 @@ def transplant(
     targets = [target for _, target in pairs]
 
     def context_for(places: Sequence[int]) -> ContextMaker:
-        own_NLE = logits_NLE[[row[targets[place].id] for place in places]]
+        english_N = torch.tensor([row[targets[place].id] for place in places], device=logits_NLE.device)
 
         def context(micro: MicroBatch) -> Transplant:
-            return Transplant(micro, own_NLE, layers)
+            # rows of the English logits, not a copy of them for every choice of every language
+            return Transplant(MicroBatch(micro.batch, english_N[micro.places.clamp(min=0)]), logits_NLE, layers)
 
         return context
 

@@ -42,6 +42,7 @@ def main() -> None:
         shards = Shards(
             output, "taxonomy", data=digests, split=data.split, languages=data.languages, anchor=data.anchor,
             columns=data.columns, max_new_tokens=options.max_new_tokens, checkpoint=checkpoint_state(args.load),
+            tokenizer=[args.tokenizer_type, args.tokenizer_model],
         )  # fmt: skip
         correct: dict[tuple[str, str], bool] = {}
         progress = Progress(sum(len(e.choices or (e,)) for e in examples), "answers")

@@ -27,7 +27,8 @@ from ramoe_megatron.mcore.observe import (
     router_distribution,
     sum_over_sequence,
 )
-from ramoe_megatron.mcore.router import chunks, moe_layer_numbers, observe_routers, unwrapped
+from ramoe_megatron.mcore.refusals import refuse_unsupported
+from ramoe_megatron.mcore.router import chunks, local_routers, moe_layer_numbers, observe_routers, unwrapped
 from ramoe_megatron.method.artefacts import ExpertFile
 from ramoe_megatron.method.divergence import parse_layers
 from ramoe_megatron.method.losses import divergence, mass
@@ -71,13 +72,15 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
         `model`, so that `attach` can serve as one of a model configuration's `pre_wrap_hooks`.
 
     Raises:
-        RamoeError: the expert file belongs to another model, or the zone holds no layer of it.
+        RamoeError: the expert file belongs to another model, the zone holds no layer of it, or the model's configuration has a
+            setting under which alignment is not defined (`refusals`).
     """
     if config.coeff == 0:
         return model
     assert config.experts is not None  # the configuration refuses a coefficient without it
     experts = ExpertFile.load(config.experts)
     model_config = unwrapped(next(iter(chunks(model)))).config
+    refuse_unsupported(model_config)
     numbers = moe_layer_numbers(model)
     experts.check_model(
         num_moe_layers=len(numbers),
@@ -86,6 +89,8 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
         score_function=model_config.moe_router_score_function,
     )
     first, last = resolve_zone(config, experts)
+    if config.tokens not in experts.english_pattern:
+        raise RamoeError(f"{config.experts}: no English pattern for --ramoe-tokens {config.tokens}; run `ramoe profile` again")
     device = torch.cuda.current_device() if torch.cuda.is_available() else torch.device("cpu")
     alignment = Alignment(
         config=config,
@@ -98,8 +103,24 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
     )
     observe_routers(model)
     for chunk in chunks(model):
-        unwrapped(chunk).ramoe_alignment = alignment
+        local = {router.ramoe_layer for router in local_routers(chunk)}
+        unwrapped(chunk).ramoe_alignment, unwrapped(chunk).ramoe_layers = alignment, local & set(alignment.layers)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(f"ramoe: {describe(alignment, model_config)}", flush=True)
     return model
+
+
+def describe(alignment: Alignment, model_config: Any) -> str:
+    """One line on every loss at the routers and its coefficient: an inherited one has cost many a run."""
+    config, zone = alignment.config, alignment.expert_mask_GLE[:, alignment.first : alignment.last + 1]
+    counts = zip(alignment.tasks, zone.sum(-1).tolist(), strict=True)
+    experts = [f"{task} {min(layers)}-{max(layers)}" for task, layers in counts]
+    return (
+        f"alignment coefficient {config.coeff:g} ({config.divergence}, target {config.target}, {config.tokens} tokens, examples "
+        f"{config.examples}) on MoE layers {alignment.first}-{alignment.last}; task experts per layer: {', '.join(experts)}; "
+        f"load balancing {model_config.moe_router_load_balancing_type} {model_config.moe_aux_loss_coeff}, "
+        f"z-loss {model_config.moe_z_loss_coeff}"
+    )
 
 
 @contextlib.contextmanager
@@ -109,17 +130,16 @@ def routing_batch(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
     Args:
         model: the model chunk that is about to be called.
         batch: the micro-batch of our dataset: `prompt_length`, `length` [B], `loss_mask` [B, S_whole] (before any context-parallel
-            slicing) and the keys in `BATCH_KEYS`.
+            slicing) and the keys in `BATCH_KEYS`. Not looked at while the model evaluates.
 
     Raises:
         RamoeError: an aligned layer of this chunk did not run exactly once.
     """
     alignment = getattr(unwrapped(model), "ramoe_alignment", None)
-    if alignment is None:
+    if alignment is None or not unwrapped(model).training:  # validation data carries no labels of ours
         yield
         return
-    local = [m.ramoe_layer for m in unwrapped(model).modules() if hasattr(m, "ramoe_layer")]
-    context = AlignmentContext(alignment, batch, expected={layer for layer in local if layer in alignment.layers})
+    context = AlignmentContext(alignment, batch, expected=unwrapped(model).ramoe_layers)
     with routing_context(context):
         yield
     context.check_consumed()
@@ -139,7 +159,8 @@ class AlignmentContext:
             )
         self.alignment = alignment
         self.selection = TokenSelection(batch["prompt_length"], batch["length"])
-        self.weight_B = batch["ramoe_weight"].float()
+        # Where no token is chosen (an empty prompt) there is no routing to align.
+        self.weight_B = batch["ramoe_weight"].float() * (self.selection.count(alignment.config.tokens) > 0)
         self.task_B = batch["ramoe_task"].clamp(min=0)
         self.has_task_B = batch["ramoe_task"] >= 0
         self.target_BZE = batch.get("ramoe_target")

@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from ramoe_megatron.errors import RamoeError
 
@@ -59,8 +60,12 @@ class RoutingAlignmentConfig:
     """Control, not a method: seed of a permutation of the English targets among the examples of one task."""
 
     def __post_init__(self) -> None:
-        if not self.coeff >= 0:
-            raise RamoeError(f"--ramoe-coeff {self.coeff}: expected a number >= 0 (0 is off)")
+        if not (self.coeff >= 0 and math.isfinite(self.coeff)):
+            raise RamoeError(f"--ramoe-coeff {self.coeff}: expected a finite number >= 0 (0 is off)")
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal and value not in get_args(kind):  # argparse checks flags, nobody a keyword
+                raise RamoeError(f"--ramoe-{name} {value!r}: expected one of {', '.join(get_args(kind))}")
         if self.coeff == 0:
             return
         if self.experts is None:

@@ -109,10 +109,11 @@ def cpu_backend() -> Iterator[bool]:
         return
     if os.environ.get("RANK", "0") == "0":
         print("ramoe: no CUDA device: Megatron runs on the CPU backend (gloo, local layers)", flush=True)
-    # Compiling for a CPU takes longer than a small run. Read where a function is decorated: before Megatron is imported.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with TP or CP; without CUDA it says nothing
     with contextlib.ExitStack() as stack:
+        # Compiling for a CPU takes longer than a small run. Read where a function is decorated: before Megatron is imported.
+        _set_variable(stack, "TORCHDYNAMO_DISABLE", "1")
+        # Megatron asks for it with TP or CP; without CUDA it says nothing.
+        _set_variable(stack, "CUDA_DEVICE_MAX_CONNECTIONS", os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"))
         for owner, name, stand_in in [*_torch_stand_ins(), *_megatron_stand_ins()]:
             _replace(stack, owner, name, stand_in)
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # for what was decorated before
@@ -122,6 +123,12 @@ def cpu_backend() -> Iterator[bool]:
 
 def _cuda_is_available() -> bool:
     return True
+
+
+def _set_variable(stack: contextlib.ExitStack, name: str, value: str) -> None:
+    before = os.environ.get(name)
+    stack.callback(os.environ.pop, name, None) if before is None else stack.callback(os.environ.__setitem__, name, before)
+    os.environ[name] = value
 
 
 def _replace(stack: contextlib.ExitStack, owner: Any, name: str, stand_in: Any) -> None:

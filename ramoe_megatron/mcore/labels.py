@@ -80,6 +80,9 @@ class AlignedDataset(torch.utils.data.Dataset):
                 f"{self.config.experts}: no experts for the tasks {', '.join(unknown)} of the training data; it has "
                 f"{', '.join(experts.tasks)}. Run `ramoe profile` on data with these tasks"
             )
+        if self.config.target == "profile":
+            for task in sorted({e.task for e, on in zip(examples, self.aligned, strict=True) if on}):
+                experts.profile_target(task, self.config.tokens)  # raises where there is no pattern to align to
 
     def _load_priors(self, examples: Sequence[Example], experts: ExpertFile) -> Priors:
         assert self.config.priors is not None

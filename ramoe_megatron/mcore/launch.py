@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.cpu import cpu_backend, cpu_command_line
+
+GRACE_SECONDS = 3.0
+"""How long a rank waits before it tells an error: where rank 0 met it too, torchrun has ended the others by then."""
 
 
 @contextlib.contextmanager
@@ -39,14 +43,23 @@ def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = 
 
 
 def run_job(main: Callable[[], None]) -> None:
-    """Run a job's main: an error meant for the user is printed once, without a traceback, and ends the job with status 2."""
+    """Run a job's main: an error meant for the user is printed without a traceback, and ends the job with status 2.
+
+    Rank 0 tells it at once. Another rank does so a moment later, with its number, so that an error that rank 0 did not meet (a
+    file absent on one node, one pipeline stage) is told too, and one that all ranks met is told once.
+    """
+    from torch.distributed.checkpoint import CheckpointException  # not an Exception
+
     try:
         main()
     except RamoeError as error:
-        if is_rank_0() or os.environ.get("RAMOE_ERRORS") == "all":
-            print(f"ramoe: error: {error}", file=sys.stderr, flush=True)
+        where = ""
+        if not is_rank_0():
+            time.sleep(GRACE_SECONDS)
+            where = f"(rank {os.environ['RANK']}) "
+        print(f"ramoe: error: {where}{error}", file=sys.stderr, flush=True)
         _leave(2)
-    except Exception:
+    except (Exception, CheckpointException):
         traceback.print_exc()
         _leave(1)
     _leave(0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.losses import pool
 
 TOKEN_CHOICES = ("prompt", "response", "all", "last")
@@ -17,12 +18,20 @@ TOKEN_CHOICES = ("prompt", "response", "all", "last")
 def router_distribution(logits_SBE: Tensor, score_function: str) -> Tensor:
     """Router probabilities over all experts, before top-k, in float32 (METHODS section 0).
 
-    For a sigmoid-score router no paper says what to align: the scores divided by their sum (our reading).
+    For a router of sigmoid or sqrt-softplus scores no paper says what to align: the scores divided by their sum (our reading).
+
+    Raises:
+        RamoeError: another score function than Megatron 0.19 has.
     """
     logits_SBE = logits_SBE.float()
     if score_function == "softmax":
         return logits_SBE.softmax(dim=-1)
-    scores_SBE = logits_SBE.sigmoid()
+    if score_function == "sigmoid":
+        scores_SBE = logits_SBE.sigmoid()
+    elif score_function == "sqrtsoftplus":
+        scores_SBE = torch.nn.functional.softplus(logits_SBE).sqrt()
+    else:
+        raise RamoeError(f"--moe-router-score-function {score_function}: expected softmax, sigmoid or sqrtsoftplus")
     return scores_SBE / scores_SBE.sum(dim=-1, keepdim=True)
 
 
@@ -42,7 +51,7 @@ class TokenSelection:
             "prompt": self.prompt_length_B,
             "response": self.length_B - self.prompt_length_B,
             "all": self.length_B,
-            "last": torch.ones_like(self.length_B),
+            "last": self.prompt_length_B.clamp(max=1),
         }
         return counts[choice].float()
 
@@ -64,7 +73,8 @@ def local_positions(router: Any, rows: int, device: torch.device) -> Tensor:
     cp, cp_rank = _size_and_rank(router.cp_group)
     positions = torch.arange(rows * tp * cp, device=device)
     if cp > 1:
-        positions = positions.view(2 * cp, -1)[[cp_rank, 2 * cp - 1 - cp_rank]].flatten()
+        pieces = positions.view(2 * cp, -1)  # two slices: a list as index would be copied to the device, and waited for
+        positions = torch.cat([pieces[cp_rank], pieces[2 * cp - 1 - cp_rank]])
     return positions[tp_rank * rows : (tp_rank + 1) * rows]
 
 

@@ -75,8 +75,9 @@ class _Listen:
 
     def _write(self, name: str, layer: int, value_BE: Tensor) -> None:
         if self.speaks:
-            real = self.micro.real
-            self.buffers[name][self.micro.places[real], layer] = value_BE[real]
+            # Each place is written once, to a zero. A mask as index would have the host wait for the device at every layer.
+            real_B1 = self.micro.real[:, None].to(value_BE.dtype)
+            self.buffers[name][:, layer].index_add_(0, self.micro.places.clamp(min=0), value_BE * real_B1)
 
 
 def last_prompt_logits(model: OfflineModel, encoded: Sequence[Encoded]) -> Tensor:

@@ -27,8 +27,11 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
         vp_stage: the virtual pipeline stage that asks, each once; all get the same.
 
     Returns:
-        the training set (an `AlignedDataset` when alignment is on), the validation set where the data has a split "validation" and
-        `--eval-iters` asks for one, and None.
+        the training set (an `AlignedDataset` when alignment is on), the validation set (split "validation") unless
+        `--eval-iters` is 0, and None.
+
+    Raises:
+        RamoeError: no data, no rows of a split that is asked for, or labels that do not fit the data (`AlignedDataset`).
     """
     from megatron.training import get_args, get_tokenizer, print_rank_0
 
@@ -57,11 +60,12 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
             train, alignment, options.anchor, args.global_batch_size, args.calculate_per_token_loss
         )
         print_rank_0(f"ramoe: {int(train.aligned.sum())} of {len(train.aligned)} training examples are aligned")
-    validation = None
-    if args.eval_iters:
-        views = load_examples(options.data, options.column_mapping(), None, options.languages)
-        if any(example.split == "validation" for example in views):
-            validation = build("validation", num_samples[1])
+    if args.eval_iters and not any(example.split == "validation" for example in load_examples(options.data, options.column_mapping())):
+        raise RamoeError(
+            f"--eval-iters {args.eval_iters} (100 when not given) needs rows of the split 'validation', and {', '.join(options.data)} "
+            "has none: add them, or give --eval-iters 0"
+        )
+    validation = build("validation", num_samples[1]) if args.eval_iters else None
     return train, validation, None
 
 

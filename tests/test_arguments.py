@@ -1,0 +1,106 @@
+"""Our flags through Megatron's real parser, and what the configuration refuses."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+import pytest
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.jobs.evaluate import EvaluateOptions
+from ramoe_megatron.jobs.offline import OfflineOptions
+from ramoe_megatron.jobs.predict import PredictOptions
+from ramoe_megatron.jobs.profile import ProfileOptions
+from ramoe_megatron.mcore.arguments import (
+    DataOptions,
+    RoutingAlignmentConfig,
+    add_arguments,
+    arguments_with,
+    options_from_args,
+)
+
+ON: dict[str, Any] = {"coeff": 1.0, "experts": "e.safetensors", "taxonomy": "t.jsonl"}
+
+
+def parse(*words: str, provider: Any = add_arguments) -> argparse.Namespace:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = provider(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    return parser.parse_args(list(words))
+
+
+def test_without_flags_alignment_is_off() -> None:
+    args = parse()
+    assert RoutingAlignmentConfig.from_args(args) == RoutingAlignmentConfig()
+    assert RoutingAlignmentConfig().coeff == 0
+    assert options_from_args(DataOptions, args) == DataOptions()
+
+
+def test_every_flag_reaches_its_field() -> None:
+    words = (
+        "--lr 1e-3 --ramoe-coeff 2.5 --ramoe-experts e --ramoe-taxonomy t --ramoe-priors p --ramoe-divergence js --ramoe-target example "
+        "--ramoe-layers 2-5 --ramoe-tokens last --ramoe-pooling token --ramoe-examples ci+cc --ramoe-normalize ci "
+        "--ramoe-shuffle-targets 3 --ramoe-data a.jsonl b --ramoe-split dev --ramoe-languages en tr --ramoe-anchor eng "
+        "--ramoe-columns prompt=text --ramoe-weights */en=0.4 *=0.6"
+    )
+    args = parse(*words.split())
+    assert RoutingAlignmentConfig.from_args(args) == RoutingAlignmentConfig(
+        2.5, "e", "t", "p", "js", "example", "2-5", "last", "token", "ci+cc", "ci", 3
+    )
+    data = options_from_args(DataOptions, args)
+    assert data == DataOptions(["a.jsonl", "b"], "dev", ["en", "tr"], "eng", ["prompt=text"], ["*/en=0.4", "*=0.6"])
+    assert data.column_mapping() == {"prompt": "text"}
+    assert data.weight_mapping() == {"*/en": 0.4, "*": 0.6}
+
+
+@pytest.mark.parametrize("job", [(), (EvaluateOptions,), (ProfileOptions,), (PredictOptions,)])
+def test_every_field_has_a_help_text_that_prints(job: tuple[type, ...]) -> None:
+    groups = (DataOptions, OfflineOptions, *job) if job else (RoutingAlignmentConfig, DataOptions)
+    parser = arguments_with(*groups)(argparse.ArgumentParser())  # of ours alone: Megatron 0.19 cannot print all of its own help
+    told = parser.format_help()
+    helps = {action.dest: action.help for action in parser._actions}
+    for group in groups:
+        for field in dataclasses.fields(group):
+            flag = "--ramoe-" + field.name.replace("_", "-")
+            assert flag in told
+            text = helps[f"ramoe_{field.name}"] or ""
+            assert text.split(" (default:")[0].strip() not in ("", "None"), flag
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"coeff": -1.0}, ["--ramoe-coeff -1.0", ">= 0"]),
+        ({"coeff": float("nan")}, ["--ramoe-coeff nan"]),
+        ({"coeff": float("inf")}, ["--ramoe-coeff inf", "finite"]),
+        ({"experts": None}, ["--ramoe-experts", "ramoe profile"]),
+        ({"taxonomy": None}, ["--ramoe-taxonomy", "ramoe taxonomy"]),
+        ({"target": "example"}, ["--ramoe-priors", "--ramoe-save-priors"]),
+        ({"shuffle_targets": 1}, ["--ramoe-shuffle-targets", "--ramoe-target example"]),
+        ({"pooling": "mean"}, ["--ramoe-pooling 'mean'", "sequence, token"]),
+        ({"normalize": "none"}, ["--ramoe-normalize 'none'", "samples, ci"]),
+        ({"tokens": "first"}, ["--ramoe-tokens 'first'", "prompt, response, all, last"]),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_by_name(change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RamoeError) as error:
+        RoutingAlignmentConfig(**{**ON, **change})
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_off_asks_for_nothing_and_all_for_no_taxonomy() -> None:
+    RoutingAlignmentConfig(coeff=0.0, target="example", shuffle_targets=1)  # a recipe may keep its settings for the SFT baseline
+    RoutingAlignmentConfig(**{**ON, "taxonomy": None, "examples": "all"})
+
+
+@pytest.mark.parametrize("value", ["prompt", "=text", "prompt="])
+def test_pairs_need_both_sides(value: str) -> None:
+    with pytest.raises(RamoeError, match="--ramoe-columns"):
+        DataOptions(columns=[value]).column_mapping()
+
+
+def test_weights_are_numbers_and_patterns_may_hold_an_equals_sign() -> None:
+    assert DataOptions(weights=["a=b/*=2"]).weight_mapping() == {"a=b/*": 2.0}
+    with pytest.raises(RamoeError, match=r"--ramoe-weights.*PATTERN=NUMBER"):
+        DataOptions(weights=["*/en=half"]).weight_mapping()

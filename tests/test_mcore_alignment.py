@@ -1,0 +1,170 @@
+"""Laws of alignment at one router that need no ranks, and the configurations that it refuses."""
+
+import types
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.enums import CudaGraphModule
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.alignment import Alignment, AlignmentContext, describe, routing_batch
+from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
+from ramoe_megatron.mcore.metrics import AlignmentMetrics
+from ramoe_megatron.mcore.observe import TokenSelection, local_positions, router_distribution
+from ramoe_megatron.mcore.refusals import refuse_unsupported
+
+S, B, E, LAYERS = 6, 3, 4, 2
+
+
+def alignment(**changes: Any) -> Alignment:
+    config = RoutingAlignmentConfig(**({"coeff": 2.0, "experts": "e", "examples": "all", "tokens": "last"} | changes))
+    mask = torch.tensor([True, True, False, False]).expand(1, LAYERS, E)
+    pattern = torch.tensor([0.5, 0.2, 0.2, 0.1]).expand(1, LAYERS, E)
+    return Alignment(config, ("task",), 0, LAYERS - 1, mask, pattern, AlignmentMetrics(LAYERS, "cpu"))
+
+
+def batch(prompt: list[int], weight: list[float]) -> dict[str, torch.Tensor]:
+    return {
+        "prompt_length": torch.tensor(prompt), "length": torch.full((B,), S), "loss_mask": torch.ones(B, S),
+        "ramoe_weight": torch.tensor(weight), "ramoe_task": torch.zeros(B, dtype=torch.int64),
+    }  # fmt: skip
+
+
+class Chunk(torch.nn.Module):
+    """A model chunk with one router to the two aligned layers."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__()
+        self.ramoe_alignment, self.ramoe_layers = alignment(**changes), {0}
+        groups = {"tp_group": None, "cp_group": None, "tp_cp_group": None}
+        config = types.SimpleNamespace(sequence_parallel=False)
+        self.router = types.SimpleNamespace(
+            **groups, config=config, score_function="softmax", ramoe_layer=0, training=True, calculate_per_token_loss=False
+        )
+
+    def run(self, micro: dict[str, torch.Tensor], times: int = 1) -> torch.Tensor:
+        """Router-logit gradient of one micro-batch, the model's own loss left out."""
+        from ramoe_megatron.mcore.carrier import current
+
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
+        logits = torch.linspace(-1, 1, S * B * E).view(S, B, E).requires_grad_()
+        with routing_batch(self, micro):
+            context = current()
+            for _ in range(times if context else 0):
+                self.router.training = self.training
+                probs = context.on_routing(self.router, logits, logits.view(-1, E).softmax(-1), None)
+                (probs.sum() * 0).backward()
+        return torch.zeros_like(logits) if logits.grad is None else logits.grad
+
+
+def test_only_chosen_tokens_of_aligned_samples_get_a_gradient() -> None:
+    grad = Chunk().run(batch([2, 3, 4], [1, 0, 1]))
+    touched = {(int(s), int(b)) for s, b in grad.abs().sum(-1).nonzero()}
+    assert touched == {(1, 0), (3, 2)}
+
+
+@pytest.mark.parametrize("tokens", ["prompt", "last"])
+@pytest.mark.parametrize("pooling", ["sequence", "token"])
+def test_a_sample_without_chosen_tokens_counts_for_nothing(tokens: str, pooling: str) -> None:
+    chunk, other = (Chunk(tokens=tokens, pooling=pooling) for _ in range(2))
+    grad = chunk.run(batch([0, 3, 4], [1, 1, 1]))
+    expected = other.run(batch([0, 3, 4], [0, 1, 1]))
+    assert torch.equal(grad, expected)
+    assert torch.isfinite(grad).all()
+    assert torch.equal(chunk.ramoe_alignment.metrics.sums_LM, other.ramoe_alignment.metrics.sums_LM)
+
+
+def test_evaluation_needs_no_labels_and_records_nothing() -> None:
+    chunk = Chunk().eval()
+    with routing_batch(chunk, {"tokens": torch.zeros(1)}):
+        pass
+    assert not chunk.ramoe_alignment.metrics.sums_LM.any()
+    with pytest.raises(RamoeError, match="ramoe_weight"), routing_batch(chunk.train(), {"tokens": torch.zeros(1)}):
+        pass
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_layer_that_does_not_run_once_is_told(times: int) -> None:
+    chunk = Chunk()
+    with pytest.raises(RamoeError, match=r"ran \{0: 0\} times|attached its alignment loss twice"):
+        chunk.run(batch([2, 3, 4], [1, 1, 1]), times)
+
+
+def test_the_start_line_names_every_loss_at_the_routers() -> None:
+    config = types.SimpleNamespace(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.01, moe_z_loss_coeff=None)
+    line = describe(alignment(), config)
+    for part in ("coefficient 2 ", "MoE layers 0-1", "task 2-2", "aux_loss 0.01", "z-loss None"):
+        assert part in line
+    assert isinstance(AlignmentContext(alignment(), batch([1, 1, 1], [1, 1, 1]), set()).weight_B, torch.Tensor)
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_the_router_distribution_is_megatrons_scores_divided_by_their_sum(score_function: str) -> None:
+    from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
+
+    logits = torch.randn(5, 2, E, generator=torch.Generator().manual_seed(1))
+    _, expected = compute_routing_scores_for_aux_loss(logits.view(-1, E), 2, score_function)
+    found = router_distribution(logits, score_function)
+    torch.testing.assert_close(found.view(-1, E), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RamoeError, match="--moe-router-score-function cosine"):
+        router_distribution(logits, "cosine")
+
+
+@pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)])
+def test_the_pieces_of_a_sequence_cover_it_once(tp: int, cp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against Megatron's own slicing of a batch over context-parallel ranks, then equal pieces over tensor-parallel ones."""
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: group.rank())
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: group.size())
+    length, seen = 16, []
+    for c in range(cp):
+        tokens = {"tokens": torch.arange(length)[None]}
+        group = types.SimpleNamespace(size=lambda: cp, rank=lambda c=c: c)
+        mine = get_batch_on_this_cp_rank(tokens, False, group)["tokens"][0] if cp > 1 else tokens["tokens"][0]
+        for t, piece in enumerate(mine.chunk(tp)):
+            tp_group = types.SimpleNamespace(size=lambda: tp, rank=lambda t=t: t)
+            router = types.SimpleNamespace(tp_group=tp_group, cp_group=group, config=types.SimpleNamespace(sequence_parallel=tp > 1))
+            found = local_positions(router, len(piece), torch.device("cpu"))
+            assert torch.equal(found, piece)
+            seen += found.tolist()
+    assert sorted(seen) == list(range(length))
+
+
+def test_counts_are_those_of_the_masks() -> None:
+    selection = TokenSelection(torch.tensor([0, 1, 4]), torch.tensor([3, 5, 6]))
+    for choice in ("prompt", "response", "all", "last"):
+        mask = selection.mask(choice, torch.arange(8))
+        assert torch.equal(selection.count(choice), mask.sum(dim=0).float()), choice
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
+        ({"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl full_iteration"),
+        ({"cuda_graph_impl": "local", "cuda_graph_modules": []}, "--cuda-graph-impl local"),
+        ({"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [CudaGraphModule.moe_router]}, "--cuda-graph-impl"),
+        ({"mlp_chunks_for_training": 2}, "--mlp-chunks-for-training"),
+        ({"fp8": "hybrid", "recompute_granularity": "full"}, "--fp8-format and --recompute-granularity full"),
+        ({"fp4": "e2m1", "recompute_granularity": "selective", "recompute_modules": ["moe"]}, "--fp4-format"),
+    ],
+)
+def test_settings_without_a_defined_alignment_are_refused(settings: dict[str, Any], flag: str) -> None:
+    with pytest.raises(RamoeError, match=flag):
+        refuse_unsupported(types.SimpleNamespace(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"recompute_granularity": "full", "mlp_chunks_for_training": 1, "cuda_graph_impl": "none"},
+        {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [CudaGraphModule.attn]},
+        {"fp8": "hybrid", "recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    ],
+)
+def test_what_alignment_can_carry_is_let_through(settings: dict[str, Any]) -> None:
+    refuse_unsupported(types.SimpleNamespace(**settings))
