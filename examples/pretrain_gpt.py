@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 8 examples/pretrain_gpt.py MEGATRON_FLAGS --ramoe-data train.jsonl --ramoe-coeff 1.0 \
         --ramoe-experts experts.safetensors --ramoe-taxonomy taxonomy.jsonl
 
-On a machine without a GPU, `cpu_backend()` runs the same script on the CPU; with a GPU it does nothing.
+The last lines are for a machine without a GPU, where they run the same script on the CPU; with a GPU they do nothing.
 """
 
+import sys
 from functools import partial
 
 import ramoe_megatron
@@ -36,6 +37,7 @@ def main():
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
+    ramoe_megatron.skip_helper_compilation()  # Megatron-Core from a wheel lacks the Makefile that it looks for
     # (2) our flags beside Megatron's
     args = parse_and_validate_args(extra_args_provider=ramoe_megatron.add_arguments)
     model = gpt_config_from_args(args)
@@ -49,5 +51,7 @@ def main():
 
 
 if __name__ == "__main__":
-    with ramoe_megatron.cpu_backend():
+    with ramoe_megatron.cpu_backend() as on_cpu:
+        if on_cpu:
+            sys.argv[1:] = ramoe_megatron.cpu_command_line(sys.argv[1:])[0]
         main()

@@ -8,6 +8,8 @@ What a user's own training script needs, each imported from Megatron's side only
     routing_batch        context around the model call of a `forward_step`
     RoutingAlignmentConfig   the alignment, as a dataclass
     cpu_backend          Megatron on a machine without a CUDA device
+    cpu_command_line     a Megatron command line as the CPU backend can run it
+    skip_helper_compilation  for megatron-core from a wheel, whose data helpers are built already
 """
 
 from importlib import import_module
@@ -18,7 +20,8 @@ from ramoe_megatron.errors import RamoeError
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.alignment import attach, routing_batch
     from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
-    from ramoe_megatron.mcore.cpu import cpu_backend
+    from ramoe_megatron.mcore.compat import skip_helper_compilation
+    from ramoe_megatron.mcore.cpu import cpu_backend, cpu_command_line
     from ramoe_megatron.mcore.training import dataset_provider
 
 _HOMES = {
@@ -26,8 +29,10 @@ _HOMES = {
     "add_arguments": "ramoe_megatron.mcore.arguments",
     "attach": "ramoe_megatron.mcore.alignment",
     "cpu_backend": "ramoe_megatron.mcore.cpu",
+    "cpu_command_line": "ramoe_megatron.mcore.cpu",
     "dataset_provider": "ramoe_megatron.mcore.training",
     "routing_batch": "ramoe_megatron.mcore.alignment",
+    "skip_helper_compilation": "ramoe_megatron.mcore.compat",
 }
 
 __all__ = [
@@ -36,8 +41,10 @@ __all__ = [
     "add_arguments",
     "attach",
     "cpu_backend",
+    "cpu_command_line",
     "dataset_provider",
     "routing_batch",
+    "skip_helper_compilation",
 ]
 
 

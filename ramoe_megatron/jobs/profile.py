@@ -56,7 +56,7 @@ class ProfileOptions:
     layers: str = "auto"
     """Alignment zone to record: auto (read off the divergence curve), FIRST-LAST or FRACTION-FRACTION."""
 
-    tokens: Literal["prompt", "response", "all", "last"] = "prompt"
+    tokens: Literal["prompt", "response", "all", "last"] = "last"
     """Tokens that the priors pool (the expert file holds the English pattern of every choice)."""
 
     save_priors: bool = False

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore import compat
 
 PREFIX = "ramoe"
 
@@ -21,7 +22,8 @@ class RoutingAlignmentConfig:
 
     coeff: float = 0.0
     """Coefficient of the alignment loss. 0 (the default) is off: training is then bit-for-bit Megatron's. With per-token loss off
-    the term is coefficient times the mean over all samples of the global batch, in every parallel layout."""
+    the term is coefficient times the mean over all samples of the global batch, in every parallel layout. The log shows the mean,
+    routing_alignment_loss, without the coefficient."""
 
     experts: str | None = None
     """experts.safetensors of the profile job: task experts, the English routing pattern and the zone."""
@@ -43,7 +45,7 @@ class RoutingAlignmentConfig:
     """Aligned layers: auto (the zone in the expert file), FIRST-LAST (inclusive, 0-based places among the MoE layers) or
     FRACTION-FRACTION of depth, such as 0.25-0.75."""
 
-    tokens: Literal["prompt", "response", "all", "last"] = "prompt"
+    tokens: Literal["prompt", "response", "all", "last"] = "last"
     """Tokens whose routing is pooled; last is the last prompt token."""
 
     pooling: Literal["sequence", "token"] = "sequence"
@@ -156,7 +158,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> argparse.Argu
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Megatron's `extra_args_provider`: the flags of routing alignment and of parallel data."""
-    return add_options(add_options(parser, RoutingAlignmentConfig), DataOptions)
+    return arguments_with(RoutingAlignmentConfig, DataOptions)(parser)
 
 
 def arguments_with(*options: type) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
@@ -165,7 +167,7 @@ def arguments_with(*options: type) -> Callable[[argparse.ArgumentParser], argpar
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         for group in options:
             parser = add_options(parser, group)
-        return parser
+        return compat.printable_help(parser)
 
     return provider
 

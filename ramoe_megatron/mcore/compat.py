@@ -1,5 +1,6 @@
 """Every branch on a version of Megatron-Core or torch stands here, with its reason and the condition for removing it."""
 
+import argparse
 from typing import Any
 
 
@@ -16,6 +17,20 @@ def skip_helper_compilation() -> None:
     except ImportError:
         return
     utils.compile_helpers = lambda: None
+
+
+def printable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Escape the per cent signs that 0.19's help texts leave bare: `--help` fails on them.
+
+    Remove when `parser.format_help()` of Megatron's own parser works.
+    """
+    for action in parser._actions:
+        if action.help and action.help is not argparse.SUPPRESS:
+            try:
+                parser._get_formatter()._expand_help(action)
+            except (ValueError, TypeError, KeyError):
+                action.help = action.help.replace("%", "%%")
+    return parser
 
 
 def model_config_from_args(args: Any) -> Any:
