@@ -330,3 +330,18 @@ def test_damaged_evaluation_names_file_and_line(tmp_path: Path, reported: Path) 
     lines.write_text("")
     with pytest.raises(RamoeError, match=r"found 0 examples, base\.json counts 840"):
         collect(tmp_path / "run")
+
+
+def test_no_line_leaves_its_panel() -> None:
+    """A limit taken from the first panel of a shared scale must not cut the lines of the others."""
+    from ramoe_megatron.report.style import from_zero, panels, pyplot
+
+    with pyplot():
+        figure, axes = panels(2, 3.0, 2.0, sharey=True)
+        axes[0].plot([0, 1], [0.1, 0.2])
+        axes[1].plot([0, 1], [0.3, 0.9])
+        from_zero(axes)
+        for axis in axes:
+            low, high = axis.get_ylim()
+            assert low == 0
+            assert all(low <= y <= high for line in axis.get_lines() for y in line.get_ydata())

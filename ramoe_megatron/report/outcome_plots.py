@@ -8,6 +8,7 @@ from ramoe_megatron.report.style import (
     COLOURS,
     MARKERS,
     average,
+    from_zero,
     language_axis,
     legend_below,
     method_style,
@@ -72,9 +73,9 @@ def mass_layers(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None":
                 axis.plot(range(len(curve)), curve, color=colour, marker=marker, ms=4, label=name)
         whole_layers(axis)
         axis.set_ylabel("routing mass")
-        axis.set_ylim(bottom=0)
         axis.set_title(plain(task))
         axis.grid(axis="y", alpha=0.3)
+    from_zero(axes)
     legend_below(figure, axes)
     return figure
 
@@ -97,8 +98,7 @@ def mass_languages(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None
         )
     language_axis(axis, languages)
     axis.set_ylabel("routing mass on task experts,\nmean over zone and tasks")
-    axis.margins(y=0.08)
-    axis.set_ylim(bottom=0)
+    from_zero([axis])
     axis.grid(axis="y", alpha=0.3)
     legend_below(figure, [axis])
     return figure

@@ -9,6 +9,7 @@ from ramoe_megatron.report.style import (
     LAYER_AXIS,
     LINES,
     MARKERS,
+    from_zero,
     panels,
     plain,
     shade_zone,
@@ -40,7 +41,7 @@ def divergence(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None":
         axis.plot([row.moe_layer for row in rows], [row.divergence or 0.0 for row in rows], line, **style)
     whole_layers(axis)
     axis.set_ylabel(f"divergence from {plain(run.anchor)} routing\n(0 = alike, 1 = as far as can be)")
-    axis.set_ylim(bottom=0)
+    from_zero([axis])
     axis.grid(axis="y", alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -75,6 +75,13 @@ def shade_zone(axis: "Axes", run: RunInputs) -> None:
         )
 
 
+def from_zero(axes: "Sequence[Axes]") -> None:
+    """Axes that share their scale, from zero to a little above the highest line: called once all lines are drawn, since a limit set
+    earlier would cut off what comes after."""
+    highest = max((float(max(line.get_ydata())) for axis in axes for line in axis.get_lines() if len(line.get_ydata())), default=1.0)
+    axes[0].set_ylim(0, 1.08 * highest)
+
+
 def whole_layers(axis: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
