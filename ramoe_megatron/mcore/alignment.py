@@ -91,6 +91,11 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
     first, last = resolve_zone(config, experts)
     if config.tokens not in experts.english_pattern:
         raise RamoeError(f"{config.experts}: no English pattern for --ramoe-tokens {config.tokens}; run `ramoe profile` again")
+    if config.divergence in ("lumped-kl", "mass") and not experts.expert_mask[:, first : last + 1].any():
+        raise RamoeError(
+            f"{config.experts}: no task has an expert in MoE layers {first}-{last}, so {config.divergence} aligns nothing; profile with a "
+            "lower tau or with --ramoe-select top-m=M, or use --ramoe-divergence kl or js"
+        )
     device = torch.cuda.current_device() if torch.cuda.is_available() else torch.device("cpu")
     alignment = Alignment(
         config=config,

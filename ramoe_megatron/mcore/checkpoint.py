@@ -1,6 +1,7 @@
 """Checkpoints that are absent, or of another model: told by name, before training starts from random weights unasked."""
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def explained_mismatch(folder: str | None) -> Iterator[None]:
         # between GPTModel and HybridModel
         marks += ["the current run builds a non-hybrid model", "Cannot load a GPT checkpoint", "pairs with a GPT checkpoint"]
         found = next((line for line in reversed(lines) if any(mark in line for mark in marks)), None)
-        if found is None:
+        loading = any(frame.name == "load_checkpoint" for frame in traceback.extract_tb(error.__traceback__))
+        if found is None or not loading:  # training itself may fail on a shape too
             raise
         raise RamoeError(
             f"the checkpoint in {folder} does not fit the model flags: {found[:300]}. Give the model flags that it was trained with"

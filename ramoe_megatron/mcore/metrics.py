@@ -26,9 +26,12 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
 
     @classmethod
     def install(cls, num_moe_layers: int, device: Any) -> Self:
-        """Make a fresh tracker Megatron's; what stock losses have recorded so far goes on in it."""
+        """Make our tracker Megatron's; what stock losses have recorded so far goes on in it. A second model chunk gets the same one."""
+        current = moe_logging.get_moe_metrics_tracker()
+        if isinstance(current, cls) and len(current.sums_LM) == num_moe_layers:
+            return current
         tracker = cls(num_moe_layers, device)
-        tracker._metrics = moe_logging.get_moe_metrics_tracker().metrics
+        tracker._metrics = current.metrics
         moe_logging.set_moe_metrics_tracker(tracker)
         return tracker
 

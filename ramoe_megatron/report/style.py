@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ramoe_megatron.report.inputs import RunInputs
 
 if TYPE_CHECKING:
@@ -78,7 +80,8 @@ def shade_zone(axis: "Axes", run: RunInputs) -> None:
 def from_zero(axes: "Sequence[Axes]") -> None:
     """Axes that share their scale, from zero to a little above the highest line: called once all lines are drawn, since a limit set
     earlier would cut off what comes after."""
-    highest = max((float(max(line.get_ydata())) for axis in axes for line in axis.get_lines() if len(line.get_ydata())), default=1.0)
+    heights = [np.asarray(line.get_ydata(), dtype=float) for axis in axes for line in axis.get_lines()]
+    highest = max((float(height.max()) for height in heights if height.size), default=1.0)
     axes[0].set_ylim(0, 1.08 * highest)
 
 
