@@ -337,7 +337,7 @@ def test_no_line_leaves_its_panel() -> None:
     from ramoe_megatron.report.style import from_zero, panels, pyplot
 
     with pyplot():
-        figure, axes = panels(2, 3.0, 2.0, sharey=True)
+        _figure, axes = panels(2, 3.0, 2.0, sharey=True)
         axes[0].plot([0, 1], [0.1, 0.2])
         axes[1].plot([0, 1], [0.3, 0.9])
         from_zero(axes)
