@@ -4,7 +4,7 @@
         --ramoe-experts FILE --ramoe-divergence-file FILE --ramoe-output DIR
 
 The transplant test answers each target-language prompt twice: as it is, and with its last prompt token routed, in the zone, by the
-router logits that the model had at the last token of the parallel English prompt (METHODS section 8; no paper has it).
+router logits that the model had at the last token of the parallel English prompt (our own test: no paper has it).
 """
 
 from collections.abc import Sequence

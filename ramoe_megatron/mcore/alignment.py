@@ -1,4 +1,4 @@
-"""The routing-alignment loss at Megatron's routers (RA-MoE, arXiv 2605.28306; our reading, METHODS section 1).
+"""The routing-alignment loss at Megatron's routers (RA-MoE, arXiv 2605.28306; our reading).
 
 The scale law. With per-token loss off, the term is the mean over the samples of the global batch. Each rank attaches, for its
 micro-batch of B samples, coeff * sum_i w_i D_i / B; Megatron multiplies that by cp / micro-batches and DDP averages over dp * cp

@@ -16,7 +16,7 @@ TOKEN_CHOICES = ("prompt", "response", "all", "last")
 
 
 def router_distribution(logits_SBE: Tensor, score_function: str) -> Tensor:
-    """Router probabilities over all experts, before top-k, in float32 (METHODS section 0).
+    """Router probabilities over all experts, before top-k, in float32 (arXiv 2605.28306; the precision is our reading).
 
     For a router of sigmoid or sqrt-softplus scores no paper says what to align: the scores divided by their sum (our reading).
 

@@ -28,7 +28,7 @@ class SequenceRouting:
     """The routing of N sequences at every MoE layer, on every rank."""
 
     frequency_NLE: Tensor
-    """Share of a sequence's tokens that an expert is in the top-k of (counts, not weights; METHODS section 3)."""
+    """Share of a sequence's tokens that an expert is in the top-k of (counts, not weights; arXiv 2510.04694, eq. 3)."""
     pooled_NLE: dict[str, Tensor]
     """By token choice: mean router distribution, before top-k."""
 
@@ -105,7 +105,7 @@ class _CaptureLogits(_Listen):
 
 
 class Transplant:
-    """Routes the last prompt token of each sequence, in the chosen layers, by the logits of another one (METHODS section 8)."""
+    """Routes the last prompt token of each sequence, in the chosen layers, by the logits of another one: the transplant test."""
 
     def __init__(self, micro: MicroBatch, logits_NLE: Tensor, layers: range) -> None:
         self.selection = TokenSelection(micro.batch["prompt_length"], micro.batch["length"])
