@@ -70,8 +70,8 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-demo: install
-	$(BIN)/ramoe run examples/demo.yaml --out $(RUN) $(if $(SEEDS),--set seeds=$(SEEDS))
+demo: install  # on the CPU backend, also where there is a GPU: transformer-engine need not be installed
+	CUDA_VISIBLE_DEVICES= $(BIN)/ramoe run examples/demo.yaml --out $(RUN) $(if $(SEEDS),--set seeds=$(SEEDS))
 
 clean:  ## remove the tools' caches; runs/ and the environment stay
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
