@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,9 +20,10 @@ NONE = "-"
 
 def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[object]], left: Sequence[str] = ()) -> Group:
     """A title and a table whose columns are numbers, right-justified, but those named in ``left``."""
-    made = Table()
+    made = Table(box=SIMPLE_HEAD, pad_edge=False)
     for head in heads:
-        made.add_column(Text(head), justify="left" if head in left else "right", overflow="fold")
+        name = head in ("task", "language", "method")  # a name that is folded cannot be read
+        made.add_column(Text(head), justify="left" if head in left else "right", overflow="fold", no_wrap=name)
     for row in rows:
         made.add_row(*(Text(str(cell)) for cell in row))
     return Group(Text(title, style="bold"), made)  # not the table's own title, which folds at the table's width
