@@ -93,10 +93,7 @@ def task_mass(model: "OfflineModel", examples: list[Example], path: str) -> list
     from ramoe_megatron.mcore.routing import sequence_routing
 
     experts = ExpertFile.load(path)
-    config = model.config
-    experts.check_model(
-        len(model.layer_numbers), config.num_moe_experts, config.moe_router_topk, config.moe_router_score_function
-    )
+    model.check(experts)
     rows: list[dict[str, object]] = []
     groups: dict[tuple[str, str], list[Example]] = {}
     for example in examples:

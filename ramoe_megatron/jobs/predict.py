@@ -59,10 +59,7 @@ def main() -> None:
         divergence = read_divergence(str(own.divergence_file))
         pairs = pair_with_anchor(examples_with_anchor(data), data.anchor)
         model = OfflineModel(args, options.batch_tokens)
-        experts.check_model(
-            len(model.layer_numbers), model.config.num_moe_experts, model.config.moe_router_topk,
-            model.config.moe_router_score_function,
-        )  # fmt: skip
+        model.check(experts)
         outcomes = transplant(model, pairs, range(zone[0], zone[1] + 1), options.max_new_tokens)
         prediction = predict(taxonomy, divergence, zone, outcomes, data.split)
 

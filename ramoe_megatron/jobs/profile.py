@@ -28,7 +28,7 @@ from ramoe_megatron.jobs.offline import (
 )
 from ramoe_megatron.mcore.arguments import options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, run_job
-from ramoe_megatron.method.artefacts import TOKENS, ExpertFile, ModelShape, Priors, read_taxonomy, write_divergence
+from ramoe_megatron.method.artefacts import TOKENS, ExpertFile, Priors, read_taxonomy, write_divergence
 from ramoe_megatron.method.divergence import DivergenceCurve, Zone, mean_curve, parse_layers, zone_from_curve
 from ramoe_megatron.method.experts import FrequencySum, delta, describe_empty, parse_rule, task_experts
 
@@ -86,13 +86,7 @@ def main() -> None:
         passes.general(general, progress)
         passes.parallel(english, [target for _, target in pairs], correct, own.save_priors, progress)
 
-        shape = ModelShape(
-            num_moe_layers=len(model.layer_numbers),
-            num_experts=model.config.num_moe_experts,
-            topk=model.config.moe_router_topk,
-            score_function=model.config.moe_router_score_function,
-            hidden_size=model.config.hidden_size,
-        )
+        shape = model.shape
         rows = passes.curve.rows(model.layer_numbers)
         zone = zone_from_curve(mean_curve(rows))
         if own.layers != "auto":

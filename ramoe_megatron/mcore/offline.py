@@ -19,6 +19,7 @@ from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.carrier import RoutingContext, routing_context
 from ramoe_megatron.mcore.checkpoint import explained_mismatch, require_checkpoint
 from ramoe_megatron.mcore.router import moe_layer_numbers, observe_routers
+from ramoe_megatron.method.artefacts import ExpertFile, ModelShape
 
 ContextMaker = Callable[["MicroBatch"], RoutingContext | None]
 
@@ -60,7 +61,7 @@ class OfflineModel:
         initialize_megatron()
         self.args, self.tokenizer, self.batch_tokens = args, get_tokenizer(), batch_tokens
         self.chunks = _load(args)
-        self.routers = observe_routers(self.chunks)
+        observe_routers(self.chunks)
         self.layer_numbers = moe_layer_numbers(self.chunks)
         self.config = get_model_config(self.chunks[0])
         self.tp, self.pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
@@ -73,6 +74,23 @@ class OfflineModel:
     def routers_on_cuda(self) -> bool:
         """Whether the weights are on a CUDA device (a stage may have no router: ask any parameter)."""
         return next(self.chunks[0].parameters()).is_cuda
+
+    @property
+    def shape(self) -> ModelShape:
+        """What must agree between this model and an artefact."""
+        config = self.config
+        return ModelShape(
+            num_moe_layers=len(self.layer_numbers),
+            num_experts=config.num_moe_experts,
+            topk=config.moe_router_topk,
+            score_function=config.moe_router_score_function,
+            hidden_size=config.hidden_size,
+        )
+
+    def check(self, experts: ExpertFile) -> None:
+        """Raises RamoeError unless the expert file was profiled on a model of this shape."""
+        shape = self.shape
+        experts.check_model(shape.num_moe_layers, shape.num_experts, shape.topk, shape.score_function)
 
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Places sorted by length, longest first, cut into what all ranks run at once: dp * pp micro-batches."""

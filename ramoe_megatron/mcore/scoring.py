@@ -125,14 +125,9 @@ def _next_tokens(
         places = torch.where(micro.real, owner[micro.places.clamp(min=0)], micro.places)
         return context(MicroBatch(micro.batch, places)) if context else None
 
-    group = list(range(len(sequences)))
-    for part in _parts(model, group, sequences):
+    for part in model.groups([len(sequence.ids) for sequence in sequences]):
         model.run(sequences, part, read, labels=False, context=with_owner if context else None)  # type: ignore[arg-type]
     return model.share(tokens).tolist()
-
-
-def _parts(model: OfflineModel, group: list[int], sequences: Sequence[Encoded]) -> list[list[int]]:
-    return [[group[i] for i in part] for part in model.groups([len(sequences[place].ids) for place in group])]
 
 
 def _refuse_long(model: OfflineModel, lengths: Sequence[int]) -> None:
