@@ -25,8 +25,9 @@ def loss_func(loss_mask, losses):
 def forward_step(data_iterator, model):
     """One micro-batch. (1) the routers read the batch inside `routing_batch`."""
     batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
+    packed = ramoe_megatron.packed_seq_params(batch)  # None unless --ramoe-pack
     with ramoe_megatron.routing_batch(model, batch):
-        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
     return losses, partial(loss_func, batch["loss_mask"])
 
 
@@ -40,6 +41,7 @@ def main():
     ramoe_megatron.skip_helper_compilation()  # Megatron-Core from a wheel lacks the Makefile that it looks for
     # (2) our flags beside Megatron's
     args = parse_and_validate_args(extra_args_provider=ramoe_megatron.add_arguments)
+    ramoe_megatron.check_data(args)  # what is wrong with the data is told before any weights load
     model = gpt_config_from_args(args)
     # (3) routing alignment on the model that Megatron builds
     alignment = ramoe_megatron.RoutingAlignmentConfig.from_args(args)

@@ -4,7 +4,9 @@ What a user's own training script needs, each imported from Megatron's side only
 
     add_arguments        Megatron's `extra_args_provider`: the --ramoe-... flags
     attach               routing alignment on a model that is already built
+    check_data           reads the data and the files of alignment, and tells what is wrong before any model is built
     dataset_provider     Megatron's datasets provider for parallel data
+    packed_seq_params    the model's argument of that name, for batches of packed samples
     routing_batch        context around the model call of a `forward_step`
     RoutingAlignmentConfig   the alignment, as a dataclass
     cpu_backend          Megatron on a machine without a CUDA device
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
     from ramoe_megatron.mcore.compat import skip_helper_compilation
     from ramoe_megatron.mcore.cpu import cpu_backend, cpu_command_line
-    from ramoe_megatron.mcore.training import dataset_provider
+    from ramoe_megatron.mcore.training import packed_seq_params
+    from ramoe_megatron.mcore.training_data import check_data, dataset_provider
 
 _HOMES = {
     "RoutingAlignmentConfig": "ramoe_megatron.mcore.arguments",
@@ -30,7 +33,9 @@ _HOMES = {
     "attach": "ramoe_megatron.mcore.alignment",
     "cpu_backend": "ramoe_megatron.mcore.cpu",
     "cpu_command_line": "ramoe_megatron.mcore.cpu",
-    "dataset_provider": "ramoe_megatron.mcore.training",
+    "check_data": "ramoe_megatron.mcore.training_data",
+    "dataset_provider": "ramoe_megatron.mcore.training_data",
+    "packed_seq_params": "ramoe_megatron.mcore.training",
     "routing_batch": "ramoe_megatron.mcore.alignment",
     "skip_helper_compilation": "ramoe_megatron.mcore.compat",
 }
@@ -40,9 +45,11 @@ __all__ = [
     "RoutingAlignmentConfig",
     "add_arguments",
     "attach",
+    "check_data",
     "cpu_backend",
     "cpu_command_line",
     "dataset_provider",
+    "packed_seq_params",
     "routing_batch",
     "skip_helper_compilation",
 ]

@@ -19,7 +19,7 @@ def main() -> None:
 
     from ramoe_megatron.mcore import compat
     from ramoe_megatron.mcore.arguments import add_arguments
-    from ramoe_megatron.mcore.training import dataset_provider
+    from ramoe_megatron.mcore.training_data import dataset_provider
 
     args = parse_and_validate_args(extra_args_provider=add_arguments)
     config = compat.model_config_from_args(args)

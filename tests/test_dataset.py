@@ -51,7 +51,7 @@ def test_samples_follow_the_order_and_are_whole() -> None:
         index = int(item["example"])
         assert index == found.order[place]
         expected = encode(EXAMPLES[index], TOKENIZER)
-        assert found.encoded(index) == expected
+        assert found.encoded[index] == expected
         assert int(item["prompt_length"]) == expected.prompt_length
         assert torch.equal(item["tokens"], pad(expected, 40, TOKENIZER.eod)["tokens"])
 
@@ -64,13 +64,6 @@ def test_samples_collate_with_the_stated_types_and_shapes() -> None:
     for name in ("prompt_length", "length", "example"):
         assert (batch[name].dtype, batch[name].shape) == (torch.int64, (4,))
     assert torch.equal(batch["position_ids"][2], torch.arange(40))
-
-
-def test_extras_see_the_example_and_its_tokens() -> None:
-    found = dataset(extras=lambda index, encoded: {"extra": torch.tensor([index, len(encoded.ids)])})
-    for place in range(len(found)):
-        item = found[place]
-        assert item["extra"].tolist() == [int(item["example"]), int(item["length"]) + 1]
 
 
 def test_the_longest_example_just_fits() -> None:

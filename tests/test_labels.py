@@ -76,13 +76,13 @@ def dataset(files: dict[str, str], draws: int = 64, batch: int = 8, per_token: b
 )
 def test_aligned_are_the_target_views_of_the_chosen_categories(files: dict[str, str], examples: str, chosen: set[str]) -> None:
     found = dataset(files, examples=examples)
-    for e, on in zip(EXAMPLES, found.aligned, strict=True):
+    for e, on in zip(EXAMPLES, found.labels.aligned, strict=True):
         assert on == (e.language != "en" and category(e.id, e.language) in chosen)
 
 
 def test_without_a_taxonomy_all_target_views_are_aligned(files: dict[str, str]) -> None:
     found = dataset(files, examples="all", taxonomy=None)
-    assert found.aligned.tolist() == [e.language != "en" for e in EXAMPLES]
+    assert found.labels.aligned.tolist() == [e.language != "en" for e in EXAMPLES]
 
 
 def test_an_item_carries_its_own_english_routing(files: dict[str, str]) -> None:
@@ -90,7 +90,7 @@ def test_an_item_carries_its_own_english_routing(files: dict[str, str]) -> None:
     seen = set()
     for draw in range(len(found)):
         item, index = found[draw], int(found.dataset.order[draw])
-        e, on = EXAMPLES[index], bool(found.aligned[index])
+        e, on = EXAMPLES[index], bool(found.labels.aligned[index])
         assert (int(item["ramoe_task"]), float(item["ramoe_weight"])) == (TASKS.index(e.task), float(on))
         expected = priors.rows([e.id])[0, 1:3] if on else torch.zeros(2, 8)
         assert torch.equal(item["ramoe_target"], expected)
@@ -143,8 +143,8 @@ def test_the_shuffle_reaches_the_items(files: dict[str, str]) -> None:
 @pytest.mark.parametrize("batch", [4, 8, 24])
 def test_normalize_ci_averages_to_one_over_each_global_batch(files: dict[str, str], batch: int, per_token: bool) -> None:
     found = dataset(files, 96, batch, per_token, normalize="ci")
-    unit = found.dataset.loss_tokens[found.dataset.order] if per_token else np.ones(96)
-    weight, aligned = found.weight.reshape(-1, batch), found.aligned[found.dataset.order].reshape(-1, batch)
+    unit = found.dataset.encoded.loss_tokens[found.dataset.order] if per_token else np.ones(96)
+    weight, aligned = found.weight.reshape(-1, batch), found.labels.aligned[found.dataset.order].reshape(-1, batch)
     for weights, units, on in zip(weight, unit.reshape(-1, batch), aligned, strict=True):
         assert ((weights > 0) == on).all()
         assert len(set(weights[on])) <= 1
@@ -172,7 +172,7 @@ def test_a_task_without_experts_is_named(files: dict[str, str]) -> None:
         AlignedDataset(data, config(files, examples="all", taxonomy=None), "en", 8)
     anchor = SFTDataset([*EXAMPLES, example("text/1", "en", "text")], TOKENIZER, 40, 8, 3)
     found = AlignedDataset(anchor, config(files), "en", 8)
-    assert found.task[-1] == -1  # what is not aligned needs no experts
+    assert found.labels.task[-1] == -1  # what is not aligned needs no experts
 
 
 def test_a_task_without_an_english_pattern_is_named(files: dict[str, str]) -> None:

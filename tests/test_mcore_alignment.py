@@ -12,7 +12,8 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.alignment import Alignment, AlignmentContext, describe, routing_batch
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
 from ramoe_megatron.mcore.metrics import AlignmentMetrics
-from ramoe_megatron.mcore.observe import TokenSelection, local_positions, router_distribution
+from ramoe_megatron.mcore.observe import TokenSelection, router_distribution
+from ramoe_megatron.mcore.placement import local_rows
 from ramoe_megatron.mcore.refusals import refuse_unsupported
 
 S, B, E, LAYERS = 6, 3, 4, 2
@@ -127,7 +128,7 @@ def test_the_pieces_of_a_sequence_cover_it_once(tp: int, cp: int, monkeypatch: p
         for t, piece in enumerate(mine.chunk(tp)):
             tp_group = types.SimpleNamespace(size=lambda: tp, rank=lambda t=t: t)
             router = types.SimpleNamespace(tp_group=tp_group, cp_group=group, config=types.SimpleNamespace(sequence_parallel=tp > 1))
-            found = local_positions(router, len(piece), torch.device("cpu"))
+            found = local_rows(router, len(piece))
             assert torch.equal(found, piece)
             seen += found.tolist()
     assert sorted(seen) == list(range(length))
@@ -136,7 +137,7 @@ def test_the_pieces_of_a_sequence_cover_it_once(tp: int, cp: int, monkeypatch: p
 def test_counts_are_those_of_the_masks() -> None:
     selection = TokenSelection(torch.tensor([0, 1, 4]), torch.tensor([3, 5, 6]))
     for choice in ("prompt", "response", "all", "last"):
-        mask = selection.mask(choice, torch.arange(8))
+        mask = selection.local(Chunk().router, 8).chosen(choice)
         assert torch.equal(selection.count(choice), mask.sum(dim=0).float()), choice
 
 

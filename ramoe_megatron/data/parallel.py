@@ -85,7 +85,29 @@ def load_examples(
             )
         places[key] = place
         examples.append(example)
-    return _select(examples, split, languages, ", ".join(sources))
+    return select(examples, split, languages, ", ".join(sources))
+
+
+def select(examples: Sequence[Example], split: str | None, languages: Sequence[str] | None, where: str) -> list[Example]:
+    """The examples of the splits ("train,test"; None: all) and languages (None: all), in order; `where` names the data in errors.
+
+    Raises:
+        RamoeError: a language or split that no example has.
+    """
+    known = Counter(example.language for example in examples)
+    for language in languages or ():
+        if language not in known:
+            raise RamoeError(f"unknown language {language!r}: no row of {where} has it. Found: {_counts(known)}.")
+    kept = [example for example in examples if not languages or example.language in languages]
+    if split is None:
+        if not kept:
+            raise RamoeError(f"no rows in {where}.")
+        return kept
+    for name in split.split(","):
+        if not any(example.split == name for example in kept):
+            found = _counts(Counter(example.split for example in kept))
+            raise RamoeError(f"empty split {name!r}: no row of {where} has it. Splits found: {found}.")
+    return [example for example in kept if example.split in split.split(",")]
 
 
 def pair_with_anchor(examples: Iterable[Example], anchor: str) -> list[tuple[Example, Example]]:
@@ -170,23 +192,6 @@ def _messages(value: Any, place: str) -> tuple[dict[str, str], ...]:
             "of which the last has role 'assistant' and some content."
         )
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
-
-
-def _select(examples: list[Example], split: str | None, languages: Sequence[str] | None, where: str) -> list[Example]:
-    known = Counter(example.language for example in examples)
-    for language in languages or ():
-        if language not in known:
-            raise RamoeError(f"unknown language {language!r}: no row of {where} has it. Found: {_counts(known)}.")
-    kept = [example for example in examples if not languages or example.language in languages]
-    if split is None:
-        if not kept:
-            raise RamoeError(f"no rows in {where}.")
-        return kept
-    for name in split.split(","):
-        if not any(example.split == name for example in kept):
-            found = _counts(Counter(example.split for example in kept))
-            raise RamoeError(f"empty split {name!r}: no row of {where} has it. Splits found: {found}.")
-    return [example for example in kept if example.split in split.split(",")]
 
 
 def _counts(counter: Counter[str]) -> str:

@@ -19,9 +19,11 @@ def main() -> None:
         from megatron.training import pretrain
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-        from ramoe_megatron.mcore.training import dataset_provider, forward_step
+        from ramoe_megatron.mcore.training import forward_step
+        from ramoe_megatron.mcore.training_data import check_data, dataset_provider
 
         alignment = RoutingAlignmentConfig.from_args(args)
+        check_data(args)
         model_config = compat.model_config_from_args(args)
         model_config.pre_wrap_hooks.append(partial(attach, config=alignment))
         resumes = has_checkpoint(args.load)

@@ -5,7 +5,11 @@ micro-batch of B samples, coeff * sum_i w_i D_i / B; Megatron multiplies that by
 ranks, which leaves the sum over all samples divided by the global batch size. With `--calculate-per-token-loss` nothing is
 averaged and `finalize_model_grads` divides by the loss tokens of the global batch: each sample is weighted by its loss tokens n_i.
 
-Shape suffixes: G tasks, L MoE layers, Z aligned layers, B samples of the micro-batch, S its tokens on this rank, E experts.
+A pack (THD) holds several samples and the global batch counts packs, so there a sample's share is not 1 / B but packs / samples of its
+global batch, which the data set knows beforehand (`sample_share`): the term is again the mean over the samples.
+
+Shape suffixes: G tasks, L MoE layers, Z aligned layers, B samples of the micro-batch, S its rows on this rank, C its columns (packed:
+1, else B), E experts.
 """
 
 import contextlib
@@ -20,13 +24,7 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
 from ramoe_megatron.mcore.carrier import routing_context
 from ramoe_megatron.mcore.metrics import AlignmentMetrics
-from ramoe_megatron.mcore.observe import (
-    TokenSelection,
-    local_positions,
-    pooled_distribution,
-    router_distribution,
-    sum_over_sequence,
-)
+from ramoe_megatron.mcore.observe import TokenSelection, mean_over_tokens, pooled_distributions, router_distribution
 from ramoe_megatron.mcore.refusals import refuse_unsupported
 from ramoe_megatron.mcore.router import chunks, local_routers, moe_layer_numbers, observe_routers, unwrapped
 from ramoe_megatron.method.artefacts import ExpertFile
@@ -35,7 +33,10 @@ from ramoe_megatron.method.losses import divergence, mass
 
 BATCH_KEYS = ("ramoe_weight", "ramoe_task", "ramoe_target")
 """What a batch carries beside prompt_length and length: weight [B] (0 = not aligned), task [B] (row of the expert file, -1 =
-none), and with the target "example" the English routing [B, Z, E]."""
+none), and with the target "example" the English routing [B, Z, E]. In a batch of one pack each has a leading dimension of 1."""
+
+PACK_KEYS = ("start", "cu_seqlens", "sample_share")
+"""What a batch of packed samples carries too (`data.packing`)."""
 
 
 @dataclass(frozen=True)
@@ -154,22 +155,27 @@ class AlignmentContext:
     """One micro-batch's alignment: attaches the loss at each aligned router, and records it."""
 
     def __init__(self, alignment: Alignment, batch: Mapping[str, Tensor], expected: set[int]) -> None:
-        missing = [key for key in ("prompt_length", "length", "loss_mask", *BATCH_KEYS[:2]) if key not in batch]
-        if alignment.config.target == "example" and "ramoe_target" not in batch:
-            missing.append("ramoe_target")
+        needed = ["prompt_length", "length", "loss_mask", *BATCH_KEYS[: 3 if alignment.config.target == "example" else 2]]
+        packed = "start" in batch
+        missing = [key for key in [*needed, *(PACK_KEYS if packed else ())] if key not in batch]
         if missing:
             raise RamoeError(
                 f"routing_batch: the batch has no {', '.join(missing)}; expected a micro-batch of "
                 "ramoe_megatron's dataset provider, moved to the model's device"
             )
+        if packed:
+            if len(batch["start"]) != 1:
+                raise RamoeError(f"routing_batch: {len(batch['start'])} packs in one micro-batch; packed samples need --micro-batch-size 1")
+            batch = {key: value[0] for key, value in batch.items()}
         self.alignment = alignment
-        self.selection = TokenSelection(batch["prompt_length"], batch["length"])
+        self.selection = TokenSelection(batch["prompt_length"], batch["length"], batch.get("start"), batch.get("cu_seqlens"))
         # Where no token is chosen (an empty prompt) there is no routing to align.
         self.weight_B = batch["ramoe_weight"].float() * (self.selection.count(alignment.config.tokens) > 0)
         self.task_B = batch["ramoe_task"].clamp(min=0)
         self.has_task_B = batch["ramoe_task"] >= 0
         self.target_BZE = batch.get("ramoe_target")
-        self.loss_tokens_B = batch["loss_mask"].float().sum(dim=1)
+        self.share = batch["sample_share"] if packed else 1.0 / len(self.weight_B)
+        self.loss_tokens_B = loss_tokens(batch["loss_mask"], batch["length"], batch.get("start"))
         self.expected, self.passed, self.attached = expected, dict.fromkeys(expected, 0), set[int]()
 
     def on_logits(self, router: Any, logits: Tensor) -> Tensor:
@@ -189,23 +195,22 @@ class AlignmentContext:
         self.attached.add(layer)
         return self._attach(router, layer, logits, probs)
 
-    def _attach(self, router: Any, layer: int, logits_SBE: Tensor, probs: Tensor) -> Tensor:
+    def _attach(self, router: Any, layer: int, logits_SCE: Tensor, probs: Tensor) -> Tensor:
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
         alignment, config = self.alignment, self.alignment.config
-        p_SBE = router_distribution(logits_SBE, router.score_function)
-        mask_BE = alignment.expert_mask_GLE[self.task_B, layer]
-        q_BE = pooled_distribution(router, p_SBE, self.selection, config.tokens)
-        if config.pooling == "sequence":
-            divergence_B = divergence(config.divergence, self._target(layer), q_BE, mask_BE)
+        mask_BE, target_BE = alignment.expert_mask_GLE[self.task_B, layer], self._target(layer)
+        q_BE = pooled_distributions(router, logits_SCE, self.selection, (config.tokens,))[config.tokens]
+        if config.pooling == "sequence" or config.tokens == "last":  # the mean over one token is that token
+            divergence_B = divergence(config.divergence, target_BE, q_BE, mask_BE)
         else:
-            divergence_B = self._mean_over_tokens(router, layer, p_SBE, mask_BE)
+            divergence_B = self._mean_over_tokens(router, logits_SCE, target_BE, mask_BE)
         # Where a weight is zero nothing may pass, whatever stands there (an empty prompt, a missing prior).
         divergence_B = torch.where(self.weight_B > 0, divergence_B, torch.zeros_like(divergence_B))
 
         per_token = router.calculate_per_token_loss
         unit_B = self.loss_tokens_B if per_token else torch.ones_like(self.weight_B)
-        share = 1.0 if per_token else 1.0 / len(self.weight_B)
+        share = 1.0 if per_token else self.share
         loss = config.coeff * share / len(alignment.layers) * (self.weight_B * unit_B * divergence_B).sum()
         alignment.metrics.record_alignment(
             layer,
@@ -222,13 +227,11 @@ class AlignmentContext:
             return self.target_BZE[:, layer - self.alignment.first]
         return self.alignment.pattern_GLE[self.task_B, layer]
 
-    def _mean_over_tokens(self, router: Any, layer: int, p_SBE: Tensor, mask_BE: Tensor) -> Tensor:
-        tokens = self.alignment.config.tokens
-        divergence_SB = divergence(self.alignment.config.divergence, self._target(layer)[None], p_SBE, mask_BE[None])
-        positions_S = local_positions(router, p_SBE.shape[0], p_SBE.device)
-        chosen_SB = self.selection.mask(tokens, positions_S)
-        sum_B = sum_over_sequence(router, divergence_SB.masked_fill(~chosen_SB, 0.0).sum(dim=0))
-        return sum_B / self.selection.count(tokens).clamp(min=1)
+    def _mean_over_tokens(self, router: Any, logits_SCE: Tensor, target_BE: Tensor, mask_BE: Tensor) -> Tensor:
+        config, local = self.alignment.config, self.selection.local(router, logits_SCE.shape[0])
+        p_SCE = router_distribution(logits_SCE, router.score_function)
+        divergence_SC = divergence(config.divergence, local.spread(target_BE), p_SCE, local.spread(mask_BE))
+        return mean_over_tokens(router, divergence_SC[..., None], self.selection, config.tokens)[:, 0]
 
     def check_consumed(self) -> None:
         """Raises RamoeError unless every expected layer passed exactly once (recomputation comes later and is not counted)."""
@@ -238,3 +241,11 @@ class AlignmentContext:
                 f"routing_batch: aligned MoE layers ran {wrong} times (layer: times) in one micro-batch; expected once each. Was "
                 "the model called once inside the context, with the routers that attach() opened?"
             )
+
+
+def loss_tokens(loss_mask: Tensor, length_B: Tensor, start_B: Tensor | None) -> Tensor:
+    """Tokens of each sample that the loss is taken on. `loss_mask`: [B, S_whole], of a pack [S_whole]. [B], float32"""
+    if start_B is None:
+        return loss_mask.float().sum(dim=1)
+    before = torch.nn.functional.pad(loss_mask.float().cumsum(0), (1, 0))
+    return before[start_B + length_B] - before[start_B]

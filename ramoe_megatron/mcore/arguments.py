@@ -117,6 +117,10 @@ class DataOptions:
     """PATTERN=WEIGHT pairs over TASK/LANGUAGE (shell patterns): the share of draws of each group; without, each example once an
     epoch."""
 
+    pack: bool = False
+    """Training: several samples in each sequence of --seq-length (THD), which attend to themselves alone. The global batch then counts
+    sequences, and the alignment term is still the mean over samples. Needs --micro-batch-size 1."""
+
     def column_mapping(self) -> dict[str, str] | None:
         """`columns` as a mapping from field to column."""
         return dict(_pairs("columns", self.columns)) if self.columns else None

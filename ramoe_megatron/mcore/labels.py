@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ramoe_megatron.data.dataset import SFTDataset
+from ramoe_megatron.data.packing import PackedDataset
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.alignment import resolve_zone
@@ -16,62 +17,35 @@ from ramoe_megatron.method.artefacts import ExpertFile, Priors, read_taxonomy
 CATEGORIES = {"ci": ("ci",), "ci+cc": ("ci", "cc"), "all": ("cc", "ci", "ic", "ii")}
 
 
-class AlignedDataset(torch.utils.data.Dataset):
-    """An `SFTDataset` whose items also say whether, and to what, their routing is aligned.
+class ExampleLabels:
+    """Whether each example's routing is aligned, and to what: read from the artefacts, checked against each other and the data.
 
-    Added to each item: `ramoe_weight` float32 [] (0 = not aligned), `ramoe_task` int64 [] (row of the expert file; -1 when the task is
-    not in it) and, for the target "example", `ramoe_target` float32 [Z, E].
+    Attributes: `aligned` bool [examples], `task` int64 [examples] (row of the expert file; -1 when the task is not in it).
     """
 
-    def __init__(
-        self,
-        dataset: SFTDataset,
-        config: RoutingAlignmentConfig,
-        anchor: str,
-        global_batch_size: int,
-        per_token_loss: bool = False,
-    ) -> None:
+    def __init__(self, examples: Sequence[Example], config: RoutingAlignmentConfig, anchor: str) -> None:
+        """
+        Raises:
+            RamoeError: an artefact that cannot be read or belongs to another model or other data: no zone, examples without a category,
+                aligned examples of a task without experts, or without an English routing (how many, the first five).
+        """
         assert config.experts is not None
         experts = ExpertFile.load(config.experts)
-        self.dataset, self.config = dataset, config
+        self.config = config
         self.first, self.last = resolve_zone(config, experts)
-        examples = dataset.examples
         rows = {task: row for row, task in enumerate(experts.tasks)}
         self.task = np.array([rows.get(example.task, -1) for example in examples], dtype=np.int64)
         self.aligned = aligned_examples(examples, config, anchor)
         self._refuse_unknown_tasks(examples, experts)
         self.priors = self._load_priors(examples, experts) if config.target == "example" else None
         self.target_ids = shuffled_ids(examples, self.aligned, config.shuffle_targets)
-        self.weight = self._weights(global_batch_size, per_token_loss)
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, draw: int) -> dict[str, Tensor]:
-        item = self.dataset[draw]
-        index = int(self.dataset.order[draw])
-        item["ramoe_weight"] = torch.tensor(self.weight[draw], dtype=torch.float32)
-        item["ramoe_task"] = torch.tensor(self.task[index])
-        if self.priors is not None:
-            item["ramoe_target"] = self._target(index)
-        return item
-
-    def _target(self, index: int) -> Tensor:
+    def target(self, index: int) -> Tensor:
+        """English routing that an example is pulled to in the aligned layers; zeros where it is not aligned. [Z, E]"""
         assert self.priors is not None
         if not self.aligned[index]:
             return torch.zeros(self.last - self.first + 1, self.priors.shape.num_experts)
         return self.priors.rows([self.target_ids[index]])[0, self.first : self.last + 1].float()
-
-    def _weights(self, global_batch_size: int, per_token_loss: bool) -> np.ndarray:
-        """Weight of each draw: 1 when aligned; under `normalize ci` divided by the aligned share of its global batch, which is known
-        beforehand because the order of draws is."""
-        aligned = self.aligned[self.dataset.order].astype(np.float64)
-        if self.config.normalize == "samples":
-            return aligned
-        unit = self.dataset.loss_tokens[self.dataset.order] if per_token_loss else np.ones_like(aligned)
-        batch = np.arange(len(aligned)) // global_batch_size
-        share = np.bincount(batch, aligned * unit) / np.bincount(batch, unit)
-        return np.divide(aligned, share[batch], out=np.zeros_like(aligned), where=share[batch] > 0)
 
     def _refuse_unknown_tasks(self, examples: Sequence[Example], experts: ExpertFile) -> None:
         unknown = sorted({e.task for e, row, on in zip(examples, self.task, self.aligned, strict=True) if on and row < 0})
@@ -102,6 +76,53 @@ class AlignedDataset(torch.utils.data.Dataset):
                 "run `ramoe profile --ramoe-save-priors` on the data that is trained on"
             )
         return priors
+
+
+class AlignedDataset(torch.utils.data.Dataset):
+    """A data set whose items also say whether, and to what, the routing of their samples is aligned.
+
+    Added to each item: `ramoe_weight` float32 [] (0 = not aligned), `ramoe_task` int64 [] (row of the expert file; -1 when the task is
+    not in it) and, for the target "example", `ramoe_target` float32 [Z, E]. For a pack of K samples each begins with a dimension K.
+    """
+
+    def __init__(
+        self,
+        dataset: SFTDataset | PackedDataset,
+        config: RoutingAlignmentConfig,
+        anchor: str,
+        global_batch_size: int,
+        per_token_loss: bool = False,
+    ) -> None:
+        """
+        Raises:
+            RamoeError: as `ExampleLabels`.
+        """
+        self.dataset, self.labels = dataset, ExampleLabels(dataset.examples, config, anchor)
+        self.weight = self._weights(config.normalize, global_batch_size, per_token_loss)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        item, draws = self.dataset[place], self.dataset.draws(place)
+        examples = self.dataset.order[draws]
+        item["ramoe_weight"] = torch.as_tensor(self.weight[draws], dtype=torch.float32)
+        item["ramoe_task"] = torch.as_tensor(self.labels.task[examples])
+        if self.labels.priors is not None:
+            targets = torch.stack([self.labels.target(int(index)) for index in np.atleast_1d(examples)])
+            item["ramoe_target"] = targets if isinstance(draws, slice) else targets[0]
+        return item
+
+    def _weights(self, normalize: str, global_batch_size: int, per_token_loss: bool) -> np.ndarray:
+        """Weight of each draw: 1 when aligned; under `normalize ci` divided by the aligned share of its global batch, which is known
+        beforehand because the order of draws is."""
+        aligned = self.labels.aligned[self.dataset.order].astype(np.float64)
+        if normalize == "samples":
+            return aligned
+        unit = self.dataset.encoded.loss_tokens[self.dataset.order] if per_token_loss else np.ones_like(aligned)
+        batch = self.dataset.global_batches(global_batch_size)
+        share = np.bincount(batch, aligned * unit) / np.bincount(batch, unit)
+        return np.divide(aligned, share[batch], out=np.zeros_like(aligned), where=share[batch] > 0)
 
 
 def aligned_examples(examples: Sequence[Example], config: RoutingAlignmentConfig, anchor: str) -> np.ndarray:

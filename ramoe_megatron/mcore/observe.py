@@ -1,8 +1,13 @@
-"""What a router sees of a micro-batch: the router distribution, and its mean over the chosen tokens of each sequence.
+"""What a router sees of a micro-batch: the router distribution, and its mean over the chosen tokens of each sample.
 
-Shape suffixes: S tokens of a sequence on this rank, B sequences, E routed experts.
+What depends on the micro-batch alone is found at the first router and kept for the others. A micro-batch holds its samples in columns (padded, one sample a column) or one behind the other in a single column (packed, THD).
+
+Shape suffixes: S rows of the sequence dimension on this rank, C columns, B samples (padded: B = C; packed: C = 1), E routed experts,
+X anything.
 """
 
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,43 +15,50 @@ import torch
 from torch import Tensor
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.placement import local_rows
 from ramoe_megatron.method.losses import pool
 
 TOKEN_CHOICES = ("prompt", "response", "all", "last")
 
 
-def router_distribution(logits_SBE: Tensor, score_function: str) -> Tensor:
-    """Router probabilities over all experts, before top-k, in float32 (arXiv 2605.28306; the precision is our reading).
+def router_distribution(logits: Tensor, score_function: str) -> Tensor:
+    """Router probabilities over all experts, before top-k, in float32 (arXiv 2605.28306; the precision is our reading). [..., E]
 
     For a router of sigmoid or sqrt-softplus scores no paper says what to align: the scores divided by their sum (our reading).
 
     Raises:
         RamoeError: another score function than Megatron 0.19 has.
     """
-    logits_SBE = logits_SBE.float()
+    logits = logits.float()
     if score_function == "softmax":
-        return logits_SBE.softmax(dim=-1)
+        return logits.softmax(dim=-1)
     if score_function == "sigmoid":
-        scores_SBE = logits_SBE.sigmoid()
+        scores = logits.sigmoid()
     elif score_function == "sqrtsoftplus":
-        scores_SBE = torch.nn.functional.softplus(logits_SBE).sqrt()
+        scores = torch.nn.functional.softplus(logits).sqrt()
     else:
         raise RamoeError(f"--moe-router-score-function {score_function}: expected softmax, sigmoid or sqrtsoftplus")
-    return scores_SBE / scores_SBE.sum(dim=-1, keepdim=True)
+    return scores / scores.sum(dim=-1, keepdim=True)
 
 
-@dataclass(frozen=True)
 class TokenSelection:
-    """Which tokens of a micro-batch belong to the prompt and the response, wherever the rows of a sequence lie.
+    """Which tokens of a micro-batch belong to the prompt and the response of each sample, wherever its rows lie."""
 
-    Lengths count input tokens: a sequence of prompt, response and end token has `length` = its tokens less one.
-    """
-
-    prompt_length_B: Tensor
-    length_B: Tensor
+    def __init__(
+        self, prompt_length_B: Tensor, length_B: Tensor, start_B: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> None:
+        """
+        Args:
+            prompt_length_B, length_B: input tokens of the prompt and of the whole sample (prompt, response and end token less one).
+            start_B, cu_seqlens: for packed samples, the first row of each in the pack, and the borders of all segments, the
+                padding at the end included.
+        """
+        self.prompt_length_B, self.length_B = prompt_length_B, length_B
+        self.start_B, self.cu_seqlens = start_B, cu_seqlens
+        self._local: dict[int, LocalTokens] = {}
 
     def count(self, choice: str) -> Tensor:
-        """Number of chosen tokens of each whole sequence, over all ranks. [B], float32"""
+        """Number of chosen tokens of each whole sample, over all ranks. [B], float32"""
         counts = {
             "prompt": self.prompt_length_B,
             "response": self.length_B - self.prompt_length_B,
@@ -55,27 +67,62 @@ class TokenSelection:
         }
         return counts[choice].float()
 
-    def mask(self, choice: str, positions_S: Tensor) -> Tensor:
-        """True at the chosen tokens. `positions_S`: place in the whole sequence of each row on this rank. [S, B]"""
-        position_S1, prompt_1B, length_1B = positions_S[:, None], self.prompt_length_B[None], self.length_B[None]
+    def local(self, router: Any, count: int) -> "LocalTokens":
+        """The tokens in the `count` rows that reach this rank's router. All routers of a chunk see the same rows: found once."""
+        if count not in self._local:
+            row_S = local_rows(router, count, self.cu_seqlens, self.length_B.device)
+            if self.start_B is None:
+                self._local[count] = LocalTokens(self, row_S, row_S[:, None], None)
+            else:
+                sample_S = torch.searchsorted(self.start_B, row_S, right=True) - 1
+                self._local[count] = LocalTokens(self, row_S, (row_S - self.start_B[sample_S])[:, None], sample_S)
+        return self._local[count]
+
+
+@dataclass(frozen=True)
+class LocalTokens:
+    """The tokens in this rank's rows of a micro-batch: the place of each row in the whole sequence (`row_S`, ascending) and in its own
+    sample (`position_SC`, padded: [S, 1]), and for packed samples which sample it belongs to (`sample_S`)."""
+
+    selection: TokenSelection
+    row_S: Tensor
+    position_SC: Tensor
+    sample_S: Tensor | None
+
+    def chosen(self, choice: str) -> Tensor:
+        """True at the chosen tokens. [S, C], bool"""
+        prompt_length, length = self.spread(self.selection.prompt_length_B), self.spread(self.selection.length_B)
         if choice == "prompt":
-            return position_S1 < prompt_1B
+            return self.position_SC < prompt_length
         if choice == "response":
-            return (position_S1 >= prompt_1B) & (position_S1 < length_1B)
+            return (self.position_SC >= prompt_length) & (self.position_SC < length)
         if choice == "all":
-            return position_S1 < length_1B
-        return position_S1 == prompt_1B - 1
+            return self.position_SC < length
+        return self.position_SC == prompt_length - 1
 
+    def sum(self, values_SCX: Tensor, choice: str) -> Tensor:
+        """Each sample's sum over the chosen rows of this rank. [B, X], at least float32"""
+        chosen_SC = self.chosen(choice)
+        if self.sample_S is None:
+            return pool(values_SCX, chosen_SC)[0]
+        values_SX = values_SCX.to(torch.promote_types(values_SCX.dtype, torch.float32)).masked_fill(~chosen_SC[..., None], 0.0)[:, 0]
+        return values_SX.new_zeros(len(self.selection.length_B), values_SX.shape[-1]).index_add(0, self.sample_S, values_SX)
 
-def local_positions(router: Any, rows: int, device: torch.device) -> Tensor:
-    """Place in the whole sequence of each of this rank's rows: context-parallel zigzag, then sequence-parallel piece. [S]"""
-    tp, tp_rank = _size_and_rank(router.tp_group) if router.config.sequence_parallel else (1, 0)
-    cp, cp_rank = _size_and_rank(router.cp_group)
-    positions = torch.arange(rows * tp * cp, device=device)
-    if cp > 1:
-        pieces = positions.view(2 * cp, -1)  # two slices: a list as index would be copied to the device, and waited for
-        positions = torch.cat([pieces[cp_rank], pieces[2 * cp - 1 - cp_rank]])
-    return positions[tp_rank * rows : (tp_rank + 1) * rows]
+    def last(self, values_SCX: Tensor) -> tuple[Tensor, Tensor]:
+        """The values at each sample's last prompt token, and whether that row is on this rank (elsewhere another row's). [B, X], [B]"""
+        place_B, column_B, here_B = self._last
+        return values_SCX[place_B, column_B], here_B
+
+    @functools.cached_property
+    def _last(self) -> tuple[Tensor, Tensor, Tensor]:
+        row_B = self.selection.prompt_length_B - 1 + (0 if self.selection.start_B is None else self.selection.start_B)
+        place_B = torch.searchsorted(self.row_S, row_B).clamp(max=len(self.row_S) - 1)
+        column_B = torch.arange(len(row_B), device=row_B.device) if self.sample_S is None else torch.zeros_like(row_B)
+        return place_B, column_B, (self.row_S[place_B] == row_B) & (self.selection.prompt_length_B > 0)
+
+    def spread(self, values_BX: Tensor) -> Tensor:
+        """Each sample's value at its rows, ready to broadcast over [S, C, ...]. Padded: [1, B, X]; packed: [S, 1, X]"""
+        return values_BX[None] if self.sample_S is None else values_BX[self.sample_S][:, None]
 
 
 def sum_over_sequence(router: Any, partial: Tensor) -> Tensor:
@@ -93,15 +140,32 @@ def sum_over_sequence(router: Any, partial: Tensor) -> Tensor:
     return reduce_from_tensor_model_parallel_region(partial, group=group)
 
 
-def pooled_distribution(router: Any, p_SBE: Tensor, selection: TokenSelection, choice: str) -> Tensor:
-    """Mean router distribution over the chosen tokens of each whole sequence. [B, E]
+def pooled_distributions(
+    router: Any, logits_SCE: Tensor, selection: TokenSelection, choices: Sequence[str]
+) -> Mapping[str, Tensor]:
+    """By token choice, the mean router distribution over the chosen tokens of each whole sample. [B, E] each
 
-    A sequence without chosen tokens gets zeros (it must carry no weight).
+    A sample without chosen tokens gets zeros (it must carry no weight). One reduction for all choices.
     """
-    positions_S = local_positions(router, p_SBE.shape[0], p_SBE.device)
-    numerator_BE, _ = pool(p_SBE, selection.mask(choice, positions_S))
-    return sum_over_sequence(router, numerator_BE) / selection.count(choice).clamp(min=1)[:, None]
+    local = selection.local(router, logits_SCE.shape[0])
+    p_SCE = router_distribution(logits_SCE, router.score_function) if set(choices) - {"last"} else None
+    numerators = []
+    for choice in choices:
+        if choice == "last":  # one row a sample: the scores of no other row are needed
+            logits_BE, here_B = local.last(logits_SCE)
+            p_BE = router_distribution(logits_BE, router.score_function)
+            numerators.append(p_BE.masked_fill(~here_B[:, None], 0.0))
+        else:
+            assert p_SCE is not None
+            numerators.append(local.sum(p_SCE, choice))
+    totals = sum_over_sequence(router, torch.stack(numerators)).unbind()
+    return {
+        choice: total_BE / selection.count(choice).clamp(min=1)[:, None]
+        for choice, total_BE in zip(choices, totals, strict=True)
+    }
 
 
-def _size_and_rank(group: Any) -> tuple[int, int]:
-    return (1, 0) if group is None else (group.size(), group.rank())
+def mean_over_tokens(router: Any, values_SCX: Tensor, selection: TokenSelection, choice: str) -> Tensor:
+    """Mean of the rows' values over the chosen tokens of each whole sample; 0 where none is chosen. [B, X]"""
+    local = selection.local(router, values_SCX.shape[0])
+    return sum_over_sequence(router, local.sum(values_SCX, choice)) / selection.count(choice).clamp(min=1)[:, None]

@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 
 from ramoe_megatron.data.encode import Encoded
-from ramoe_megatron.mcore.observe import (
-    TOKEN_CHOICES,
-    TokenSelection,
-    local_positions,
-    pooled_distribution,
-    router_distribution,
-    sum_over_sequence,
-)
+from ramoe_megatron.mcore.observe import TOKEN_CHOICES, TokenSelection, mean_over_tokens, pooled_distributions, sum_over_sequence
 from ramoe_megatron.mcore.offline import MicroBatch, OfflineModel
-from ramoe_megatron.method.losses import pool
 
 
 @dataclass(frozen=True)
@@ -62,15 +54,13 @@ class _Listen:
         return logits
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
-        p_SBE = router_distribution(logits, router.score_function)
-        for name in self.buffers:
-            if name == "frequency":
-                positions_S = local_positions(router, p_SBE.shape[0], p_SBE.device)
-                chosen_BE, _ = pool(routing_map.view_as(p_SBE).float(), self.selection.mask("all", positions_S))
-                value_BE = sum_over_sequence(router, chosen_BE) / self.selection.count("all")[:, None]
-            else:
-                value_BE = pooled_distribution(router, p_SBE, self.selection, name)
-            self._write(name, router.ramoe_layer, value_BE)
+        choices = [name for name in self.buffers if name != "frequency"]
+        if "frequency" in self.buffers:
+            frequency_BE = mean_over_tokens(router, routing_map.view_as(logits).float(), self.selection, "all")
+            self._write("frequency", router.ramoe_layer, frequency_BE)
+        if choices:
+            for name, pooled_BE in pooled_distributions(router, logits, self.selection, choices).items():
+                self._write(name, router.ramoe_layer, pooled_BE)
         return probs
 
     def _write(self, name: str, layer: int, value_BE: Tensor) -> None:
@@ -98,9 +88,8 @@ class _CaptureLogits(_Listen):
         super().__init__(micro, {"logits": logits_NLE}, speaks)
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
-        positions_S = local_positions(router, logits.shape[0], logits.device)
-        last_BE, _ = pool(logits.float(), self.selection.mask("last", positions_S))
-        self._write("logits", router.ramoe_layer, sum_over_sequence(router, last_BE))
+        last_BE, here_B = self.selection.local(router, logits.shape[0]).last(logits.float())
+        self._write("logits", router.ramoe_layer, sum_over_sequence(router, last_BE.masked_fill(~here_B[:, None], 0.0)))
         return probs
 
 
@@ -115,8 +104,7 @@ class Transplant:
     def on_logits(self, router: Any, logits: Tensor) -> Tensor:
         if router.ramoe_layer not in self.layers:
             return logits
-        positions_S = local_positions(router, logits.shape[0], logits.device)
-        chosen_SB1 = self.selection.mask("last", positions_S)[..., None]
+        chosen_SB1 = self.selection.local(router, logits.shape[0]).chosen("last")[..., None]
         return torch.where(chosen_SB1, self.logits_BLE[None, :, router.ramoe_layer].to(logits.dtype), logits)
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:

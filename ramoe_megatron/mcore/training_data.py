@@ -1,0 +1,117 @@
+"""The data sets of a training run, from the parsed arguments; and what can be checked about them before Megatron starts."""
+
+import functools
+from typing import Any
+
+from ramoe_megatron.data.dataset import SFTDataset
+from ramoe_megatron.data.packing import PackedDataset
+from ramoe_megatron.data.parallel import Example, load_examples, select
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.arguments import DataOptions, RoutingAlignmentConfig, options_from_args
+from ramoe_megatron.mcore.labels import AlignedDataset, ExampleLabels
+
+
+def check_data(args: Any) -> None:
+    """Read the training data and the files of alignment, and raise what is wrong with them before any model is built.
+
+    Raises:
+        RamoeError: no data, no rows of a split that is asked for, labels that do not fit the data (`ExampleLabels`), or batches that
+            packing or a normaliser cannot work with.
+    """
+    _read.cache_clear()
+    options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
+    _refuse_batches(args, options, alignment)
+    examples = _examples(options, options.split)
+    if alignment.coeff > 0:
+        ExampleLabels(examples, alignment, options.anchor)
+    if args.eval_iters:
+        _validation_examples(args, options)
+
+
+def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """Megatron's `train_valid_test_datasets_provider` for parallel data, from the parsed arguments.
+
+    Built on every rank: each pipeline stage needs the samples' labels, and drawing is a pure function of the seed.
+
+    Args:
+        num_samples: samples (packs, under `--ramoe-pack`) of training, validation and test that the schedule will draw.
+        vp_stage: the virtual pipeline stage that asks, each once; all get the same.
+
+    Returns:
+        the training set (an `AlignedDataset` when alignment is on), the validation set (split "validation") unless
+        `--eval-iters` is 0, and None.
+
+    Raises:
+        RamoeError: as `check_data`.
+    """
+    from megatron.training import get_args, print_rank_0
+
+    args = get_args()
+    options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
+    _refuse_batches(args, options, alignment)
+    # One batch more than is drawn: Megatron's sampler refuses to resume a run that has drawn all there is.
+    train: Any = _dataset(args, options, _examples(options, options.split), num_samples[0] + args.global_batch_size)
+    print_rank_0(f"ramoe: {len(train.examples)} training examples, {num_samples[0]} draws")
+    if isinstance(train, PackedDataset):
+        per_pack = len(train.order) / len(train)
+        print_rank_0(f"ramoe: packed: {per_pack:.1f} samples a pack, {100 * train.fill:.0f} % of its tokens are samples")
+    if alignment.coeff > 0:
+        train = AlignedDataset(train, alignment, options.anchor, args.global_batch_size, args.calculate_per_token_loss)
+        aligned = train.labels.aligned
+        print_rank_0(f"ramoe: {int(aligned.sum())} of {len(aligned)} training examples are aligned")
+    if not args.eval_iters:
+        return train, None, None
+    return train, _dataset(args, options, _validation_examples(args, options), num_samples[1]), None
+
+
+dataset_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron: build on every rank
+
+
+def _dataset(args: Any, options: DataOptions, examples: list[Example], count: int) -> SFTDataset | PackedDataset:
+    from megatron.training import get_tokenizer
+
+    weights = options.weight_mapping()
+    if not options.pack:
+        return SFTDataset(examples, get_tokenizer(), args.seq_length, count, args.seed, weights)
+    multiple = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1  # each sample is sliced apart
+    return PackedDataset(examples, get_tokenizer(), args.seq_length, count, args.seed, args.global_batch_size, weights, multiple)
+
+
+def _validation_examples(args: Any, options: DataOptions) -> list[Example]:
+    if args.full_validation:
+        raise RamoeError("--full-validation: parallel data is drawn by --eval-iters; remove that flag")
+    if not any(example.split == "validation" for example in _examples(options, None)):
+        raise RamoeError(
+            f"--eval-iters {args.eval_iters} (100 when not given) needs rows of the split 'validation', and {', '.join(options.data)} "
+            "has none: add them, or give --eval-iters 0"
+        )
+    return _examples(options, "validation")
+
+
+def _refuse_batches(args: Any, options: DataOptions, alignment: RoutingAlignmentConfig) -> None:
+    ci = alignment.coeff > 0 and alignment.normalize == "ci"
+    if (ci or options.pack) and (args.rampup_batch_size or args.dataloader_type not in (None, "single")):
+        flag, way_out = ("--ramoe-pack", "leave it out") if options.pack else ("--ramoe-normalize ci", "use --ramoe-normalize samples")
+        raise RamoeError(
+            f"{flag} weighs each sample by its global batch: it needs batches of one size in the order of the draws. "
+            f"Remove --rampup-batch-size and --dataloader-type, or {way_out}"
+        )
+    if options.pack and args.micro_batch_size != 1:
+        raise RamoeError(
+            f"--ramoe-pack with --micro-batch-size {args.micro_batch_size}: a pack is one sequence of --seq-length tokens; give "
+            "--micro-batch-size 1 and choose --seq-length for the memory"
+        )
+
+
+def _examples(options: DataOptions, split: str | None) -> list[Example]:
+    if not options.data:
+        raise RamoeError("--ramoe-data is missing: expected JSONL files, folders of them, or the name of a data set")
+    columns = options.column_mapping()
+    examples = _read(tuple(options.data), tuple(columns.items()) if columns else None)
+    return select(examples, split, options.languages, ", ".join(options.data))
+
+
+@functools.lru_cache(maxsize=1)
+def _read(sources: tuple[str, ...], columns: tuple[tuple[str, str], ...] | None) -> list[Example]:
+    """Read once for the check, the training and the validation set."""
+    return load_examples(sources, dict(columns) if columns else None)
