@@ -1,6 +1,7 @@
 """What a router sees of a micro-batch: the router distribution, and its mean over the chosen tokens of each sample.
 
-What depends on the micro-batch alone is found at the first router and kept for the others. A micro-batch holds its samples in columns (padded, one sample a column) or one behind the other in a single column (packed, THD).
+A micro-batch holds its samples in columns (padded, one sample a column) or one behind the other in a single column (packed, THD). What
+depends on the micro-batch alone is found at the first router and kept for the others.
 
 Shape suffixes: S rows of the sequence dimension on this rank, C columns, B samples (padded: B = C; packed: C = 1), E routed experts,
 X anything.
