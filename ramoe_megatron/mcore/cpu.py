@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ramoe_megatron.mcore.cpu_attention import attention_stand_ins
 from ramoe_megatron.mcore.cpu_devices import InertEvent, InertStream, inert_device_properties
 
 CPU_FLAGS = [
@@ -224,4 +225,5 @@ def _megatron_stand_ins() -> list[tuple[Any, str, Any]]:
         (tp_random, "_lazy_call", lambda call: call()),
         (torch_norm.WrappedTorchNorm, "__new__", norm_with_sequence_parallel),
         (token_dispatcher, "maybe_move_tensor_to_cpu", to_host_as_numpy),
+        *attention_stand_ins(),  # context parallelism and packed samples, which Megatron leaves to transformer-engine
     ]
