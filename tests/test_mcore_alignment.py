@@ -23,7 +23,7 @@ def alignment(**changes: Any) -> Alignment:
     config = RoutingAlignmentConfig(**({"coeff": 2.0, "experts": "e", "examples": "all", "tokens": "last"} | changes))
     mask = torch.tensor([True, True, False, False]).expand(1, LAYERS, E)
     pattern = torch.tensor([0.5, 0.2, 0.2, 0.1]).expand(1, LAYERS, E)
-    return Alignment(config, ("task",), 0, LAYERS - 1, mask, pattern, AlignmentMetrics(LAYERS, "cpu"))
+    return Alignment(config, ("task",), 0, LAYERS - 1, mask, pattern, AlignmentMetrics(range(1, LAYERS + 1), "cpu"))
 
 
 def batch(prompt: list[int], weight: list[float]) -> dict[str, torch.Tensor]:

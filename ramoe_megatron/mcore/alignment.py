@@ -33,7 +33,8 @@ from ramoe_megatron.method.losses import divergence, mass
 
 BATCH_KEYS = ("ramoe_weight", "ramoe_task", "ramoe_target")
 """What a batch carries beside prompt_length and length: weight [B] (0 = not aligned), task [B] (row of the expert file, -1 =
-none), and with the target "example" the English routing [B, Z, E]. In a batch of one pack each has a leading dimension of 1."""
+none), and with the target "example" the English routing [B, Z, E]. `ramoe_ci` [B] (bool) may say which samples are ci; without it the
+aligned ones are taken for ci in the log. In a batch of one pack each has a leading dimension of 1."""
 
 PACK_KEYS = ("start", "cu_seqlens", "sample_share")
 """What a batch of packed samples carries too (`data.packing`)."""
@@ -105,7 +106,7 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
         last=last,
         expert_mask_GLE=experts.expert_mask.bool().to(device),
         pattern_GLE=experts.english_pattern[config.tokens].float().to(device),
-        metrics=AlignmentMetrics.install(len(numbers), device),
+        metrics=AlignmentMetrics.install(numbers, device),
     )
     observe_routers(model)
     for chunk in chunks(model):
@@ -169,10 +170,12 @@ class AlignmentContext:
             batch = {key: value[0] for key, value in batch.items()}
         self.alignment = alignment
         self.selection = TokenSelection(batch["prompt_length"], batch["length"], batch.get("start"), batch.get("cu_seqlens"))
-        # Where no token is chosen (an empty prompt) there is no routing to align.
-        self.weight_B = batch["ramoe_weight"].float() * (self.selection.count(alignment.config.tokens) > 0)
+        # Where no token is chosen (an empty prompt) there is no routing to align, and no routing mass.
+        chosen_B = self.selection.count(alignment.config.tokens) > 0
+        self.weight_B = batch["ramoe_weight"].float() * chosen_B
+        self.ci_B = batch["ramoe_ci"].bool() if "ramoe_ci" in batch else self.weight_B > 0
         self.task_B = batch["ramoe_task"].clamp(min=0)
-        self.has_task_B = batch["ramoe_task"] >= 0
+        self.has_task_B = (batch["ramoe_task"] >= 0) & chosen_B
         self.target_BZE = batch.get("ramoe_target")
         self.share = batch["sample_share"] if packed else 1.0 / len(self.weight_B)
         self.loss_tokens_B = loss_tokens(batch["loss_mask"], batch["length"], batch.get("start"))
@@ -217,6 +220,7 @@ class AlignmentContext:
             loss=(self.weight_B * unit_B * divergence_B).detach(),
             unit=unit_B,
             aligned=self.weight_B > 0,
+            ci=self.ci_B,
             has_task=self.has_task_B,
             task_mass=mass(q_BE.detach(), mask_BE),
         )

@@ -2,41 +2,65 @@
 
 The layout of the sums is the same on every rank from the first step on, so a pipeline stage without an aligned layer, or a step
 without a ci sample, reduces zeros instead of hanging.
+
+Megatron calls `report` on every rank after every step, whatever `--log-interval` and `--tensorboard-log-interval` say. As with its
+own losses at the routers, TensorBoard and Weights & Biases get each step's figures, and the printed line those of the steps since
+the last line. Megatron leaves a step that the optimizer skipped (float16 overflow) out of the printed `lm loss`, but not out of its
+losses at the routers, which then read too large; ours leave it out.
+
+Shape suffixes: L MoE layers, M the columns of a sum, B samples of the micro-batch, "..." either L or nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from megatron.core.transformer.moe import moe_logging
 from torch import Tensor
 
-COLUMNS = ("loss", "unit", "aligned", "samples", "mass_aligned", "with_task", "mass_other", "other_with_task")
+COLUMNS = ("loss", "unit", "aligned", "samples", "ci_mass", "ci", "other_mass", "other")
+LOSS, SHARE = "routing_alignment_loss", "ramoe/aligned_share"
+CI_MASS, OTHER_MASS = "ramoe/task_expert_mass_ci", "ramoe/task_expert_mass_other"
+LAYER_NAMES = {LOSS: LOSS, CI_MASS: "ramoe_task_expert_mass_ci", OTHER_MASS: "ramoe_task_expert_mass_other"}
 
 
 class AlignmentMetrics(moe_logging.MoEMetricsTracker):
-    """Megatron's tracker with more in its report: `routing_alignment_loss` and the routing mass on the task experts.
+    """Megatron's tracker with more in its report.
+
+    `routing_alignment_loss`: the alignment loss without its coefficient, mean over the aligned layers.
+    `ramoe/aligned_share`: samples aligned, of all of the global batch.
+    `ramoe/task_expert_mass_ci`, `ramoe/task_expert_mass_other`: mean routing mass on the task experts in the aligned layers, of the ci
+    samples and of the other samples of a task (English ones too). 0, and not written, where the step has no such sample.
+
+    With `--moe-per-layer-logging` also `moe/routing_alignment_loss_layer_i` and `moe/ramoe_task_expert_mass_ci_layer_i` (`_other_`)
+    for the aligned layers. As in Megatron's own `moe/NAME_layer_i`, i is Megatron's layer number less one, not the place among the
+    MoE layers: the curves of one router stand side by side.
 
     `latest` holds the figures of the last step that was reported.
     """
 
-    def __init__(self, num_moe_layers: int, device: Any) -> None:
+    def __init__(self, layer_numbers: Sequence[int], device: Any) -> None:
+        """`layer_numbers`: Megatron's layer number (1-based) of each MoE layer of the whole model."""
         super().__init__()
-        self.sums_LM = torch.zeros(num_moe_layers, len(COLUMNS), dtype=torch.float32, device=device)
+        self.layer_numbers = tuple(layer_numbers)
+        self.sums_LM = torch.zeros(len(layer_numbers), len(COLUMNS), dtype=torch.float32, device=device)
+        self.printed_M = torch.zeros(len(COLUMNS), dtype=torch.float64, device=device)
+        self.advanced = 0
         self.latest: dict[str, Tensor] = {}
 
     @classmethod
-    def install(cls, num_moe_layers: int, device: Any) -> Self:
+    def install(cls, layer_numbers: Sequence[int], device: Any) -> Self:
         """Make our tracker Megatron's; what stock losses have recorded so far goes on in it. A second model chunk gets the same one."""
         current = moe_logging.get_moe_metrics_tracker()
-        if isinstance(current, cls) and len(current.sums_LM) == num_moe_layers:
+        if isinstance(current, cls) and current.layer_numbers == tuple(layer_numbers):
             return current
-        tracker = cls(num_moe_layers, device)
+        tracker = cls(layer_numbers, device)
         tracker._metrics = current.metrics
         moe_logging.set_moe_metrics_tracker(tracker)
         return tracker
 
     def record_alignment(
-        self, layer: int, loss: Tensor, unit: Tensor, aligned: Tensor, has_task: Tensor, task_mass: Tensor
+        self, layer: int, loss: Tensor, unit: Tensor, aligned: Tensor, ci: Tensor, has_task: Tensor, task_mass: Tensor
     ) -> None:
         """Add one micro-batch at one aligned layer; nothing leaves the device.
 
@@ -44,50 +68,28 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
             layer: place among the MoE layers.
             loss: each sample's weighted divergence. [B]
             unit: what one sample counts for in the mean: 1, or its loss tokens. [B]
-            aligned, has_task: whether a sample is aligned, and whether it belongs to a task of the expert file. [B], bool
+            aligned: whether a sample is aligned. [B], bool
+            ci: whether it is right in English and wrong in its own language. [B], bool
+            has_task: whether its task experts are known and it has tokens whose routing is pooled. [B], bool
             task_mass: routing mass on the sample's task experts. [B]
         """
-        other = has_task & ~aligned
-        self.sums_LM[layer] += torch.stack(
-            [
-                loss.sum(),
-                unit.sum(),
-                aligned.sum(),
-                torch.ones_like(loss).sum(),
-                task_mass.masked_fill(~aligned, 0.0).sum(),
-                (aligned & has_task).sum(),
-                task_mass.masked_fill(~other, 0.0).sum(),
-                other.sum(),
-            ]
-        ).float()
+        groups = [column for group in (ci & has_task, ~ci & has_task) for column in (task_mass.masked_fill(~group, 0.0), group)]
+        columns = [loss, unit, aligned, torch.ones_like(unit), *groups]
+        self.sums_LM[layer] += torch.stack([column.sum().float() for column in columns])
 
     def reduced(self) -> dict[str, Tensor]:
-        """Each figure of the step over all ranks: alignment loss (mean over aligned layers), share of samples aligned, mean routing
-        mass on the task experts for aligned and for other task samples. One all-reduce of [L, M]."""
-        sums_LM = self.sums_LM.clone()
-        # Pieces of one sequence (tensor and context parallel) each hold the whole sequence's figures.
-        sums_LM /= self._ranks_per_sample()
-        torch.distributed.all_reduce(sums_LM)
-        total = dict(zip(COLUMNS, sums_LM.double().sum(dim=0), strict=True))
+        """The figures of the step over all ranks, means over the aligned layers. One all-reduce of [L, M]."""
+        return figures(self._totals().sum(dim=0))
 
-        def ratio(numerator: str, denominator: str) -> Tensor:
-            return (total[numerator] / total[denominator].clamp(min=1e-30)).float()
-
-        return {
-            "routing_alignment_loss": ratio("loss", "unit"),
-            "ramoe/aligned_share": ratio("aligned", "samples"),
-            "ramoe/task_expert_mass_aligned": ratio("mass_aligned", "with_task"),
-            "ramoe/task_expert_mass_other": ratio("mass_other", "other_with_task"),
-        }
-
-    @staticmethod
-    def _ranks_per_sample() -> int:
+    def _totals(self) -> Tensor:
+        """The step's sums over all ranks. [L, M], float64"""
         from megatron.core import parallel_state
 
-        return (
-            parallel_state.get_tensor_model_parallel_world_size()
-            * parallel_state.get_context_parallel_world_size()
-        )
+        totals_LM = self.sums_LM.double()
+        torch.distributed.all_reduce(totals_LM)
+        # Pieces of one sequence (tensor and context parallel) each hold the whole sequence's figures.
+        holders = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
+        return totals_LM / holders
 
     def report(
         self,
@@ -95,22 +97,61 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         iteration: int,
         writer: Any = None,
         wandb_writer: Any = None,
+        per_layer_logging: bool = False,
         *args: Any,
-        total_loss_dict: dict[str, Tensor] | None = None,
+        total_loss_dict: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> str:
         """Megatron's report, then ours: into its loss table, TensorBoard and Weights & Biases."""
-        figures = self.latest = self.reduced()  # first: Megatron's report ends in clear()
+        totals_LM = self._totals()  # first: Megatron's report ends in clear()
+        self.latest = figures(totals_LM.sum(dim=0))
         log = super().report(
-            loss_scale, iteration, writer, wandb_writer, *args, total_loss_dict=total_loss_dict, **kwargs
+            loss_scale, iteration, writer, wandb_writer, per_layer_logging, *args, total_loss_dict=total_loss_dict, **kwargs
         )
-        self._log_scalars(figures, iteration, writer, wandb_writer)
+        if writer is not None or wandb_writer is not None:
+            self._write(totals_LM, per_layer_logging, iteration, writer, wandb_writer)
         if total_loss_dict is not None:
-            name = "routing_alignment_loss"
-            total_loss_dict[name] = total_loss_dict.get(name, 0.0) + figures[name]
+            self._print(totals_LM.sum(dim=0), total_loss_dict)
         return log
+
+    def _write(self, totals_LM: Tensor, per_layer_logging: bool, iteration: int, writer: Any, wandb_writer: Any) -> None:
+        scalars = dict(zip(self.latest, torch.stack([*self.latest.values()]).tolist(), strict=True))
+        if per_layer_logging:
+            layers = {name: values.tolist() for name, values in figures(totals_LM).items() if name in LAYER_NAMES}
+            for layer, samples in enumerate(totals_LM[:, COLUMNS.index("samples")].tolist()):
+                if samples > 0:  # every sample passes every aligned layer, and no other
+                    number = self.layer_numbers[layer] - 1
+                    scalars |= {f"moe/{LAYER_NAMES[name]}_layer_{number}": values[layer] for name, values in layers.items()}
+        shown = {name: value for name, value in scalars.items() if value or "task_expert_mass" not in name}
+        self._log_scalars(shown, iteration, writer, wandb_writer)
+
+    def _print(self, totals_M: Tensor, table: dict[str, Any]) -> None:
+        """Into Megatron's loss table, which divides by the steps that the optimizer took since the last printed line."""
+        advanced, skipped = table.get("advanced iterations", 1), table.get("skipped iterations", 0)
+        if advanced + skipped <= 1:  # the first step since that line
+            self.printed_M.zero_()
+            self.advanced = 0
+        if advanced > self.advanced:
+            self.printed_M += totals_M
+        self.advanced = advanced
+        table |= {name: value * max(advanced, 1) for name, value in figures(self.printed_M).items()}
 
     def clear(self) -> None:
         """Zero Megatron's entries and ours."""
         super().clear()
         self.sums_LM.zero_()
+
+
+def figures(sums: Tensor) -> dict[str, Tensor]:
+    """The logged figures from their sums; 0 where there is no sample to take a mean of. [..., M] to [...] each, float32"""
+    total = dict(zip(COLUMNS, sums.unbind(dim=-1), strict=True))
+
+    def ratio(numerator: str, denominator: str) -> Tensor:
+        return (total[numerator] / total[denominator].clamp(min=1e-30)).float()
+
+    return {
+        LOSS: ratio("loss", "unit"),
+        SHARE: ratio("aligned", "samples"),
+        CI_MASS: ratio("ci_mass", "ci"),
+        OTHER_MASS: ratio("other_mass", "other"),
+    }

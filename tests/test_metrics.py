@@ -1,0 +1,169 @@
+"""Laws of the logged figures, in one gloo rank with Megatron's own process groups: what is summed, averaged, written and printed.
+
+Equality between layouts is the business of the layout tests; here one rank stands for all.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_logging
+
+from ramoe_megatron.mcore.metrics import CI_MASS, LOSS, OTHER_MASS, SHARE, AlignmentMetrics
+
+NUMBERS = (2, 4, 6, 8)  # a model of 8 layers, every second one of experts
+ZONE = (1, 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    moe_logging.destroy_moe_metrics_tracker()
+
+
+class Writer:
+    """Stands for TensorBoard's and, with `log`, for a Weights & Biases run: keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, dict[str, float]] = {}
+
+    def add_scalar(self, name: str, value: Any, step: int) -> None:
+        self.seen.setdefault(step, {})[name] = float(value)
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        for name, value in values.items():
+            self.add_scalar(name, value, step)
+
+
+def samples(count: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    aligned = torch.rand(count, generator=generator) < 0.5
+    return {
+        "loss": torch.rand(count, generator=generator) * aligned,
+        "unit": torch.randint(1, 9, (count,), generator=generator).float(),
+        "aligned": aligned,
+        "ci": torch.rand(count, generator=generator) < 0.5,
+        "has_task": torch.rand(count, generator=generator) < 0.8,
+        "task_mass": torch.rand(count, generator=generator),
+    }
+
+
+def record(tracker: AlignmentMetrics, batch: dict[str, torch.Tensor], where: slice = slice(None)) -> None:
+    """A micro-batch in both aligned layers; in the second one half the loss and half the mass."""
+    for layer, share in zip(ZONE, (1.0, 0.5), strict=True):
+        part = {name: values[where] for name, values in batch.items()}
+        part |= {name: part[name] * share for name in ("loss", "task_mass")}
+        tracker.record_alignment(layer, **part)
+
+
+def report(tracker: AlignmentMetrics, step: int, writer: Any = None, wandb: Any = None, layers: bool = False, table: Any = None) -> None:
+    """As Megatron's training_log calls it."""
+    tracker.report(
+        loss_scale=0.5, iteration=step, writer=writer, wandb_writer=wandb, per_layer_logging=layers, force_initialize=True,
+        track_names=[], num_layers=8, moe_layer_freq=2, mtp_num_layers=None, total_loss_dict=table, pg_collection=None,
+    )  # fmt: skip
+
+
+def test_the_figures_are_their_definitions_and_micro_batches_add_up() -> None:
+    whole, pieces, batch = AlignmentMetrics(NUMBERS, "cpu"), AlignmentMetrics(NUMBERS, "cpu"), samples(12, 1)
+    record(whole, batch)
+    for start, stop in ((0, 1), (1, 8), (8, 12)):
+        record(pieces, batch, slice(start, stop))
+    found, again = whole.reduced(), pieces.reduced()
+    ci, other = batch["ci"] & batch["has_task"], ~batch["ci"] & batch["has_task"]
+    expected = {
+        LOSS: 0.75 * batch["loss"].sum() / batch["unit"].sum(),
+        SHARE: batch["aligned"].float().mean(),
+        CI_MASS: 0.75 * batch["task_mass"][ci].mean(),
+        OTHER_MASS: 0.75 * batch["task_mass"][other].mean(),
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-6), name
+        assert again[name].item() == pytest.approx(value.item(), rel=1e-6), name
+
+
+def test_layers_are_written_under_megatrons_own_numbers_and_their_mean_is_the_figure() -> None:
+    tracker, board, run = AlignmentMetrics(NUMBERS, "cpu"), Writer(), Writer()
+    record(tracker, samples(12, 2))
+    report(tracker, 7, board, run, layers=True)
+    assert board.seen == run.seen
+    seen = board.seen[7]
+    names = {LOSS: LOSS, CI_MASS: "ramoe_task_expert_mass_ci", OTHER_MASS: "ramoe_task_expert_mass_other"}
+    indices = [NUMBERS[layer] - 1 for layer in ZONE]
+    assert {name for name in seen if name.startswith("moe/")} == {f"moe/{name}_layer_{i}" for name in names.values() for i in indices}
+    for scalar, name in names.items():
+        values = [seen[f"moe/{name}_layer_{i}"] for i in indices]
+        assert sum(values) / len(values) == pytest.approx(seen[scalar], rel=1e-6), name
+        assert values[1] == pytest.approx(values[0] / 2, rel=1e-6)
+    assert not tracker.sums_LM.any()
+
+
+def test_megatrons_layer_curves_have_the_same_names() -> None:
+    """Its own loss of the router in layer n and ours stand under one index."""
+    tracker, board = AlignmentMetrics(NUMBERS, "cpu"), Writer()
+    record(tracker, samples(4, 3))
+    tracker.record("z_loss", torch.tensor(1.0), NUMBERS[ZONE[0]], 8)
+    tracker.report(1.0, 1, board, per_layer_logging=True, track_names=["z_loss"], num_layers=8, moe_layer_freq=2)
+    (stock,) = [name.removeprefix("moe/z_loss") for name, value in board.seen[1].items() if name.startswith("moe/z_loss") and value]
+    assert f"moe/{LOSS}{stock}" in board.seen[1]
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_a_step_without_ci_samples_is_logged_as_zero_and_no_mass_is_invented(layers: bool) -> None:
+    tracker, board, batch = AlignmentMetrics(NUMBERS, "cpu"), Writer(), samples(6, 4)
+    nothing = torch.zeros(6, dtype=torch.bool)
+    record(tracker, batch | {"ci": nothing, "aligned": nothing, "loss": torch.zeros(6)})
+    report(tracker, 1, board, layers=layers)
+    seen = board.seen[1]
+    assert seen[LOSS] == seen[SHARE] == 0
+    assert seen[OTHER_MASS] > 0
+    assert not any("mass_ci" in name for name in seen)
+    assert all(torch.isfinite(value) for value in tracker.latest.values())
+    report(tracker, 2, board, layers=layers)  # a step in which nothing was recorded at all
+    assert board.seen[2] == {LOSS: 0, SHARE: 0}
+
+
+def test_the_printed_line_is_the_mean_over_the_steps_since_the_last_one() -> None:
+    """The table as Megatron's training_log keeps it: counts go up before the report, and to zero after a printed line."""
+    tracker, table = AlignmentMetrics(NUMBERS, "cpu"), {}
+    batches = [samples(8, seed) for seed in range(10, 17)]
+    skipped = {2, 5}  # by the optimizer (float16 overflow): they do not count
+    printed = []
+    for step, batch in enumerate(batches):
+        name = "skipped iterations" if step in skipped else "advanced iterations"
+        table[name] = table.get(name, 0) + 1
+        record(tracker, batch)
+        report(tracker, step, table=table)
+        if step in (1, 6):
+            printed.append({key: float(table[key]) / max(1, table["advanced iterations"]) for key in (LOSS, SHARE, CI_MASS)})
+            table = dict.fromkeys(table, 0) | {LOSS: torch.tensor([0.0])}
+    for line, steps in zip(printed, ([0, 1], [3, 4, 6]), strict=True):
+        joined = {key: torch.cat([batches[step][key] for step in steps]) for key in batches[0]}
+        alone = AlignmentMetrics(NUMBERS, "cpu")
+        record(alone, joined)
+        for name, value in alone.reduced().items():
+            if name in line:
+                assert line[name] == pytest.approx(value.item(), rel=1e-6), (steps, name)
+
+
+def test_an_interval_of_skipped_steps_prints_zero() -> None:
+    tracker, table = AlignmentMetrics(NUMBERS, "cpu"), {"advanced iterations": 0, "skipped iterations": 1}
+    record(tracker, samples(4, 5))
+    report(tracker, 1, table=table)
+    assert table[LOSS] == 0
+
+
+def test_installing_twice_keeps_the_tracker_and_megatrons_entries() -> None:
+    moe_logging.destroy_moe_metrics_tracker()
+    moe_logging.get_moe_metrics_tracker().record("z_loss", torch.tensor(2.0), 1, 8)
+    first = AlignmentMetrics.install(NUMBERS, "cpu")
+    assert AlignmentMetrics.install(list(NUMBERS), "cpu") is first is moe_logging.get_moe_metrics_tracker()
+    assert first.metrics["z_loss"].values[0] == 2
+    assert AlignmentMetrics.install(NUMBERS[:2], "cpu") is not first
