@@ -85,6 +85,14 @@ def test_without_a_taxonomy_all_target_views_are_aligned(files: dict[str, str]) 
     assert found.labels.aligned.tolist() == [e.language != "en" for e in EXAMPLES]
 
 
+def test_items_say_which_are_ci_whatever_is_aligned(files: dict[str, str]) -> None:
+    found = dataset(files, examples="all")
+    for draw in range(len(found)):
+        e = EXAMPLES[int(found.dataset.order[draw])]
+        assert bool(found[draw]["ramoe_ci"]) == (e.language != "en" and category(e.id, e.language) == "ci")
+    assert "ramoe_ci" not in dataset(files, examples="all", taxonomy=None)[0]
+
+
 def test_an_item_carries_its_own_english_routing(files: dict[str, str]) -> None:
     found, priors = dataset(files), Priors.load(files["priors"])
     seen = set()

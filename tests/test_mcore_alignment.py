@@ -6,15 +6,17 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.enums import CudaGraphModule
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.alignment import Alignment, AlignmentContext, describe, routing_batch
+from ramoe_megatron.mcore.alignment import Alignment, resolve_zone, routing_batch
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
-from ramoe_megatron.mcore.metrics import AlignmentMetrics
+from ramoe_megatron.mcore.metrics import COLUMNS, AlignmentMetrics
 from ramoe_megatron.mcore.observe import TokenSelection, router_distribution
 from ramoe_megatron.mcore.placement import local_rows
-from ramoe_megatron.mcore.refusals import refuse_unsupported
+from ramoe_megatron.mcore.refusals import refuse_foreign_routers, refuse_unsupported
+from ramoe_megatron.method.divergence import NoZone
 
 S, B, E, LAYERS = 6, 3, 4, 2
 
@@ -77,6 +79,15 @@ def test_a_sample_without_chosen_tokens_counts_for_nothing(tokens: str, pooling:
     assert torch.equal(chunk.ramoe_alignment.metrics.sums_LM, other.ramoe_alignment.metrics.sums_LM)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_ci_is_what_the_batch_says_and_else_what_is_aligned(given: bool) -> None:
+    """The first sample has no prompt token, so no routing mass; the others are aligned as if by --ramoe-examples all."""
+    chunk, micro = Chunk(), batch([0, 3, 4], [1, 1, 1])
+    chunk.run(micro | ({"ramoe_ci": torch.tensor([True, False, True])} if given else {}))
+    sums = dict(zip(COLUMNS, chunk.ramoe_alignment.metrics.sums_LM[0].tolist(), strict=True))
+    assert (sums["ci"], sums["other"], sums["aligned"], sums["samples"]) == ((1, 1, 2, 3) if given else (2, 0, 2, 3))
+
+
 def test_evaluation_needs_no_labels_and_records_nothing() -> None:
     chunk = Chunk().eval()
     with routing_batch(chunk, {"tokens": torch.zeros(1)}):
@@ -91,14 +102,6 @@ def test_a_layer_that_does_not_run_once_is_told(times: int) -> None:
     chunk = Chunk()
     with pytest.raises(RamoeError, match=r"ran \{0: 0\} times|attached its alignment loss twice"):
         chunk.run(batch([2, 3, 4], [1, 1, 1]), times)
-
-
-def test_the_start_line_names_every_loss_at_the_routers() -> None:
-    config = types.SimpleNamespace(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.01, moe_z_loss_coeff=None)
-    line = describe(alignment(), config)
-    for part in ("coefficient 2 ", "MoE layers 0-1", "task 2-2", "aux_loss 0.01", "z-loss None"):
-        assert part in line
-    assert isinstance(AlignmentContext(alignment(), batch([1, 1, 1], [1, 1, 1]), set()).weight_B, torch.Tensor)
 
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
@@ -149,6 +152,11 @@ def test_counts_are_those_of_the_masks() -> None:
         ({"cuda_graph_impl": "local", "cuda_graph_modules": []}, "--cuda-graph-impl local"),
         ({"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [CudaGraphModule.moe_router]}, "--cuda-graph-impl"),
         ({"mlp_chunks_for_training": 2}, "--mlp-chunks-for-training"),
+        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "--moe-router-load-balancing-type sinkhorn"),
+        ({"moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]}, "--moe-router-load-balancing-type sinkhorn"),
+        ({"moe_router_force_load_balancing": True}, "--moe-router-force-load-balancing"),
+        ({"moe_router_force_biased": -0.5}, "--moe-router-force-biased"),
         ({"fp8": "hybrid", "recompute_granularity": "full"}, "--fp8-format and --recompute-granularity full"),
         ({"fp4": "e2m1", "recompute_granularity": "selective", "recompute_modules": ["moe"]}, "--fp4-format"),
     ],
@@ -158,6 +166,29 @@ def test_settings_without_a_defined_alignment_are_refused(settings: dict[str, An
         refuse_unsupported(types.SimpleNamespace(**settings))
 
 
+class ForeignLayer(BaseMoELayer):
+    """An MoE layer with somebody's own router."""
+
+    def __init__(self, router: torch.nn.Module) -> None:
+        torch.nn.Module.__init__(self)
+        self.router, self.layer_number = router, 3
+
+    def forward(self, *_: Any) -> None: ...
+
+
+def test_a_router_that_cannot_be_seen_is_refused() -> None:
+    refuse_foreign_routers([torch.nn.Sequential(torch.nn.Linear(2, 2))])
+    with pytest.raises(RamoeError, match="Megatron layer 3 has a Linear as its router"):
+        refuse_foreign_routers([torch.nn.Sequential(ForeignLayer(torch.nn.Linear(2, 2)))])
+
+
+def test_the_zone_is_refused_by_its_flag() -> None:
+    experts = types.SimpleNamespace(shape=types.SimpleNamespace(num_moe_layers=4), zone=NoZone("the curve is flat"))
+    for layers, words in (("2-9", "expected a rising range within 0 to 3"), ("auto", "the curve is flat"), ("0.0-0.1", "wider range")):
+        with pytest.raises(RamoeError, match=rf"^--ramoe-layers {layers}: .*{words}"):
+            resolve_zone(alignment(layers=layers).config, experts)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -165,6 +196,9 @@ def test_settings_without_a_defined_alignment_are_refused(settings: dict[str, An
         {"recompute_granularity": "full", "mlp_chunks_for_training": 1, "cuda_graph_impl": "none"},
         {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [CudaGraphModule.attn]},
         {"fp8": "hybrid", "recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"], "moe_router_force_biased": None},
+        {"moe_router_load_balancing_type": "quantile_balancing", "moe_router_enable_expert_bias": True, "moe_router_fusion": True},
+        {"moe_enable_routing_replay": True, "moe_shared_expert_overlap": True, "moe_latent_size": 16, "delay_wgrad_compute": True},
     ],
 )
 def test_what_alignment_can_carry_is_let_through(settings: dict[str, Any]) -> None:

@@ -92,6 +92,10 @@ class SFTDataset(torch.utils.data.Dataset):
         """Which draw of `order` a sample holds."""
         return sample
 
+    def drawn(self, samples: int) -> np.ndarray:
+        """The example of each draw in the first `samples` samples, int64."""
+        return self.order[:samples]
+
     def global_batches(self, global_batch_size: int) -> np.ndarray:
         """The global batch that each draw belongs to, int64 [draws]."""
         return np.arange(len(self.order)) // global_batch_size

@@ -72,6 +72,10 @@ class PackedDataset(torch.utils.data.Dataset):
         """Which draws of `order` a pack holds."""
         return slice(int(self.first[pack]), int(self.first[pack + 1]))
 
+    def drawn(self, packs: int) -> np.ndarray:
+        """The example of each draw in the first `packs` packs, int64."""
+        return self.order[: self.first[packs]]
+
     def global_batches(self, global_batch_size: int) -> np.ndarray:
         """The global batch that each draw belongs to, int64 [draws]."""
         return np.repeat(np.arange(len(self)) // global_batch_size, np.diff(self.first))

@@ -25,8 +25,9 @@ from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
 from ramoe_megatron.mcore.carrier import routing_context
 from ramoe_megatron.mcore.metrics import AlignmentMetrics
 from ramoe_megatron.mcore.observe import TokenSelection, mean_over_tokens, pooled_distributions, router_distribution
-from ramoe_megatron.mcore.refusals import refuse_unsupported
+from ramoe_megatron.mcore.refusals import refuse_foreign_routers, refuse_unsupported
 from ramoe_megatron.mcore.router import chunks, local_routers, moe_layer_numbers, observe_routers, unwrapped
+from ramoe_megatron.mcore.startup import alignment_block
 from ramoe_megatron.method.artefacts import ExpertFile
 from ramoe_megatron.method.divergence import parse_layers
 from ramoe_megatron.method.losses import divergence, mass
@@ -59,8 +60,11 @@ class Alignment:
 
 
 def resolve_zone(config: RoutingAlignmentConfig, experts: ExpertFile) -> tuple[int, int]:
-    """The aligned layers (first, last) inclusive, from `--ramoe-layers` and the expert file's own zone."""
-    return parse_layers(config.layers, experts.shape.num_moe_layers, experts.zone)
+    """The aligned layers (first, last) inclusive, from `--ramoe-layers` and the expert file's own zone; RamoeError as `parse_layers`."""
+    try:
+        return parse_layers(config.layers, experts.shape.num_moe_layers, experts.zone)
+    except RamoeError as error:
+        raise RamoeError(f"--ramoe-layers {config.layers}: {str(error).removeprefix('layers: ')}") from error
 
 
 def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
@@ -80,23 +84,29 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
     if config.coeff == 0:
         return model
     assert config.experts is not None  # the configuration refuses a coefficient without it
-    experts = ExpertFile.load(config.experts)
+    with _naming("--ramoe-experts"):
+        experts = ExpertFile.load(config.experts)
     model_config = unwrapped(next(iter(chunks(model)))).config
     refuse_unsupported(model_config)
+    refuse_foreign_routers(chunks(model))
     numbers = moe_layer_numbers(model)
-    experts.check_model(
-        num_moe_layers=len(numbers),
-        num_experts=model_config.num_moe_experts,
-        topk=model_config.moe_router_topk,
-        score_function=model_config.moe_router_score_function,
-    )
+    with _naming("--ramoe-experts"):
+        experts.check_model(
+            num_moe_layers=len(numbers),
+            num_experts=model_config.num_moe_experts,
+            topk=model_config.moe_router_topk,
+            score_function=model_config.moe_router_score_function,
+        )
     first, last = resolve_zone(config, experts)
     if config.tokens not in experts.english_pattern:
-        raise RamoeError(f"{config.experts}: no English pattern for --ramoe-tokens {config.tokens}; run `ramoe profile` again")
+        raise RamoeError(
+            f"--ramoe-experts {config.experts}: no English pattern for --ramoe-tokens {config.tokens}, only for "
+            f"{', '.join(experts.english_pattern)}; run `ramoe profile` again, or change the flag"
+        )
     if config.divergence in ("lumped-kl", "mass") and not experts.expert_mask[:, first : last + 1].any():
         raise RamoeError(
-            f"{config.experts}: no task has an expert in MoE layers {first}-{last}, so {config.divergence} aligns nothing; profile with a "
-            "lower tau or with --ramoe-select top-m=M, or use --ramoe-divergence kl or js"
+            f"--ramoe-experts {config.experts}: no task has an expert in MoE layers {first}-{last}, so {config.divergence} aligns "
+            "nothing; profile with a lower tau or with --ramoe-select top-m=M, or use --ramoe-divergence kl or js"
         )
     device = torch.cuda.current_device() if torch.cuda.is_available() else torch.device("cpu")
     alignment = Alignment(
@@ -113,21 +123,17 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
         local = {router.ramoe_layer for router in local_routers(chunk)}
         unwrapped(chunk).ramoe_alignment, unwrapped(chunk).ramoe_layers = alignment, local & set(alignment.layers)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(f"ramoe: {describe(alignment, model_config)}", flush=True)
+        print(alignment_block(alignment, numbers, model_config), flush=True)
     return model
 
 
-def describe(alignment: Alignment, model_config: Any) -> str:
-    """One line on every loss at the routers and its coefficient: an inherited one has cost many a run."""
-    config, zone = alignment.config, alignment.expert_mask_GLE[:, alignment.first : alignment.last + 1]
-    counts = zip(alignment.tasks, zone.sum(-1).tolist(), strict=True)
-    experts = [f"{task} {min(layers)}-{max(layers)}" for task, layers in counts]
-    return (
-        f"alignment coefficient {config.coeff:g} ({config.divergence}, target {config.target}, {config.tokens} tokens, examples "
-        f"{config.examples}) on MoE layers {alignment.first}-{alignment.last}; task experts per layer: {', '.join(experts)}; "
-        f"load balancing {model_config.moe_router_load_balancing_type} {model_config.moe_aux_loss_coeff}, "
-        f"z-loss {model_config.moe_z_loss_coeff}"
-    )
+@contextlib.contextmanager
+def _naming(flag: str) -> Iterator[None]:
+    """Put the flag before what is told of its file."""
+    try:
+        yield
+    except RamoeError as error:
+        raise RamoeError(f"{flag} {error}") from error
 
 
 @contextlib.contextmanager

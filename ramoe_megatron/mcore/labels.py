@@ -1,6 +1,6 @@
 """From a sample's id and language to what its routing is to be: the part of a batch that the alignment loss reads."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ CATEGORIES = {"ci": ("ci",), "ci+cc": ("ci", "cc"), "all": ("cc", "ci", "ic", "i
 class ExampleLabels:
     """Whether each example's routing is aligned, and to what: read from the artefacts, checked against each other and the data.
 
-    Attributes: `aligned` bool [examples], `task` int64 [examples] (row of the expert file; -1 when the task is not in it).
+    Attributes: `aligned` bool [examples], `task` int64 [examples] (row of the expert file; -1 when the task is not in it), `category`
+    (cc, ci, ic or ii of each example, "" where it has none).
     """
 
     def __init__(self, examples: Sequence[Example], config: RoutingAlignmentConfig, anchor: str) -> None:
@@ -35,7 +36,8 @@ class ExampleLabels:
         self.first, self.last = resolve_zone(config, experts)
         rows = {task: row for row, task in enumerate(experts.tasks)}
         self.task = np.array([rows.get(example.task, -1) for example in examples], dtype=np.int64)
-        self.aligned = aligned_examples(examples, config, anchor)
+        self.category = np.array(categories(examples, config.taxonomy, anchor))
+        self.aligned = aligned_examples(examples, self.category, config, anchor)
         self._refuse_unknown_tasks(examples, experts)
         self.priors = self._load_priors(examples, experts) if config.target == "example" else None
         self.target_ids = shuffled_ids(examples, self.aligned, config.shuffle_targets)
@@ -82,7 +84,8 @@ class AlignedDataset(torch.utils.data.Dataset):
     """A data set whose items also say whether, and to what, the routing of their samples is aligned.
 
     Added to each item: `ramoe_weight` float32 [] (0 = not aligned), `ramoe_task` int64 [] (row of the expert file; -1 when the task is
-    not in it) and, for the target "example", `ramoe_target` float32 [Z, E]. For a pack of K samples each begins with a dimension K.
+    not in it), with a taxonomy `ramoe_ci` bool [] and, for the target "example", `ramoe_target` float32 [Z, E]. For a pack of K samples
+    each begins with a dimension K.
     """
 
     def __init__(
@@ -108,6 +111,8 @@ class AlignedDataset(torch.utils.data.Dataset):
         examples = self.dataset.order[draws]
         item["ramoe_weight"] = torch.as_tensor(self.weight[draws], dtype=torch.float32)
         item["ramoe_task"] = torch.as_tensor(self.labels.task[examples])
+        if self.labels.config.taxonomy is not None:
+            item["ramoe_ci"] = torch.as_tensor(self.labels.category[examples] == "ci")
         if self.labels.priors is not None:
             targets = torch.stack([self.labels.target(int(index)) for index in np.atleast_1d(examples)])
             item["ramoe_target"] = targets if isinstance(draws, slice) else targets[0]
@@ -125,26 +130,28 @@ class AlignedDataset(torch.utils.data.Dataset):
         return np.divide(aligned, share[batch], out=np.zeros_like(aligned), where=share[batch] > 0)
 
 
-def aligned_examples(examples: Sequence[Example], config: RoutingAlignmentConfig, anchor: str) -> np.ndarray:
-    """Which examples are aligned: target-language ones of the chosen categories. [examples], bool
+def categories(examples: Sequence[Example], taxonomy: str | None, anchor: str) -> list[str]:
+    """The category (cc, ci, ic, ii) of each example; "" for the anchor's, and for all without a taxonomy.
 
     Raises:
         RamoeError: target-language examples that the taxonomy does not know (how many, the first five).
     """
-    target = np.array([example.language != anchor for example in examples], dtype=bool)
-    if config.taxonomy is None:
-        return target
-    category = {(row.id, row.language): row.category for row in read_taxonomy(config.taxonomy)}
-    unknown = [e for e, on in zip(examples, target, strict=True) if on and (e.id, e.language) not in category]
+    if taxonomy is None:
+        return [""] * len(examples)
+    category = {(row.id, row.language): row.category for row in read_taxonomy(taxonomy)}
+    unknown = [e for e in examples if e.language != anchor and (e.id, e.language) not in category]
     if unknown:
         first = ", ".join(f"{e.id} ({e.language})" for e in unknown[:5])
-        raise RamoeError(
-            f"{config.taxonomy}: {len(unknown)} training examples have no category, first {first}; run `ramoe taxonomy` on this data"
-        )
-    chosen = CATEGORIES[config.examples]
-    return np.array(
-        [on and category[e.id, e.language] in chosen for e, on in zip(examples, target, strict=True)], dtype=bool
-    )
+        raise RamoeError(f"{taxonomy}: {len(unknown)} training examples have no category, first {first}; run `ramoe taxonomy` on this data")
+    return ["" if e.language == anchor else category[e.id, e.language] for e in examples]
+
+
+def aligned_examples(
+    examples: Sequence[Example], category: Iterable[str], config: RoutingAlignmentConfig, anchor: str
+) -> np.ndarray:
+    """Which examples are aligned: target-language ones, of the chosen categories where there is a taxonomy. [examples], bool"""
+    chosen = CATEGORIES[config.examples] if config.taxonomy is not None else ("",)
+    return np.array([e.language != anchor and kind in chosen for e, kind in zip(examples, category, strict=True)], dtype=bool)
 
 
 def shuffled_ids(examples: Sequence[Example], aligned: np.ndarray, seed: int | None) -> list[str]:

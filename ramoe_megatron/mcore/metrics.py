@@ -134,7 +134,11 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         if advanced > self.advanced:
             self.printed_M += totals_M
         self.advanced = advanced
-        table |= {name: value * max(advanced, 1) for name, value in figures(self.printed_M).items()}
+        for name, value in figures(self.printed_M).items():
+            if advanced > 0:
+                table[name] = value * advanced
+            else:  # no step counts yet: no figure, rather than 0
+                table.pop(name, None)
 
     def clear(self) -> None:
         """Zero Megatron's entries and ours."""

@@ -1,5 +1,6 @@
 """Settings under which routing alignment would be silently wrong or silently absent: refused by name, before training starts."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from ramoe_megatron.errors import RamoeError
@@ -16,6 +17,19 @@ def refuse_unsupported(config: Any) -> None:
         raise RamoeError(f"routing alignment does not run with {'; '.join(found)}. Remove the flag, or set --ramoe-coeff 0")
 
 
+def refuse_foreign_routers(model_chunks: Iterable[Any]) -> None:
+    """Raise RamoeError for an MoE layer whose router is none of Megatron's: its routing could not be seen, and would go unaligned."""
+    from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    for module in (module for chunk in model_chunks for module in chunk.modules()):
+        if isinstance(module, BaseMoELayer) and not isinstance(module.router, TopKRouter):
+            raise RamoeError(
+                f"Megatron layer {module.layer_number} has a {type(module.router).__name__} as its router, and routing alignment needs a "
+                "TopKRouter (or a subclass of it): make the router one, or set --ramoe-coeff 0"
+            )
+
+
 def _unsupported(config: Any) -> list[tuple[str, str, bool]]:
     def setting(name: str) -> Any:
         return getattr(config, name, None)
@@ -27,6 +41,7 @@ def _unsupported(config: Any) -> list[tuple[str, str, bool]]:
     granularity, recomputed = setting("recompute_granularity"), setting("recompute_modules") or ()
     recomputed_routers = granularity == "full" or (granularity == "selective" and "moe" in recomputed)
     low_precision = next((name for name in ("fp8", "fp4") if setting(name)), None)
+    balancing = setting("moe_router_load_balancing_type") or ()
     return [
         (
             "--overlap-moe-expert-parallel-comm",
@@ -45,7 +60,28 @@ def _unsupported(config: Any) -> list[tuple[str, str, bool]]:
         ),
         (
             f"--{low_precision}-format and --recompute-granularity {granularity}",
-            "transformer-engine's recomputation forgets which samples it runs for",
+            "transformer-engine's recomputation forgets which samples it runs for (--recompute-granularity selective leaves the routers "
+            "out, unless --recompute-modules names moe)",
             low_precision is not None and recomputed_routers,
+        ),
+        (
+            "--hybrid-context-parallel",
+            "it cuts each sample over ranks of its own, and the routers only know the fixed context-parallel group",
+            bool(setting("hybrid_context_parallel")),
+        ),
+        (
+            "--moe-router-load-balancing-type sinkhorn",
+            "it chooses experts by the balance of the whole micro-batch, not by the scores that would be aligned",
+            "sinkhorn" in ([balancing] if isinstance(balancing, str) else balancing),
+        ),
+        (
+            "--moe-router-force-load-balancing",
+            "it puts random numbers in the place of the router's logits",
+            bool(setting("moe_router_force_load_balancing")),
+        ),
+        (
+            "--moe-router-force-biased",
+            "it puts random numbers in the place of the router's logits",
+            setting("moe_router_force_biased") is not None,
         ),
     ]

@@ -9,6 +9,7 @@ from ramoe_megatron.data.parallel import Example, load_examples, select
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.arguments import DataOptions, RoutingAlignmentConfig, options_from_args
 from ramoe_megatron.mcore.labels import AlignedDataset, ExampleLabels
+from ramoe_megatron.mcore.startup import samples_block
 
 
 def check_data(args: Any) -> None:
@@ -51,14 +52,16 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
     _refuse_batches(args, options, alignment)
     # One batch more than is drawn: Megatron's sampler refuses to resume a run that has drawn all there is.
     train: Any = _dataset(args, options, _examples(options, options.split), num_samples[0] + args.global_batch_size)
-    print_rank_0(f"ramoe: {len(train.examples)} training examples, {num_samples[0]} draws")
     if isinstance(train, PackedDataset):
         per_pack = len(train.order) / len(train)
-        print_rank_0(f"ramoe: packed: {per_pack:.1f} samples a pack, {100 * train.fill:.0f} % of its tokens are samples")
+        print_rank_0(f"ramoe: packed: {per_pack:.1f} samples a sequence, {100 * train.fill:.0f} % of its tokens are samples")
+    drawn = train.drawn(num_samples[0])
     if alignment.coeff > 0:
         train = AlignedDataset(train, alignment, options.anchor, args.global_batch_size, args.calculate_per_token_loss)
-        aligned = train.labels.aligned
-        print_rank_0(f"ramoe: {int(aligned.sum())} of {len(aligned)} training examples are aligned")
+        labels = train.labels
+        print_rank_0(samples_block(train.dataset.examples, labels.category, labels.aligned, drawn, options.anchor))
+    else:
+        print_rank_0(f"ramoe: {len(train.examples)} training examples, {len(drawn)} draws")
     if not args.eval_iters:
         return train, None, None
     return train, _dataset(args, options, _validation_examples(args, options), num_samples[1]), None
