@@ -1,5 +1,6 @@
 """Laws of alignment at one router that need no ranks, and the configurations that it refuses."""
 
+import contextlib
 import types
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.alignment import Alignment, resolve_zone, routing_batch
@@ -164,6 +166,29 @@ def test_counts_are_those_of_the_masks() -> None:
 def test_settings_without_a_defined_alignment_are_refused(settings: dict[str, Any], flag: str) -> None:
     with pytest.raises(RamoeError, match=flag):
         refuse_unsupported(types.SimpleNamespace(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"enable_cuda_graph": True}, "--cuda-graph-impl local"),
+        ({"external_cuda_graph": True}, "--cuda-graph-impl transformer_engine"),
+        ({"cuda_graph_impl": "local", "cuda_graph_modules": "full"}, "--cuda-graph-impl local"),
+        ({"cuda_graph_impl": "local", "cuda_graph_modules": "moe_router"}, "--cuda-graph-impl local"),
+        ({"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"}, "--cuda-graph-impl full_iteration"),
+        ({"cuda_graph_impl": "local", "cuda_graph_modules": "attn"}, None),
+        ({"moe_layer_recompute": True}, None),
+    ],
+)
+def test_every_spelling_reaches_the_refusal_through_megatrons_configuration(settings: dict[str, Any], flag: str | None) -> None:
+    small = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_moe_experts": 4, "add_bias_linear": False}
+    config = TransformerConfig(**small, **settings)
+    with contextlib.nullcontext() if flag is None else pytest.raises(RamoeError, match=flag):
+        refuse_unsupported(config)
+    if settings == {"moe_layer_recompute": True}:
+        config.fp8 = "hybrid"  # Megatron takes it only where transformer-engine is installed
+        with pytest.raises(RamoeError, match="--recompute-granularity selective"):
+            refuse_unsupported(config)
 
 
 class ForeignLayer(BaseMoELayer):
