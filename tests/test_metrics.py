@@ -124,6 +124,7 @@ def test_a_step_without_ci_samples_is_logged_as_zero_and_no_mass_is_invented(lay
     seen = board.seen[1]
     assert seen[LOSS] == seen[SHARE] == 0
     assert seen[OTHER_MASS] > 0
+    assert any(name.startswith("moe/") for name in seen) == layers  # only where --moe-per-layer-logging asks for it
     assert not any("mass_ci" in name for name in seen)
     assert all(torch.isfinite(value) for value in tracker.latest.values())
     report(tracker, 2, board, layers=layers)  # a step in which nothing was recorded at all
