@@ -46,6 +46,7 @@ def arguments(folder: Path, **changes: Any) -> types.SimpleNamespace:
     options |= {"data": [str(folder / "train.jsonl")], "coeff": 1.0} | {key: str(folder / name) for key, name in files.items()}
     settings = {f"ramoe_{name}": value for name, value in options.items()}
     megatron = {"eval_iters": 0, "full_validation": False, "micro_batch_size": 1, "rampup_batch_size": None, "dataloader_type": "single"}
+    megatron["step_batch_size_schedule"] = None
     return types.SimpleNamespace(**settings | megatron | changes)
 
 
@@ -66,6 +67,7 @@ def test_data_that_fits_is_let_through(folder: Path) -> None:
         ({"ramoe_pack": True, "micro_batch_size": 2}, ["--ramoe-pack", "--micro-batch-size 2", "--micro-batch-size 1"]),
         ({"ramoe_pack": True, "rampup_batch_size": [1, 1, 10]}, ["--ramoe-pack", "--rampup-batch-size", "leave it out"]),
         ({"ramoe_normalize": "ci", "dataloader_type": "cyclic"}, ["--ramoe-normalize ci", "--dataloader-type"]),
+        ({"ramoe_normalize": "ci", "step_batch_size_schedule": "0:8 10:16"}, ["--step-batch-size-schedule", "--ramoe-normalize samples"]),
         ({"ramoe_layers": "3-9"}, ["3-9", "0 to 3"]),
         ({"ramoe_taxonomy": "short.jsonl"}, ["short.jsonl", "8 training examples have no category", "sum/1 (tr)"]),
         ({"ramoe_target": "example", "ramoe_priors": "priors.safetensors"},

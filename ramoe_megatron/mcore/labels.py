@@ -53,7 +53,7 @@ class ExampleLabels:
         unknown = sorted({e.task for e, row, on in zip(examples, self.task, self.aligned, strict=True) if on and row < 0})
         if unknown:
             raise RamoeError(
-                f"{self.config.experts}: no experts for the tasks {', '.join(unknown)} of the training data; it has "
+                f"--ramoe-experts {self.config.experts}: no experts for the tasks {', '.join(unknown)} of the training data; it has "
                 f"{', '.join(experts.tasks)}. Run `ramoe profile` on data with these tasks"
             )
         if self.config.target == "profile":
@@ -65,7 +65,7 @@ class ExampleLabels:
         priors = Priors.load(self.config.priors)
         if priors.tokens != self.config.tokens:
             raise RamoeError(
-                f"{self.config.priors}: pooled over the tokens {priors.tokens!r}, but --ramoe-tokens is {self.config.tokens!r}; "
+                f"--ramoe-priors {self.config.priors}: pooled over the tokens {priors.tokens!r}, but --ramoe-tokens is {self.config.tokens!r}; "
                 "run `ramoe profile --ramoe-save-priors` with the same --ramoe-tokens, or change the flag"
             )
         shape = experts.shape
@@ -74,7 +74,7 @@ class ExampleLabels:
         missing = sorted({e.id for e, on in zip(examples, self.aligned, strict=True) if on} - known)
         if missing:
             raise RamoeError(
-                f"{self.config.priors}: no English routing for {len(missing)} aligned examples, first {', '.join(missing[:5])}; "
+                f"--ramoe-priors {self.config.priors}: no English routing for {len(missing)} aligned examples, first {', '.join(missing[:5])}; "
                 "run `ramoe profile --ramoe-save-priors` on the data that is trained on"
             )
         return priors
@@ -142,7 +142,9 @@ def categories(examples: Sequence[Example], taxonomy: str | None, anchor: str) -
     unknown = [e for e in examples if e.language != anchor and (e.id, e.language) not in category]
     if unknown:
         first = ", ".join(f"{e.id} ({e.language})" for e in unknown[:5])
-        raise RamoeError(f"{taxonomy}: {len(unknown)} training examples have no category, first {first}; run `ramoe taxonomy` on this data")
+        raise RamoeError(
+            f"--ramoe-taxonomy {taxonomy}: {len(unknown)} training examples have no category, first {first}; run `ramoe taxonomy` on this data"
+        )
     return ["" if e.language == anchor else category[e.id, e.language] for e in examples]
 
 

@@ -93,11 +93,17 @@ def _validation_examples(args: Any, options: DataOptions) -> list[Example]:
 
 def _refuse_batches(args: Any, options: DataOptions, alignment: RoutingAlignmentConfig) -> None:
     ci = alignment.coeff > 0 and alignment.normalize == "ci"
-    if (ci or options.pack) and (args.rampup_batch_size or args.dataloader_type not in (None, "single")):
+    changing = {
+        "--rampup-batch-size": args.rampup_batch_size,
+        "--step-batch-size-schedule": args.step_batch_size_schedule,
+        f"--dataloader-type {args.dataloader_type}": args.dataloader_type not in (None, "single"),
+    }
+    found = [flag for flag, on in changing.items() if on]
+    if found and (ci or options.pack):
         flag, way_out = ("--ramoe-pack", "leave it out") if options.pack else ("--ramoe-normalize ci", "use --ramoe-normalize samples")
         raise RamoeError(
             f"{flag} weighs each sample by its global batch: it needs batches of one size in the order of the draws. "
-            f"Remove --rampup-batch-size and --dataloader-type, or {way_out}"
+            f"Remove {', '.join(found)}, or {way_out}"
         )
     if options.pack and args.micro_batch_size != 1:
         raise RamoeError(
