@@ -65,8 +65,8 @@ class ExampleLabels:
         priors = Priors.load(self.config.priors)
         if priors.tokens != self.config.tokens:
             raise RamoeError(
-                f"--ramoe-priors {self.config.priors}: pooled over the tokens {priors.tokens!r}, but --ramoe-tokens is {self.config.tokens!r}; "
-                "run `ramoe profile --ramoe-save-priors` with the same --ramoe-tokens, or change the flag"
+                f"--ramoe-priors {self.config.priors}: pooled over the tokens {priors.tokens!r}, but --ramoe-tokens is "
+                f"{self.config.tokens!r}; run `ramoe profile --ramoe-save-priors` with the same --ramoe-tokens, or change the flag"
             )
         shape = experts.shape
         priors.check_model(shape.num_moe_layers, shape.num_experts, shape.topk, shape.score_function)
@@ -74,8 +74,8 @@ class ExampleLabels:
         missing = sorted({e.id for e, on in zip(examples, self.aligned, strict=True) if on} - known)
         if missing:
             raise RamoeError(
-                f"--ramoe-priors {self.config.priors}: no English routing for {len(missing)} aligned examples, first {', '.join(missing[:5])}; "
-                "run `ramoe profile --ramoe-save-priors` on the data that is trained on"
+                f"--ramoe-priors {self.config.priors}: no English routing for {len(missing)} aligned examples, first "
+                f"{', '.join(missing[:5])}; run `ramoe profile --ramoe-save-priors` on the data that is trained on"
             )
         return priors
 
@@ -143,7 +143,8 @@ def categories(examples: Sequence[Example], taxonomy: str | None, anchor: str) -
     if unknown:
         first = ", ".join(f"{e.id} ({e.language})" for e in unknown[:5])
         raise RamoeError(
-            f"--ramoe-taxonomy {taxonomy}: {len(unknown)} training examples have no category, first {first}; run `ramoe taxonomy` on this data"
+            f"--ramoe-taxonomy {taxonomy}: {len(unknown)} training examples have no category, first {first}; run `ramoe taxonomy` "
+            "on this data"
         )
     return ["" if e.language == anchor else category[e.id, e.language] for e in examples]
 
