@@ -1,0 +1,68 @@
+"""Runs the benchmarks one after another, each in a process group of its own, and prints what they measured.
+
+    python -m benchmarks [--shape cpu|gpu|tiny] [--rounds N] [--ranks N] [--out FOLDER]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.shapes import PRESETS
+from benchmarks.tables import machine_line, profiling_table, training_table
+from benchmarks.world import write_world
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    """Measure every shape of a preset; the figures lie in OUT/NAME.json, the logs beside them."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=PRESETS, default="cpu")
+    parser.add_argument("--rounds", type=int, default=21, help="measured steps of each arm (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    options = parser.parse_args()
+    if options.shape != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    trained, profiled = [], None
+    with tempfile.TemporaryDirectory() as name:
+        for shape in PRESETS[options.shape]:
+            folder = Path(name) / shape.name
+            write_world(folder, shape)
+            console.print(f"{shape.name}: {shape}")
+            arguments = [options.shape, shape.name, str(folder)]
+            trained.append(measured("training", shape.name, arguments, options))
+            if profiled is None:  # of the first shape, whose weights were saved
+                profiled = measured("profiling", shape.name, arguments, options)
+    assert profiled is not None
+    console.print("", machine_line(trained[0]["machine"]), training_table(trained), profiling_table(profiled), sep="\n")
+    console.print(f"figures and logs: {options.out}")
+
+
+def measured(module: str, shape: str, arguments: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Run one benchmark under torchrun; what it wrote."""
+    out, log = (options.out / f"{module}-{shape}.{ending}" for ending in ("json", "log"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
+    command += ["-m", f"benchmarks.{module}", *arguments, str(out.resolve()), str(options.rounds)]
+    threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+    with log.open("w") as stream:
+        status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    if status:
+        told = log.read_text().split("torch/distributed/elastic")[0].splitlines()[-20:]  # torchrun's own account follows
+        raise SystemExit("\n".join([*told, f"benchmarks: {module} of shape {shape} ended with status {status}; the whole log: {log}"]))
+    return json.loads(out.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Alternating measurements, their ratio with an interval, peak memory, and the machine."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+WARM_UP = 3
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Ratio of two medians with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, numerator: Sequence[float], denominator: Sequence[float]) -> "Ratio":
+        """Of measurements taken in the same rounds; the interval resamples rounds (percentile bootstrap)."""
+        pairs = np.array([numerator, denominator], dtype=np.float64)
+        places = np.random.default_rng(0).integers(pairs.shape[1], size=(RESAMPLES, pairs.shape[1]))
+        medians = np.median(pairs[:, places], axis=-1)
+        low, high = np.quantile(medians[0] / medians[1], [0.025, 0.975])
+        return cls(float(np.median(pairs[0]) / np.median(pairs[1])), float(low), float(high))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def alternate(arms: dict[str, Callable[[], float]], rounds: int, warm_up: int = WARM_UP) -> dict[str, list[float]]:
+    """Seconds of every arm in every round after warm-up; the order within a round turns, so that no arm always follows the same one."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
+    for number in range(warm_up + rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            taken = arms[name]()
+            if number >= warm_up:
+                seconds[name].append(taken)
+    return seconds
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Wall-clock seconds of an action, from all ranks ready to this device done."""
+    torch.distributed.barrier()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(action: Callable[[], Any], on_cpu: bool) -> int:
+    """Most bytes that an action held at once beyond what was held before it: the device's, or the CPU's tensors."""
+    if on_cpu:
+        return _cpu_peak(action)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    action()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _cpu_peak(action: Callable[[], Any]) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        action()
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    held = np.cumsum([0, *(event.nbytes() for event in events)])
+    return int(held.max())
+
+
+def machine(on_cpu: bool) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpu": None if on_cpu else torch.cuda.get_device_name(),
+        "ranks": torch.distributed.get_world_size(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "megatron-core", "transformer-engine")},
+    }
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

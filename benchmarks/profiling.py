@@ -1,0 +1,126 @@
+"""One shape's forward passes: bare, with the routing that the profile job keeps, and with Megatron's routing trace, alternating.
+
+    torchrun --nproc-per-node N -m benchmarks.profiling PRESET SHAPE FOLDER OUT.json ROUNDS
+
+All three run `OfflineModel.run` over the same sequences, of the shape's length and of four times that. Megatron 0.19 starts the tracer of
+`--moe-routing-trace-path` in its training loop only, so it is started here as that flag starts it, in its own forward-only mode: one
+record per layer and forward pass, with the top-k indices of every token (neither the router's distribution nor its logits).
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Ratio, alternate, machine, timed
+from benchmarks.shapes import PRESETS, Shape, profiling_flags
+from benchmarks.world import sequences
+from ramoe_megatron.data.encode import Encoded
+from ramoe_megatron.mcore.launch import run_job
+
+BARE, OURS, TRACE = "bare forward pass", "profile (all that the job keeps)", "Megatron's routing trace"
+WARM_UP = 2
+SEQUENCES = 2
+"""Sequences of the benchmark, in micro-batches of the shape."""
+
+
+class Passes:
+    """The three passes over one set of sequences."""
+
+    def __init__(self, model: Any, encoded: list[Encoded], folder: Path) -> None:
+        self.model, self.encoded, self.folder = model, encoded, folder
+        self.kept_bytes = {BARE: 0}
+
+    def bare(self) -> float:
+        """Seconds of the forward passes alone."""
+        return timed(self._forward)
+
+    def ours(self) -> float:
+        """Seconds with the frequencies and pooled distributions of every sequence."""
+        from ramoe_megatron.mcore.routing import sequence_routing
+
+        def profile() -> None:
+            routing = sequence_routing(self.model, self.encoded)
+            kept = [routing.frequency_NLE, *routing.pooled_NLE.values()]
+            self.kept_bytes[OURS] = sum(tensor.nbytes for tensor in kept)
+
+        return timed(profile)
+
+    def trace(self) -> float:
+        """Seconds with Megatron's tracer, its file written."""
+        with tracer(self.model.chunks, self.folder) as active:
+
+            def forward_and_write() -> None:
+                self._forward()
+                active.flush()
+
+            seconds = timed(forward_and_write)
+            self.kept_bytes[TRACE] = Path(active.output_path).stat().st_size
+        return seconds
+
+    def _forward(self) -> None:
+        for group in self.model.groups([len(sequence.ids) for sequence in self.encoded]):
+            self.model.run(self.encoded, group, None, labels=True)
+
+
+@contextmanager
+def tracer(chunks: Any, folder: Path) -> Iterator[Any]:
+    """Megatron's own tracer on the routers of a model."""
+    from megatron.core.transformer.moe.router_trace import RouterTracer
+
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        active = RouterTracer(place, max_steps=sys.maxsize, rank=torch.distributed.get_rank())
+        active.register_hooks(chunks)
+        try:
+            yield active
+        finally:
+            active.remove_hooks()
+
+
+def main() -> None:
+    """Measure the shape that the command line names, and write OUT.json."""
+    preset, name, folder, out, rounds = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5])
+    shape = next(shape for shape in PRESETS[preset] if shape.name == name)
+    from ramoe_megatron.jobs.offline import offline_job
+    from ramoe_megatron.mcore.cpu import cuda_absent
+
+    sys.argv = [sys.argv[0], *profiling_flags(shape, folder)]
+    with offline_job() as (args, _, options):
+        from ramoe_megatron.mcore.offline import OfflineModel
+
+        model = OfflineModel(args, options.batch_tokens)
+        lengths = {f"{factor}x": measure(model, shape, folder, factor, rounds) for factor in (1, 4)}
+        result = {"machine": machine(cuda_absent()), "description": str(shape), "rounds": rounds, "lengths": lengths}
+        if torch.distributed.get_rank() == 0:
+            out.write_text(json.dumps({**result, "shape": asdict(shape)}, indent=1))
+
+
+def measure(model: Any, shape: Shape, folder: Path, factor: int, rounds: int) -> dict[str, Any]:
+    """All three passes at `factor` times the shape's tokens per sequence: tokens per second, against bare, and bytes kept."""
+    encoded = sequences(model.tokenizer, SEQUENCES * shape.samples * model.dp, factor * shape.sequence)
+    tokens = sum(len(sequence.ids) - 1 for sequence in encoded)
+    passes = Passes(model, encoded, folder)
+    seconds = alternate({BARE: passes.bare, OURS: passes.ours, TRACE: passes.trace}, rounds, WARM_UP)
+    return {
+        "sequences": len(encoded),
+        "tokens": tokens,
+        "passes": {
+            label: {
+                "seconds": taken,
+                "tokens_per_second": tokens / float(torch.tensor(taken).median()),
+                "speed": asdict(Ratio.of(seconds[BARE], taken)),
+                "kept_bytes": passes.kept_bytes[label],
+            }
+            for label, taken in seconds.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,136 @@
+"""The models and batches that are measured, as Megatron's flags."""
+
+import importlib.util
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to align, measured against stock Megatron."""
+
+    name: str
+    layers: str
+    """Aligned layers, as `--ramoe-layers`."""
+    tokens: str = "last"
+    pooling: str = "sequence"
+
+    def config(self, folder: Path) -> RoutingAlignmentConfig:
+        """The alignment, with the files that `world.write_world` made; the target is each example's own English routing."""
+        return RoutingAlignmentConfig(
+            coeff=1.0,
+            experts=str(folder / "experts.safetensors"),
+            taxonomy=str(folder / "taxonomy.jsonl"),
+            priors=str(folder / f"priors.{self.tokens}.safetensors"),
+            target="example",
+            layers=self.layers,
+            tokens=self.tokens,  # type: ignore[arg-type]
+            pooling=self.pooling,  # type: ignore[arg-type]
+        )
+
+
+HALF = Variant("half of the layers, last token", "1-2")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and the micro-batch of one rank; a step is one micro-batch."""
+
+    name: str
+    hidden: int = 512
+    heads: int = 8
+    ffn: int = 128
+    """Hidden size of one expert."""
+    layers: int = 4
+    experts: int = 64
+    topk: int = 8
+    sequence: int = 256
+    """Tokens of a sample."""
+    samples: int = 4
+    bf16: bool = False
+    variants: tuple[Variant, ...] = field(default=(HALF,))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.sequence * self.samples
+
+    def __str__(self) -> str:
+        precision = "bfloat16" if self.bf16 else "float32"
+        return (
+            f"{self.layers} layers, hidden {self.hidden}, {self.experts} experts of {self.ffn}, top-{self.topk}, "
+            f"{self.samples} x {self.sequence} tokens, {precision}"
+        )
+
+
+BASE = Shape(
+    "base",
+    variants=(
+        HALF,
+        Variant("half of the layers, prompt tokens", "1-2", "prompt"),
+        Variant("half of the layers, prompt tokens, pooled by token", "1-2", "prompt", "token"),
+        Variant("one layer, last token", "1-1"),
+        Variant("all layers, last token", "0-3"),
+    ),
+)
+TINY = replace(BASE, name="base", hidden=32, heads=2, ffn=32, experts=8, topk=2, sequence=32, samples=2)
+LARGE = replace(BASE, name="base", hidden=2048, heads=16, ffn=512, experts=128, sequence=2048, bf16=True)
+
+
+def growth(base: Shape) -> tuple[Shape, ...]:
+    """The shape itself, then four times the tokens, then fewer and more experts."""
+    alone = replace(base, variants=(HALF,))
+    return (
+        base,
+        replace(alone, name="tokens-x4", sequence=4 * base.sequence),
+        replace(alone, name="experts-quarter", experts=base.experts // 4),
+        replace(alone, name="experts-x4", experts=base.experts * 4),
+    )
+
+
+PRESETS: dict[str, tuple[Shape, ...]] = {
+    "cpu": growth(BASE),
+    "gpu": (LARGE,),
+    "tiny": (TINY,),
+}
+"""`cpu` is the default anywhere; `gpu` needs a CUDA device with 80 GB; `tiny` is for the test of the benchmark."""
+
+
+def model_flags(shape: Shape, folder: Path) -> list[str]:
+    """Megatron's flags for the model and its tokenizer."""
+    flags = (
+        f"--num-layers {shape.layers} --hidden-size {shape.hidden} --num-attention-heads {shape.heads} --seq-length {shape.sequence} "
+        f"--max-position-embeddings {4 * shape.sequence} --num-experts {shape.experts} --moe-router-topk {shape.topk} "
+        f"--moe-ffn-hidden-size {shape.ffn} --ffn-hidden-size {shape.ffn} --moe-router-load-balancing-type aux_loss "
+        "--moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --moe-token-dispatcher-type alltoall --position-embedding-type rope "
+        "--normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 "
+        "--tokenizer-type SentencePieceTokenizer"
+    ).split()
+    return [*flags, "--tokenizer-model", str(folder / "tokenizer.model"), *_precision_flags(shape)]
+
+
+def _precision_flags(shape: Shape) -> list[str]:
+    if not shape.bf16:
+        return []
+    flags = ["--bf16", "--moe-router-dtype", "fp32"]
+    if importlib.util.find_spec("transformer_engine"):
+        return [*flags, "--transformer-impl", "transformer_engine", "--moe-grouped-gemm"]
+    unfused = "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-rope-fusion --no-persist-layer-norm"
+    return [*flags, "--transformer-impl", "local", *unfused.split()]
+
+
+def training_flags(shape: Shape, folder: Path, ranks: int) -> list[str]:
+    """Flags of the training steps. The learning rate leaves the weights where they are, so that all arms route alike."""
+    flags = (
+        f"--micro-batch-size {shape.samples} --global-batch-size {shape.samples * ranks} --train-iters 1000 --lr 1e-12 "
+        "--lr-decay-style constant --eval-iters 0 --eval-interval 1000 --seed 7 --num-workers 0 --save-interval 1000 --no-save-optim --no-save-rng"
+    ).split()
+    return [*model_flags(shape, folder), *flags, "--save", str(folder / "base"), "--ramoe-data", str(folder / "parallel.jsonl")]
+
+
+def profiling_flags(shape: Shape, folder: Path) -> list[str]:
+    """Flags of the forward passes over the checkpoint that the training steps of the same shape saved."""
+    own = ["--load", str(folder / "base"), "--ramoe-data", str(folder / "parallel.jsonl"), "--ramoe-output", str(folder)]
+    return [*model_flags(shape, folder), *own, "--ramoe-batch-tokens", str(4 * shape.tokens)]

@@ -1,0 +1,59 @@
+"""The measurements as tables."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.measure import Ratio
+
+TIME, MEMORY, SPEED = 1.02, 1.01, 0.97
+"""Targets: step time and peak memory of the base shape at most, profiling speed at least, so many times what it is compared with."""
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """The machine in a line."""
+    device = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "megatron-core", "transformer-engine") if machine[name])
+    return f"{device}; {machine['ranks']} rank(s) of {machine['threads']} thread(s); {versions}"
+
+
+def verdict(ratio: Ratio, target: float, at_most: bool) -> str:
+    """Whether the whole interval lies on one side of the target."""
+    if ratio.high <= target if at_most else ratio.low >= target:
+        return "met"
+    return "missed" if (ratio.low > target if at_most else ratio.high < target) else "open"
+
+
+def training_table(results: Sequence[dict[str, Any]]) -> Table:
+    """Step time and peak memory of each arm, and against stock Megatron."""
+    table = Table(title=f"Training, against stock Megatron (targets: time <= {TIME}, memory <= {MEMORY})", title_justify="left")
+    columns = ("arm", "step, ms", "time, ratio [95 %]", f"<= {TIME}", "step's peak, MB", "ratio", "with weights", f"<= {MEMORY}")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for result in results:
+        table.add_section()
+        table.add_row(f"[bold]{result['shape']['name']}[/bold]")
+        for label, arm in result["arms"].items():
+            ratio = Ratio(**arm["time"])
+            seconds = sorted(arm["seconds"])[len(arm["seconds"]) // 2]
+            cells = [label, f"{1000 * seconds:.0f}", str(ratio), verdict(ratio, TIME, at_most=True), f"{arm['step_peak_bytes'] / 1e6:.1f}"]
+            cells += [f"{arm['step_peak']:.4f}", f"{arm['whole_peak']:.4f}", "met" if arm["step_peak"] <= MEMORY else "missed"]
+            table.add_row(*(cells if label != next(iter(result["arms"])) else [*cells[:2], "1", "", cells[4], "1", "1", ""]))
+    return table
+
+
+def profiling_table(result: dict[str, Any]) -> Table:
+    """Speed of each pass against the bare one, and the bytes that it keeps, by tokens per sequence."""
+    title = f"Forward passes over a checkpoint, against a bare one (target: speed >= {SPEED})"
+    table = Table(title=title, title_justify="left")
+    for column in ("tokens", "pass", "tokens/s", "speed, ratio [95 %]", f">= {SPEED}", "kept, bytes"):
+        table.add_column(column, justify="left" if column == "pass" else "right")
+    for length in result["lengths"].values():
+        table.add_section()
+        for number, (label, arm) in enumerate(length["passes"].items()):
+            ratio = Ratio(**arm["speed"])
+            tokens = f"{length['sequences']} sequences, {length['tokens']}" if number == 0 else ""
+            cells = [str(ratio), verdict(ratio, SPEED, at_most=False)] if number else ["1", ""]
+            table.add_row(tokens, label, f"{arm['tokens_per_second']:.0f}", *cells, f"{arm['kept_bytes']:,}")
+    return table

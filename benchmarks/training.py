@@ -1,0 +1,215 @@
+"""One shape's training steps: stock Megatron against the same weights with alignment, alternating in one process group.
+
+    torchrun --nproc-per-node N -m benchmarks.training PRESET SHAPE FOLDER OUT.json ROUNDS
+
+Every arm runs Megatron's own `train_step` (DDP, schedule, optimizer, load-balancing loss and z-loss) on the same samples, then the report
+of the routers' metrics as Megatron's training log does at every step. The control is the model with our routers, but with no routing
+context: it differs from stock in nothing but its place in memory, so its ratio shows what this machine can resolve.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Ratio, alternate, machine, peak_memory, timed
+from benchmarks.shapes import PRESETS, Shape, Variant, training_flags
+from ramoe_megatron.mcore.launch import megatron_arguments, run_job
+
+STOCK, CONTROL = "stock Megatron", "control: our routers, no alignment"
+
+
+@dataclass
+class Trained:
+    """A model with its optimizer, as Megatron's `setup_model_and_optimizer` makes them."""
+
+    model: list[Any]
+    optimizer: Any
+    scheduler: Any
+    config: Any
+
+    @property
+    def static_bytes(self) -> int:
+        """Weights, gradient buffers and optimizer state."""
+        parameters = list(self.model[0].parameters())
+        tensors = [*parameters, *(parameter.main_grad for parameter in parameters)]
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):  # experts have one of their own
+            tensors += [parameter for group in part.param_groups for parameter in group["params"]]
+            tensors += [value for state in part.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+class Arm:
+    """One way to train, with its own samples and its own metrics tracker."""
+
+    def __init__(self, args: Any, trained: Trained, forward_step: Callable, samples: Iterator, before: Callable[[], Any]) -> None:
+        from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, get_moe_metrics_tracker, set_moe_metrics_tracker
+
+        self.args, self.trained, self.forward_step, self.samples, self.before = args, trained, forward_step, samples, before
+        self.iteration = 0
+        set_moe_metrics_tracker(MoEMetricsTracker())
+        before()  # attaching alignment puts its own tracker in the place of Megatron's
+        self.tracker = get_moe_metrics_tracker()
+
+    def prepare(self) -> None:
+        """What a run does once, and alternating arms at every turn: the process-wide tracker, and the alignment of the shared model."""
+        from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+
+        set_moe_metrics_tracker(self.tracker)
+        self.before()
+
+    def step(self) -> None:
+        """One step of Megatron's training loop."""
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.training.training import train_step
+
+        args, trained = self.args, self.trained
+        losses = train_step(
+            self.forward_step, self.samples, trained.model, trained.optimizer, trained.scheduler, trained.config,
+            get_forward_backward_func(), iteration=self.iteration,
+        )[0]  # fmt: skip
+        self.tracker.report(
+            loss_scale=1 / get_num_microbatches(), iteration=self.iteration, force_initialize=True,
+            track_names=["load_balancing_loss", "z_loss"], num_layers=args.num_layers, moe_layer_freq=args.moe_layer_freq,
+            total_loss_dict=losses,
+        )  # fmt: skip
+        self.losses, self.iteration = losses, self.iteration + 1
+
+    def seconds(self) -> float:
+        """Wall-clock time of a step."""
+        self.prepare()
+        return timed(self.step)
+
+    def peak(self, on_cpu: bool) -> int:
+        """Peak memory of a step beyond weights, gradients and optimizer state."""
+        self.prepare()
+        return peak_memory(self.step, on_cpu)
+
+
+def main() -> None:
+    """Measure the shape that the command line names, and write OUT.json."""
+    preset, name, folder, out, rounds = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5])
+    shape = next(shape for shape in PRESETS[preset] if shape.name == name)
+    from ramoe_megatron.mcore.arguments import add_arguments
+    from ramoe_megatron.mcore.cpu import cuda_absent
+
+    sys.argv = [sys.argv[0], *training_flags(shape, folder, int(os.environ["WORLD_SIZE"]))]
+    with megatron_arguments(add_arguments) as args:
+        arms = build_arms(args, shape, folder, rounds)
+        seconds = alternate({label: arm.seconds for label, arm in arms.items()}, rounds)
+        memory = {label: (arm.peak(cuda_absent()), arm.trained.static_bytes) for label, arm in arms.items()}
+        result = {"machine": machine(cuda_absent()), "shape": asdict(shape), "description": str(shape), "rounds": rounds, "arms": {}}
+        for label, arm in arms.items():
+            result["arms"][label] = figures(label, arm, seconds, memory)
+        if torch.distributed.get_rank() == 0:
+            out.write_text(json.dumps(result, indent=1))
+        save(args, arms[STOCK])
+
+
+def figures(label: str, arm: Arm, seconds: dict[str, list[float]], memory: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """What is told of an arm: seconds, bytes, each against stock, and the losses of its last step."""
+    (step, static), (stock_step, stock_static) = memory[label], memory[STOCK]
+    return {
+        "seconds": seconds[label],
+        "time": asdict(Ratio.of(seconds[label], seconds[STOCK])),
+        "step_peak_bytes": step,
+        "static_bytes": static,
+        "step_peak": step / stock_step,
+        "whole_peak": (step + static) / (stock_step + stock_static),
+        "losses": {name: float(value) for name, value in arm.losses.items()},
+    }
+
+
+def build_arms(args: Any, shape: Shape, folder: Path, rounds: int) -> dict[str, Arm]:
+    """Stock, control, and an arm for each variant; all but stock share a model, whose weights are stock's."""
+    from megatron.training.initialize import initialize_megatron, set_jit_fusion_options
+
+    from ramoe_megatron.mcore.alignment import attach
+    from ramoe_megatron.mcore.training import forward_step
+
+    initialize_megatron()
+    set_jit_fusion_options(tp_size=1)
+    stock, ours = build(args), build(args)
+    attach(ours.model, shape.variants[0].config(folder))
+    with torch.no_grad():
+        for source, copy in zip(stock.model[0].parameters(), ours.model[0].parameters(), strict=True):
+            copy.copy_(source)
+    ours.optimizer.reload_model_params()
+    arms = {
+        STOCK: Arm(args, stock, stock_forward_step, samples(args, rounds), lambda: None),
+        CONTROL: Arm(args, ours, stock_forward_step, samples(args, rounds), lambda: None),
+    }
+    for variant in shape.variants:
+        config = variant.config(folder)
+        arms[variant.name] = Arm(
+            args, ours, forward_step, samples(args, rounds, variant, folder), partial(attach, ours.model, config)
+        )
+    return arms
+
+
+def build(args: Any) -> Trained:
+    """A model and its optimizer, with what Megatron's `train` sets in the model's configuration."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.utils import get_model_config
+    from megatron.training import get_timers
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.training import setup_model_and_optimizer
+
+    from ramoe_megatron.mcore import compat
+
+    container = pretrain_cfg_container_from_args(args, compat.model_config_from_args(args))
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model, optimizer, scheduler = setup_model_and_optimizer(compat.model_type(), cfg_container=container, pg_collection=groups)
+    config = get_model_config(model[0])
+    config.grad_scale_func, config.timers, config.finalize_model_grads_func = optimizer.scale_loss, get_timers(), finalize_model_grads
+    for chunk in model:
+        chunk.train()
+    return Trained(model, optimizer, scheduler, config)
+
+
+def samples(args: Any, rounds: int, variant: Variant | None = None, folder: Path | None = None) -> Iterator:
+    """Micro-batches of Megatron's data loader over our data set, with the labels of a variant when one is given."""
+    from megatron.core.rerun_state_machine import RerunDataIterator
+    from megatron.training import get_tokenizer
+    from megatron.training.datasets.data_samplers import build_pretraining_data_loader
+
+    from benchmarks.measure import WARM_UP
+    from ramoe_megatron.data.dataset import SFTDataset
+    from ramoe_megatron.data.parallel import load_examples
+    from ramoe_megatron.mcore.labels import AlignedDataset
+
+    steps = WARM_UP + rounds + 1  # the last one is for memory
+    dataset: Any = SFTDataset(
+        load_examples(args.ramoe_data), get_tokenizer(), args.seq_length, steps * args.global_batch_size, args.seed
+    )
+    if variant is not None and folder is not None:
+        dataset = AlignedDataset(dataset, variant.config(folder), "en", args.global_batch_size)
+    return RerunDataIterator(iter(build_pretraining_data_loader(dataset, 0)))
+
+
+def stock_forward_step(data_iterator: Iterator, model: Any) -> tuple[torch.Tensor, Callable]:
+    """Our forward step without alignment."""
+    from ramoe_megatron.mcore.training import masked_loss, next_batch
+
+    batch = next_batch(data_iterator)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    return output, partial(masked_loss, batch["loss_mask"])
+
+
+def save(args: Any, stock: Arm) -> None:
+    """Stock's weights as a checkpoint: what the profiling benchmark reads."""
+    from megatron.training.checkpointing import save_checkpoint
+
+    save_checkpoint(1, stock.trained.model, None, None, 0)
+
+
+if __name__ == "__main__":
+    run_job(main)
