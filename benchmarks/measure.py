@@ -1,5 +1,6 @@
 """Alternating measurements, their ratio with an interval, peak memory, and the machine."""
 
+import gc
 import os
 import platform
 import time
@@ -73,6 +74,7 @@ def peak_memory(action: Callable[[], Any], on_cpu: bool) -> int:
 
 
 def _cpu_peak(action: Callable[[], Any]) -> int:
+    gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         action()
     assert profile.profiler is not None

@@ -1,7 +1,7 @@
 """The models and batches that are measured, as Megatron's flags."""
 
 import importlib.util
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
@@ -50,7 +50,9 @@ class Shape:
     """Tokens of a sample."""
     samples: int = 4
     bf16: bool = False
-    variants: tuple[Variant, ...] = field(default=(HALF,))
+    variants: tuple[Variant, ...] = (HALF,)
+    control: bool = True
+    """Whether the control is measured too."""
 
     @property
     def tokens(self) -> int:
@@ -81,7 +83,7 @@ LARGE = replace(BASE, name="base", hidden=2048, heads=16, ffn=512, experts=128, 
 
 def growth(base: Shape) -> tuple[Shape, ...]:
     """The shape itself, then four times the tokens, then fewer and more experts."""
-    alone = replace(base, variants=(HALF,))
+    alone = replace(base, variants=(HALF,), control=False)
     return (
         base,
         replace(alone, name="tokens-x4", sequence=4 * base.sequence),
@@ -125,7 +127,8 @@ def training_flags(shape: Shape, folder: Path, ranks: int) -> list[str]:
     """Flags of the training steps. The learning rate leaves the weights where they are, so that all arms route alike."""
     flags = (
         f"--micro-batch-size {shape.samples} --global-batch-size {shape.samples * ranks} --train-iters 1000 --lr 1e-12 "
-        "--lr-decay-style constant --eval-iters 0 --eval-interval 1000 --seed 7 --num-workers 0 --save-interval 1000 --no-save-optim --no-save-rng"
+        "--lr-decay-style constant --eval-iters 0 --eval-interval 1000 --seed 7 --num-workers 0 --save-interval 1000 --no-save-optim "
+        "--no-save-rng"
     ).split()
     return [*model_flags(shape, folder), *flags, "--save", str(folder / "base"), "--ramoe-data", str(folder / "parallel.jsonl")]
 

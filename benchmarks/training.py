@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Ratio, alternate, machine, peak_memory, timed
-from benchmarks.shapes import PRESETS, Shape, Variant, training_flags
+from benchmarks.measure import WARM_UP, Ratio, alternate, machine, peak_memory, timed
+from benchmarks.shapes import PRESETS, Shape, training_flags
+from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
 from ramoe_megatron.mcore.launch import megatron_arguments, run_job
 
 STOCK, CONTROL = "stock Megatron", "control: our routers, no alignment"
@@ -97,7 +98,6 @@ def main() -> None:
     """Measure the shape that the command line names, and write OUT.json."""
     preset, name, folder, out, rounds = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5])
     shape = next(shape for shape in PRESETS[preset] if shape.name == name)
-    from ramoe_megatron.mcore.arguments import add_arguments
     from ramoe_megatron.mcore.cpu import cuda_absent
 
     sys.argv = [sys.argv[0], *training_flags(shape, folder, int(os.environ["WORLD_SIZE"]))]
@@ -105,12 +105,11 @@ def main() -> None:
         arms = build_arms(args, shape, folder, rounds)
         seconds = alternate({label: arm.seconds for label, arm in arms.items()}, rounds)
         memory = {label: (arm.peak(cuda_absent()), arm.trained.static_bytes) for label, arm in arms.items()}
-        result = {"machine": machine(cuda_absent()), "shape": asdict(shape), "description": str(shape), "rounds": rounds, "arms": {}}
-        for label, arm in arms.items():
-            result["arms"][label] = figures(label, arm, seconds, memory)
+        measured = {label: figures(label, arm, seconds, memory) for label, arm in arms.items()}
+        result = {"machine": machine(cuda_absent()), "shape": asdict(shape), "description": str(shape), "rounds": rounds, "arms": measured}
         if torch.distributed.get_rank() == 0:
             out.write_text(json.dumps(result, indent=1))
-        save(args, arms[STOCK])
+        save(arms[STOCK])
 
 
 def figures(label: str, arm: Arm, seconds: dict[str, list[float]], memory: dict[str, tuple[int, int]]) -> dict[str, Any]:
@@ -142,15 +141,12 @@ def build_arms(args: Any, shape: Shape, folder: Path, rounds: int) -> dict[str, 
         for source, copy in zip(stock.model[0].parameters(), ours.model[0].parameters(), strict=True):
             copy.copy_(source)
     ours.optimizer.reload_model_params()
-    arms = {
-        STOCK: Arm(args, stock, stock_forward_step, samples(args, rounds), lambda: None),
-        CONTROL: Arm(args, ours, stock_forward_step, samples(args, rounds), lambda: None),
-    }
+    arms = {STOCK: Arm(args, stock, stock_forward_step, samples(args, rounds), lambda: None)}
+    if shape.control:
+        arms[CONTROL] = Arm(args, ours, stock_forward_step, samples(args, rounds), lambda: None)
     for variant in shape.variants:
         config = variant.config(folder)
-        arms[variant.name] = Arm(
-            args, ours, forward_step, samples(args, rounds, variant, folder), partial(attach, ours.model, config)
-        )
+        arms[variant.name] = Arm(args, ours, forward_step, samples(args, rounds, config), partial(attach, ours.model, config))
     return arms
 
 
@@ -175,13 +171,12 @@ def build(args: Any) -> Trained:
     return Trained(model, optimizer, scheduler, config)
 
 
-def samples(args: Any, rounds: int, variant: Variant | None = None, folder: Path | None = None) -> Iterator:
-    """Micro-batches of Megatron's data loader over our data set, with the labels of a variant when one is given."""
+def samples(args: Any, rounds: int, alignment: RoutingAlignmentConfig | None = None) -> Iterator:
+    """Micro-batches of Megatron's data loader over our data set, with labels when there is an alignment."""
     from megatron.core.rerun_state_machine import RerunDataIterator
     from megatron.training import get_tokenizer
     from megatron.training.datasets.data_samplers import build_pretraining_data_loader
 
-    from benchmarks.measure import WARM_UP
     from ramoe_megatron.data.dataset import SFTDataset
     from ramoe_megatron.data.parallel import load_examples
     from ramoe_megatron.mcore.labels import AlignedDataset
@@ -190,8 +185,8 @@ def samples(args: Any, rounds: int, variant: Variant | None = None, folder: Path
     dataset: Any = SFTDataset(
         load_examples(args.ramoe_data), get_tokenizer(), args.seq_length, steps * args.global_batch_size, args.seed
     )
-    if variant is not None and folder is not None:
-        dataset = AlignedDataset(dataset, variant.config(folder), "en", args.global_batch_size)
+    if alignment is not None:
+        dataset = AlignedDataset(dataset, alignment, "en", args.global_batch_size)
     return RerunDataIterator(iter(build_pretraining_data_loader(dataset, 0)))
 
 
@@ -204,7 +199,7 @@ def stock_forward_step(data_iterator: Iterator, model: Any) -> tuple[torch.Tenso
     return output, partial(masked_loss, batch["loss_mask"])
 
 
-def save(args: Any, stock: Arm) -> None:
+def save(stock: Arm) -> None:
     """Stock's weights as a checkpoint: what the profiling benchmark reads."""
     from megatron.training.checkpointing import save_checkpoint
 

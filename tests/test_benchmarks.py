@@ -1,0 +1,96 @@
+"""The benchmarks run from end to end at a tiny shape, and what they write holds what the tables and a reader need."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.measure import Ratio, alternate, peak_memory
+from benchmarks.tables import verdict
+
+ROOT = Path(__file__).parents[1]
+ROUNDS = 2
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "-m", "benchmarks", "--shape", "tiny", "--rounds", str(ROUNDS), "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = {name: json.loads((folder / f"{name}-base.json").read_text()) for name in ("training", "profiling")}
+    return found | {"printed": done.stdout}
+
+
+def test_every_arm_takes_every_round(figures: dict[str, Any]) -> None:
+    arms = figures["training"]["arms"]
+    assert len(arms) == 7
+    assert {len(arm["seconds"]) for arm in arms.values()} == {ROUNDS}
+    assert all(label in figures["printed"] for label in ("stock Megatron", "bare forward pass", "Megatron's routing trace"))
+
+
+def test_arms_compute_the_same_step_but_for_the_alignment(figures: dict[str, Any]) -> None:
+    stock, control, *aligned = figures["training"]["arms"].values()
+    for arm in (control, *aligned):
+        assert arm["losses"]["lm loss"] == pytest.approx(stock["losses"]["lm loss"], rel=1e-6)
+    assert "routing_alignment_loss" not in stock["losses"] | control["losses"]
+    assert all(arm["losses"]["routing_alignment_loss"] > 0 for arm in aligned)
+
+
+def test_weights_gradients_and_moments_are_counted_once(figures: dict[str, Any]) -> None:
+    shape, arms = figures["training"]["shape"], figures["training"]["arms"]
+    hidden, ffn, vocabulary = shape["hidden"], shape["ffn"], 640  # 517 pieces, padded to a multiple of 128
+    expert, attention = 3 * hidden * ffn, 4 * hidden * hidden
+    layer = shape["experts"] * (expert + hidden) + attention + 2 * hidden
+    parameters = shape["layers"] * layer + 2 * vocabulary * hidden + hidden
+    for arm in arms.values():  # float32: the weight, its gradient, Adam's two moments, and a step counter for each tensor
+        assert arm["static_bytes"] == pytest.approx(16 * parameters, rel=0.01)
+
+
+def test_what_the_profile_keeps_does_not_grow_with_tokens(figures: dict[str, Any]) -> None:
+    short, long = (figures["profiling"]["lengths"][length] for length in ("1x", "4x"))
+    assert long["tokens"] > 3 * short["tokens"]
+    kept = [[arm["kept_bytes"] for arm in length["passes"].values()] for length in (short, long)]
+    shape = figures["profiling"]["shape"]
+    assert kept[0][:2] == kept[1][:2] == [0, 5 * 4 * short["sequences"] * shape["layers"] * shape["experts"]]
+    assert kept[1][2] > 3 * kept[0][2]
+
+
+def test_a_ratio_has_its_interval() -> None:
+    generator = np.random.default_rng(0)
+    stock = generator.normal(1.0, 0.01, 41)
+    ratio = Ratio.of(list(stock * 1.05), list(stock))
+    assert ratio.value == pytest.approx(1.05)
+    assert ratio.low == pytest.approx(1.05, abs=0.01)
+    noisy = Ratio.of(list(stock * 1.05), list(generator.normal(1.0, 0.2, 41)))
+    assert noisy.high - noisy.low > ratio.high - ratio.low
+    assert [verdict(ratio, target, at_most=True) for target in (1.1, 1.02)] == ["met", "missed"]
+    assert verdict(noisy, noisy.value, at_most=True) == "open"
+
+
+def test_the_order_within_a_round_turns() -> None:
+    order: list[str] = []
+
+    def arm(name: str) -> Any:
+        return lambda: float(order.append(name) or len(order))
+
+    seconds = alternate({name: arm(name) for name in "abc"}, rounds=2, warm_up=1)
+    assert "".join(order) == "abcbcacab"
+    assert seconds == {"a": [6.0, 8.0], "b": [4.0, 9.0], "c": [5.0, 7.0]}
+
+
+def test_peak_memory_is_the_most_held_at_once() -> None:
+    import torch
+
+    def action() -> None:
+        first = torch.zeros(1000)
+        del first
+        second = torch.zeros(2000)
+        third = torch.zeros(500)
+        del second, third
+
+    assert peak_memory(action, on_cpu=True) == 4 * 2500
