@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from ramoe_megatron.errors import RamoeError
 
 if TYPE_CHECKING:
-    from ramoe_megatron.mcore.alignment import attach, routing_batch
+    from ramoe_megatron.mcore.aligned_batch import routing_batch
+    from ramoe_megatron.mcore.alignment import attach
     from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
     from ramoe_megatron.mcore.compat import skip_helper_compilation
     from ramoe_megatron.mcore.cpu import cpu_backend, cpu_command_line
@@ -36,7 +37,7 @@ _HOMES = {
     "check_data": "ramoe_megatron.mcore.training_data",
     "dataset_provider": "ramoe_megatron.mcore.training_data",
     "packed_seq_params": "ramoe_megatron.mcore.training",
-    "routing_batch": "ramoe_megatron.mcore.alignment",
+    "routing_batch": "ramoe_megatron.mcore.aligned_batch",
     "skip_helper_compilation": "ramoe_megatron.mcore.compat",
 }
 

@@ -22,7 +22,8 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from ramoe_megatron.mcore.alignment import Alignment, routing_batch
+from ramoe_megatron.mcore.aligned_batch import routing_batch
+from ramoe_megatron.mcore.alignment import Alignment
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
 from ramoe_megatron.mcore.carrier import current
 from ramoe_megatron.mcore.metrics import COLUMNS, AlignmentMetrics

@@ -12,7 +12,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.alignment import Alignment, resolve_zone, routing_batch
+from ramoe_megatron.mcore.aligned_batch import routing_batch
+from ramoe_megatron.mcore.alignment import Alignment, resolve_zone
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
 from ramoe_megatron.mcore.metrics import COLUMNS, AlignmentMetrics
 from ramoe_megatron.mcore.observe import TokenSelection, router_distribution

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ramoe_megatron.data.dataset import SFTDataset
 from ramoe_megatron.data.packing import PackedDataset, next_fit
 from ramoe_megatron.data.sampler import order
-from ramoe_megatron.mcore.alignment import loss_tokens
+from ramoe_megatron.mcore.aligned_batch import loss_tokens
 from ramoe_megatron.mcore.observe import TOKEN_CHOICES, TokenSelection, mean_over_tokens, pooled_distributions
 from ramoe_megatron.mcore.placement import context_parallel_rows, local_rows
 

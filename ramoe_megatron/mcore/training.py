@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ramoe_megatron.data.dataset import SEQUENCE_KEYS
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.alignment import routing_batch
+from ramoe_megatron.mcore.aligned_batch import routing_batch
 from ramoe_megatron.mcore.placement import context_parallel_rows
 
 
