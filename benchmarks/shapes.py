@@ -77,8 +77,8 @@ BASE = Shape(
         Variant("all layers, last token", "0-3"),
     ),
 )
-TINY = replace(BASE, name="base", hidden=32, heads=2, ffn=32, experts=8, topk=2, sequence=32, samples=2)
-LARGE = replace(BASE, name="base", hidden=2048, heads=16, ffn=512, experts=128, sequence=2048, bf16=True)
+TINY = replace(BASE, hidden=32, heads=2, ffn=32, experts=8, topk=2, sequence=32, samples=2, variants=BASE.variants[:3:2])
+LARGE = replace(BASE, hidden=2048, heads=16, ffn=512, experts=128, sequence=2048, bf16=True)
 
 
 def growth(base: Shape) -> tuple[Shape, ...]:

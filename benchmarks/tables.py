@@ -1,6 +1,7 @@
 """The measurements as tables."""
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -28,18 +29,20 @@ def verdict(ratio: Ratio, target: float, at_most: bool) -> str:
 def training_table(results: Sequence[dict[str, Any]]) -> Table:
     """Step time and peak memory of each arm, and against stock Megatron."""
     table = Table(title=f"Training, against stock Megatron (targets: time <= {TIME}, memory <= {MEMORY})", title_justify="left")
-    columns = ("arm", "step, ms", "time, ratio [95 %]", f"<= {TIME}", "step's peak, MB", "ratio", "with weights", f"<= {MEMORY}")
+    columns = ("arm", "step, ms", "ratio [95 %]", f"<= {TIME}", "activations, MB", "ratio", "all memory, MB", "ratio", f"<= {MEMORY}")
     for column in columns:
         table.add_column(column, justify="left" if column == "arm" else "right")
     for result in results:
         table.add_section()
         table.add_row(f"[bold]{result['shape']['name']}[/bold]")
-        for label, arm in result["arms"].items():
-            ratio = Ratio(**arm["time"])
-            seconds = sorted(arm["seconds"])[len(arm["seconds"]) // 2]
-            cells = [label, f"{1000 * seconds:.0f}", str(ratio), verdict(ratio, TIME, at_most=True), f"{arm['step_peak_bytes'] / 1e6:.1f}"]
-            cells += [f"{arm['step_peak']:.4f}", f"{arm['whole_peak']:.4f}", "met" if arm["step_peak"] <= MEMORY else "missed"]
-            table.add_row(*(cells if label != next(iter(result["arms"])) else [*cells[:2], "1", "", cells[4], "1", "1", ""]))
+        for number, (label, arm) in enumerate(result["arms"].items()):
+            ratio, held = Ratio(**arm["time"]), arm["bytes"]
+            cells = [str(ratio), verdict(ratio, TIME, at_most=True), f"{held['activations'] / 1e6:.1f}", f"{arm['activations']:.4f}"]
+            cells += [f"{(held['step'] + held['between']) / 1e6:.1f}", f"{arm['whole']:.4f}"]
+            cells += ["met" if max(arm["activations"], arm["whole"]) <= MEMORY else "missed"]
+            if number == 0:
+                cells = ["1", "", cells[2], "1", cells[4], "1", ""]
+            table.add_row(label, f"{1000 * median(arm['seconds']):.0f}", *cells)
     return table
 
 

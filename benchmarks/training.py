@@ -65,8 +65,8 @@ class Arm:
         set_moe_metrics_tracker(self.tracker)
         self.before()
 
-    def step(self) -> None:
-        """One step of Megatron's training loop."""
+    def step(self, schedule: Callable | None = None) -> None:
+        """One step of Megatron's training loop; `schedule` stands for Megatron's forward-backward function."""
         from megatron.core.num_microbatches_calculator import get_num_microbatches
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.training.training import train_step
@@ -74,7 +74,7 @@ class Arm:
         args, trained = self.args, self.trained
         losses = train_step(
             self.forward_step, self.samples, trained.model, trained.optimizer, trained.scheduler, trained.config,
-            get_forward_backward_func(), iteration=self.iteration,
+            schedule or get_forward_backward_func(), iteration=self.iteration,
         )[0]  # fmt: skip
         self.tracker.report(
             loss_scale=1 / get_num_microbatches(), iteration=self.iteration, force_initialize=True,
@@ -88,10 +88,21 @@ class Arm:
         self.prepare()
         return timed(self.step)
 
-    def peak(self, on_cpu: bool) -> int:
-        """Peak memory of a step beyond weights, gradients and optimizer state."""
+    def memory(self, on_cpu: bool) -> dict[str, int]:
+        """Bytes: peaks beyond what is held between steps (of forward and backward, of a whole step), and what is held between them."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        activations: list[int] = []
+
+        def measured_schedule(**arguments: Any) -> Any:
+            losses: list[Any] = []
+            schedule = get_forward_backward_func()
+            activations.append(peak_memory(lambda: losses.extend(schedule(**arguments)), on_cpu))
+            return losses
+
         self.prepare()
-        return peak_memory(self.step, on_cpu)
+        self.step(measured_schedule)
+        return {"activations": activations[0], "step": peak_memory(self.step, on_cpu), "between": self.trained.static_bytes}
 
 
 def main() -> None:
@@ -104,7 +115,7 @@ def main() -> None:
     with megatron_arguments(add_arguments) as args:
         arms = build_arms(args, shape, folder, rounds)
         seconds = alternate({label: arm.seconds for label, arm in arms.items()}, rounds)
-        memory = {label: (arm.peak(cuda_absent()), arm.trained.static_bytes) for label, arm in arms.items()}
+        memory = {label: arm.memory(cuda_absent()) for label, arm in arms.items()}
         measured = {label: figures(label, arm, seconds, memory) for label, arm in arms.items()}
         result = {"machine": machine(cuda_absent()), "shape": asdict(shape), "description": str(shape), "rounds": rounds, "arms": measured}
         if torch.distributed.get_rank() == 0:
@@ -112,16 +123,15 @@ def main() -> None:
         save(arms[STOCK])
 
 
-def figures(label: str, arm: Arm, seconds: dict[str, list[float]], memory: dict[str, tuple[int, int]]) -> dict[str, Any]:
+def figures(label: str, arm: Arm, seconds: dict[str, list[float]], memory: dict[str, dict[str, int]]) -> dict[str, Any]:
     """What is told of an arm: seconds, bytes, each against stock, and the losses of its last step."""
-    (step, static), (stock_step, stock_static) = memory[label], memory[STOCK]
+    own, stock = memory[label], memory[STOCK]
     return {
         "seconds": seconds[label],
         "time": asdict(Ratio.of(seconds[label], seconds[STOCK])),
-        "step_peak_bytes": step,
-        "static_bytes": static,
-        "step_peak": step / stock_step,
-        "whole_peak": (step + static) / (stock_step + stock_static),
+        "bytes": own,
+        "activations": own["activations"] / stock["activations"],
+        "whole": (own["step"] + own["between"]) / (stock["step"] + stock["between"]),
         "losses": {name: float(value) for name, value in arm.losses.items()},
     }
 
@@ -181,7 +191,7 @@ def samples(args: Any, rounds: int, alignment: RoutingAlignmentConfig | None = N
     from ramoe_megatron.data.parallel import load_examples
     from ramoe_megatron.mcore.labels import AlignedDataset
 
-    steps = WARM_UP + rounds + 1  # the last one is for memory
+    steps = WARM_UP + rounds + 2  # the last two are for memory
     dataset: Any = SFTDataset(
         load_examples(args.ramoe_data), get_tokenizer(), args.seq_length, steps * args.global_batch_size, args.seed
     )
