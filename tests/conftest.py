@@ -1,7 +1,9 @@
-"""Settings shared by all tests."""
+"""Settings and the fixture shared by all tests."""
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # The tests are about gloo ranks on a CPU, also on a machine that has a GPU; before torch asks for devices.
@@ -10,3 +12,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # The first call of many torch functions is slow and CI machines are shared: a deadline per example would only be noise.
 settings.register_profile("ramoe", deadline=None, max_examples=50)
 settings.load_profile("ramoe")
+
+
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all rows of `layout_rows`, which run once for every `test_layouts*.py`: on one rank, on two, on four."""
+    from layout_runs import run_all  # Megatron is slow to import
+
+    folder = tmp_path_factory.mktemp("layouts")
+    run_all(folder)
+    return folder

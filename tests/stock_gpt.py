@@ -21,6 +21,7 @@ def main() -> None:
     from ramoe_megatron.mcore.arguments import add_arguments
     from ramoe_megatron.mcore.training_data import dataset_provider
 
+    compat.skip_helper_compilation()
     args = parse_and_validate_args(extra_args_provider=add_arguments)
     config = compat.model_config_from_args(args)
     pretrain(pretrain_cfg_container_from_args(args, config), dataset_provider, ModelType.encoder_or_decoder, forward_step)

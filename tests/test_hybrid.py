@@ -17,7 +17,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import (
     validate_segment_layers,
 )
 from safetensors.torch import load_file
-from small_run import aligned_flags, offline_flags, profile_flags, run_table, training_flags, write_world
+from small_run import aligned_flags, offline_flags, outcome, profile_flags, run_table, training_flags, write_world
 
 from ramoe_megatron.mcore.router import hybrid_moe_layer_numbers
 from ramoe_megatron.method.artefacts import ExpertFile, read_divergence, read_taxonomy
@@ -28,13 +28,23 @@ DEPRECATED = ("--hybrid-override-pattern", MIXED)
 VIRTUAL = ("--hybrid-layer-pattern", "*E|*E|*E|*E", "--pipeline-model-parallel-size", "2")
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
 TP = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
-SAME_AS_GPT = {
-    "hybrid": PATTERN,
-    "hybrid-full": (*PATTERN, *FULL),
-    "hybrid-tp": (*PATTERN, *TP),
-    "hybrid-virtual-full": (*VIRTUAL, *FULL),
+PER_TOKEN = ("--calculate-per-token-loss",)
+MICRO2 = ("--micro-batch-size", "2")
+GPT = {"gpt": (), "gpt-tokens": PER_TOKEN, "gpt-micro2": MICRO2}
+SAME_AS_GPT: dict[str, tuple[str, tuple[str, ...]]] = {
+    "hybrid": ("gpt", PATTERN),
+    "hybrid-full": ("gpt", (*PATTERN, *FULL)),
+    "hybrid-tokens": ("gpt-tokens", (*PATTERN, *PER_TOKEN)),
+    "hybrid-micro2": ("gpt-micro2", (*PATTERN, *MICRO2)),
+    "hybrid-dp": ("gpt", PATTERN),
+    "hybrid-dp-tokens": ("gpt-tokens", (*PATTERN, *PER_TOKEN)),
+    "hybrid-tp": ("gpt", (*PATTERN, *TP)),
+    "hybrid-tp-tokens": ("gpt-tokens", (*PATTERN, *TP, *PER_TOKEN)),
+    "hybrid-ep": ("gpt", (*PATTERN, "--expert-model-parallel-size", "2")),
+    "hybrid-virtual-full": ("gpt", (*VIRTUAL, *FULL)),
+    "hybrid-virtual-full-tokens": ("gpt-tokens", (*VIRTUAL, *FULL, *PER_TOKEN)),
 }
-TWO_RANKS = ("hybrid-tp", "hybrid-virtual-full")
+TWO_RANKS = [name for name in SAME_AS_GPT if {"dp", "tp", "ep", "virtual"} & set(name.split("-"))]
 REFERENCE = str(Path(__file__).parent / "reference_job.py")
 
 
@@ -44,7 +54,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_world(folder)
 
     def aligned(name: str) -> dict[str, Any]:
-        return {"name": name, "job": "finetune", "argv": aligned_flags(folder, *SAME_AS_GPT[name])}
+        return {"name": name, "job": "finetune", "argv": aligned_flags(folder, *SAME_AS_GPT[name][1])}
 
     def scratch(name: str, *more: str) -> dict[str, Any]:
         flags = training_flags(folder, "--train-iters", "2", "--save", str(folder / name), "--save-interval", "2", *more)
@@ -62,7 +72,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"name": "profile-hybrid", "job": "profile", "argv": profile_flags(folder, "profile-hybrid", *PATTERN)},
             {"name": "reference", "job": REFERENCE, "argv": offline_flags(folder, "reference")},
             {"name": "reference-hybrid", "job": REFERENCE, "argv": offline_flags(folder, "reference-hybrid", *PATTERN)},
-            {"name": "gpt", "job": "finetune", "argv": aligned_flags(folder)},
+            *({"name": name, "job": "finetune", "argv": aligned_flags(folder, *flags)} for name, flags in GPT.items()),
             *(aligned(name) for name in SAME_AS_GPT if name not in TWO_RANKS),
             scratch("trained", "--hybrid-layer-pattern", MIXED),
             {"name": "taxonomy", "job": "taxonomy", "argv": offline_flags(folder, "taxonomy", *trained, *DEPRECATED)},
@@ -77,12 +87,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     run_table(2, [aligned(name) for name in TWO_RANKS], folder)
     return folder
-
-
-def outcome(folder: Path, name: str) -> dict[str, Any]:
-    result = json.loads((folder / f"{name}.json").read_text())
-    assert "error" not in result, result
-    return result
 
 
 def tensors(folder: Path, name: str, prefix: str) -> dict[str, torch.Tensor]:
@@ -126,11 +130,12 @@ def test_the_files_say_how_megatron_numbers_the_layers(world: Path) -> None:
 @pytest.mark.parametrize("name", SAME_AS_GPT)
 def test_the_expert_file_of_a_gpt_model_aligns_the_hybrid_model(world: Path, name: str) -> None:
     """First step: the same alignment loss and router gradients; both steps: the same figures."""
-    gpt, hybrid = (outcome(world, run) for run in ("gpt", name))
+    reference = SAME_AS_GPT[name][0]
+    gpt, hybrid = (outcome(world, run) for run in (reference, name))
     assert gpt["first"]["routing_alignment_loss"] > 0
     for step in ("first", "figures"):
         assert hybrid[step] == pytest.approx(gpt[step], rel=2e-5, abs=1e-9)
-    expected, found = tensors(world, "gpt", "grad."), tensors(world, name, "grad.")
+    expected, found = tensors(world, reference, "grad."), tensors(world, name, "grad.")
     assert found.keys() == {f"grad.{2 * layer}" for layer in (1, 2, 3, 4)}
     for layer in (1, 2, 3, 4):
         gradient = expected[f"grad.{layer}"]

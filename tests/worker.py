@@ -1,16 +1,23 @@
-"""Runs a table of jobs one after another in one set of ranks, and records what each produced.
+"""Runs a table of jobs one after another on one set of ranks, and records what each produced.
 
     python -m torch.distributed.run --nproc-per-node N tests/worker.py TABLE.json OUT
 
-Each row: {"name", "job", "argv"}: a job of `ramoe_megatron.jobs`, run as from the command line. Recorded per row and rank, in
-OUT/NAME.RANK.safetensors: the router gradients of the first step after `finalize_model_grads` (before clipping), and the weights at
-the end; in OUT/NAME.json (rank 0): the figures of the last step, or the error.
+Each row: {"name", "job", "argv", "port"}: a job of `ramoe_megatron.jobs`, or a script, run as from the command line, whose ranks meet
+at that port; with "lm": 0 the language-model loss is multiplied by 0. A row runs in a fork of its rank, which has imported Megatron
+and done nothing else: imports are paid once, and no row sees what another left. Recorded per row and rank, in OUT/NAME.RANK.safetensors:
+the router gradients of the first step after `finalize_model_grads` (before clipping), and the weights at the end; in OUT/NAME.json
+(rank 0): the figures that each step logged ("steps"; "first" and "figures" are the first and the last of them) and the seconds that the
+row took, or the error.
 """
 
 import importlib
 import importlib.util
 import json
+import os
+import signal
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +26,60 @@ from safetensors.torch import save_file
 
 from ramoe_megatron.errors import RamoeError
 
+IMPORTED = (  # by most rows
+    "megatron.core.models.mimo",
+    "megatron.core.tokenizers.text",
+    "megatron.training.checkpointing",
+    "ramoe_megatron.mcore.offline",
+    "ramoe_megatron.mcore.training",
+)
+
 
 def main() -> None:
     table, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     from ramoe_megatron.mcore.cpu import cpu_backend
 
-    with cpu_backend():  # around all rows: the process group and the imports are shared
+    with cpu_backend():
+        for module in IMPORTED:
+            importlib.import_module(module)
         for row in table:
+            run_in_fork(row, out)
+
+
+def run_in_fork(row: dict[str, Any], out: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        # torchrun's own store is one for all rows
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(row["port"])}
+        status = 1
+        try:
             run_row(row, out)
-    torch.distributed.destroy_process_group()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    signal.signal(signal.SIGTERM, lambda *_: (os.kill(child, signal.SIGKILL), sys.exit(1)))  # torchrun stops the ranks of a failed one
+    _, status = os.waitpid(child, 0)
+    if status:
+        sys.exit(f"the row {row['name']} failed")
 
 
 def run_row(row: dict[str, Any], out: Path) -> None:
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
     from megatron.training import argument_utils
-    from megatron.training.training import destroy_global_state
 
-    seen: dict[str, Any] = {"models": None, "grads": None}
+    from ramoe_megatron.mcore import training
+
+    started = time.monotonic()
+    seen: dict[str, Any] = {"models": None, "grads": None, "steps": []}
+    masked_loss = training.masked_loss
+
+    def without_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> Any:
+        loss, *rest = masked_loss(loss_mask, losses)
+        return loss * 0, *rest
+
     makers = {name: getattr(argument_utils, name) for name in ("gpt_config_from_args", "hybrid_config_from_args")}
 
     def watched(maker: Any) -> Any:
@@ -48,6 +92,8 @@ def run_row(row: dict[str, Any], out: Path) -> None:
 
     for name, maker in makers.items():
         setattr(argument_utils, name, watched(maker))
+    if row.get("lm") == 0:
+        training.masked_loss = without_loss
     sys.argv = [row["job"], *row["argv"]]
     result: dict[str, Any] = {}
     try:
@@ -60,27 +106,28 @@ def run_row(row: dict[str, Any], out: Path) -> None:
         module.main()
     except RamoeError as error:
         result["error"] = str(error)
-    finally:
-        for name, maker in makers.items():
-            setattr(argument_utils, name, maker)
-    figures = getattr(get_moe_metrics_tracker(), "latest", {})
-    result["first"] = seen.get("first", {})
-    result["figures"] = {name: float(value) for name, value in figures.items()}
+    steps = [*seen["steps"], logged()]
+    result |= {"first": steps[0], "figures": steps[-1], "steps": steps, "seconds": time.monotonic() - started}
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     if seen["models"] is not None:
         save_file(tensors(seen), out / f"{row['name']}.{rank}.safetensors")
     if rank == 0:
         (out / f"{row['name']}.json").write_text(json.dumps(result))
-    destroy_moe_metrics_tracker()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        destroy_global_state()
+        torch.distributed.destroy_process_group()
+
+
+def logged() -> dict[str, float]:
+    """The figures of ours that the last step logged; none before the first, and none without alignment."""
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    return {name: float(value) for name, value in getattr(get_moe_metrics_tracker(), "latest", {}).items()}
 
 
 def watch(models: list[Any], seen: dict[str, Any]) -> list[Any]:
     """Note the models, and have Megatron's own `finalize_model_grads` followed by a look at the routers' gradients."""
     from megatron.core.distributed import finalize_model_grads
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.utils import get_model_config
 
     from ramoe_megatron.mcore.router import local_routers
@@ -90,14 +137,25 @@ def watch(models: list[Any], seen: dict[str, Any]) -> list[Any]:
 
     def finalize_and_look(chunks: Any, *args: Any, **kwargs: Any) -> None:
         finalize_model_grads(chunks, *args, **kwargs)
-        if seen["grads"] is None:
-            tracker = get_moe_metrics_tracker()
-            if hasattr(tracker, "reduced"):
-                seen["first"] = {name: float(value) for name, value in tracker.reduced().items()}
-            seen["grads"] = {r.layer_number: r.weight.main_grad.detach().clone() for r in local_routers(models)}
+        if seen["grads"] is not None:
+            seen["steps"].append(logged())  # of the step before
+            return
+        for chunk in models:
+            if chunk.ddp_config.use_distributed_optimizer:
+                gather_gradients(chunk)
+        seen["grads"] = {r.layer_number: r.weight.main_grad.detach().clone() for r in local_routers(models)}
 
     config.finalize_model_grads_func = finalize_and_look
     return models
+
+
+def gather_gradients(chunk: Any) -> None:
+    """The distributed optimizer leaves each rank its piece of the reduced gradients: put the others' pieces, unread, beside it."""
+    for bucket_group in chunk.bucket_groups:
+        ranks = bucket_group.intra_distributed_optimizer_instance_group
+        for bucket in bucket_group.buckets:
+            own = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+            torch.distributed.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
 
 
 def tensors(seen: dict[str, Any]) -> dict[str, torch.Tensor]:

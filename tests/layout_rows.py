@@ -1,0 +1,196 @@
+"""The rows that the layout tests read, as tables: which run, on how many ranks, with which flags.
+
+A row is a run of the finetune job on the small model. `SAME_AS` names the one-rank row whose gradients and figures it must have.
+"""
+
+from typing import NamedTuple
+
+from small_run import ALONE, SAMPLES, STOCK, stock_losses
+
+TP, PP = ("--tensor-model-parallel-size", "2", "--sequence-parallel"), ("--pipeline-model-parallel-size", "2")
+EP, VPP = ("--expert-model-parallel-size", "2"), (*PP, "--num-virtual-stages-per-pipeline-rank", "2")
+ETP1 = ("--expert-tensor-parallel-size", "1")  # without it the experts are split as the rest is: ETP 2 under TP 2
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+PER_TOKEN = ("--calculate-per-token-loss",)
+PROFILE_TARGET = ("--ramoe-target", "profile")
+
+WORLDS = {
+    "sigmoid": ("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"),
+    "dense": ("--moe-layer-freq", "[0,1,1,1]", "--moe-shared-expert-intermediate-size", "32"),
+    "half": ("--moe-layer-freq", "[0,0,1,1]"),
+    # Megatron cannot save multi-token prediction on two stages with tied embeddings. Factor 0: no gradient of its language-model loss
+    "mtp": ("--mtp-num-layers", "1", "--mtp-loss-scaling-factor", "0", "--untie-embeddings-and-output-weights"),
+}
+"""Models other than the plain one. Each has a base checkpoint and a profile; the MTP model, whose MoE layers are the plain one's, takes
+that one's."""
+
+
+class Row(NamedTuple):
+    """One run."""
+
+    flags: tuple[str, ...] = ()
+    ranks: int = 1
+    lm: int = 1  # factor on the language-model loss
+    losses: tuple[str, ...] = STOCK
+    world: str = ""
+    aligned: bool = True
+    steps: int = 1
+    ci: str = ""  # a taxonomy of `PLACEMENTS`
+
+
+def selective(*modules: str) -> tuple[str, ...]:
+    return ("--recompute-granularity", "selective", "--recompute-modules", *modules)
+
+
+KINDS = {
+    "alone": Row(lm=0, losses=ALONE),  # the alignment's gradient and nothing else
+    "alone-tokens": Row(PER_TOKEN, lm=0, losses=ALONE),
+    "whole": Row(),  # beside the language-model loss, the load-balancing loss and the z-loss
+    "whole-tokens": Row(PER_TOKEN),
+    "bare-tokens": Row(PER_TOKEN, losses=ALONE),  # beside the language-model loss
+}
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "dp": (2, ()),
+    "tp": (2, TP),
+    "etp1": (2, (*TP, *EP, *ETP1)),
+    "ep": (2, EP),
+    "ep-allgather": (2, (*EP, "--moe-token-dispatcher-type", "allgather")),
+    "pp": (2, PP),
+    "vpp": (2, VPP),
+    "tp-ep": (4, (*TP, *EP)),
+    "tp-pp": (4, (*TP, *PP)),
+    "ep-pp": (4, (*EP, *PP, "--use-distributed-optimizer")),
+}
+MICRO_BATCHES = {size: ("--micro-batch-size", str(size)) for size in (1, 2, SAMPLES)}
+RECOMPUTED: dict[str, tuple[int, tuple[str, ...]]] = {
+    "full": (1, FULL),
+    "moe": (1, selective("moe")),
+    "core": (1, selective("core_attn")),
+    "both": (1, selective("core_attn", "moe")),
+    "dp-full": (2, FULL),
+    "tp-full": (2, (*TP, *FULL)),
+    "pp-full": (2, (*PP, *FULL)),
+    "pp-moe": (2, (*PP, *selective("moe"))),
+    "vpp-full": (2, (*VPP, *FULL)),
+    "vpp-moe": (2, (*VPP, *selective("moe"))),
+    "tp-pp-full": (4, (*TP, *PP, *FULL)),
+}
+
+ROWS: dict[str, Row] = {f"one-{kind}": row for kind, row in KINDS.items()}
+SAME_AS: dict[str, str] = {}
+
+
+def add(name: str, row: Row, same_as: str | None = None) -> None:
+    assert name not in ROWS
+    ROWS[name] = row
+    if same_as:
+        SAME_AS[name] = same_as
+
+
+def add_kinds(name: str, ranks: int, flags: tuple[str, ...], *kinds: str) -> None:
+    for kind in kinds:
+        add(f"{name}-{kind}", KINDS[kind]._replace(flags=(*KINDS[kind].flags, *flags), ranks=ranks), f"one-{kind}")
+
+
+for layout, (ranks, flags) in LAYOUTS.items():
+    add_kinds(layout, ranks, flags, "alone", "alone-tokens", "whole", "whole-tokens")
+for size, flags in MICRO_BATCHES.items():
+    # the language-model loss is an invariant of the micro-batch under per-token loss alone
+    add_kinds(f"micro{size}", 1, flags, "alone", "alone-tokens", "bare-tokens")
+add_kinds("dp-micro8", 2, ("--micro-batch-size", "8"), "alone", "alone-tokens")  # one micro-batch
+add_kinds("vpp-micro1", 2, (*VPP, "--micro-batch-size", "1"), "alone")
+for name, (ranks, flags) in RECOMPUTED.items():
+    add_kinds(name, ranks, flags, "alone", "alone-tokens")
+
+# Options of ours: another way to pool has another way through the pieces of a sequence.
+OPTIONS = {
+    "ci": ("--ramoe-normalize", "ci"),
+    "ci-tokens": ("--ramoe-normalize", "ci", *PER_TOKEN),
+    "all": ("--ramoe-examples", "all"),
+    "profile": PROFILE_TARGET,
+    "kl": (*PROFILE_TARGET, "--ramoe-divergence", "kl", "--ramoe-tokens", "prompt", "--ramoe-examples", "ci+cc"),
+    "js": (*PROFILE_TARGET, "--ramoe-divergence", "js", "--ramoe-tokens", "response"),
+    "mass": (*PROFILE_TARGET, "--ramoe-divergence", "mass", "--ramoe-tokens", "all"),
+    "token": (*PROFILE_TARGET, "--ramoe-pooling", "token", "--ramoe-tokens", "prompt"),
+}
+for option, flags in OPTIONS.items():
+    add(f"one-{option}", Row(flags))
+for option in ("ci", "ci-tokens", "kl", "js", "token"):
+    for layout in ("dp", "tp"):
+        add(f"{layout}-{option}", Row((*LAYOUTS[layout][1], *OPTIONS[option]), ranks=2), f"one-{option}")
+
+# Other models. The MTP router is no business of ours: its model has the gradients of the same one without it.
+for world, flags in WORLDS.items():
+    zone = ("--ramoe-layers", "0-1") if world in ("half", "mtp") else ()
+    for layout, more in {"one": (), **{name: LAYOUTS[name][1] for name in ("dp", "tp", "pp")}}.items():
+        for kind in ("alone", "whole") if world in ("half", "mtp") else ("alone", "alone-tokens"):
+            row = KINDS[kind]._replace(flags=(*KINDS[kind].flags, *flags, *zone, *more), world=world, ranks=1 if layout == "one" else 2)
+            reference = None if layout == "one" else f"{world}-one-{kind}"
+            add(f"{world}-{layout}-{kind}", row._replace(steps=3 if kind == "whole" else 1), reference)
+add("mtp-absent", KINDS["alone"]._replace(flags=("--untie-embeddings-and-output-weights", "--ramoe-layers", "0-1"), world="mtp"))
+SAME_AS["mtp-one-alone"] = "mtp-absent"
+for module in ("mlp", "shared_experts"):
+    row = KINDS["alone"]._replace(flags=(*WORLDS["dense"], *selective(module)), world="dense")
+    add(f"dense-{module}", row, "dense-one-alone")
+add("last-stage-one", KINDS["whole"]._replace(flags=("--ramoe-layers", "2-2"), steps=3))
+add("last-stage-pp", KINDS["whole"]._replace(flags=("--ramoe-layers", "2-2", *PP), ranks=2, steps=3), "last-stage-one")
+
+# Other losses, some of which change with the layout: what is ours is the difference between a run with and one without alignment.
+MIXED = ("--moe-router-load-balancing-type", "aux_loss", "seq_aux_loss", "--moe-aux-loss-coeff", "0.01", "0.01")
+STOCK_LOSSES = {**{kind: stock_losses(kind) for kind in ("aux_loss", "seq_aux_loss", "global_aux_loss")}, "mixed": MIXED}
+OTHERS: dict[str, Row] = {
+    **{
+        f"{kind}-{layout}{'-tokens' * per_token}": Row(LAYOUTS[layout][1] + PER_TOKEN * per_token, 2, 0, losses)
+        for kind, losses in STOCK_LOSSES.items()
+        for layout, per_token in (("dp", False), ("dp", True), ("tp", False))
+    },
+    **{f"lm-micro{size}": Row(flags, losses=ALONE) for size, flags in MICRO_BATCHES.items()},
+}
+for name, row in OTHERS.items():
+    add(f"{name}-both", row)
+    add(f"{name}-stock", row._replace(aligned=False))
+
+# Reduced precision, on samples of which no token's choice of experts is so close that rounding changes it.
+SEED = ("--seed", "2")
+PRECISIONS: dict[str, tuple[tuple[str, ...], float]] = {  # flags, loss scale
+    "bfloat16": (("--bf16",), 1.0),
+    "float16": (("--fp16", "--initial-loss-scale", "1024"), 1024.0),
+    "float16-16": (("--fp16", "--loss-scale", "16"), 16.0),
+}
+for kind in ("alone", "alone-tokens"):
+    add(f"float32-{kind}", KINDS[kind]._replace(flags=(*KINDS[kind].flags, *SEED)))
+    for precision, (flags, _) in PRECISIONS.items():
+        for layout in ("one",) if precision == "float16-16" else ("one", "dp", "tp"):
+            more = () if layout == "one" else LAYOUTS[layout][1]
+            row = KINDS[kind]._replace(flags=(*KINDS[kind].flags, *SEED, *flags, *more), ranks=1 if layout == "one" else 2)
+            add(f"{precision}-{layout}-{kind}", row)
+
+# Where the ci samples fall. Two data-parallel ranks take turns of a micro-batch of 4: rank 0 has the draws 0-3 and 8-11 of a step.
+PLACEMENTS: dict[str, tuple[int, ...]] = {  # draws that are ci, where their language is a target
+    "uneven": (0, 1, 2, 3, 4, 8, 9, 10, 11),
+    "one-rank": (0, 1, 2, 3, 8, 9, 10, 11),
+    "one-micro": (0, 1, 2, 3),
+    "none": tuple(range(3 * SAMPLES, 4 * SAMPLES)),  # not in the first three steps
+}
+PLACED = {"one": (), "micro1": ("--micro-batch-size", "1"), "dp": (), "pp": PP}
+for place in PLACEMENTS:
+    for layout, flags in PLACED.items():
+        for kind in ("alone",) if layout == "pp" else ("alone", "alone-tokens"):
+            same_as = None if layout == "one" else f"{place}-one-{kind}"
+            ranks = 2 if layout in ("dp", "pp") else 1
+            steps = 3 if place == "none" else 1
+            row = KINDS[kind]._replace(flags=(*KINDS[kind].flags, *flags), ranks=ranks, ci=place, steps=steps)
+            add(f"{place}-{layout}-{kind}", row, same_as)
+for layout in ("one", "dp", "pp"):
+    for name, row in (("none", Row(ci="none")), ("plain", Row(aligned=False))):
+        add(f"{name}-{layout}-whole", row._replace(flags=PLACED[layout], ranks=1 if layout == "one" else 2, steps=3))
+
+LONG = 10
+OFF = ("--ramoe-coeff", "0")
+EVALUATED = ("--eval-interval", "3", "--eval-iters", "2")
+for layout in ("one", "tp"):
+    long = Row(() if layout == "one" else TP, 1 if layout == "one" else 2, steps=LONG)
+    add(f"off-{layout}", long._replace(aligned=False))
+    add(f"zero-{layout}", long._replace(flags=(*long.flags, *OFF)))
+    add(f"through-{layout}", long)
+    add(f"evaluated-{layout}", long._replace(flags=(*long.flags, *EVALUATED)))
