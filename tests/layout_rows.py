@@ -8,6 +8,7 @@ from typing import NamedTuple
 from small_run import ALONE, SAMPLES, STOCK, stock_losses
 
 TP, PP = ("--tensor-model-parallel-size", "2", "--sequence-parallel"), ("--pipeline-model-parallel-size", "2")
+CP = ("--context-parallel-size", "2")
 EP, VPP = ("--expert-model-parallel-size", "2"), (*PP, "--num-virtual-stages-per-pipeline-rank", "2")
 ETP1 = ("--expert-tensor-parallel-size", "1")  # without it the experts are split as the rest is: ETP 2 under TP 2
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
@@ -102,6 +103,12 @@ add_kinds("vpp-micro1", 2, (*VPP, "--micro-batch-size", "1"), "alone")
 for name, (ranks, flags) in RECOMPUTED.items():
     add_kinds(name, ranks, flags, "alone", "alone-tokens")
 
+# Megatron's cross-entropy without per-token loss is a mean of the context-parallel ranks' means: not there beside ours, see `OTHERS`.
+add_kinds("cp", 2, CP, "alone", "alone-tokens", "whole-tokens")
+add_kinds("cp-full", 2, (*CP, *FULL), "alone-tokens")
+add_kinds("tp-cp", 4, (*TP, *CP), "alone", "alone-tokens")
+add_kinds("cp-pp", 4, (*CP, *PP), "alone-tokens")
+
 # Options of ours: another way to pool has another way through the pieces of a sequence.
 OPTIONS = {
     "ci": ("--ramoe-normalize", "ci"),
@@ -118,6 +125,10 @@ for option, flags in OPTIONS.items():
 for option in ("ci", "ci-tokens", "kl", "js", "token"):
     for layout in ("dp", "tp"):
         add(f"{layout}-{option}", Row((*LAYOUTS[layout][1], *OPTIONS[option]), ranks=2), f"one-{option}")
+for option in ("kl", "token"):  # several tokens of a sample, on both ranks
+    flags = (*PER_TOKEN, *OPTIONS[option])
+    add(f"one-{option}-tokens", Row(flags))
+    add(f"cp-{option}-tokens", Row((*flags, *CP), ranks=2), f"one-{option}-tokens")
 
 # Other models. The MTP router is no business of ours: its model has the gradients of the same one without it.
 for world, flags in WORLDS.items():
@@ -145,6 +156,7 @@ OTHERS: dict[str, Row] = {
         for layout, per_token in (("dp", False), ("dp", True), ("tp", False))
     },
     **{f"lm-micro{size}": Row(flags, losses=ALONE) for size, flags in MICRO_BATCHES.items()},
+    "lm-cp": Row(CP, 2, losses=ALONE),
 }
 for name, row in OTHERS.items():
     add(f"{name}-both", row)

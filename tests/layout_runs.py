@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from layout_rows import LAYOUTS, PLACEMENTS, ROWS, WORLDS, Row
+from packed_rows import samples_of_first_packs
 from small_run import (
     aligned_flags,
     alignment_flags,
@@ -52,7 +53,8 @@ def argv(folder: Path, name: str, row: Row) -> list[str]:
         alignment += ["--ramoe-taxonomy", str(folder / f"taxonomy-{row.ci}.jsonl")]
     saved = ["--save", str(folder / name), "--save-interval", "5"] if name.startswith(SAVED) else []
     start = [*load_flags(folder, f"base{suffix}"), *alignment, *saved, "--train-iters", str(row.steps)]
-    return training_flags(folder, *start, *row.flags, losses=row.losses)
+    flags = [str(samples_of_first_packs(folder, flag)) if flag.startswith("PACKED") else flag for flag in row.flags]
+    return training_flags(folder, *start, *flags, losses=row.losses)
 
 
 SAVED = ("through-", "off-", "zero-")

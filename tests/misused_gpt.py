@@ -6,7 +6,7 @@ def forward_step(data_iterator, model):
 
     from megatron.training import get_args
 
-    from ramoe_megatron.mcore.alignment import routing_batch
+    from ramoe_megatron.mcore.aligned_batch import routing_batch
     from ramoe_megatron.mcore.training import masked_loss, next_batch
 
     batch = next_batch(data_iterator)
@@ -28,7 +28,7 @@ def main() -> None:
     from ramoe_megatron.mcore import compat
     from ramoe_megatron.mcore.alignment import attach
     from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
-    from ramoe_megatron.mcore.training import dataset_provider
+    from ramoe_megatron.mcore.training_data import dataset_provider
 
     def arguments(parser):
         add_arguments(parser).add_argument("--model-calls", type=int)
