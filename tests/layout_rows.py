@@ -182,6 +182,7 @@ PLACEMENTS: dict[str, tuple[int, ...]] = {  # draws that are ci, where their lan
     "uneven": (0, 1, 2, 3, 4, 8, 9, 10, 11),
     "one-rank": (0, 1, 2, 3, 8, 9, 10, 11),
     "one-micro": (0, 1, 2, 3),
+    "single": (2,),
     "none": tuple(range(3 * SAMPLES, 4 * SAMPLES)),  # not in the first three steps
 }
 PLACED = {"one": (), "micro1": ("--micro-batch-size", "1"), "dp": (), "pp": PP}

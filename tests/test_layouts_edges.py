@@ -8,25 +8,28 @@ import torch
 from layout_rows import PLACED, PLACEMENTS, ROWS
 from small_run import SAMPLES, SEQUENCE, gradients, outcome, weights
 
-from ramoe_megatron.data.parallel import load_examples
+from ramoe_megatron.data.parallel import Example, load_examples
 from ramoe_megatron.data.sampler import order
 from ramoe_megatron.method.artefacts import read_taxonomy
 
 
-def first_batch(world: Path) -> list:
+def first_batch(world: Path) -> list[Example]:
     examples = load_examples([str(world / "parallel.jsonl")], split="train")
     return [examples[index] for index in order(examples, SAMPLES, 7)]
+
+
+def lengths(world: Path, batch: list[Example]) -> tuple[list[int], list[int]]:
+    """Tokens of each prompt, and loss tokens: the response and the end of document."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(world / "tokenizer.model"))
+    return [len(pieces.encode(e.prompt)) for e in batch], [len(pieces.encode(e.response)) + 1 for e in batch]
 
 
 def test_the_small_world_is_that_of_fine_tuning(layouts: Path) -> None:
     """At least three quarters of the real tokens of the compared batch are prompt and carry no loss; samples are padded, differ in
     length and in loss tokens; and each of two sequence-parallel ranks holds the last prompt token of aligned samples."""
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(layouts / "tokenizer.model"))
     batch = first_batch(layouts)
-    prompt = [len(pieces.encode(example.prompt)) for example in batch]
-    response = [len(pieces.encode(example.response)) for example in batch]
-    # the last token of a sample is only a label, and the first of its response is predicted by the prompt's last
-    tokens, loss_tokens = [p + r for p, r in zip(prompt, response, strict=True)], [r + 1 for r in response]
+    prompt, loss_tokens = lengths(layouts, batch)
+    tokens = [p + n - 1 for p, n in zip(prompt, loss_tokens, strict=True)]  # the last token of a sample is only a label
     assert 1 - sum(loss_tokens) / sum(tokens) >= 0.75
     assert max(tokens) < SEQUENCE
     assert len(set(loss_tokens)) > 1
@@ -49,6 +52,18 @@ def test_ci_samples_lie_where_the_row_says(layouts: Path, place: str, layout: st
         by_rank = [sum(draw // 4 % 2 == rank for draw in chosen) for rank in (0, 1)]
         assert by_rank[0] > 0
         assert (by_rank[1] == 1) if place == "uneven" else (by_rank[1] == 0)
+
+
+def test_per_token_loss_weighs_a_sample_by_its_loss_tokens(layouts: Path) -> None:
+    """With one ci sample in the step, its share goes from 1 / N to n / sum of n: gradient and figure by that factor."""
+    loss_tokens = lengths(layouts, first_batch(layouts))[1]
+    factor = SAMPLES * loss_tokens[PLACEMENTS["single"][0]] / sum(loss_tokens)
+    assert factor > 1.5
+    samples, tokens = (gradients(layouts, f"single-one-{kind}") for kind in ("alone", "alone-tokens"))
+    for layer, gradient in samples.items():
+        torch.testing.assert_close(tokens[layer], factor * gradient, rtol=1e-5, atol=1e-7)
+    figures = [outcome(layouts, f"single-one-{kind}")["first"]["routing_alignment_loss"] for kind in ("alone", "alone-tokens")]
+    assert figures[1] == pytest.approx(factor * figures[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.ci == "none" and "alone" in name])
