@@ -17,6 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ramoe_megatron.mcore.cpu_attention import attention_stand_ins
+from ramoe_megatron.mcore.cpu_collectives import all_gather_of_unequal, reduce_scatter_of_unequal
 from ramoe_megatron.mcore.cpu_devices import InertEvent, InertStream, inert_device_properties
 
 CPU_FLAGS = [
@@ -192,6 +193,9 @@ def _torch_stand_ins() -> list[tuple[Any, str, Any]]:
         (torch.nn.Module, "cuda", lambda self, *_: self),
         (torch.utils.data.DataLoader, "__init__", unpinned_loader),
         (torch.distributed, "init_process_group", gloo_process_group),
+        # gloo gathers and scatters pieces of one size only.
+        (torch.distributed, "all_gather", all_gather_of_unequal(torch.distributed.all_gather)),
+        (torch.distributed, "reduce_scatter", reduce_scatter_of_unequal(torch.distributed.reduce_scatter)),
     ]
 
 
