@@ -10,8 +10,10 @@ from small_run import ALONE, SAMPLES, STOCK, stock_losses
 TP, PP = ("--tensor-model-parallel-size", "2", "--sequence-parallel"), ("--pipeline-model-parallel-size", "2")
 CP = ("--context-parallel-size", "2")
 EP, VPP = ("--expert-model-parallel-size", "2"), (*PP, "--num-virtual-stages-per-pipeline-rank", "2")
+ALLGATHER = ("--moe-token-dispatcher-type", "allgather")
 ETP1 = ("--expert-tensor-parallel-size", "1")  # without it the experts are split as the rest is: ETP 2 under TP 2
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+BLOCK = (*FULL[:3], "block", "--recompute-num-layers", "2")  # one of the two aligned layers
 PER_TOKEN = ("--calculate-per-token-loss",)
 PROFILE_TARGET = ("--ramoe-target", "profile")
 
@@ -55,16 +57,18 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp": (2, TP),
     "etp1": (2, (*TP, *EP, *ETP1)),
     "ep": (2, EP),
-    "ep-allgather": (2, (*EP, "--moe-token-dispatcher-type", "allgather")),
+    "ep-allgather": (2, (*EP, *ALLGATHER)),
     "pp": (2, PP),
     "vpp": (2, VPP),
-    "tp-ep": (4, (*TP, *EP)),
+    "tp-ep": (4, (*TP, *EP, *ALLGATHER)),  # ETP 2; all-to-all gathers pieces of unequal size there, which gloo has not
+    "tp-ep-etp1": (4, (*TP, *EP, *ETP1)),
     "tp-pp": (4, (*TP, *PP)),
     "ep-pp": (4, (*EP, *PP, "--use-distributed-optimizer")),
 }
 MICRO_BATCHES = {size: ("--micro-batch-size", str(size)) for size in (1, 2, SAMPLES)}
 RECOMPUTED: dict[str, tuple[int, tuple[str, ...]]] = {
     "full": (1, FULL),
+    "block": (1, BLOCK),
     "moe": (1, selective("moe")),
     "core": (1, selective("core_attn")),
     "both": (1, selective("core_attn", "moe")),
@@ -192,11 +196,14 @@ for place in PLACEMENTS:
             same_as = None if layout == "one" else f"{place}-one-{kind}"
             ranks = 2 if layout in ("dp", "pp") else 1
             steps = 3 if place == "none" else 1
-            row = KINDS[kind]._replace(flags=(*KINDS[kind].flags, *flags), ranks=ranks, ci=place, steps=steps)
+            # no target is zero there: what is not aligned counts for nothing by its weight alone
+            target = PROFILE_TARGET if place == "none" else ()
+            row = KINDS[kind]._replace(flags=(*KINDS[kind].flags, *flags, *target), ranks=ranks, ci=place, steps=steps)
             add(f"{place}-{layout}-{kind}", row, same_as)
 for layout in ("one", "dp", "pp"):
-    for name, row in (("none", Row(ci="none")), ("plain", Row(aligned=False))):
-        add(f"{name}-{layout}-whole", row._replace(flags=PLACED[layout], ranks=1 if layout == "one" else 2, steps=3))
+    for name, row in (("none", Row(PROFILE_TARGET, ci="none")), ("plain", Row(aligned=False))):
+        row = row._replace(flags=(*row.flags, *PLACED[layout]), ranks=1 if layout == "one" else 2, steps=3)
+        add(f"{name}-{layout}-whole", row)
 
 LONG = 10
 OFF = ("--ramoe-coeff", "0")

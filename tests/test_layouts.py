@@ -16,10 +16,10 @@ at the routers add to it. The log divides: each sample's figures stand on tp * c
 The rows stand in `layout_rows`. A gradient is read after `finalize_model_grads` and before clipping: one read earlier cannot see a
 wrong scale. With the language-model loss times 0 and no loss of Megatron's ("alone") it is the alignment's and nothing else.
 
-Not covered here: context parallelism and packed samples (no local attention of Megatron's has them), transformer-engine's modules, so
-no fp8 and no selective recomputation of layernorm (0.19 asks transformer-engine whether fp8 is on), moe_act (grouped GEMM only),
-mla_up_proj and gdn_norm_out (other attention); CUDA's reductions; more than four ranks. HybridModel: `test_hybrid.py`. The formulas
-themselves: `test_losses.py`, `test_layouts_formula.py`.
+Not covered here: context parallelism and packed samples (Megatron's local attention has neither); transformer-engine's modules, so no
+fp8 and no selective recomputation of layernorm (0.19 asks transformer-engine whether fp8 is on), moe_act (grouped GEMM only),
+mla_up_proj and gdn_norm_out (other attention); all-to-all with ETP and EP at once (gloo gathers equal pieces only); CUDA's reductions;
+more than four ranks. HybridModel: `test_hybrid.py`. The formulas: `test_losses.py`, `test_layouts_formula.py`.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ import pytest
 from layout_rows import KINDS, LAYOUTS, ROWS, SAME_AS
 from small_run import gradients, outcome
 
-BOUND = 1e-5  # relative, in float32; measured: below 1e-6
+BOUND = 1e-5  # relative, in float32; measured: up to 3e-6
 
 
 def assert_same(world: Path, name: str, reference: str, scale: float = 1.0, bound: float = BOUND) -> None:
