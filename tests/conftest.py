@@ -1,7 +1,9 @@
 """Settings and the fixture shared by all tests."""
 
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -22,3 +24,11 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     run_all(folder)
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The measured errors of the layout tests, where they ran."""
+    if "layout_errors" in sys.modules and (lines := sys.modules["layout_errors"].measured.table()):
+        terminalreporter.section("router gradients against one rank: worst relative error")
+        for line in lines:
+            terminalreporter.line(line)

@@ -60,7 +60,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ep-allgather": (2, (*EP, *ALLGATHER)),
     "pp": (2, PP),
     "vpp": (2, VPP),
-    "tp-ep": (4, (*TP, *EP, *ALLGATHER)),  # ETP 2; all-to-all gathers pieces of unequal size there, which gloo has not
+    "tp-ep": (4, (*TP, *EP)),  # ETP 2
     "tp-ep-etp1": (4, (*TP, *EP, *ETP1)),
     "tp-pp": (4, (*TP, *PP)),
     "ep-pp": (4, (*EP, *PP, "--use-distributed-optimizer")),

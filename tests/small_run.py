@@ -120,11 +120,12 @@ def free_ports(count: int) -> list[int]:
         return [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(count)]
 
 
-def run_table(ranks: int, table: list[dict[str, Any]], folder: Path) -> None:
-    """Run the jobs of a table in one set of gloo ranks; the log goes to folder/ranksN.log."""
-    path = folder / f"table{ranks}.json"
+def run_table(ranks: int, table: list[dict[str, Any]], folder: Path, name: str = "") -> None:
+    """Run the jobs of a table in one set of gloo ranks; the log goes to folder/NAME.log, by default ranksN.log."""
+    name = name or f"ranks{ranks}"
+    path = folder / f"{name}.table.json"
     path.write_text(json.dumps([row | {"port": port} for row, port in zip(table, free_ports(len(table)), strict=True)]))
-    log = folder / f"ranks{ranks}.log"
+    log = folder / f"{name}.log"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as stream:

@@ -10,21 +10,23 @@ micro-batch of B samples, with u_i = 1 / B, or the sample's loss tokens n_i unde
 4. DDP averages over DP x CP (per-token: sums). The distributed optimizer reduces the same to one piece a rank.
 5. `finalize_model_grads` divides by the loss tokens of the global batch under per-token loss. Expert parallelism moves tokens after
    the routers; ETP splits the experts alone.
-What is left is coeff / Z / N * sum over the N samples of the global batch, or the same weighted by n_i / sum n. Megatron's own losses
-at the routers add to it. The log divides: each sample's figures stand on tp * cp ranks.
+In a pack u_i is packs / samples of its global batch, and a micro-batch is one pack. What is left is coeff / Z / N * sum over the N
+samples of the global batch, or the same weighted by n_i / sum n. Megatron's own losses at the routers add to it. The log divides: each
+sample's figures stand on tp * cp ranks.
 
 The rows stand in `layout_rows`. A gradient is read after `finalize_model_grads` and before clipping: one read earlier cannot see a
 wrong scale. With the language-model loss times 0 and no loss of Megatron's ("alone") it is the alignment's and nothing else.
 
-Not covered here: context parallelism and packed samples (Megatron's local attention has neither); transformer-engine's modules, so no
-fp8 and no selective recomputation of layernorm (0.19 asks transformer-engine whether fp8 is on), moe_act (grouped GEMM only),
-mla_up_proj and gdn_norm_out (other attention); all-to-all with ETP and EP at once (gloo gathers equal pieces only); CUDA's reductions;
-more than four ranks. HybridModel: `test_hybrid.py`. The formulas: `test_losses.py`, `test_layouts_formula.py`.
+Not covered here: transformer-engine's modules, so no fp8 and no selective recomputation of layernorm (0.19 asks transformer-engine
+whether fp8 is on), moe_act (grouped GEMM only), mla_up_proj and gdn_norm_out (other attention); CUDA's kernels and reductions; more than
+four ranks. Packed samples: `test_layouts_packed.py`. HybridModel: `test_hybrid.py`. The formulas: `test_losses.py`,
+`test_layouts_formula.py`, `test_alignment_reference.py`.
 """
 
 from pathlib import Path
 
 import pytest
+from layout_errors import measured
 from layout_rows import KINDS, LAYOUTS, ROWS, SAME_AS
 from small_run import gradients, outcome
 
@@ -37,6 +39,7 @@ def assert_same(world: Path, name: str, reference: str, scale: float = 1.0, boun
     assert sorted(found) == sorted(expected)
     for layer, gradient in expected.items():
         difference = (found[layer] / scale - gradient).norm()
+        measured.note(name, float(difference / gradient.norm()) if difference else 0.0)
         assert difference <= bound * gradient.norm(), f"layer {layer}: {difference} of {gradient.norm()}"  # where it is 0, exactly 0
     assert_same_figures(world, name, reference, bound)
 
