@@ -105,6 +105,8 @@ def run_row(row: dict[str, Any], out: Path) -> None:
             module = importlib.import_module(f"ramoe_megatron.jobs.{row['job']}")
         module.main()
     except RamoeError as error:
+        if int(os.environ["WORLD_SIZE"]) > 1:
+            raise  # a rank that meets it alone must not have the others wait, as in `run_job`
         result["error"] = str(error)
     steps = [*seen["steps"], logged()]
     result |= {"first": steps[0], "figures": steps[-1], "steps": steps, "seconds": time.monotonic() - started}
