@@ -1,10 +1,8 @@
 """A small world on disk, the flags of a small MoE model, and the tables of jobs that the layout tests run on it."""
 
-import contextlib
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -115,16 +113,11 @@ def profile_flags(folder: Path, output: str, *more: str) -> list[str]:
     return offline_flags(folder, output, *own, *more)
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:  # all open at once, so that no two are the same
-        return [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(count)]
-
-
 def run_table(ranks: int, table: list[dict[str, Any]], folder: Path, name: str = "") -> None:
     """Run the jobs of a table in one set of gloo ranks; the log goes to folder/NAME.log, by default ranksN.log."""
     name = name or f"ranks{ranks}"
     path = folder / f"{name}.table.json"
-    path.write_text(json.dumps([row | {"port": port} for row, port in zip(table, free_ports(len(table)), strict=True)]))
+    path.write_text(json.dumps(table))
     log = folder / f"{name}.log"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --nproc-per-node N tests/worker.py TABLE.json OUT
 
-Each row: {"name", "job", "argv", "port"}: a job of `ramoe_megatron.jobs`, or a script, run as from the command line, whose ranks meet
-at that port; with "lm": 0 the language-model loss is multiplied by 0. A row runs in a fork of its rank, which has imported Megatron
+Each row: {"name", "job", "argv"}: a job of `ramoe_megatron.jobs`, or a script, run as from the command line; with "lm": 0 the
+language-model loss is multiplied by 0. A row runs in a fork of its rank, which has imported Megatron
 and done nothing else: imports are paid once, and no row sees what another left. Recorded per row and rank, in OUT/NAME.RANK.safetensors:
 the router gradients of the first step after `finalize_model_grads` (before clipping), and the weights at the end; in OUT/NAME.json
 (rank 0): the figures that each step logged ("steps"; "first" and "figures" are the first and the last of them) and the seconds that the
@@ -49,8 +49,7 @@ def main() -> None:
 def run_in_fork(row: dict[str, Any], out: Path) -> None:
     child = os.fork()
     if child == 0:
-        # torchrun's own store is one for all rows
-        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(row["port"])}
+        meet_apart(row["name"])
         status = 1
         try:
             run_row(row, out)
@@ -65,6 +64,18 @@ def run_in_fork(row: dict[str, Any], out: Path) -> None:
     _, status = os.waitpid(child, 0)
     if status:
         sys.exit(f"the row {row['name']} failed")
+
+
+def meet_apart(name: str) -> None:
+    """Ranks meet at torchrun's own store, which is one for all rows: each under its own name there."""
+    init_process_group = torch.distributed.init_process_group
+
+    def under_name(*args: Any, **kwargs: Any) -> Any:
+        host, port, ranks = (os.environ[key] for key in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
+        shared = torch.distributed.TCPStore(host, int(port), int(ranks), is_master=False)
+        return init_process_group(*args, **kwargs | {"store": torch.distributed.PrefixStore(name, shared)})
+
+    torch.distributed.init_process_group = under_name
 
 
 def run_row(row: dict[str, Any], out: Path) -> None:
