@@ -12,6 +12,7 @@ class Variant:
     """One way to align, measured against stock Megatron."""
 
     name: str
+    """Which layers are aligned, by which tokens."""
     layers: str
     """Aligned layers, as `--ramoe-layers`."""
     tokens: str = "last"
@@ -31,7 +32,7 @@ class Variant:
         )
 
 
-HALF = Variant("half of the layers, last token", "1-2")
+HALF = Variant("half, last token", "1-2")
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ BASE = Shape(
     "base",
     variants=(
         HALF,
-        Variant("half of the layers, prompt tokens", "1-2", "prompt"),
-        Variant("half of the layers, prompt tokens, pooled by token", "1-2", "prompt", "token"),
-        Variant("one layer, last token", "1-1"),
-        Variant("all layers, last token", "0-3"),
+        Variant("half, prompt tokens", "1-2", "prompt"),
+        Variant("half, prompt, by token", "1-2", "prompt", "token"),
+        Variant("one, last token", "1-1"),
+        Variant("all, last token", "0-3"),
     ),
 )
 TINY = replace(BASE, hidden=32, heads=2, ffn=32, experts=8, topk=2, sequence=32, samples=2, variants=BASE.variants[:3:2])
