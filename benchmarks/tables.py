@@ -29,7 +29,7 @@ def verdict(ratio: Ratio, target: float, at_most: bool) -> str:
 def training_table(results: Sequence[dict[str, Any]]) -> Table:
     """Step time and peak memory of each arm, and against stock Megatron."""
     table = Table(title=f"Training, against stock Megatron (targets: time <= {TIME}, memory <= {MEMORY})", title_justify="left")
-    columns = ("layers aligned", "step, ms", "ratio [95 %]", f"<= {TIME}", "activations, MB", "ratio", "all memory, MB", "ratio", f"<= {MEMORY}")
+    columns = ("layers aligned", "step, ms", "ratio [95 %]", f"<= {TIME}", "activations, MB", "ratio", "all, MB", "ratio", f"<= {MEMORY}")
     for column in columns:
         table.add_column(column, justify="left" if column == "layers aligned" else "right")
     for result in results:
