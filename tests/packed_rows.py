@@ -13,7 +13,7 @@ from layout_rows import CP, FULL, KINDS, LAYOUTS, OPTIONS, PER_TOKEN, PP, TP, Ro
 from ramoe_megatron.data.packing import PackedDataset
 from ramoe_megatron.data.parallel import load_examples
 
-PACKS, ROOM = 4, 96
+PACKS, ROOM = 4, 104
 MULTIPLES = {"PACKED": 1, "PACKED_CP": 4}  # of what a sample's room is: context parallelism slices each
 PACK = ("--ramoe-pack", "--micro-batch-size", "1", "--global-batch-size", str(PACKS))
 PACK = (*PACK, "--seq-length", str(ROOM), "--max-position-embeddings", str(ROOM))

@@ -13,6 +13,7 @@ row took, or the error.
 import importlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -57,6 +58,8 @@ def run_in_fork(row: dict[str, Any], out: Path) -> None:
         except BaseException:
             traceback.print_exc()
         finally:
+            for process in multiprocessing.active_children():  # Megatron's checkpoint writer keeps one, which would outlive its parent
+                process.terminate()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)

@@ -1,6 +1,7 @@
 """How a job starts: one place that turns the CPU backend on, parses Megatron's arguments, and prints our errors."""
 
 import contextlib
+import multiprocessing
 import os
 import sys
 import time
@@ -74,6 +75,8 @@ def _leave(status: int) -> None:
     if status == 0 and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if status:
+        for process in multiprocessing.active_children():  # Megatron's checkpoint writer keeps one, which would outlive its parent
+            process.terminate()
         os._exit(status)
 
 
