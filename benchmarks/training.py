@@ -115,19 +115,20 @@ def main() -> None:
     with megatron_arguments(add_arguments) as args:
         arms = build_arms(args, shape, folder, rounds)
         seconds = alternate({label: arm.seconds for label, arm in arms.items()}, rounds)
+        losses = {label: {name: float(value) for name, value in arm.losses.items()} for label, arm in arms.items()}
         # Torch's profiler counts the freeing of memory only where it saw it taken: a measured step of each model goes before.
         for arm in {id(arm.trained): arm for arm in arms.values()}.values():
             arm.memory(cuda_absent())
         memory = {label: arm.memory(cuda_absent()) for label, arm in arms.items()}
-        measured = {label: figures(label, arm, seconds, memory) for label, arm in arms.items()}
+        measured = {label: figures(label, seconds, memory) | {"losses": losses[label]} for label in arms}
         result = {"machine": machine(cuda_absent()), "shape": asdict(shape), "description": str(shape), "rounds": rounds, "arms": measured}
         if torch.distributed.get_rank() == 0:
             out.write_text(json.dumps(result, indent=1))
         save(arms[STOCK])
 
 
-def figures(label: str, arm: Arm, seconds: dict[str, list[float]], memory: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """What is told of an arm: seconds, bytes, each against stock, and the losses of its last step."""
+def figures(label: str, seconds: dict[str, list[float]], memory: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """What is told of an arm: seconds and bytes, each against stock."""
     own, stock = memory[label], memory[STOCK]
     return {
         "seconds": seconds[label],
@@ -135,7 +136,6 @@ def figures(label: str, arm: Arm, seconds: dict[str, list[float]], memory: dict[
         "bytes": own,
         "activations": own["activations"] / stock["activations"],
         "whole": (own["step"] + own["between"]) / (stock["step"] + stock["between"]),
-        "losses": {name: float(value) for name, value in arm.losses.items()},
     }
 
 

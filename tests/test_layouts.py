@@ -11,8 +11,8 @@ micro-batch of B samples, with u_i = 1 / B, or the sample's loss tokens n_i unde
 5. `finalize_model_grads` divides by the loss tokens of the global batch under per-token loss. Expert parallelism moves tokens after
    the routers; ETP splits the experts alone.
 In a pack u_i is packs / samples of its global batch, and a micro-batch is one pack. What is left is coeff / Z / N * sum over the N
-samples of the global batch, or the same weighted by n_i / sum n. Megatron's own losses at the routers add to it. The log divides: each
-sample's figures stand on tp * cp ranks.
+samples of the global batch, or the same weighted by n_i / sum n. Megatron's own losses at the routers add to it. What is
+logged are ratios of sums in which each sample stands tp * cp times.
 
 The rows stand in `layout_rows`. A gradient is read after `finalize_model_grads` and before clipping: one read earlier cannot see a
 wrong scale. With the language-model loss times 0 and no loss of Megatron's ("alone") it is the alignment's and nothing else.

@@ -82,14 +82,14 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         return figures(self._totals().sum(dim=0))
 
     def _totals(self) -> Tensor:
-        """The step's sums over all ranks. [L, M], float64"""
-        from megatron.core import parallel_state
+        """The step's sums over all ranks. [L, M], float64
 
+        Each rank with a piece of a sequence (tensor and context parallel) holds the whole sequence's figures, so a sample stands there as
+        often as it has pieces: what is logged are ratios of these sums.
+        """
         totals_LM = self.sums_LM.double()
         torch.distributed.all_reduce(totals_LM)
-        # Pieces of one sequence (tensor and context parallel) each hold the whole sequence's figures.
-        holders = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
-        return totals_LM / holders
+        return totals_LM
 
     def report(
         self,
