@@ -4,7 +4,7 @@ A packed sample is computed as if it were alone, and a context-parallel rank's r
 after `finalize_model_grads`. Under per-token loss all of them agree. Without it Megatron's cross-entropy is a mean of the context-parallel
 ranks' means, so there only what alignment adds to the gradient is compared.
 
-Not covered: context parallelism beside tensor or pipeline parallelism, training on packs, reduced precision, attention dropout.
+Training on packs, and context parallelism beside other kinds: `test_layouts_packed.py`, `test_layouts.py`. Not covered: attention dropout.
 """
 
 import json

@@ -74,9 +74,10 @@ def meet_apart(name: str) -> None:
     init_process_group = torch.distributed.init_process_group
 
     def under_name(*args: Any, **kwargs: Any) -> Any:
-        host, port, ranks = (os.environ[key] for key in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
-        shared = torch.distributed.TCPStore(host, int(port), int(ranks), is_master=False)
-        return init_process_group(*args, **kwargs | {"store": torch.distributed.PrefixStore(name, shared)})
+        rank, ranks, port = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+        shared = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], port, ranks, is_master=False)
+        store = torch.distributed.PrefixStore(name, shared)
+        return init_process_group(*args, **kwargs | {"store": store, "rank": rank, "world_size": ranks})
 
     torch.distributed.init_process_group = under_name
 
