@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.unfinished import STATUS
 
 PASS_THROUGH = {"ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
 FILE = click.Path(path_type=Path)
@@ -26,7 +27,7 @@ class RamoeGroup(click.Group):
             ctx.exit(2)
         except KeyboardInterrupt as stop:  # Ctrl-C, or a signal that says its name
             click.secho(f"ramoe: stopped{f' by {stop}' if str(stop) else ''}", fg="red", err=True)
-            ctx.exit(130)
+            ctx.exit(STATUS if getattr(stop, "resumes", False) else 130)
 
 
 @click.group(cls=RamoeGroup, context_settings={"help_option_names": ["--help", "-h"]})
@@ -55,8 +56,11 @@ def main() -> None:
 )
 @click.option("--until", "last", metavar="STAGE", help="End after this stage.")
 @click.option("--out", type=FOLDER, help="Run folder.  [default: runs/NAME]")
-@click.option("--dry-run", is_flag=True, help="Tell what would run, why, and with which command lines.")
-def run(recipe: Path, changes: tuple[str, ...], first: str | None, last: str | None, out: Path | None, dry_run: bool) -> None:
+@click.option("--launcher", type=click.Choice(["local", "slurm"]), help="Run here, or submit a Slurm job a stage.  [default: the recipe's]")
+@click.option("--dry-run", is_flag=True, help="Tell what would run, why, and with which command lines and scripts.")
+def run(
+    recipe: Path, changes: tuple[str, ...], first: str | None, last: str | None, out: Path | None, launcher: str | None, dry_run: bool
+) -> None:
     """Run a recipe: data, base model, taxonomy, profile, fine-tuning, evaluation, report.
 
     A second run skips what stands; a changed setting reruns what depends on it. STAGE is data, pretrain, taxonomy,
@@ -64,6 +68,7 @@ def run(recipe: Path, changes: tuple[str, ...], first: str | None, last: str | N
     """
     from ramoe_megatron.recipe.runner import StageFailed, run_recipe
 
+    changes += (f"launch.launcher={launcher}",) if launcher else ()
     try:
         run_recipe(recipe, changes, out, first, last, dry_run)
     except StageFailed as failure:
@@ -80,14 +85,19 @@ def _job(name: str, summary: str) -> None:
     @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
     def command(ranks: int, nodes: int, flags: tuple[str, ...]) -> None:
         import os
+        import shlex
 
         from ramoe_megatron.recipe.launch import Place, launch, python_command, rank_environment
         from ramoe_megatron.recipe.processes import stop_signals
 
         place = Place.from_environment(nodes, os.environ)
-        module = (f"ramoe_megatron.jobs.{name}", *flags)
+        words = python_command((f"ramoe_megatron.jobs.{name}", *flags), ranks, place)
+        if place.node == 0:
+            click.echo(f"ramoe: {shlex.join(words)}", err=True)
         with stop_signals():
-            outcome = launch(python_command(module, ranks, place), rank_environment(ranks, os.environ))
+            outcome = launch(words, rank_environment(ranks, os.environ))
+        if outcome.unfinished and place.node == 0:
+            click.secho(f"ramoe: unfinished: {outcome.unfinished}", fg="yellow", err=True)
         sys.exit(outcome.status)
 
 

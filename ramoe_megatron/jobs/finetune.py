@@ -13,7 +13,7 @@ def main() -> None:
     from ramoe_megatron.mcore import compat
     from ramoe_megatron.mcore.alignment import attach
     from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
-    from ramoe_megatron.mcore.checkpoint import explained_mismatch, has_checkpoint, require_checkpoint
+    from ramoe_megatron.mcore.checkpoint import explained_mismatch, has_checkpoint, require_checkpoint, told_when_unfinished
 
     with megatron_arguments(add_arguments) as args:
         from megatron.training import pretrain
@@ -31,7 +31,7 @@ def main() -> None:
             require_checkpoint(args.pretrained_checkpoint, "--pretrained-checkpoint")
         elif args.finetune and args.load and not resumes:
             require_checkpoint(args.load, "--load")
-        with explained_mismatch(args.load if resumes else args.pretrained_checkpoint):
+        with explained_mismatch(args.load if resumes else args.pretrained_checkpoint), told_when_unfinished(args):
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),
                 dataset_provider,

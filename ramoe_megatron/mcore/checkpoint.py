@@ -4,8 +4,10 @@ import contextlib
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.unfinished import tell_unfinished
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -44,3 +46,16 @@ def explained_mismatch(folder: str | None) -> Iterator[None]:
         raise RamoeError(
             f"the checkpoint in {folder} does not fit the model flags: {found[:300]}. Give the model flags that it was trained with"
         ) from error
+
+
+@contextlib.contextmanager
+def told_when_unfinished(args: Any) -> Iterator[None]:
+    """Around `pretrain()`, which leaves by `sys.exit(0)` on Megatron's exit signal, duration or interval: says how far it came."""
+    try:
+        yield
+    except SystemExit as stop:
+        done = args.curr_iteration + 1  # the iteration that it ended after
+        if not stop.code and done < args.train_iters:
+            saved = f"the checkpoint is in {args.save}, and the same command goes on" if args.save else "nothing is saved without --save"
+            tell_unfinished(f"stopped after iteration {done} of {args.train_iters}; {saved}")
+        raise

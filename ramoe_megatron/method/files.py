@@ -16,6 +16,8 @@ FORMATS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ramoe-evaluation": (1, ("method", "seed", "checkpoint", "split", "data", "rows", "mass", "examples")),
     "ramoe-prediction": (1, ("rows", "verdict", "limits")),
     "ramoe-results": (1, ("recipe", "anchor", "methods", "seeds", "rows", "summary", "mass", "ci_gain")),
+    "ramoe-stage": (1, ("recipe", "stage")),
+    "ramoe-slurm": (1, ("recipe", "jobs")),
     "ramoe-experts": (1, ()),
     "ramoe-priors": (1, ()),
 }

@@ -9,6 +9,7 @@ import os
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections import deque
@@ -19,7 +20,8 @@ from typing import IO
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.recipe.output import Progress, parse_progress
-from ramoe_megatron.recipe.processes import MARK, end_processes
+from ramoe_megatron.recipe.processes import MARK, SaveRequest, end_processes, ignore_warning
+from ramoe_megatron.unfinished import STATUS, VARIABLE
 
 GRACE_SECONDS = 15.0  # between TERM and KILL
 
@@ -80,11 +82,12 @@ def rank_environment(ranks: int, environment: Mapping[str, str]) -> dict[str, st
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a launch ended."""
+    """How a launch ended. `unfinished`: why a training ended early and on purpose (the status is then 75), else None."""
 
     status: int
     last_lines: list[str]
     seconds: float
+    unfinished: str | None = None
 
 
 def launch(
@@ -100,23 +103,35 @@ def launch(
     On any exception, Ctrl-C included, and also after an ordinary end, every process that descends from the command is
     ended: TERM, then KILL after `grace` seconds; a second Ctrl-C kills at once. `while_running` is called about twice
     a second.
+
+    A command with Megatron's --exit-signal-handler is not ended by SIGTERM or SIGUSR1: its ranks are asked to save (`SaveRequest`).
     """
     mark = uuid.uuid4().hex
     started = time.monotonic()
     lines: deque[str] = deque(maxlen=5000)
-    with _opened(log) as sink:
+    saving = SaveRequest(mark)
+    saves = "--exit-signal-handler" in command
+
+    def watch() -> None:
+        saving.pass_on()
+        if while_running:
+            while_running()
+
+    with _opened(log) as sink, tempfile.TemporaryDirectory() as scratch, saving.listening() if saves else contextlib.nullcontext():
+        note = Path(scratch) / "unfinished"
         if sink:
             sink.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(command)}\n".encode())
         process = subprocess.Popen(
             command,
-            env={**environment, MARK: mark},
+            env={**environment, MARK: mark, VARIABLE: str(note)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if sink else None,
             stderr=subprocess.STDOUT if sink else None,
             start_new_session=True,
+            preexec_fn=ignore_warning,
         )
         try:
-            for line in _lines(process, sink, while_running):
+            for line in _lines(process, sink, watch):
                 lines.append(line)
                 if on_progress and (progress := parse_progress(line)):
                     on_progress(progress)
@@ -125,7 +140,10 @@ def launch(
             end_processes(process, mark, grace)
             if process.stdout:
                 process.stdout.close()
-    return Outcome(status, list(lines), time.monotonic() - started)
+        unfinished = note.read_text(encoding="utf-8") if note.is_file() else None
+    if saving.asked and status and not unfinished:
+        unfinished = "stopped by a signal before an iteration was done"
+    return Outcome(STATUS if unfinished else status, list(lines), time.monotonic() - started, unfinished)
 
 
 @contextlib.contextmanager
@@ -138,7 +156,7 @@ def _opened(log: Path | None) -> Iterator[IO[bytes] | None]:
         yield sink
 
 
-def _lines(process: subprocess.Popen[bytes], sink: IO[bytes] | None, while_running: Callable[[], None] | None) -> Iterator[str]:
+def _lines(process: subprocess.Popen[bytes], sink: IO[bytes] | None, while_running: Callable[[], None]) -> Iterator[str]:
     """Lines of output until the process has ended; a grandchild that keeps the pipe open does not hold this up."""
     with selectors.DefaultSelector() as selector:
         if process.stdout:
@@ -160,7 +178,6 @@ def _lines(process: subprocess.Popen[bytes], sink: IO[bytes] | None, while_runni
                 yield from (line.decode(errors="replace") for line in whole)
             elif ended:
                 break
-            if while_running:
-                while_running()
+            while_running()
         if rest:
             yield rest.decode(errors="replace")

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ from ramoe_megatron.recipe.digests import digest_path, digest_value
 from ramoe_megatron.recipe.stage import Stage
 
 FORMAT, VERSION = "ramoe-manifest", 1
+LOCK_SECONDS = 60.0  # reading and writing manifest.json takes milliseconds; a network file system may be slow
 
 
 @dataclass
@@ -32,6 +34,10 @@ class Entry:
     ended: str | None = None
     command: list[str] = field(default_factory=list)
     ranks: int = 1
+    job: str | None = None
+    """Slurm's job id, where the stage ran in one."""
+    nodes: str | None = None
+    """That job's node list."""
 
     @property
     def identity(self) -> str:
@@ -42,6 +48,8 @@ class Entry:
 class Manifest:
     """The record of one run folder, read on opening and written atomically at every change.
 
+    Several jobs of one recipe may each run a stage at the same time: a stage's entry is put into what the file holds by then.
+
     Raises RamoeError when the folder holds another recipe's results, something that is no run, or a damaged manifest.
     """
 
@@ -51,7 +59,7 @@ class Manifest:
         self.flags: dict[str, Any] = {}
         if self.path.is_file():
             self._read()
-        elif folder.is_dir() and (found := sorted(p.name for p in folder.iterdir() if p.name != ".lock")):
+        elif folder.is_dir() and (found := sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))):
             raise RamoeError(
                 f"{folder} is not empty ({', '.join(found[:5])}) and holds no manifest.json, so it is no run folder: give another --out"
             )
@@ -110,6 +118,8 @@ class Manifest:
             started=now(),
             command=list(stage.command),
             ranks=stage.ranks,
+            job=os.environ.get("SLURM_JOB_ID"),
+            nodes=os.environ.get("SLURM_JOB_NODELIST"),
         )
 
     def reason_to_run(self, stage: Stage) -> str | None:
@@ -144,27 +154,32 @@ class Manifest:
         resumes = old is not None and old.state != "done" and old.identity == entry.identity
         if not resumes:
             self.supersede((*stage.outputs, *stage.traces), stage.name)
-        self.stages[stage.name] = entry
-        self.write()
+        self._record(stage, entry)
         return resumes
 
     def finish(self, stage: Stage) -> None:
         """Record that the stage is done. Raises RamoeError when an output is missing."""
         entry = self.stages[stage.name]
         if missing := [self.name(path) for path in stage.outputs if not path.exists()]:
-            entry.state, entry.ended = "failed", now()
-            self.write()
+            self.fail(stage)
             raise RamoeError(f"{stage.name} ended without an error, but {missing[0]} is missing; see {self.folder / stage.log}")
         entry.outputs = {self.name(path): "" for path in stage.outputs}  # the maker's mark is found through the names
         entry.outputs = {self.name(path): self.digest(path) or "" for path in stage.outputs}
         entry.state, entry.ended = "done", now()
-        self.write()
+        self._record(stage, entry)
 
     def fail(self, stage: Stage) -> None:
         """Record that the stage failed."""
         entry = self.stages[stage.name]
         entry.state, entry.ended = "failed", now()
-        self.write()
+        self._record(stage, entry)
+
+    def _record(self, stage: Stage, entry: Entry) -> None:
+        with locked(self.folder, ".manifest.lock", LOCK_SECONDS):
+            if self.path.is_file():
+                self._read()
+            self.stages[stage.name] = entry
+            self.write()
 
     def supersede(self, paths: tuple[Path, ...], why: str) -> None:
         """Move what exists of `paths` to superseded/TIME-STAGE/, keeping its place in the run folder."""
@@ -179,14 +194,15 @@ class Manifest:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder for one run. Raises RamoeError when another one is at work in it."""
+def locked(folder: Path, name: str = ".lock", patience: float = 0) -> Iterator[None]:
+    """Hold the run folder (or, by another `name`, a part of it). Raises RamoeError when another run still holds it after
+    `patience` seconds."""
     import filelock
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
+    lock = filelock.FileLock(folder / name)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except filelock.Timeout:
         raise RamoeError(f"another run is at work in {folder}: wait for it to end, stop it, or give another --out") from None
     try:

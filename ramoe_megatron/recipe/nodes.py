@@ -81,8 +81,11 @@ class Leader:
             follower.close()
 
 
-def follow(place: Place, folder: Path, patience: float = CONNECT_SECONDS) -> None:
-    """The other nodes' side: run what node 0 tells until it closes the connection. Logs go to logs/STAGE.node-K.log."""
+def follow(place: Place, folder: Path, patience: float = CONNECT_SECONDS) -> int:
+    """The other nodes' side: run what node 0 tells until it closes the connection. Logs go to logs/STAGE.node-K.log.
+
+    Returns 0, or 75 when a training stopped early to go on later. Raises RamoeError when a stage fails here, or node 0 has gone.
+    """
     with _connected(place, patience) as link:
         for order in _orders(link):
             log = folder / order["log"]
@@ -90,9 +93,19 @@ def follow(place: Place, folder: Path, patience: float = CONNECT_SECONDS) -> Non
             command = python_command(order["arguments"], order["ranks"], place)
             own_log = log.with_suffix(f".node-{place.node}.log")
             outcome = launch(command, environment, own_log, while_running=lambda: _look(link, "node 0"))
+            if outcome.unfinished:
+                _await_end(link)  # this node's ranks may end first, and node 0 takes a closed connection for a lost node
+                return outcome.status
             if outcome.status:
                 text, _ = relevant_lines(outcome.last_lines)
                 raise RamoeError("\n  ".join([f"{log.stem} failed on node {place.node}:", *text, f"log: {own_log}"]))
+    return 0
+
+
+def _await_end(link: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while link.recv(4096):
+            pass
 
 
 @contextlib.contextmanager

@@ -137,7 +137,9 @@ class _Plan:
             "load": str(self._checkpoint(name)),
             "tensorboard-dir": str(self._curves(name)),
         }
-        return {**flags, **interval, "seed": seed}, places
+        # A job near its time limit saves and goes back into the queue.
+        handler: dict[str, FlagValue] = {"exit-signal-handler": True} if self.recipe.launch.launcher == "slurm" else {}
+        return {**flags, **interval, **handler, "seed": seed}, places
 
     def _pretrain(self) -> Stage:
         flags, places = self._training("base", self.recipe.pretrain_flags(), self.recipe.seed)

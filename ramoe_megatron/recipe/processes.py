@@ -1,34 +1,87 @@
-"""Ending processes: signals that stop a run, and leaving nothing behind."""
+"""Ending processes: signals that stop a run, ranks that are asked to save first, and leaving nothing behind."""
 
 import contextlib
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 MARK = "RAMOE_LAUNCH"  # environment variable that all processes of a launch inherit
 
 
+WARNING = signal.SIGUSR1  # what the Slurm scripts ask for some minutes before the time limit
+
+
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: handled as Ctrl-C is."""
+    """A signal that stops a run: handled as Ctrl-C is. `args[0]` is its name."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it was the warning before a time limit: the same command is to go on."""
+        return self.args == (WARNING.name,)
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Stopped`, so that the processes started here are ended on the way out."""
+    """SIGTERM, SIGHUP and SIGUSR1 raise `Stopped`, so that the processes started here are ended on the way out.
+
+    It names the first signal that came: after the warning, Slurm ends the nodes that are not done yet by a SIGTERM.
+    """
+    came: list[str] = []
 
     def stop(number: int, _frame: object) -> None:
-        raise Stopped(signal.Signals(number).name)
+        came.append(signal.Signals(number).name)
+        raise Stopped(came[0])
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, stop) for number in numbers]
+    with _handling((signal.SIGTERM, signal.SIGHUP, WARNING), stop):
+        yield
+
+
+class SaveRequest:
+    """SIGTERM and SIGUSR1, passed on to ranks that save a checkpoint and end by themselves (`--exit-signal-handler`).
+
+    They go to the ranks, not to torchrun, which would give them 30 seconds and then kill them. Each rank is asked once, also one that
+    starts only later: a second signal could meet it on its way out, its handler gone. A rank that has not set Megatron's handler yet just
+    ends.
+    """
+
+    def __init__(self, mark: str) -> None:
+        self.mark, self.asked = mark, False
+        self._told: set[int] = set()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """While the ranks run."""
+
+        def ask(_number: int, _frame: object) -> None:
+            self.asked = True
+
+        with _handling((signal.SIGTERM, WARNING), ask):
+            yield
+
+    def pass_on(self) -> None:
+        """Called now and then: sends SIGTERM to the ranks if a signal has come."""
+        if self.asked:
+            untold = set(_ranks(self.mark)) - self._told
+            self._told |= untold
+            _signal_each(sorted(untold), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _handling(numbers: Sequence[signal.Signals], handler: Callable[[int, object], None]) -> Iterator[None]:
+    before = [signal.signal(number, handler) for number in numbers]
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)
+
+
+def ignore_warning() -> None:
+    """In a child before it runs its program: Slurm signals every process of a step, and torchrun would die of SIGUSR1."""
+    signal.signal(WARNING, signal.SIG_IGN)
 
 
 def end_processes(process: subprocess.Popen[bytes], mark: str, grace: float) -> None:
@@ -71,13 +124,34 @@ def _signal_each(processes: Sequence[int], number: signal.Signals) -> None:
 
 def _marked(mark: str) -> list[int]:
     """Living processes with the mark in their environment."""
+    return [number for number, _ in _marked_with_variables(mark)]
+
+
+def _ranks(mark: str) -> list[int]:
+    """Of those, the ranks that torchrun started, without what they started themselves (loaders, the checkpoint's writers)."""
+    inside = {number for number, variables in _marked_with_variables(mark) if any(v.startswith(b"LOCAL_RANK=") for v in variables)}
+    return [number for number in inside if _parent(number) not in inside]
+
+
+def _marked_with_variables(mark: str) -> list[tuple[int, list[bytes]]]:
     wanted, found = f"{MARK}={mark}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            environment = (folder / "environ").read_bytes()
-            state = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            state = _stat(int(folder.name))[0]
         except OSError:
             continue
-        if state != "Z" and wanted in environment.split(b"\0"):
-            found.append(int(folder.name))
+        if state != "Z" and wanted in variables:
+            found.append((int(folder.name), variables))
     return found
+
+
+def _parent(process: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(_stat(process)[1])
+    return 0
+
+
+def _stat(process: int) -> list[str]:
+    """State, parent and what follows in /proc/PID/stat."""
+    return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.files import atomic_write_text, read_json
-from ramoe_megatron.recipe import flags
+from ramoe_megatron.recipe import chain, flags
 from ramoe_megatron.recipe.console import RunConsole
 from ramoe_megatron.recipe.digests import digest_value
 from ramoe_megatron.recipe.launch import Place, launch, python_command, rank_environment
@@ -40,7 +40,7 @@ def run_recipe(
     dry_run: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Run a recipe's stages into `out` (runs/NAME by default).
+    """Run a recipe's stages into `out` (runs/NAME by default), or submit them where `launch.launcher` is slurm.
 
     `first`: leave the stages before it as they are, and run it even if its result stands. `last`: end after it. Both
     name a stage ("finetune/sft-seed1") or a kind ("finetune": its first or last stage). `dry_run` only tells what
@@ -54,18 +54,41 @@ def run_recipe(
     flags.check_layout(recipe, flags.cuda_devices(os.environ))
     plan = make_plan(recipe, folder, path.parent)
     begin, end = select(plan, first, last)
+    if recipe.launch.launcher == "slurm":
+        if dry_run:
+            manifest = Manifest(folder, recipe.name)
+            chain.tell(plan[begin:end], chain.links(plan[begin:end], manifest, first is not None), recipe, manifest, console)
+        else:
+            _submit(recipe, path, plan, plan[begin:end], folder, first is not None, console)
+        return
     place = Place.from_environment(recipe.launch.nodes, os.environ)
     if dry_run:
         _tell(plan[begin:end], Manifest(folder, recipe.name), first is not None, console, place)
         return
     with stop_signals():
         if place.node > 0:
-            follow(place, folder)
+            if status := follow(place, folder):
+                raise StageFailed("unfinished: see node 0", status)
             return
         with locked(folder), Leader(place) as leader:
+            chain.refuse_live(folder)
             manifest = Manifest(folder, recipe.name)
             _prepare(recipe, path, plan, manifest)
             run_stages(plan, begin, end, manifest, console, first is not None, place, leader)
+
+
+def _submit(
+    recipe: Recipe, path: Path, plan: Sequence[Stage], stages: Sequence[Stage], folder: Path, force: bool, console: Console
+) -> None:
+    """Submit the stages as a chain of Slurm jobs."""
+    with locked(folder):
+        chain.refuse_live(folder)
+        manifest = Manifest(folder, recipe.name)
+        _prepare(recipe, path, plan, manifest)
+        after = chain.links(stages, manifest, force)
+        for stage in (stage for stage in stages if stage.name in after):
+            _check_inputs(stage, plan, manifest, made=[s for s in stages if s.name in after])
+        chain.submit(stages, after, recipe, manifest, console, stages[0].name if force else None)
 
 
 def select(plan: Sequence[Stage], first: str | None, last: str | None) -> tuple[int, int]:
@@ -149,6 +172,8 @@ def run_stages(
             except Exception:  # Ctrl-C leaves it as started: "interrupted before"
                 manifest.fail(stage)
                 raise
+            if outcome.unfinished:  # stays as started: "interrupted before"
+                raise StageFailed(f"stage {stage.name} is unfinished: {outcome.unfinished}", outcome.status)
             if outcome.status:
                 manifest.fail(stage)
                 raise _failure(stage, manifest.folder, outcome.last_lines, outcome.status)
@@ -161,9 +186,10 @@ def run_stages(
             shown.report(manifest.folder)
 
 
-def _check_inputs(stage: Stage, plan: Sequence[Stage], manifest: Manifest) -> None:
+def _check_inputs(stage: Stage, plan: Sequence[Stage], manifest: Manifest, made: Sequence[Stage] = ()) -> None:
+    """`made`: stages that will have run before it."""
     for path in stage.inputs:
-        if path.exists() or path == stage.weights:
+        if path.exists() or path == stage.weights or any(path in other.outputs for other in made):
             continue
         maker = next((other.name for other in plan if path in other.outputs), None)
         what = f"run `--from {maker}`, which writes it" if maker else "restore it, or correct the recipe"

@@ -34,6 +34,15 @@ RESERVED_FLAGS = {
     "tensorboard-dir": "--out (the run folder)",
     "seed": "seed (data and base model) and seeds (fine-tuning)",
 }
+# Options of sbatch that a stage's job sets itself; each with what is meant instead.
+_OWN = "leave it out"
+RESERVED_SBATCH = {
+    **dict.fromkeys(("dependency", "kill-on-invalid-dep", "parsable", "output", "open-mode", "requeue", "no-requeue", "job-name"), _OWN),
+    **dict.fromkeys(("array", "wrap", "chdir", "hold"), _OWN),
+    "nodes": "use launch.nodes",
+    "ntasks-per-node": "one task a node starts launch.ranks-per-node ranks",
+    "ntasks": "one task a node starts launch.ranks-per-node ranks",
+}
 
 
 def _kebab(name: str) -> str:
@@ -53,6 +62,19 @@ def _flags(flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
     return flags
 
 
+def _sbatch(options: dict[str, FlagValue]) -> dict[str, FlagValue]:
+    for name, value in options.items():
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+            raise ValueError(f"{name!r} is no option of sbatch: write its long name without the leading dashes, such as partition")
+        if name in RESERVED_SBATCH:
+            raise ValueError(f"{name} is set by the job itself; {RESERVED_SBATCH[name]}")
+        if name == "signal" and not re.fullmatch(r"USR1@[0-9]+", str(value)):
+            raise ValueError(f"signal: expected USR1@SECONDS, the warning that makes a job save before its time limit; found {value!r}")
+        if isinstance(value, list):
+            raise ValueError(f"{name}: expected one value, as sbatch takes it; found a list")
+    return options
+
+
 def _count_to_seeds(value: Any) -> Any:
     return list(range(1, value + 1)) if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -62,6 +84,7 @@ def _as_list(value: Any) -> Any:
 
 
 Flags = Annotated[dict[str, FlagValue], AfterValidator(_flags)]
+SbatchOptions = Annotated[dict[str, FlagValue], AfterValidator(_sbatch)]
 Names = Annotated[list[str], BeforeValidator(_as_list)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -181,11 +204,31 @@ class Evaluate(Section):
     """Longest generated answer, in tokens; the taxonomy's when left out."""
 
 
+class Slurm(Section):
+    """What `--launcher slurm` asks Slurm for, one job a stage."""
+
+    sbatch: SbatchOptions = {}
+    """Options of sbatch by their long names without the dashes, such as partition, account, time, gpus-per-node."""
+    stages: dict[str, SbatchOptions] = {}
+    """Kind of stage (`finetune`) -> options that differ for it."""
+    setup: list[str] = []
+    """Shell lines at the start of each job, such as `module load cuda`."""
+    python: str | None = None
+    """Python on the nodes (in the container); by default the one that submits."""
+    container_image: str | None = None
+    """Image for pyxis/enroot (`srun --container-image`)."""
+    container_mounts: Names = []
+    """HOST:INSIDE pairs; the run folder and the data need their host paths inside too."""
+
+
 class Launch(Section):
     """The processes that every Megatron stage is started with."""
 
     ranks_per_node: PositiveInt = 1
     nodes: PositiveInt = 1
+    launcher: Literal["local", "slurm"] = "local"
+    """local: here, one stage after another; slurm: one job a stage, submitted as a chain."""
+    slurm: Slurm = Slurm()
     batch_tokens: PositiveInt | None = None
     """Tokens of a micro-batch on one rank, in the stages that score; the jobs' own default when left out."""
 

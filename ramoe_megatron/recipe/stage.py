@@ -1,8 +1,8 @@
 """A stage of a recipe: a command, what it reads, what it writes."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ramoe_megatron.method.files import read_json
 
@@ -50,3 +50,21 @@ class Stage:
     def log(self) -> Path:
         """Place of the log in the run folder."""
         return Path("logs") / f"{self.name.replace('/', '-')}.log"
+
+    def document(self) -> dict[str, Any]:
+        """The stage as plain JSON values, for a job that runs it later."""
+        return (
+            asdict(self)
+            | {name: [str(path) for path in getattr(self, name)] for name in _PATHS}
+            | {"weights": str(self.weights) if self.weights else None}
+        )
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> Self:
+        """The stage that `document` was made of."""
+        paths = {name: tuple(map(Path, document[name])) for name in _PATHS}
+        weights = Path(document["weights"]) if document["weights"] else None
+        return cls(**document | paths | {"command": tuple(document["command"]), "weights": weights})
+
+
+_PATHS = ("inputs", "outputs", "traces")

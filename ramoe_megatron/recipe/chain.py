@@ -1,0 +1,110 @@
+"""`ramoe run --launcher slurm`: one job a stage, each after those that make what it reads.
+
+RUN/slurm/STAGE.sbatch is a stage's script, RUN/slurm/STAGE.json what `recipe.job` runs in it, RUN/slurm.json the jobs by stage.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.files import atomic_write_text, load_document, save_document
+from ramoe_megatron.recipe import slurm
+from ramoe_megatron.recipe.manifest import Manifest
+from ramoe_megatron.recipe.schema import Recipe
+from ramoe_megatron.recipe.stage import Stage
+
+
+def links(stages: Sequence[Stage], manifest: Manifest, force_first: bool) -> dict[str, list[str]]:
+    """Stage to submit -> the stages among these that it comes after: those that make what it reads.
+
+    A stage whose result stands is left out, unless one that it reads from runs again (its job then looks whether the result changed).
+    """
+    found: dict[str, list[str]] = {}
+    makers: dict[Path, str] = {}
+    for place, stage in enumerate(stages):
+        after = sorted({makers[path] for path in stage.inputs if path in makers})
+        if after or manifest.reason_to_run(stage) or (force_first and place == 0):
+            found[stage.name] = after
+            makers |= dict.fromkeys(stage.outputs, stage.name)
+    return found
+
+
+def submit(
+    stages: Sequence[Stage], after: Mapping[str, Sequence[str]], recipe: Recipe, manifest: Manifest, console: Console, forced: str | None
+) -> None:
+    """Write and submit the jobs of the stages in `after` (of `links`). `forced`: the stage that runs even if its result stands.
+
+    Raises RamoeError with what sbatch says; what was submitted before that is cancelled.
+    """
+    folder, jobs = manifest.folder, dict[str, int]()
+    (folder / "logs").mkdir(exist_ok=True)  # Slurm does not make it, and the job would end without a word
+    try:
+        for stage in (stage for stage in stages if stage.name in after):
+            path = _path(folder, stage.name)
+            body = {"recipe": recipe.name, "stage": stage.document(), "forced": stage.name == forced}
+            save_document(path.with_suffix(".json"), "ramoe-stage", body)
+            atomic_write_text(path, slurm.script(stage, recipe, folder))
+            waits = [jobs[name] for name in after[stage.name]]
+            jobs[stage.name] = slurm.submit(path, waits)
+            waiting = f" after {', '.join(map(str, waits))}" if waits else ""
+            console.print(f"{jobs[stage.name]}  {stage.name}{waiting}", soft_wrap=True, highlight=False)
+        _save(folder, recipe.name, {**submitted(folder), **jobs})
+    except BaseException:
+        slurm.cancel(jobs.values())
+        raise
+    done = len(stages) - len(after)
+    stands = f", {done} stages stand" if done else ""
+    console.print(f"{len(jobs)} jobs submitted{stands}. How far they are: ramoe status {folder}", soft_wrap=True, highlight=False)
+
+
+def tell(stages: Sequence[Stage], after: Mapping[str, Sequence[str]], recipe: Recipe, manifest: Manifest, console: Console) -> None:
+    """The dry run: the scripts, and how they would be submitted."""
+    for stage in stages:
+        if stage.name not in after:
+            console.print(f"[bold]{stage.name}[/bold]: stands", soft_wrap=True, highlight=False)
+            continue
+        console.print(f"[bold]{stage.name}[/bold]: {_path(manifest.folder, stage.name)}", soft_wrap=True, highlight=False)
+        waits = [f"--dependency=afterok:{':'.join(f'<{name}>' for name in after[stage.name])}"] if after[stage.name] else []
+        words = ["sbatch", "--parsable", *waits, str(_path(manifest.folder, stage.name))]
+        console.print(f"  {' '.join(words)}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"  runs: {shlex.join(('python', '-m', *stage.arguments()))}", soft_wrap=True, highlight=False, markup=False)
+        console.print(slurm.script(stage, recipe, manifest.folder), soft_wrap=True, highlight=False, markup=False)
+
+
+def submitted(folder: Path) -> dict[str, int]:
+    """Stage -> id of the job that was last submitted for it, in the order of submission; empty without a chain."""
+    path = folder / "slurm.json"
+    return dict(load_document(path, "ramoe-slurm")["jobs"]) if path.exists() else {}
+
+
+def refuse_live(folder: Path) -> None:
+    """Raises RamoeError while jobs of an earlier `ramoe run --launcher slurm` into this folder are in the queue."""
+    jobs = submitted(folder)
+    if live := slurm.queue(jobs.values()):
+        named = ", ".join(f"{job} ({stage})" for stage, job in jobs.items() if job in live)
+        raise RamoeError(
+            f"{folder} has jobs in Slurm's queue: {named}. Wait for them (ramoe status {folder}), or take them out: scancel "
+            f"{' '.join(map(str, live))}"
+        )
+
+
+def read_stage(folder: Path, name: str) -> tuple[Stage, dict[str, Any]]:
+    """The stage of a job, and the whole of RUN/slurm/STAGE.json. Raises RamoeError when it is absent, foreign or cut short."""
+    path = _path(folder, name).with_suffix(".json")
+    document = load_document(path, "ramoe-stage")
+    try:
+        return Stage.from_document(document["stage"]), document
+    except (KeyError, TypeError) as error:
+        raise RamoeError(f"{path}: the stage in it is not whole ({error}): submit the recipe again") from error
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / "slurm" / f"{name.replace('/', '-')}.sbatch"
+
+
+def _save(folder: Path, recipe: str, jobs: Mapping[str, int]) -> None:
+    save_document(folder / "slurm.json", "ramoe-slurm", {"recipe": recipe, "jobs": dict(jobs)})

@@ -1,0 +1,55 @@
+"""`python -m ramoe_megatron.recipe.job RUN STAGE`: what each node of a stage's Slurm job runs.
+
+Node 0 looks whether the stage's result stands, and leads; the others start their ranks of it (`recipe.nodes`). Exit status 75: stopped
+before the time limit, to be started again; 2: the user's to mend.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe.chain import read_stage
+from ramoe_megatron.recipe.launch import Place
+from ramoe_megatron.recipe.manifest import Manifest, locked
+from ramoe_megatron.recipe.nodes import Leader, follow
+from ramoe_megatron.recipe.processes import Stopped, stop_signals
+from ramoe_megatron.recipe.runner import StageFailed, run_stages
+from ramoe_megatron.unfinished import STATUS
+
+LOCK_SECONDS = 120.0  # of a requeued job, for the processes of its first attempt that a lost node may still hold
+
+
+def main(arguments: list[str]) -> int:
+    """Run the stage on this node; the exit status."""
+    folder, name = Path(arguments[0]), arguments[1]
+    try:
+        with stop_signals():
+            return _run(folder, name)
+    except RamoeError as error:
+        print(f"ramoe: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except StageFailed as failure:
+        print(f"ramoe: {failure.text}", file=sys.stderr, flush=True)
+        return failure.status
+    except Stopped as stop:
+        print(f"ramoe: stopped by {stop}", file=sys.stderr, flush=True)
+        return STATUS if stop.resumes else 130
+
+
+def _run(folder: Path, name: str) -> int:
+    stage, document = read_stage(folder, name)
+    place = Place.from_environment(stage.nodes if stage.ranks else 1, os.environ)
+    if place.node > 0:
+        return follow(place, folder)
+    with locked(folder / ".locks", name.replace("/", "-"), LOCK_SECONDS), Leader(place) as leader:
+        manifest = Manifest(folder, document["recipe"])
+        console = Console(width=160, force_terminal=False)
+        run_stages([stage], 0, 1, manifest, console, bool(document.get("forced")), place, leader)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

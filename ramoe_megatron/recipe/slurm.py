@@ -1,0 +1,110 @@
+"""Slurm as a recipe needs it: the script of a stage's job, and the few commands (sbatch, squeue, scancel) that are asked."""
+
+import importlib.resources
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe.schema import FlagValue, Recipe
+from ramoe_megatron.recipe.stage import Stage
+
+WARNING_SECONDS = 300  # between the warning signal and the time limit: time for a checkpoint
+ASKING_SECONDS = 60.0  # a busy controller may answer late
+
+
+def script(stage: Stage, recipe: Recipe, folder: Path) -> str:
+    """The batch script of a stage's job: sbatch's options, the settings, what every job here does, and one command a node."""
+    slurm = recipe.launch.slurm
+    name = stage.name.replace("/", "-")
+    options: dict[str, FlagValue] = {
+        "job-name": f"{recipe.name}.{name}",
+        "nodes": stage.nodes if stage.ranks else 1,
+        "ntasks-per-node": 1,
+        "output": f"{folder / 'logs' / name}.slurm-%j.out",
+        "open-mode": "append",
+        "requeue": True,
+        "kill-on-invalid-dep": "yes",
+        "signal": f"USR1@{WARNING_SECONDS}",
+        **{key: value for key, value in {**slurm.sbatch, **slurm.stages.get(stage.kind, {})}.items() if stage.ranks or not _of_gpus(key)},
+    }
+    settings = {"RUN": str(folder), "STAGE": stage.name, "PYTHON": slurm.python or sys.executable}
+    settings |= {"CONTAINER_IMAGE": slurm.container_image} if slurm.container_image else {}
+    settings |= {"CONTAINER_MOUNTS": ",".join(slurm.container_mounts)} if slurm.container_mounts else {}
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"# Stage {stage.name} of {folder}, written by `ramoe run --launcher slurm`.",
+            *(f"#SBATCH {word}" for word in _words(options)),
+            "set -euo pipefail",
+            *slurm.setup,
+            "",
+            *(f"{key}={shlex.quote(value)}" for key, value in settings.items()),
+            "",
+            importlib.resources.files("ramoe_megatron.recipe").joinpath("slurm_job.sh").read_text(encoding="utf-8"),
+            "ramoe_print RUN STAGE PYTHON",
+            'ramoe_run "$PYTHON" -m ramoe_megatron.recipe.job "$RUN" "$STAGE"',
+            "",
+        ]
+    )
+
+
+def _of_gpus(option: str) -> bool:
+    """Whether an option asks for what a stage without ranks has no use for."""
+    return option.startswith("gpu") or option in ("gres", "exclusive", "tres-per-task")
+
+
+def _words(options: Mapping[str, FlagValue]) -> list[str]:
+    return [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value is not None and value is not False
+    ]
+
+
+def submit(path: Path, after: Sequence[int]) -> int:
+    """Submit a script, to start once all jobs in `after` have ended well; the job's id. Raises RamoeError with what sbatch says."""
+    dependency = [f"--dependency=afterok:{':'.join(map(str, after))}"] if after else []
+    said = _ask(["sbatch", "--parsable", *dependency, str(path)])
+    return int(said.split(";")[0])
+
+
+def cancel(jobs: Iterable[int]) -> None:
+    """Take jobs out of the queue. Raises RamoeError with what scancel says."""
+    if words := [str(job) for job in jobs]:
+        _ask(["scancel", *words])
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job in the queue. `state`: PENDING, RUNNING, COMPLETING, ...; `why`: Slurm's reason for a job that waits."""
+
+    state: str
+    nodes: str
+    why: str
+
+
+def queue(jobs: Iterable[int]) -> dict[int, Queued]:
+    """Those of the jobs that are still in the queue. Raises RamoeError where Slurm cannot be asked."""
+    wanted = {int(job) for job in jobs}
+    if not wanted:
+        return {}
+    # All of the queue: with --jobs, squeue fails once the oldest of them is forgotten.
+    said = _ask(["squeue", "--noheader", "--format=%i|%T|%N|%r"])
+    rows = (line.strip().split("|", 3) for line in said.splitlines() if line.strip())
+    return {int(job): Queued(state, nodes, why) for job, state, nodes, why in rows if job.isdigit() and int(job) in wanted}
+
+
+def _ask(words: Sequence[str]) -> str:
+    if shutil.which(words[0]) is None:
+        raise RamoeError(f"{words[0]} is not here: run this on a machine that submits to Slurm, or without --launcher slurm")
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=ASKING_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise RamoeError(f"{words[0]} did not answer within {ASKING_SECONDS:.0f} s: is Slurm's controller up (`scontrol ping`)?") from error
+    if done.returncode:
+        reason = done.stderr.strip() or f"exit status {done.returncode}"
+        raise RamoeError(f"{shlex.join(words)}: {reason}")
+    return done.stdout
