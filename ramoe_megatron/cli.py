@@ -164,6 +164,17 @@ def _plain_job(name: str, *arguments: str) -> None:
 
 @main.command()
 @click.argument("run_folder", metavar="RUN", type=EXISTING)
+def status(run_folder: Path) -> None:
+    """How far each stage of RUN is: state, Slurm job and nodes, last iteration, last line of its log."""
+    from rich.console import Console
+
+    from ramoe_megatron.recipe.status import run_status, status_table
+
+    Console().print(status_table(run_status(run_folder.resolve())))
+
+
+@main.command()
+@click.argument("run_folder", metavar="RUN", type=EXISTING)
 def predict(run_folder: Path) -> None:
     """Go or no-go before any training: ci share, divergence and the transplant test of RUN."""
     path = run_folder / "predict.json"

@@ -13,7 +13,7 @@ from rich.console import Console
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.files import atomic_write_text, load_document, save_document
 from ramoe_megatron.recipe import slurm
-from ramoe_megatron.recipe.manifest import Manifest
+from ramoe_megatron.recipe.manifest import Entry, Manifest
 from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.stage import Stage
 
@@ -81,14 +81,26 @@ def submitted(folder: Path) -> dict[str, int]:
     return dict(load_document(path, "ramoe-slurm")["jobs"]) if path.exists() else {}
 
 
-def refuse_live(folder: Path) -> None:
+def live(folder: Path, entries: Mapping[str, Entry]) -> dict[int, slurm.Queued]:
+    """The jobs of this folder's chain that are in the queue. Slurm is not asked about one whose stage is recorded as done or failed.
+
+    Raises RamoeError where Slurm has to be asked and cannot be.
+    """
+    ended = {stage for stage, job in submitted(folder).items() if _ended(entries.get(stage), job)}
+    return slurm.queue(job for stage, job in submitted(folder).items() if stage not in ended)
+
+
+def _ended(entry: Entry | None, job: int) -> bool:
+    return entry is not None and entry.job == str(job) and entry.state != "started"
+
+
+def refuse_live(folder: Path, manifest: Manifest) -> None:
     """Raises RamoeError while jobs of an earlier `ramoe run --launcher slurm` into this folder are in the queue."""
-    jobs = submitted(folder)
-    if live := slurm.queue(jobs.values()):
-        named = ", ".join(f"{job} ({stage})" for stage, job in jobs.items() if job in live)
+    if jobs := live(folder, manifest.stages):
+        named = ", ".join(f"{job} ({stage})" for stage, job in submitted(folder).items() if job in jobs)
         raise RamoeError(
             f"{folder} has jobs in Slurm's queue: {named}. Wait for them (ramoe status {folder}), or take them out: scancel "
-            f"{' '.join(map(str, live))}"
+            f"{' '.join(map(str, jobs))}"
         )
 
 

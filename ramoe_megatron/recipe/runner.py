@@ -71,8 +71,8 @@ def run_recipe(
                 raise StageFailed("unfinished: see node 0", status)
             return
         with locked(folder), Leader(place) as leader:
-            chain.refuse_live(folder)
             manifest = Manifest(folder, recipe.name)
+            chain.refuse_live(folder, manifest)
             _prepare(recipe, path, plan, manifest)
             run_stages(plan, begin, end, manifest, console, first is not None, place, leader)
 
@@ -82,8 +82,8 @@ def _submit(
 ) -> None:
     """Submit the stages as a chain of Slurm jobs."""
     with locked(folder):
-        chain.refuse_live(folder)
         manifest = Manifest(folder, recipe.name)
+        chain.refuse_live(folder, manifest)
         _prepare(recipe, path, plan, manifest)
         after = chain.links(stages, manifest, force)
         for stage in (stage for stage in stages if stage.name in after):

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What every Slurm job here does: sourced by slurm/*.sbatch, and part of the scripts that `ramoe run --launcher slurm` writes.
 # Each variable may be set by whoever submits; the allocation has one task a node, and torchrun starts that node's ranks.
 
@@ -9,6 +10,15 @@
 : "${CONTAINER_IMAGE:=}"                                                         # pyxis/enroot: image; empty is no container
 : "${CONTAINER_MOUNTS:=}"                                                        # HOST:INSIDE,HOST:INSIDE
 export MASTER_ADDR MASTER_PORT CUDA_DEVICE_MAX_CONNECTIONS NCCL_DEBUG
+
+ramoe_need() { # NAME...: refuse settings that have no default and were not given
+    local name missing=()
+    for name in "$@"; do if [[ -z ${!name-} ]]; then missing+=("$name"); fi; done
+    if ((${#missing[@]})); then
+        echo "ramoe: error: not set: ${missing[*]}; give each in the environment of sbatch, as the script's first lines show" >&2
+        exit 2
+    fi
+}
 
 ramoe_print() { # NAME...: each setting as NAME=value
     local name

@@ -9,6 +9,11 @@ from ramoe_megatron.method.files import read_json
 JOBS = "ramoe_megatron.jobs"
 
 
+def log_of(name: str) -> Path:
+    """Place of a stage's log in the run folder."""
+    return Path("logs") / f"{name.replace('/', '-')}.log"
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of a run.
@@ -49,7 +54,7 @@ class Stage:
     @property
     def log(self) -> Path:
         """Place of the log in the run folder."""
-        return Path("logs") / f"{self.name.replace('/', '-')}.log"
+        return log_of(self.name)
 
     def document(self) -> dict[str, Any]:
         """The stage as plain JSON values, for a job that runs it later."""

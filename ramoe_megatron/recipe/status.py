@@ -1,0 +1,145 @@
+"""`ramoe status RUN`: each stage's state, job, nodes, last iteration and last log line, from the run folder and Slurm's queue."""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import yaml
+from rich.table import Table
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe import chain, slurm
+from ramoe_megatron.recipe.manifest import Entry, Manifest
+from ramoe_megatron.recipe.output import parse_progress, relevant_lines
+from ramoe_megatron.recipe.stage import log_of
+
+TAIL = 1 << 16  # bytes of a log that are read
+COLOURS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow", "cancelled": "yellow"}
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """How far one stage is."""
+
+    name: str
+    state: str
+    """done, running, waiting, requeued, failed, interrupted, cancelled or not run."""
+    job: str = ""
+    nodes: str = ""
+    progress: str = ""
+    """Such as "37/72 iterations"."""
+    line: str = ""
+    """The last line of its log, or why it waits."""
+
+
+def run_status(folder: Path) -> list[StageStatus]:
+    """The stages that ran or were submitted, in the order of the chain and then of their start.
+
+    Raises RamoeError when `folder` is no run folder, or Slurm cannot be asked about jobs that were submitted.
+    """
+    if not (folder / "manifest.json").is_file():
+        raise RamoeError(f"{folder} holds no manifest.json, so it is no run folder: give the --out of `ramoe run`")
+    recipe = _recipe_name(folder)
+    entries = Manifest(folder, recipe).stages
+    jobs = chain.submitted(folder)
+    queue = chain.live(folder, entries)
+    held = _held(folder)
+    names = dict.fromkeys([*jobs, *entries])
+    return [_stage(folder, name, entries.get(name), jobs.get(name), queue, held) for name in names]
+
+
+def _recipe_name(folder: Path) -> str:
+    try:
+        return str(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))["name"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise RamoeError(f"{folder / 'recipe.yaml'} cannot be read ({error}): it is written by `ramoe run`; run it again") from error
+
+
+def _held(folder: Path) -> bool:
+    """Whether a local `ramoe run` is at work in the folder."""
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def _stage(folder: Path, name: str, entry: Entry | None, job: int | None, queue: Mapping[int, slurm.Queued], held: bool) -> StageStatus:
+    queued = queue.get(job) if job is not None else None
+    ours = entry is not None and (job is None or entry.job == str(job))  # not the record of an attempt before this job
+    lines = _tail(folder / log_of(name)) if entry else []
+    progress, line = _told(lines)
+    number = str(job) if job is not None else (entry.job if entry and entry.job else "")
+    nodes = queued.nodes if queued and queued.nodes else (entry.nodes if entry and entry.nodes else "")
+    if queued and queued.state == "PENDING":
+        state = "requeued" if ours and entry and entry.state == "started" else "waiting"
+        return StageStatus(name, state, number, "", progress if state == "requeued" else "", _WHY.get(queued.why, queued.why))
+    if queued and not (ours and entry and entry.state == "done"):
+        return StageStatus(name, "running", number, nodes, progress, line)
+    if entry is None or not ours:
+        if entry and entry.state == "done":
+            return StageStatus(name, "done", number, nodes, progress, line)
+        return StageStatus(name, "cancelled" if job is not None else "not run", number, line=_own_output(folder, name, job))
+    if entry.state == "started":
+        return StageStatus(name, "running" if held else "interrupted", number, nodes, progress, line)
+    if entry.state == "failed":
+        line = " ".join(relevant_lines(lines)[0][:2])
+    return StageStatus(name, entry.state, number, nodes, progress, line)
+
+
+_WHY = {
+    "Dependency": "waits for the stages before it",
+    "DependencyNeverSatisfied": "a stage before it failed",
+    "BeginTime": "goes back into the queue; starts soon",
+    "Resources": "waits for nodes",
+    "Priority": "waits for its turn",
+}
+
+
+def _own_output(folder: Path, name: str, job: int | None) -> str:
+    """What a job said that ended before its stage began; one that never started said nothing."""
+    path = folder / log_of(name).with_suffix(f".slurm-{job}.out")
+    said = [line for line in _tail(path) if line.strip()]
+    return said[-1] if said else ("it never started: a stage before it failed, or it was taken out of the queue" if job else "")
+
+
+def _told(lines: list[str]) -> tuple[str, str]:
+    """The last progress and the last other line of a log's end."""
+    progress, other = "", ""
+    for line in lines:
+        if told := parse_progress(line):
+            progress = f"{told.done}/{told.total} {told.unit}{f', {told.note}' if told.note else ''}"
+        elif line.strip():
+            other = line.strip()
+    return progress, other
+
+
+def _tail(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        lines = deque(file.read().decode(errors="replace").splitlines(), 400)
+    start = max((place for place, line in enumerate(lines) if line.startswith("=== ")), default=-1)  # the last attempt's header
+    return list(lines)[start + 1 :]
+
+
+def status_table(stages: list[StageStatus]) -> Table:
+    """The table that `ramoe status` prints."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("stage", "state", "job", "nodes", "progress", "last line"):
+        table.add_column(heading, overflow="fold" if heading in ("stage", "nodes") else "ellipsis", no_wrap=heading == "last line")
+    for s in stages:
+        colour = COLOURS.get(s.state, "dim")
+        table.add_row(s.name, f"[{colour}]{s.state}[/{colour}]", s.job, s.nodes, _plain(s.progress), _plain(s.line))
+    return table
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

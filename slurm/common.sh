@@ -1,0 +1,1 @@
+../ramoe_megatron/recipe/slurm_job.sh
