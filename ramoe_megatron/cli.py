@@ -170,7 +170,10 @@ def status(run_folder: Path) -> None:
 
     from ramoe_megatron.recipe.status import run_status, status_table
 
-    Console().print(status_table(run_status(run_folder.resolve())))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # 80 columns would hold little but names
+    console.print(status_table(run_status(run_folder.resolve())))
 
 
 @main.command()

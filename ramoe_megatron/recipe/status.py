@@ -130,9 +130,11 @@ def _tail(path: Path) -> list[str]:
 
 def status_table(stages: list[StageStatus]) -> Table:
     """The table that `ramoe status` prints."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("stage", "state", "job", "nodes", "progress", "last line"):
-        table.add_column(heading, overflow="fold" if heading in ("stage", "nodes") else "ellipsis", no_wrap=heading == "last line")
+    table = Table(box=None, pad_edge=False, expand=True)
+    for heading in ("stage", "state", "job", "nodes"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("progress", no_wrap=True, overflow="ellipsis", max_width=40)
+    table.add_column("last line", no_wrap=True, overflow="ellipsis", ratio=1)
     for s in stages:
         colour = COLOURS.get(s.state, "dim")
         table.add_row(s.name, f"[{colour}]{s.state}[/{colour}]", s.job, s.nodes, _plain(s.progress), _plain(s.line))
