@@ -73,6 +73,9 @@ def _stage(folder: Path, name: str, entry: Entry | None, job: int | None, queue:
     ours = entry is not None and (job is None or entry.job == str(job))  # not the record of an attempt before this job
     lines = _tail(folder / log_of(name)) if entry else []
     progress, line = _told(lines)
+    if entry and not progress:  # Megatron's last rank tells the iterations, on another node where there are several
+        logs = (folder / "logs").glob(f"{log_of(name).stem}.node-*.log")
+        progress = next((told for log in sorted(logs, reverse=True) if (told := _told(_tail(log))[0])), "")
     number = str(job) if job is not None else (entry.job if entry and entry.job else "")
     nodes = queued.nodes if queued and queued.nodes else (entry.nodes if entry and entry.nodes else "")
     if queued and queued.state == "PENDING":
