@@ -1,0 +1,181 @@
+"""slurm/*.sbatch on a real two-node Slurm: the stages by hand, and trainings that are warned, killed and lose a node, and yet go on.
+
+The law: whatever happens to a training, each iteration's loss is that of one uninterrupted run, which one agent of torchrun started with
+as many ranks.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from slurm_cluster import NODES, SlurmCluster, environment_of, missing, processes, wait_for
+from small_run import aligned_flags, model_flags, profile_flags, run_table, training_flags, write_world
+
+ROOT = Path(__file__).parents[1]
+ITERATIONS, INTERVAL = 60, 20
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason=f"Slurm is not here: no {', '.join(missing())}")]
+
+Losses = dict[int, str]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    with SlurmCluster(tmp_path_factory.mktemp("slurm"), cpus=8) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, a base model, its profile, and the model's file for the scripts, with EP 2: one rank on each node."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    base = training_flags(folder, "--train-iters", "4", "--save", str(folder / "base"), "--save-interval", "4")
+    profile = profile_flags(folder, "profile")
+    run_table(1, [{"name": "base", "job": "finetune", "argv": base}, {"name": "profile", "job": "profile", "argv": profile}], folder)
+    quoted = " ".join(model_flags(folder))
+    (folder / "model.sh").write_text(f"MODEL_ARGS=({quoted})\nPARALLEL_ARGS=(--expert-model-parallel-size $GPUS)\n")
+    (folder / "run").mkdir()
+    for name in ("taxonomy.jsonl", "profile/experts.safetensors", "profile/priors.safetensors"):
+        (folder / "run" / Path(name).name).symlink_to(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(world: Path) -> Losses:
+    """The uninterrupted run: two ranks of one torchrun."""
+    return losses(torchrun(world, "one-agent", "--standalone", "--nproc-per-node", "2")[0])
+
+
+def settings(world: Path, name: str) -> dict[str, str]:
+    """Of slurm/finetune.sbatch."""
+    return {
+        "RAMOE_HOME": str(ROOT), "RAMOE": str(Path(sys.executable).parent / "ramoe"), "RANKS_PER_NODE": "1", "OMP_NUM_THREADS": "1",
+        "MODEL": str(world / "model.sh"), "CHECKPOINT": str(world / "base"), "DATA": str(world / "parallel.jsonl"),
+        "OUT": str(world / "run"), "NAME": name, "COEFF": "20", "SEED": "7", "TRAIN_ITERS": str(ITERATIONS), "SAVE_INTERVAL": str(INTERVAL),
+        "MICRO_BATCH": "4", "GLOBAL_BATCH": "16", "LR": "1e-3",
+    }  # fmt: skip
+
+
+MORE = ["--num-workers", "0", "--eval-interval", "1000", "--distributed-timeout-minutes", "3", "--ramoe-layers", "1-2"]
+
+
+def submit(cluster: SlurmCluster, world: Path, name: str, *options: str) -> tuple[int, Path]:
+    """A fine-tune on both nodes by the script; the job, and its output."""
+    words = ["--nodes=2", "--output", str(world / f"{name}-%j.out"), *options, str(ROOT / "slurm" / "finetune.sbatch")]
+    job = cluster.sbatch(*words, *MORE, **settings(world, name))
+    return job, world / f"{name}-{job}.out"
+
+
+def torchrun(world: Path, name: str, *agents: str) -> list[str]:
+    """What agents of plain torchrun print that train as `submit` does; each string of `agents` that starts with --nnodes is one agent."""
+    flags = aligned_flags(world, "--ramoe-layers", "1-2", "--train-iters", str(ITERATIONS), "--expert-model-parallel-size", "2")
+    each = [words.split() for words in agents] if agents[0].startswith("--nnodes") else [list(agents)]
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    started = [
+        subprocess.Popen(
+            [*command, *words, "-m", "ramoe_megatron.jobs.finetune", *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for words in each
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert not any(process.returncode for process in started), said[0][-3000:]
+    return said
+
+
+def losses(text: str) -> Losses:
+    """Iteration -> what Megatron's line says of the losses. An iteration that was repeated must have said the same."""
+    found: Losses = {}
+    for line in text.splitlines():
+        if match := re.search(r" iteration\s+(\d+)/\s*\d+ \|", line):
+            figures = " ".join(re.findall(r"(?:lm loss|routing_alignment_loss|grad norm): \S+", line))
+            assert found.setdefault(int(match[1]), figures) == figures, f"iteration {match[1]} gave {figures}"
+    return found
+
+
+def at_iteration(path: Path, number: int, attempt: int = 1) -> Callable[[], bool]:
+    """Whether the `attempt`th start of a job has printed iteration `number` or a later one."""
+
+    def reached() -> bool:
+        text = path.read_text(errors="replace") if path.exists() else ""
+        parts = text.split("ramoe: RAMOE_HOME=")
+        return len(parts) > attempt and any(
+            int(found) >= number for found in re.findall(r" iteration\s+(\d+)/\s*\d+ \|", parts[attempt])
+        )
+
+    return reached
+
+
+def ranks_of(job: int) -> list[int]:
+    """Process ids of a job's ranks, by rank."""
+    found = {}
+    for process, command in processes():
+        variables = environment_of(process)
+        if f"SLURM_JOB_ID={job}" in variables and "ramoe_megatron.jobs.finetune" in command:
+            rank = next((v.partition("=")[2] for v in variables if v.startswith("RANK=")), None)
+            if rank is not None:
+                found[int(rank)] = process
+    return [found[rank] for rank in sorted(found)]
+
+
+def test_two_agents_of_torchrun_train_as_one_does(world: Path, reference: Losses) -> None:
+    assert sorted(reference) == list(range(1, ITERATIONS + 1))
+    common = "--nnodes=2 --nproc-per-node=1 --master-addr=127.0.0.1 --master-port=29411 --node-rank="
+    said = torchrun(world, "two-agents", common + "0", common + "1")
+    assert losses("".join(said)) == reference
+
+
+def test_a_warned_training_saves_goes_back_into_the_queue_and_survives_a_lost_node(
+    cluster: SlurmCluster, world: Path, reference: Losses
+) -> None:
+    """The warning comes from Slurm's own clock: a time limit of two minutes less 90 seconds. Then a node dies with all it runs."""
+    job, out = submit(cluster, world, "warned", "--time=2", "--signal=USR1@90")
+    wait_for(at_iteration(out, 1), 120, "the first iteration", cluster.log)
+    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 120, "the job's way back into the queue", lambda: out.read_text()[-3000:])
+    text = out.read_text()
+    stopped = re.search(r"stopped after iteration (\d+) of 60", text)
+    assert stopped, text[-3000:]
+    assert int(stopped[1]) == max(losses(text)), "what was trained is saved, to the iteration"
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    wait_for(at_iteration(out, int(stopped[1]) + 1, attempt=2), 120, "the second attempt", cluster.log)
+    second = out.read_text().split("ramoe: RAMOE_HOME=")[2]
+    assert min(losses(second)) == int(stopped[1]) + 1, "goes on with the next iteration"
+    cluster.kill_node(NODES[1])
+    wait_for(lambda: cluster.job(job)["Restarts"] == "2", 90, "Slurm's notice of the lost node", cluster.log)
+    cluster.start_node(NODES[1])
+    assert cluster.wait(job) == ["COMPLETED"], out.read_text()[-3000:]
+    assert losses(out.read_text()) == reference
+
+
+def test_killed_ranks_end_the_job_and_the_next_one_goes_on_from_the_last_whole_checkpoint(
+    cluster: SlurmCluster, world: Path, reference: Losses
+) -> None:
+    job, out = submit(cluster, world, "killed")
+    wait_for(at_iteration(out, INTERVAL + 3), 120, "an iteration after the first checkpoint", cluster.log)
+    os.kill(ranks_of(job)[1], signal.SIGKILL)
+    assert cluster.wait(job, seconds=60) == ["FAILED"], "at once, not at the collectives' time limit"
+    text = out.read_text()
+
+    job, out = submit(cluster, world, "killed")
+    saved = world / "run/checkpoints/killed"
+    tracker, half = saved / "latest_checkpointed_iteration.txt", saved / f"iter_{2 * INTERVAL:07d}"
+    deadline = time.monotonic() + 120
+    while not half.exists() or not any(half.iterdir()):
+        assert time.monotonic() < deadline, out.read_text()[-3000:]
+        time.sleep(0.002)
+    os.kill(ranks_of(job)[0], signal.SIGKILL)
+    assert tracker.read_text().strip() == str(INTERVAL), "it was killed while it saved"
+    assert cluster.wait(job, seconds=60) == ["FAILED"]
+    assert tracker.read_text().strip() == str(INTERVAL), "the half checkpoint is not the latest"
+    text += out.read_text()
+
+    job, out = submit(cluster, world, "killed")
+    assert cluster.wait(job) == ["COMPLETED"], out.read_text()[-3000:]
+    assert min(losses(out.read_text())) == INTERVAL + 1
+    assert losses(text + out.read_text()) == reference
