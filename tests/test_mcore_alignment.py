@@ -55,7 +55,7 @@ class Chunk(torch.nn.Module):
         from ramoe_megatron.mcore.carrier import current
 
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
-        logits = torch.linspace(-1, 1, S * B * E).view(S, B, E).requires_grad_()
+        logits = torch.linspace(0, 50, S * B * E).sin().view(S, B, E).requires_grad_()  # no two tokens alike
         with routing_batch(self, micro):
             context = current()
             for _ in range(times if context else 0):
@@ -89,6 +89,17 @@ def test_ci_is_what_the_batch_says_and_else_what_is_aligned(given: bool) -> None
     chunk.run(micro | ({"ramoe_ci": torch.tensor([True, False, True])} if given else {}))
     sums = dict(zip(COLUMNS, chunk.ramoe_alignment.metrics.sums_LM[0].tolist(), strict=True))
     assert (sums["ci"], sums["other"], sums["aligned"], sums["samples"]) == ((1, 1, 2, 3) if given else (2, 0, 2, 3))
+
+
+@pytest.mark.parametrize("tokens", ["prompt", "response", "all"])
+def test_the_logged_mass_does_not_depend_on_the_pooling(tokens: str) -> None:
+    """It is that of the mean distribution, also where the loss is a mean over tokens."""
+    chunks = [Chunk(tokens=tokens, pooling=pooling) for pooling in ("sequence", "token")]
+    for chunk in chunks:
+        chunk.run(batch([2, 3, 4], [1, 0, 1]))
+    sequence, token = (dict(zip(COLUMNS, chunk.ramoe_alignment.metrics.sums_LM[0].tolist(), strict=True)) for chunk in chunks)
+    assert sequence["ci_mass"] == token["ci_mass"] > 0
+    assert sequence["other_mass"] == token["other_mass"] > 0
 
 
 def test_evaluation_needs_no_labels_and_records_nothing() -> None:
@@ -145,6 +156,7 @@ def test_counts_are_those_of_the_masks() -> None:
     for choice in ("prompt", "response", "all", "last"):
         mask = selection.local(Chunk().router, 8).chosen(choice)
         assert torch.equal(selection.count(choice), mask.sum(dim=0).float()), choice
+        assert selection.local(Chunk().router, 8).chosen(choice) is mask  # found once for all layers
 
 
 @pytest.mark.parametrize(

@@ -108,21 +108,22 @@ class AlignmentContext:
 
         alignment, config = self.alignment, self.alignment.config
         mask_BE, target_BE = alignment.expert_mask_GLE[self.task_B, layer], self._target(layer)
-        q_BE = pooled_distributions(router, logits_SCE, self.selection, (config.tokens,))[config.tokens]
         if config.pooling == "sequence" or config.tokens == "last":  # the mean over one token is that token
+            q_BE = pooled_distributions(router, logits_SCE, self.selection, (config.tokens,))[config.tokens]
             divergence_B = divergence(config.divergence, target_BE, q_BE, mask_BE)
         else:
-            divergence_B = self._mean_over_tokens(router, logits_SCE, target_BE, mask_BE)
+            divergence_B, q_BE = self._by_token(router, logits_SCE, target_BE, mask_BE)
         # Where a weight is zero nothing may pass, whatever stands there (an empty prompt, a missing prior).
         divergence_B = torch.where(self.weight_B > 0, divergence_B, torch.zeros_like(divergence_B))
 
         per_token = router.calculate_per_token_loss
         unit_B = self.loss_tokens_B if per_token else torch.ones_like(self.weight_B)
         share = 1.0 if per_token else self.share
-        loss = config.coeff * share / len(alignment.layers) * (self.weight_B * unit_B * divergence_B).sum()
+        weighted_B = self.weight_B * unit_B * divergence_B
+        loss = config.coeff * share / len(alignment.layers) * weighted_B.sum()
         alignment.metrics.record_alignment(
             layer,
-            loss=(self.weight_B * unit_B * divergence_B).detach(),
+            loss=weighted_B.detach(),
             unit=unit_B,
             aligned=self.weight_B > 0,
             ci=self.ci_B,
@@ -136,11 +137,13 @@ class AlignmentContext:
             return self.target_BZE[:, layer - self.alignment.first]
         return self.alignment.pattern_GLE[self.task_B, layer]
 
-    def _mean_over_tokens(self, router: Any, logits_SCE: Tensor, target_BE: Tensor, mask_BE: Tensor) -> Tensor:
+    def _by_token(self, router: Any, logits_SCE: Tensor, target_BE: Tensor, mask_BE: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of the tokens' divergences, and (for the log, without gradients) of their distributions. [B], [B, E]"""
         config, local = self.alignment.config, self.selection.local(router, logits_SCE.shape[0])
         p_SCE = router_distribution(logits_SCE, router.score_function)
         divergence_SC = divergence(config.divergence, local.spread(target_BE), p_SCE, local.spread(mask_BE))
-        return mean_over_tokens(router, divergence_SC[..., None], self.selection, config.tokens)[:, 0]
+        divergence_B = mean_over_tokens(router, divergence_SC[..., None], self.selection, config.tokens)[:, 0]
+        return divergence_B, mean_over_tokens(router, p_SCE.detach(), self.selection, config.tokens)
 
     def check_consumed(self) -> None:
         """Raises RamoeError unless every expected layer passed exactly once (recomputation comes later and is not counted)."""

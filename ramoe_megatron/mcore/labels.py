@@ -13,8 +13,10 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.alignment import resolve_zone
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
 from ramoe_megatron.method.artefacts import ExpertFile, Priors, read_taxonomy
+from ramoe_megatron.method.taxonomy import CATEGORIES
 
-CATEGORIES = {"ci": ("ci",), "ci+cc": ("ci", "cc"), "all": ("cc", "ci", "ic", "ii")}
+ALIGNED = {"ci": ("ci",), "ci+cc": ("ci", "cc"), "all": CATEGORIES}
+"""By `--ramoe-examples`, the categories that are aligned."""
 
 
 class ExampleLabels:
@@ -153,7 +155,7 @@ def aligned_examples(
     examples: Sequence[Example], category: Iterable[str], config: RoutingAlignmentConfig, anchor: str
 ) -> np.ndarray:
     """Which examples are aligned: target-language ones, of the chosen categories where there is a taxonomy. [examples], bool"""
-    chosen = CATEGORIES[config.examples] if config.taxonomy is not None else ("",)
+    chosen = ALIGNED[config.examples] if config.taxonomy is not None else ("",)
     return np.array([e.language != anchor and kind in chosen for e, kind in zip(examples, category, strict=True)], dtype=bool)
 
 

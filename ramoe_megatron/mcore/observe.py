@@ -9,7 +9,7 @@ X anything.
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -89,9 +89,15 @@ class LocalTokens:
     row_S: Tensor
     position_SC: Tensor
     sample_S: Tensor | None
+    _chosen: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def chosen(self, choice: str) -> Tensor:
-        """True at the chosen tokens. [S, C], bool"""
+        """True at the chosen tokens; not to be written to, since all routers are given the same. [S, C], bool"""
+        if choice not in self._chosen:
+            self._chosen[choice] = self._find(choice)
+        return self._chosen[choice]
+
+    def _find(self, choice: str) -> Tensor:
         prompt_length, length = self.spread(self.selection.prompt_length_B), self.spread(self.selection.length_B)
         if choice == "prompt":
             return self.position_SC < prompt_length
