@@ -76,6 +76,44 @@ def run(
         sys.exit(failure.status)
 
 
+@main.command(context_settings=PASS_THROUGH)
+@click.option("--set", "changes", multiple=True, metavar="KEY.PATH=VALUE", help="RECIPE: change a value, as `ramoe run` does.")
+@click.option("--out", type=FILE, help="RECIPE: run folder.  [default: runs/NAME]")
+@click.option("--ranks", type=click.IntRange(1), help="JOB: ranks per node.  [default: 1]")
+@click.option("--nodes", type=click.IntRange(1), help="JOB: nodes.  [default: 1]")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE | JOB FLAGS...]")
+def doctor(changes: tuple[str, ...], out: Path | None, ranks: int | None, nodes: int | None, words: tuple[str, ...]) -> None:
+    """Tell what would stop a job or a recipe, before it starts.
+
+    Without arguments: this node (versions, GPUs, ports, Slurm, the folder to write to). RECIPE: also its stages. JOB
+    (taxonomy, profile, finetune, evaluate or predict) with the FLAGS that it would get: also that job. The exit status
+    is 1 when anything is fatal.
+    """
+    import os
+
+    from rich.console import Console
+
+    from ramoe_megatron.recipe.doctor import JOB_NAMES, environment_findings, healthy, job_findings, recipe_findings, table
+
+    target = words[0] if words else None
+    if target in JOB_NAMES:
+        if changes or out:
+            raise RamoeError(f"doctor {target}: --set and --out belong to a recipe; a job's folder is among its flags")
+        found = job_findings(target, words[1:], ranks or 1, nodes or 1, os.environ)
+    elif target is None:
+        if changes:
+            raise RamoeError("doctor: --set without a recipe: name the recipe")
+        found = environment_findings(ranks or 1, nodes or 1, out or Path("runs"), os.environ)
+    elif target.startswith("-") or not Path(target).is_file() or len(words) > 1:
+        raise RamoeError(f"doctor {' '.join(words)}: expected one recipe file, or a job ({', '.join(JOB_NAMES)}) followed by its flags")
+    elif ranks or nodes:
+        raise RamoeError("doctor: --ranks and --nodes belong to a job; a recipe's stand under launch")
+    else:
+        found = recipe_findings(Path(target), changes, out, os.environ)
+    Console().print(table(found))
+    sys.exit(0 if healthy(found) else 1)
+
+
 def _job(name: str, summary: str) -> None:
     """Add a command that starts a job's ranks with the flags it is given."""
 

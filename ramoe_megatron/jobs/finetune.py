@@ -13,7 +13,7 @@ def main() -> None:
     from ramoe_megatron.mcore import compat
     from ramoe_megatron.mcore.alignment import attach
     from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
-    from ramoe_megatron.mcore.checkpoint import explained_mismatch, has_checkpoint, require_checkpoint, told_when_unfinished
+    from ramoe_megatron.mcore.checkpoint import explained_mismatch, starting_checkpoint, told_when_unfinished
 
     with megatron_arguments(add_arguments) as args:
         from megatron.training import pretrain
@@ -26,12 +26,7 @@ def main() -> None:
         check_data(args)
         model_config = compat.model_config_from_args(args)
         model_config.pre_wrap_hooks.append(partial(attach, config=alignment))
-        resumes = has_checkpoint(args.load)
-        if args.pretrained_checkpoint and not resumes:
-            require_checkpoint(args.pretrained_checkpoint, "--pretrained-checkpoint")
-        elif args.finetune and args.load and not resumes:
-            require_checkpoint(args.load, "--load")
-        with explained_mismatch(args.load if resumes else args.pretrained_checkpoint), told_when_unfinished(args):
+        with explained_mismatch(starting_checkpoint(args)), told_when_unfinished(args):
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),
                 dataset_provider,

@@ -41,12 +41,17 @@ def offline_job(*options: type) -> Iterator[tuple[Any, DataOptions, OfflineOptio
     """Parsed arguments, data options and offline options of a job, on Megatron or its CPU backend."""
     provider = arguments_with(DataOptions, OfflineOptions, *options)
     with megatron_arguments(provider, FORWARD_ONLY_FLAGS) as args:
-        data, offline = options_from_args(DataOptions, args), options_from_args(OfflineOptions, args)
-        if not data.data:
-            raise RamoeError("--ramoe-data is missing: expected JSONL files, folders of them, or the name of a data set")
-        if offline.output is None:
-            raise RamoeError("--ramoe-output is missing: expected the folder to write to")
-        yield args, data, offline
+        yield args, *offline_options(args)
+
+
+def offline_options(args: Any) -> tuple[DataOptions, OfflineOptions]:
+    """The options that all offline jobs share, from the parsed flags. Raises RamoeError when one without a default is missing."""
+    data, offline = options_from_args(DataOptions, args), options_from_args(OfflineOptions, args)
+    if not data.data:
+        raise RamoeError("--ramoe-data is missing: expected JSONL files, folders of them, or the name of a data set")
+    if offline.output is None:
+        raise RamoeError("--ramoe-output is missing: expected the folder to write to")
+    return data, offline
 
 
 def examples_with_anchor(options: DataOptions, split: str | None = None) -> list[Example]:

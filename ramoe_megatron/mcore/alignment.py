@@ -63,31 +63,11 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
     """
     if config.coeff == 0:
         return model
-    assert config.experts is not None  # the configuration refuses a coefficient without it
-    with _naming("--ramoe-experts"):
-        experts = ExpertFile.load(config.experts)
     model_config = unwrapped(next(iter(chunks(model)))).config
     refuse_unsupported(model_config)
     refuse_foreign_routers(chunks(model))
     numbers = moe_layer_numbers(model)
-    with _naming("--ramoe-experts"):
-        experts.check_model(
-            num_moe_layers=len(numbers),
-            num_experts=model_config.num_moe_experts,
-            topk=model_config.moe_router_topk,
-            score_function=model_config.moe_router_score_function,
-        )
-    first, last = resolve_zone(config, experts)
-    if config.tokens not in experts.english_pattern:
-        raise RamoeError(
-            f"--ramoe-experts {config.experts}: no English pattern for --ramoe-tokens {config.tokens}, only for "
-            f"{', '.join(experts.english_pattern)}; run `ramoe profile` again, or change the flag"
-        )
-    if config.divergence in ("lumped-kl", "mass") and not experts.expert_mask[:, first : last + 1].any():
-        raise RamoeError(
-            f"--ramoe-experts {config.experts}: no task has an expert in MoE layers {first}-{last}, so {config.divergence} aligns "
-            "nothing; profile with a lower tau or with --ramoe-select top-m=M, or use --ramoe-divergence kl or js"
-        )
+    experts, (first, last) = fitting_experts(config, model_config, len(numbers))
     device = torch.cuda.current_device() if torch.cuda.is_available() else torch.device("cpu")
     alignment = Alignment(
         config=config,
@@ -105,6 +85,35 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         print(alignment_block(alignment, numbers, model_config), flush=True)
     return model
+
+
+def fitting_experts(config: RoutingAlignmentConfig, model_config: Any, num_moe_layers: int) -> tuple[ExpertFile, tuple[int, int]]:
+    """The expert file of an alignment that is on, checked against the model's `TransformerConfig`, and the zone (first, last).
+
+    Raises:
+        RamoeError: as `attach`, for what concerns the file.
+    """
+    assert config.experts is not None  # the configuration refuses a coefficient without it
+    with _naming("--ramoe-experts"):
+        experts = ExpertFile.load(config.experts)
+        experts.check_model(
+            num_moe_layers=num_moe_layers,
+            num_experts=model_config.num_moe_experts,
+            topk=model_config.moe_router_topk,
+            score_function=model_config.moe_router_score_function,
+        )
+    first, last = resolve_zone(config, experts)
+    if config.tokens not in experts.english_pattern:
+        raise RamoeError(
+            f"--ramoe-experts {config.experts}: no English pattern for --ramoe-tokens {config.tokens}, only for "
+            f"{', '.join(experts.english_pattern)}; run `ramoe profile` again, or change the flag"
+        )
+    if config.divergence in ("lumped-kl", "mass") and not experts.expert_mask[:, first : last + 1].any():
+        raise RamoeError(
+            f"--ramoe-experts {config.experts}: no task has an expert in MoE layers {first}-{last}, so {config.divergence} aligns "
+            "nothing; profile with a lower tau or with --ramoe-select top-m=M, or use --ramoe-divergence kl or js"
+        )
+    return experts, (first, last)
 
 
 @contextlib.contextmanager

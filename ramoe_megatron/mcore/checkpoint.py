@@ -23,6 +23,22 @@ def require_checkpoint(folder: str | None, flag: str) -> None:
         raise RamoeError(f"{flag} {folder}: no checkpoint there (expected a folder with {TRACKER}); give the folder that training saved to")
 
 
+def starting_checkpoint(args: Any) -> str | None:
+    """The folder whose weights training starts from: --load where it holds a checkpoint (the run resumes), else
+    --pretrained-checkpoint; None for random weights.
+
+    Raises:
+        RamoeError: the flags name a checkpoint that is not there.
+    """
+    if has_checkpoint(args.load):
+        return args.load
+    if args.pretrained_checkpoint:
+        require_checkpoint(args.pretrained_checkpoint, "--pretrained-checkpoint")
+    elif args.finetune and args.load:
+        require_checkpoint(args.load, "--load")
+    return args.pretrained_checkpoint
+
+
 @contextlib.contextmanager
 def explained_mismatch(folder: str | None) -> Iterator[None]:
     """Turn the failure to load a checkpoint of another shape into one sentence; other failures pass.

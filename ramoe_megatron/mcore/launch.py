@@ -29,18 +29,29 @@ def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = 
         from megatron.training.arguments import parse_and_validate_args
 
         compat.skip_helper_compilation()
-        command_line = sys.argv
-        arguments = command_line[1:] + (flags or [])
-        if on_cpu:
-            arguments, left_out = cpu_command_line(arguments)
+        with command_line(sys.argv[1:] + (flags or []), on_cpu) as left_out:
             if left_out and is_rank_0():
                 print(f"ramoe: the CPU backend leaves out {', '.join(left_out)}", flush=True)
-        sys.argv = [command_line[0], *arguments]
-        try:
             args = parse_and_validate_args(extra_args_provider=extra_args_provider, args_defaults={})
-        finally:
-            sys.argv = command_line
         yield args
+
+
+@contextlib.contextmanager
+def command_line(arguments: list[str], on_cpu: bool) -> Iterator[list[str]]:
+    """`sys.argv`, which is where Megatron's parser reads, with these arguments, as the CPU backend runs them where it is on.
+
+    Yields:
+        the flags that the CPU backend leaves out.
+    """
+    before = sys.argv
+    left_out: list[str] = []
+    if on_cpu:
+        arguments, left_out = cpu_command_line(arguments)
+    sys.argv = [before[0], *arguments]
+    try:
+        yield left_out
+    finally:
+        sys.argv = before
 
 
 def run_job(main: Callable[[], None]) -> None:

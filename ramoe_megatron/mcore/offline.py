@@ -24,6 +24,15 @@ from ramoe_megatron.method.artefacts import ExpertFile, ModelShape
 ContextMaker = Callable[["MicroBatch"], RoutingContext | None]
 
 
+def refuse_layout(args: Any) -> None:
+    """Raise RamoeError for a parallel layout that the offline jobs do not run."""
+    if args.context_parallel_size > 1:
+        raise RamoeError(
+            f"--context-parallel-size {args.context_parallel_size}: the offline jobs score whole sequences; run them with 1 "
+            "(the checkpoint loads in any layout)"
+        )
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Padded sequences of one data-parallel rank: `batch` as `data.dataset.pad` makes it, and the places in the job's input that
@@ -52,11 +61,7 @@ class OfflineModel:
         from megatron.training import get_tokenizer
         from megatron.training.initialize import initialize_megatron
 
-        if args.context_parallel_size > 1:
-            raise RamoeError(
-                f"--context-parallel-size {args.context_parallel_size}: the offline jobs score whole sequences; run them with 1 "
-                "(the checkpoint loads in any layout)"
-            )
+        refuse_layout(args)
         require_checkpoint(args.load, "--load")
         initialize_megatron()
         self.args, self.tokenizer, self.batch_tokens = args, get_tokenizer(), batch_tokens

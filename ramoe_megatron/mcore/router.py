@@ -82,9 +82,14 @@ def moe_layer_numbers(model: Any) -> list[int]:
     A hybrid model numbers attention and MoE apart, a GPT model counts a block as one: the place in this list is the same.
     """
     chunk = unwrapped(next(iter(chunks(model))))
-    config = chunk.config
-    if getattr(chunk, "hybrid_layer_pattern", None):  # a HybridModel puts its deprecated patterns and ratios there too
-        return hybrid_moe_layer_numbers(chunk.hybrid_layer_pattern)
+    # a HybridModel puts its deprecated patterns and ratios there too
+    return configured_moe_layer_numbers(chunk.config, getattr(chunk, "hybrid_layer_pattern", None))
+
+
+def configured_moe_layer_numbers(config: Any, hybrid_pattern: str | None) -> list[int]:
+    """`moe_layer_numbers` before there is a model: from its `TransformerConfig` and `--hybrid-layer-pattern`."""
+    if hybrid_pattern:
+        return hybrid_moe_layer_numbers(hybrid_pattern)
     frequency = config.moe_layer_freq
     if isinstance(frequency, int):
         return [layer + 1 for layer in range(config.num_layers) if layer % frequency == 0]

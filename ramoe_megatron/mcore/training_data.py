@@ -20,13 +20,24 @@ def check_data(args: Any) -> None:
             packing or a normaliser cannot work with.
     """
     _read.cache_clear()
+    check_labels(args, check_examples(args))
+
+
+def check_examples(args: Any) -> list[Example]:
+    """The part of `check_data` that concerns the data alone; returns the training examples."""
     options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
     _refuse_batches(args, options, alignment)
     examples = _examples(options, options.split)
-    if alignment.coeff > 0:
-        ExampleLabels(examples, alignment, options.anchor)
     if args.eval_iters:
         _validation_examples(args, options)
+    return examples
+
+
+def check_labels(args: Any, examples: list[Example]) -> None:
+    """The part of `check_data` that concerns the files of alignment; nothing without alignment."""
+    alignment = RoutingAlignmentConfig.from_args(args)
+    if alignment.coeff > 0:
+        ExampleLabels(examples, alignment, options_from_args(DataOptions, args).anchor)
 
 
 def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:

@@ -1,0 +1,147 @@
+"""What would stop a job, from its command line alone: nothing is started, nothing is written. One process for many command lines.
+
+    python -m ramoe_megatron.jobs.check < LINES.json
+
+LINES.json: a list of `Line`s. The answer is one line on stdout, "RAMOE-CHECK " and JSON: {"flags": [every flag that is known],
+"findings": {NAME: [`Finding`, ...]}}. Importing Megatron takes seconds, a command line after that some tenths of one.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.findings import ANSWER, Finding, Line, attempt
+from ramoe_megatron.jobs.evaluate import EvaluateOptions
+from ramoe_megatron.jobs.offline import FORWARD_ONLY_FLAGS, OfflineOptions
+from ramoe_megatron.jobs.predict import PredictOptions
+from ramoe_megatron.jobs.profile import ProfileOptions
+from ramoe_megatron.mcore.arguments import DataOptions, RoutingAlignmentConfig, arguments_with, known_flags, options_from_args
+from ramoe_megatron.mcore.cpu import cpu_backend
+from ramoe_megatron.mcore.launch import command_line, run_job
+
+OPTIONS: dict[str, tuple[type, ...]] = {
+    "finetune": (RoutingAlignmentConfig, DataOptions),
+    "taxonomy": (DataOptions, OfflineOptions),
+    "profile": (DataOptions, OfflineOptions, ProfileOptions),
+    "evaluate": (DataOptions, OfflineOptions, EvaluateOptions),
+    "predict": (DataOptions, OfflineOptions, PredictOptions),
+}
+"""The jobs that can be checked, and the option classes whose flags each takes."""
+
+
+@dataclass
+class Trial:
+    """A command line that Megatron takes, and what its inputs are checked with."""
+
+    line: Line
+    args: Any
+    tokenizer: Any = None
+    config: Any = None
+    """`TransformerConfig` of the model."""
+    read: dict[str, Any] = field(default_factory=dict)
+    """What was read, by the options that name it: shared by the command lines of a process."""
+
+    def written_by(self, *paths: str | None) -> str | None:
+        """In words, which earlier stages write those of the paths that are still to come; None when all are there."""
+        makers = dict.fromkeys(self.line.coming[path] for path in paths if path and path in self.line.coming)
+        return f"written by stage {', '.join(makers)}" if makers else None
+
+
+def main() -> None:
+    """Check the command lines on stdin."""
+    lines = [Line(**entry) for entry in json.load(sys.stdin)]
+    with cpu_backend() as on_cpu:
+        read: dict[str, Any] = {}
+        found = {line.name: [asdict(f) for f in check(line, on_cpu, read)] for line in lines}
+        flags = sorted(known_flags())
+    print(f"\n{ANSWER}{json.dumps({'flags': flags, 'findings': found})}", flush=True)
+
+
+def check(line: Line, on_cpu: bool, read: dict[str, Any]) -> list[Finding]:
+    """All findings about a command line, on the CPU backend or where there is a CUDA device. `read`: as in `Trial`."""
+    from ramoe_megatron.mcore import trial
+
+    flags = [*line.flags, *([] if line.job == "finetune" else FORWARD_ONLY_FLAGS)]
+    with trial.standing_for_rank_0(line.ranks, line.nodes), command_line(flags, on_cpu) as left_out:
+        return _check(line, left_out, read)
+
+
+def _check(line: Line, left_out: Sequence[str], read: dict[str, Any]) -> list[Finding]:
+    from ramoe_megatron.jobs.check_inputs import input_findings
+    from ramoe_megatron.mcore import trial
+
+    provider = arguments_with(*OPTIONS[line.job])
+    held: dict[str, Any] = {}
+
+    def keep(name: str, make: Callable[[], Any], told: str = "") -> Callable[[], str]:
+        def look() -> str:
+            held[name] = make()
+            return told
+
+        return look
+
+    correct = f"correct the flag; `ramoe {line.job} -- --help` lists them"
+    taken = f"taken; the CPU backend leaves out {', '.join(left_out)}" if left_out else "taken"
+    flags = attempt("flags", keep("parsed", lambda: trial.parsed(provider), taken), correct)
+    if flags.state == "fatal":
+        return [flags]
+    if not held["parsed"].use_checkpoint_args:  # else the sizes may stand in the checkpoint
+        layout = attempt("layout", keep("fits", lambda: _refuse_layout(line, held["parsed"])), "change the ranks or the parallel sizes")
+        if layout.state == "fatal":
+            return [flags, layout]
+
+    def validate() -> Any:
+        args = trial.validated(provider)
+        for options in OPTIONS[line.job]:
+            options_from_args(options, args)  # each refuses what does not go together
+        return args
+
+    flags = attempt("flags", keep("args", validate, taken), correct)
+    if flags.state == "fatal":
+        return [flags]
+    args = held["args"]
+    trying = Trial(line, args, read=read)
+    tokenizer = attempt("tokenizer", lambda: _tokenizer(trying), "give --tokenizer-type and --tokenizer-model of the model")
+    config = attempt("flags", keep("config", lambda: trial.transformer_config(args), taken), correct)
+    layout = attempt("layout", lambda: _layout(line, args), "change the ranks, the parallel sizes or the batch sizes")
+    if config.state == "fatal":
+        return [config, layout, tokenizer]
+    trying.config = held["config"]
+    return [config, layout, tokenizer, *input_findings(trying)]
+
+
+def _refuse_layout(line: Line, args: Any) -> None:
+    from ramoe_megatron.mcore import trial
+
+    trial.refuse_layout(args)
+    if line.job != "finetune":
+        from ramoe_megatron.mcore.offline import refuse_layout
+
+        refuse_layout(args)
+
+
+def _layout(line: Line, args: Any) -> str:
+    from ramoe_megatron.mcore import trial
+
+    _refuse_layout(line, args)
+    told = trial.layout(args)
+    return told if line.job == "finetune" else told.partition(";")[0]  # an offline job makes its own batches
+
+
+def _tokenizer(trying: Trial) -> str:
+    from ramoe_megatron.mcore import trial
+
+    args = trying.args
+    if written := trying.written_by(args.tokenizer_model, args.vocab_file, args.merge_file):
+        return written
+    if trying.line.job == "finetune" and args.tokenizer_type and args.tokenizer_type.startswith("Null"):
+        raise RamoeError(f"--tokenizer-type {args.tokenizer_type}: text has to be tokenised; give the model's tokenizer")
+    trying.tokenizer = trial.tokenizer(args)
+    return f"{args.tokenizer_type} of {trying.tokenizer.vocab_size} tokens, padded to {args.padded_vocab_size}"
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,120 @@
+"""A job's command line on trial: parsed, laid out on ranks and validated as the job would do it, with nothing started.
+
+No global state of Megatron is set, so one process can try many command lines, and no folder or logger comes into being. The CPU
+backend has to be on where there is no CUDA device, and `launch.command_line` around each command line.
+"""
+
+import contextlib
+import copy
+import io
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore import compat
+
+
+@contextlib.contextmanager
+def standing_for_rank_0(ranks: int, nodes: int) -> Iterator[None]:
+    """The environment that torchrun gives the first rank of `nodes` x `ranks`."""
+    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks * nodes), "LOCAL_WORLD_SIZE": str(ranks)}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def parsed(provider: Callable) -> Any:
+    """The arguments as Megatron's parser leaves them. Raises RamoeError for what it refuses."""
+    from megatron.training.arguments import parse_args
+
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return parse_args(provider)
+    except SystemExit as end:
+        lines = told.getvalue().strip().splitlines() or ["the parser ends the job (--help?)"]
+        raise RamoeError(lines[-1].partition("error: ")[2] or lines[-1]) from end
+
+
+def validated(provider: Callable) -> Any:
+    """The arguments as Megatron's validation leaves them; what it raises passes."""
+    from megatron.training import arguments
+
+    set_up = arguments.set_global_variables
+    arguments.set_global_variables = lambda *_, **__: None  # tokenizer, TensorBoard, loggers: not on trial
+    try:
+        return arguments.parse_and_validate_args(extra_args_provider=provider, args_defaults={})
+    finally:
+        arguments.set_global_variables = set_up
+
+
+def refuse_layout(args: Any) -> None:
+    """Raise RamoeError when the sizes of parsed arguments do not fit the number of ranks, the experts or the batch."""
+    world, tp, pp, cp, ep, etp = _sizes(args)
+    if world % (tp * pp * cp):
+        raise RamoeError(f"{world} ranks, but TP {tp} x PP {pp} x CP {cp} needs a multiple of {tp * pp * cp}")
+    if world % (ep * etp * pp):
+        raise RamoeError(f"{world} ranks, but EP {ep} x expert-TP {etp} x PP {pp} needs a multiple of {ep * etp * pp}")
+    if args.num_experts and args.num_experts % ep:
+        raise RamoeError(f"--expert-model-parallel-size {ep} does not divide --num-experts {args.num_experts}")
+    batch, micro, dp = args.global_batch_size, args.micro_batch_size, world // (tp * pp * cp)
+    if batch and micro and batch % (micro * dp) and not (args.decrease_batch_size_if_needed or args.step_batch_size_schedule):
+        raise RamoeError(f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x DP {dp} = {micro * dp}")
+
+
+def layout(args: Any) -> str:
+    """The layout of validated arguments in words. Raises AssertionError when the batch sizes do not fit it."""
+    from megatron.core import num_microbatches_calculator as calculator
+
+    world, tp, pp, cp, ep, etp = _sizes(args)
+    try:
+        calculator.init_num_microbatches_calculator(
+            rank=0,
+            global_batch_size=args.global_batch_size,
+            micro_batch_size=args.micro_batch_size,
+            data_parallel_size=args.data_parallel_size * args.gtp_weight_remat_size,
+            decrease_batch_size_if_needed=args.decrease_batch_size_if_needed,
+            step_batch_size_schedule=args.step_batch_size_schedule,
+            seq_length=args.seq_length,
+        )
+        count = calculator.get_num_microbatches()
+    finally:
+        calculator.unset_num_microbatches_calculator()
+    dp, micro = args.data_parallel_size, args.micro_batch_size
+    return (
+        f"{world} ranks = TP {tp} x PP {pp} x CP {cp} x DP {dp}, experts EP {ep} x ETP {etp}; "
+        f"global batch {args.global_batch_size} = {count} micro-batches x {micro} x DP {dp}"
+    )
+
+
+def _sizes(args: Any) -> tuple[int, int, int, int, int, int]:
+    tp, etp = args.tensor_model_parallel_size, args.expert_tensor_parallel_size
+    sizes = (tp, args.pipeline_model_parallel_size, args.context_parallel_size, args.expert_model_parallel_size)
+    return (args.world_size, *sizes, tp if etp is None else etp)
+
+
+def tokenizer(args: Any) -> Any:
+    """Megatron's tokenizer for validated arguments, whose padded vocabulary it sets; tried on a word."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    if args.tokenizer_type is None:
+        raise RamoeError("--tokenizer-type is missing: expected one of Megatron's, such as SentencePieceTokenizer")
+    built = build_tokenizer(args)
+    if not built.tokenize("word 1"):
+        raise RamoeError(f"the tokenizer {args.tokenizer_model} makes no token of 'word 1'")
+    return built
+
+
+def transformer_config(args: Any) -> Any:
+    """The model's `TransformerConfig` for validated arguments; without a tokenizer, with a vocabulary that stands for its own."""
+    args = copy.copy(args)
+    args.padded_vocab_size = getattr(args, "padded_vocab_size", None) or args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    return compat.model_config_from_args(args).transformer

@@ -1,0 +1,179 @@
+"""`ramoe doctor`: what would stop a job or a recipe, told before it starts. Nothing is started, nothing stays behind."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.findings import ANSWER, STATES, Finding, Line, attempt, reason
+from ramoe_megatron.recipe import flags
+from ramoe_megatron.recipe.digests import CHECKPOINT_MARK
+from ramoe_megatron.recipe.doctor_environment import environment_findings
+from ramoe_megatron.recipe.launch import rank_environment
+from ramoe_megatron.recipe.load import load_recipe
+from ramoe_megatron.recipe.manifest import Manifest
+from ramoe_megatron.recipe.plan import make_plan
+from ramoe_megatron.recipe.stage import JOBS, Stage
+
+JOB_NAMES = ("taxonomy", "profile", "finetune", "evaluate", "predict")
+_COLOURS = {"ok": "green", "warning": "yellow", "fatal": "bold red"}
+
+
+def job_findings(job: str, words: Sequence[str], ranks: int, nodes: int, environment: Mapping[str, str]) -> list[Finding]:
+    """Findings about this node and a job's command line. `ranks`: per node; `words`: Megatron's flags and ours."""
+    folder = _value(words, "save" if job == "finetune" else "ramoe-output")
+    local = _value(words, "transformer-impl") == "local"
+    found = environment_findings(ranks, nodes, Path(folder) if folder else None, environment, local)
+    _, answers = ask([Line(job, job, list(words), ranks, nodes)], environment)
+    return found + answers[job]
+
+
+def recipe_findings(path: Path, changes: Sequence[str], out: Path | None, environment: Mapping[str, str]) -> list[Finding]:
+    """Findings about this node and the stages of a recipe. `changes`, `out`: as `ramoe run` takes them.
+
+    What an earlier stage is going to write need not be there.
+
+    Raises:
+        RamoeError: the recipe cannot be read, or says what no recipe can.
+    """
+    recipe = load_recipe(path, changes)
+    folder = (out or Path("runs") / recipe.name).resolve()
+    try:
+        plan, fault = make_plan(recipe, folder, path.parent), None
+    except RamoeError as error:
+        plan, fault = [], Finding("recipe", "fatal", reason(error), "correct the recipe")
+    coming: dict[str, dict[str, str]] = {}
+    try:
+        coming = coming_files(plan, Manifest(folder, recipe.name))
+        held = Finding("run folder", "ok", "goes on" if (folder / "manifest.json").is_file() else "new")
+    except (RamoeError, OSError) as error:
+        held = Finding("run folder", "fatal", reason(error), "give another --out")
+        coming = {stage.name: _outputs(plan[:place]) for place, stage in enumerate(plan)}
+    ranks, nodes = recipe.launch.ranks_per_node, recipe.launch.nodes
+    local = {**recipe.model, **recipe.train, **recipe.parallel}.get("transformer-impl") == "local"
+    found = [*environment_findings(ranks, nodes, folder, environment, local, expected_bytes(plan, coming)), held]
+
+    def layout() -> str:
+        flags.check_layout(recipe, None)  # devices are told of above
+        return f"{nodes} x {ranks} ranks"
+
+    found.append(fault or attempt("recipe", layout, "change launch, parallel or the batch sizes"))
+    lines = [
+        Line(stage.name, stage.command[0].removeprefix(f"{JOBS}."), stage.arguments()[1:], stage.ranks, stage.nodes, coming[stage.name])
+        for stage in plan
+        if stage.ranks
+    ]
+    known, answers = ask(lines, environment)
+
+    def names() -> str:
+        flags.check_names(recipe, str(path), known)
+        return "Megatron has them all"
+
+    if known:
+        found.append(attempt("flag names", names, "correct the name"))
+    return found + merged(answers)
+
+
+def coming_files(plan: Sequence[Stage], manifest: Manifest) -> dict[str, dict[str, str]]:
+    """Stage -> what earlier stages are going to write, though an older result may lie there -> which of them does."""
+    found: dict[str, dict[str, str]] = {}
+    coming: dict[str, str] = {}
+    for stage in plan:
+        found[stage.name] = dict(coming)
+        if any(str(path) in coming for path in stage.inputs) or manifest.reason_to_run(stage):
+            coming |= _outputs([stage])
+    return found
+
+
+def _outputs(stages: Sequence[Stage]) -> dict[str, str]:
+    return {str(path): stage.name for stage in stages for path in (*stage.outputs, *stage.traces)}
+
+
+def expected_bytes(plan: Sequence[Stage], coming: Mapping[str, Mapping[str, str]]) -> int:
+    """The base's checkpoint, once for every fine-tune that is to run; 0 where there is no base yet."""
+    report = plan[-1].name if plan else ""
+    running = [stage for stage in plan if stage.kind == "finetune" and stage.name in coming.get(report, {}).values()]
+    base = Path((running and _value(running[0].command, "pretrained-checkpoint")) or "")
+    if not running or not (base / CHECKPOINT_MARK).is_file():
+        return 0
+    mark = (base / CHECKPOINT_MARK).read_text(encoding="utf-8").strip()
+    folder = base / (f"iter_{int(mark):07d}" if mark.isdigit() else mark)
+    return len(running) * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def ask(lines: Sequence[Line], environment: Mapping[str, str]) -> tuple[list[str], dict[str, list[Finding]]]:
+    """The flags that Megatron knows, and the findings about each command line: from one process, for Megatron is slow to import."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"{JOBS}.check"],
+        input=json.dumps([asdict(line) for line in lines]),
+        env=rank_environment(1, environment),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    for text in done.stdout.splitlines():
+        if text.startswith(ANSWER):
+            answer = json.loads(text.removeprefix(ANSWER))
+            return answer["flags"], {name: [Finding(**f) for f in found] for name, found in answer["findings"].items()}
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    fault = Finding("Megatron", "fatal", f"cannot be asked: {last}", "check the installation of megatron-core and torch")
+    return [], {line.name: [fault] for line in lines}
+
+
+def merged(answers: Mapping[str, Sequence[Finding]]) -> list[Finding]:
+    """One finding a check from those of all stages: the worst state; stages are named where they differ."""
+    checks: dict[str, dict[str, Finding]] = {}
+    for stage, findings in answers.items():
+        for finding in findings:
+            checks.setdefault(finding.check, {})[stage] = finding
+    return [_merge(check, by_stage) for check, by_stage in checks.items()]
+
+
+def _merge(check: str, by_stage: Mapping[str, Finding]) -> Finding:
+    worst = max((finding.state for finding in by_stage.values()), key=STATES.index)
+    told: dict[str, list[str]] = {}
+    for stage, finding in by_stage.items():
+        if worst == "ok" or finding.state != "ok":
+            told.setdefault(finding.found, []).append(stage)
+    everywhere = len(told) == 1 and len(next(iter(told.values()))) == len(by_stage)
+    found = "\n".join(text if everywhere else f"{_names(stages)}: {text}" for text, stages in told.items())
+    advice = dict.fromkeys(finding.advice for finding in by_stage.values() if finding.state == worst and finding.advice)
+    return Finding(check, worst, found, "; ".join(advice))
+
+
+def _names(stages: Sequence[str]) -> str:
+    kinds: dict[str, list[str]] = {}
+    for stage in stages:
+        kinds.setdefault(stage.partition("/")[0], []).append(stage)
+    return ", ".join(names[0] if len(names) == 1 else f"{kind} ({len(names)})" for kind, names in kinds.items())
+
+
+def _value(words: Sequence[str], name: str) -> str | None:
+    """The last value of a flag on a command line."""
+    found = None
+    for place, word in enumerate(words):
+        if word.startswith(f"--{name}="):
+            found = word.partition("=")[2]
+        elif word == f"--{name}" and place + 1 < len(words):
+            found = words[place + 1]
+    return found
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    """The findings, a line each."""
+    shown = Table("check", "state", "found", "what to do")
+    for finding in findings:
+        state = f"[{_COLOURS[finding.state]}]{finding.state}[/]"
+        shown.add_row(escape(finding.check), state, escape(finding.found), escape(finding.advice))
+    return shown
+
+
+def healthy(findings: Sequence[Finding]) -> bool:
+    """Whether nothing is fatal."""
+    return all(finding.state != "fatal" for finding in findings)

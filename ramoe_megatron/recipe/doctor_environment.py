@@ -1,0 +1,167 @@
+"""What this node offers: installed versions, devices, the way to the other nodes, Slurm, and the folder to write to."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.findings import Finding, attempt, reason
+from ramoe_megatron.method.files import atomic_write_text
+from ramoe_megatron.recipe.flags import cuda_devices
+from ramoe_megatron.recipe.launch import Place
+
+PYTHON = ">=3.12,<3.13"
+PACKAGES = {"torch": ">=2.9", "megatron-core": ">=0.19,<0.20"}
+"""As pyproject.toml has them: a source tree may run without being installed."""
+GIB = 1 << 30
+
+
+def environment_findings(
+    ranks: int, nodes: int, out: Path | None, environment: Mapping[str, str], local_layers: bool = False, needed: int = 0
+) -> list[Finding]:
+    """Findings about this node.
+
+    Args:
+        ranks: ranks per node.
+        out: the folder that would be written to, if any; it need not exist.
+        environment: variables, as `os.environ` holds them.
+        local_layers: whether the model's flags say `--transformer-impl local`.
+        needed: bytes that the run is expected to write, where that is known.
+    """
+    devices = cuda_devices(environment)
+    found = [*_versions(), _transformer_engine(devices, local_layers), *_devices(ranks, devices)]
+    found += [*_nodes(nodes, environment), *_slurm(nodes, environment)]
+    return found + (folder_findings(out, needed) if out else [])
+
+
+def _versions() -> list[Finding]:
+    from packaging.specifiers import SpecifierSet
+
+    found = []
+    for name, wanted in {"Python": PYTHON, **PACKAGES}.items():
+        version = platform.python_version() if name == "Python" else _installed(name)
+        fits = version is not None and SpecifierSet(wanted).contains(version, prereleases=True)
+        advice = "" if fits else f"use {name}{wanted}" if name == "Python" else f"pip install '{name}{wanted}'"
+        found.append(Finding(name, "ok" if fits else "fatal", version or "not installed", advice))
+    return found
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _transformer_engine(devices: int | None, local_layers: bool) -> Finding:
+    name = "transformer-engine"
+    if version := _installed(name) or _installed("transformer_engine"):
+        return Finding(name, "ok", version)
+    if devices is None or local_layers:
+        return Finding(name, "ok", "not installed; " + ("not needed on the CPU" if devices is None else "not needed by local layers"))
+    advice = "pip install 'ramoe-megatron[gpu]', or give --transformer-impl local"
+    return Finding(name, "warning", "not installed, and Megatron builds its layers from it", advice)
+
+
+def _devices(ranks: int, devices: int | None) -> list[Finding]:
+    if devices is None:
+        return [Finding("GPUs", "ok", "none: the CPU backend with gloo", "for a job on GPUs, ask on a node that has them")]
+    import torch
+
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+    built = f"CUDA {torch.version.cuda or 'none'}, NCCL {nccl or 'none'}"
+    if (seen := torch.cuda.device_count()) == 0:
+        fault = f"{devices} on this node, but torch (built for {built}) sees none: the job would run on the CPU"
+        return [Finding("GPUs", "fatal", fault, "install torch for CUDA, and a driver that is new enough for it")]
+    fits = seen >= ranks
+    return [
+        Finding("GPUs", "ok" if fits else "fatal", f"{seen} for {ranks} ranks on this node", "" if fits else f"start at most {seen} a node"),
+        Finding("CUDA", "ok" if nccl else "fatal", built, "" if nccl else "install torch with NCCL"),
+    ]
+
+
+def _nodes(nodes: int, environment: Mapping[str, str]) -> list[Finding]:
+    if nodes == 1:
+        return []
+    try:
+        place = Place.from_environment(nodes, environment)
+    except RamoeError as error:
+        return [Finding("nodes", "fatal", str(error), "set the variables on every node")]
+    found = [Finding("nodes", "ok", f"this is node {place.node} of {nodes}")]
+    found.append(attempt("MASTER_ADDR", lambda: _resolved(place.address), "set it to a name of node 0 that every node can resolve"))
+    if place.node == 0:  # the ranks meet at the port, the nodes of a recipe at the next one
+        ports = (place.port, place.port + 1)
+        found.append(attempt("MASTER_PORT", lambda: _free(ports), "set MASTER_PORT to a port that is free, as is the next one"))
+    return found
+
+
+def _resolved(address: str) -> str:
+    return f"{address} is {socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0]}"
+
+
+def _free(ports: tuple[int, int]) -> str:
+    for port in ports:
+        try:
+            socket.create_server(("", port)).close()
+        except (OSError, OverflowError) as error:
+            raise RamoeError(f"port {port} of this node cannot be bound: {error}") from error
+    return f"{ports[0]} and {ports[1]} are free"
+
+
+def _slurm(nodes: int, environment: Mapping[str, str]) -> list[Finding]:
+    if not (job := environment.get("SLURM_JOB_ID")):
+        return []
+    found = f"job {job} on {environment.get('SLURM_JOB_NODELIST', 'unknown nodes')}"
+    tasks, allocated = environment.get("SLURM_NTASKS_PER_NODE", "1"), environment.get("SLURM_JOB_NUM_NODES")
+    if tasks != "1":
+        return [Finding("Slurm", "fatal", f"{found}, {tasks} tasks a node", "give --ntasks-per-node 1: torchrun starts a node's ranks")]
+    if allocated and allocated.isdigit() and int(allocated) < nodes:
+        return [Finding("Slurm", "fatal", f"{found}: {allocated} nodes, {nodes} asked for", f"allocate {nodes} nodes")]
+    return [Finding("Slurm", "ok", found)]
+
+
+def folder_findings(folder: Path, needed: int = 0) -> list[Finding]:
+    """Whether a folder can be made and written to, whether locks work there, and the space left; nothing stays behind."""
+    parent = folder.resolve()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        return [Finding("output folder", "fatal", f"{parent} is a file", "give another folder")]
+    # the name of a process: another check may be at work here
+    probe, lock = (parent / f".ramoe-doctor-{os.getpid()}{ending}" for ending in ("", ".lock"))
+    try:
+        atomic_write_text(probe, "ramoe doctor\n")
+    except OSError as error:
+        return [Finding("output folder", "fatal", f"{parent} cannot be written to: {reason(error)}", "give another folder, or make room")]
+    finally:
+        probe.unlink(missing_ok=True)
+    told = f"{folder} is writable" if parent == folder.resolve() else f"{folder} can be made"
+    locks = attempt("file locks", lambda: _locks(lock), "put the run folder on a file system with flock")
+    return [Finding("output folder", "ok", told), locks, _disk(parent, needed)]
+
+
+def _locks(path: Path) -> str:
+    """Take a lock; a second one on the same file has to be refused, else two runs could share a folder."""
+    import filelock
+
+    try:
+        with filelock.FileLock(path, timeout=0), filelock.FileLock(path, timeout=0):
+            raise RamoeError(f"{path.parent}: two locks on one file at once")
+    except filelock.Timeout:
+        return "work"
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _disk(folder: Path, needed: int) -> Finding:
+    free = shutil.disk_usage(folder).free
+    told = f"{free / GIB:.1f} GiB free"
+    if free < GIB:
+        return Finding("disk", "fatal", told, "make room: a checkpoint cut short cannot be loaded")
+    if needed:
+        told += f"; the fine-tunes to come save about {needed / GIB:.1f} GiB (a checkpoint of the base's size each)"
+    return Finding("disk", "warning", told, "make room, or fine-tune fewer") if free < needed else Finding("disk", "ok", told)
