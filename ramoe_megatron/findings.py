@@ -9,6 +9,7 @@ from typing import Literal
 State = Literal["ok", "warning", "fatal"]
 STATES: tuple[State, ...] = ("ok", "warning", "fatal")  # from good to bad
 ANSWER = "RAMOE-CHECK "  # what begins the line of `jobs.check` that holds its answer
+WRITTEN = "written by stage "  # what begins the text about a file that is still to come
 LONGEST = 400  # characters of a reason that is not ours
 
 

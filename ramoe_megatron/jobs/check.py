@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.findings import ANSWER, Finding, Line, attempt
+from ramoe_megatron.findings import ANSWER, WRITTEN, Finding, Line, attempt
 from ramoe_megatron.jobs.evaluate import EvaluateOptions
 from ramoe_megatron.jobs.offline import FORWARD_ONLY_FLAGS, OfflineOptions
 from ramoe_megatron.jobs.predict import PredictOptions
@@ -47,7 +47,7 @@ class Trial:
     def written_by(self, *paths: str | None) -> str | None:
         """In words, which earlier stages write those of the paths that are still to come; None when all are there."""
         makers = dict.fromkeys(self.line.coming[path] for path in paths if path and path in self.line.coming)
-        return f"written by stage {', '.join(makers)}" if makers else None
+        return f"{WRITTEN}{', '.join(makers)}" if makers else None
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def _check(line: Line, left_out: Sequence[str], read: dict[str, Any]) -> list[Fi
         return look
 
     correct = f"correct the flag; `ramoe {line.job} -- --help` lists them"
-    taken = f"taken; the CPU backend leaves out {', '.join(left_out)}" if left_out else "taken"
+    taken = "Megatron takes them" + (f"; the CPU backend leaves out {', '.join(left_out)}" if left_out else "")
     flags = attempt("flags", keep("parsed", lambda: trial.parsed(provider), taken), correct)
     if flags.state == "fatal":
         return [flags]

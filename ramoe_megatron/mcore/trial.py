@@ -90,7 +90,7 @@ def layout(args: Any) -> str:
         calculator.unset_num_microbatches_calculator()
     dp, micro = args.data_parallel_size, args.micro_batch_size
     return (
-        f"{world} ranks = TP {tp} x PP {pp} x CP {cp} x DP {dp}, experts EP {ep} x ETP {etp}; "
+        f"{world} rank{'s' * (world > 1)} = TP {tp} x PP {pp} x CP {cp} x DP {dp}, experts EP {ep} x ETP {etp}; "
         f"global batch {args.global_batch_size} = {count} micro-batches x {micro} x DP {dp}"
     )
 

@@ -11,13 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.findings import ANSWER, STATES, Finding, Line, attempt, reason
+from ramoe_megatron.findings import ANSWER, STATES, WRITTEN, Finding, Line, attempt, reason
 from ramoe_megatron.recipe import flags
 from ramoe_megatron.recipe.digests import CHECKPOINT_MARK
 from ramoe_megatron.recipe.doctor_environment import environment_findings
 from ramoe_megatron.recipe.launch import rank_environment
 from ramoe_megatron.recipe.load import load_recipe
-from ramoe_megatron.recipe.manifest import Manifest
+from ramoe_megatron.recipe.manifest import Manifest, locked
 from ramoe_megatron.recipe.plan import make_plan
 from ramoe_megatron.recipe.stage import JOBS, Stage
 
@@ -51,6 +51,9 @@ def recipe_findings(path: Path, changes: Sequence[str], out: Path | None, enviro
     coming: dict[str, dict[str, str]] = {}
     try:
         coming = coming_files(plan, Manifest(folder, recipe.name))
+        if (folder / ".lock").is_file():  # else nobody holds it, and asking would make it
+            with locked(folder):
+                pass
         held = Finding("run folder", "ok", "goes on" if (folder / "manifest.json").is_file() else "new")
     except (RamoeError, OSError) as error:
         held = Finding("run folder", "fatal", reason(error), "give another --out")
@@ -138,9 +141,17 @@ def merged(answers: Mapping[str, Sequence[Finding]]) -> list[Finding]:
 def _merge(check: str, by_stage: Mapping[str, Finding]) -> Finding:
     worst = max((finding.state for finding in by_stage.values()), key=STATES.index)
     told: dict[str, list[str]] = {}
+    makers: dict[str, None] = {}
     for stage, finding in by_stage.items():
-        if worst == "ok" or finding.state != "ok":
-            told.setdefault(finding.found, []).append(stage)
+        if worst != "ok" and finding.state == "ok":
+            continue
+        text = finding.found
+        if text.startswith(WRITTEN):  # each evaluation reads another fine-tune: one line for all
+            makers |= dict.fromkeys(text.removeprefix(WRITTEN).split(", "))
+            text = WRITTEN
+        told.setdefault(text, []).append(stage)
+    if WRITTEN in told:
+        told = {f"{WRITTEN}{_names(list(makers))}" if text == WRITTEN else text: stages for text, stages in told.items()}
     everywhere = len(told) == 1 and len(next(iter(told.values()))) == len(by_stage)
     found = "\n".join(text if everywhere else f"{_names(stages)}: {text}" for text, stages in told.items())
     advice = dict.fromkeys(finding.advice for finding in by_stage.values() if finding.state == worst and finding.advice)

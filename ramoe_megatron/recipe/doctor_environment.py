@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.findings import Finding, attempt, reason
+from ramoe_megatron.findings import Finding, attempt
 from ramoe_megatron.method.files import atomic_write_text
 from ramoe_megatron.recipe.flags import cuda_devices
 from ramoe_megatron.recipe.launch import Place
@@ -77,9 +77,9 @@ def _devices(ranks: int, devices: int | None) -> list[Finding]:
     if (seen := torch.cuda.device_count()) == 0:
         fault = f"{devices} on this node, but torch (built for {built}) sees none: the job would run on the CPU"
         return [Finding("GPUs", "fatal", fault, "install torch for CUDA, and a driver that is new enough for it")]
-    fits = seen >= ranks
+    fits, told = seen >= ranks, f"{seen} for {ranks} ranks on this node"
     return [
-        Finding("GPUs", "ok" if fits else "fatal", f"{seen} for {ranks} ranks on this node", "" if fits else f"start at most {seen} a node"),
+        Finding("GPUs", "ok" if fits else "fatal", told, "" if fits else f"start at most {seen} ranks a node"),
         Finding("CUDA", "ok" if nccl else "fatal", built, "" if nccl else "install torch with NCCL"),
     ]
 
@@ -136,7 +136,7 @@ def folder_findings(folder: Path, needed: int = 0) -> list[Finding]:
     try:
         atomic_write_text(probe, "ramoe doctor\n")
     except OSError as error:
-        return [Finding("output folder", "fatal", f"{parent} cannot be written to: {reason(error)}", "give another folder, or make room")]
+        return [Finding("output folder", "fatal", f"{parent} cannot be written to ({error.strerror})", "give another folder, or make room")]
     finally:
         probe.unlink(missing_ok=True)
     told = f"{folder} is writable" if parent == folder.resolve() else f"{folder} can be made"
