@@ -118,7 +118,7 @@ def line(name: str, kind: str, more: list[str], ranks: int, world: Path) -> Line
 
 
 @pytest.fixture(scope="module")
-def answers(world: Path) -> Iterator[dict[str, list[Finding]]]:
+def answers(world: Path) -> dict[str, list[Finding]]:
     """The findings about every row of the tables, from one process."""
     lines = [line(f"sound {kind}", kind, [], ranks, world) for kind, ranks in SOUND.items()]
     for name, (kind, more, ranks, _, _) in FATAL.items():
@@ -133,7 +133,7 @@ def answers(world: Path) -> Iterator[dict[str, list[Finding]]]:
     flags, found = doctor.ask(lines, os.environ)
     assert "--num-layers" in flags
     assert paths(world) == before, "a check leaves nothing behind"
-    yield found
+    return found
 
 
 @pytest.mark.parametrize("kind", SOUND)

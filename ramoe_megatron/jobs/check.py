@@ -94,7 +94,7 @@ def _check(line: Line, left_out: Sequence[str], read: dict[str, Any]) -> list[Fi
             return [flags, layout]
 
     def validate() -> Any:
-        args = trial.validated(provider)
+        args = trial.validated(held["parsed"])
         for options in OPTIONS[line.job]:
             options_from_args(options, args)  # each refuses what does not go together
         return args

@@ -44,16 +44,19 @@ def parsed(provider: Callable) -> Any:
         raise RamoeError(lines[-1].partition("error: ")[2] or lines[-1]) from end
 
 
-def validated(provider: Callable) -> Any:
-    """The arguments as Megatron's validation leaves them; what it raises passes."""
+def validated(args: Any) -> Any:
+    """Parsed arguments as Megatron's validation leaves them; what it raises passes."""
     from megatron.training import arguments
 
-    set_up = arguments.set_global_variables
+    names = ("parse_args", "set_global_variables")
+    before = {name: getattr(arguments, name) for name in names}
+    arguments.parse_args = lambda *_, **__: args  # making the parser is what takes the time
     arguments.set_global_variables = lambda *_, **__: None  # tokenizer, TensorBoard, loggers: not on trial
     try:
-        return arguments.parse_and_validate_args(extra_args_provider=provider, args_defaults={})
+        return arguments.parse_and_validate_args(args_defaults={})
     finally:
-        arguments.set_global_variables = set_up
+        for name, function in before.items():
+            setattr(arguments, name, function)
 
 
 def refuse_layout(args: Any) -> None:
