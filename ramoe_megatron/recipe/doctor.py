@@ -112,6 +112,8 @@ def expected_bytes(plan: Sequence[Stage], coming: Mapping[str, Mapping[str, str]
 
 def ask(lines: Sequence[Line], environment: Mapping[str, str]) -> tuple[list[str], dict[str, list[Finding]]]:
     """The flags that Megatron knows, and the findings about each command line: from one process, for Megatron is slow to import."""
+    if not lines:
+        return [], {}
     done = subprocess.run(
         [sys.executable, "-m", f"{JOBS}.check"],
         input=json.dumps([asdict(line) for line in lines]),
