@@ -73,7 +73,7 @@ def alignment(world: Path, experts: str = "experts.safetensors") -> list[str]:
 
 # name -> job, further flags, ranks, the check that fails, what is told of it
 FATAL: dict[str, tuple[str, str, int, str, list[str]]] = {
-    "tp 3": ("finetune", "--tensor-model-parallel-size 3", 2, "layout", ["2 ranks", "TP 3", "multiple of 3"]),
+    "tp 3": ("finetune", "--tensor-model-parallel-size 3", 2, "layout", ["2 ranks, but TP 3 x PP 1 x CP 1", "multiple of 3"]),
     "ep": ("finetune", "--expert-model-parallel-size 4", 2, "layout", ["EP 4", "multiple of 4"]),
     "experts": ("finetune", "--expert-model-parallel-size 2 --num-experts 5", 2, "layout", ["does not divide --num-experts 5"]),
     "batch": ("finetune", "--global-batch-size 20", 2, "layout", ["20 is no multiple", "4 x DP 2 = 8"]),
