@@ -323,7 +323,8 @@ def test_a_recipe_whose_files_are_still_to_be_written_is_healthy(world: Path, tm
     out.mkdir()
     manifest = {"format": "ramoe-manifest", "version": 1, "recipe": "small", "megatron_flags": {}, "stages": {}}
     (out / "manifest.json").write_text(json.dumps(manifest))
-    (out / "experts.safetensors").write_text("of another model")
+    for name in ("experts.safetensors", "divergence.csv"):
+        (out / name).write_text("of another model")
     before = paths(tmp_path)
     result = ramoe(str(path), "--out", str(out))
     assert result.exit_code == 0, result.output
