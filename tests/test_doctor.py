@@ -248,7 +248,9 @@ def test_a_port_that_is_taken_is_fatal_on_node_0_alone() -> None:
 
 
 def test_nodes_that_cannot_meet_are_fatal() -> None:
-    assert told(environment_findings(1, 2, None, {}), "nodes").state == "fatal"
+    assert told(environment_findings(1, 2, None, {}), "nodes").state == "warning", "a login node is no fault"
+    assert told(environment_findings(1, 2, None, {"NODE_RANK": "0"}), "nodes").state == "fatal"
+    assert told(environment_findings(1, 2, None, {"NODE_RANK": "2", "MASTER_ADDR": "localhost"}), "nodes").state == "fatal"
     place = {"NODE_RANK": "1", "MASTER_ADDR": "no-such-host.invalid"}
     assert told(environment_findings(1, 2, None, place), "MASTER_ADDR").state == "fatal"
 
