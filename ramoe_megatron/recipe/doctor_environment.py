@@ -91,8 +91,8 @@ def _nodes(nodes: int, environment: Mapping[str, str]) -> list[Finding]:
         place = Place.from_environment(nodes, environment)
     except RamoeError as error:
         if not any(environment.get(name) for name in ("NODE_RANK", "SLURM_NODEID", "GROUP_RANK", "MASTER_ADDR")):
-            found = f"this is none of the {nodes} nodes: NODE_RANK (or SLURM_NODEID) and MASTER_ADDR are not set"
-            return [Finding("nodes", "warning", found, "ask on the nodes too, where they are set")]  # such as a login node
+            apart = f"this is none of the {nodes} nodes: NODE_RANK (or SLURM_NODEID) and MASTER_ADDR are not set"
+            return [Finding("nodes", "warning", apart, "ask on the nodes too, where they are set")]  # such as a login node
         return [Finding("nodes", "fatal", str(error), "set the variables on every node")]
     found = [Finding("nodes", "ok", f"this is node {place.node} of {nodes}")]
     found.append(attempt("MASTER_ADDR", lambda: _resolved(place.address), "set it to a name of node 0 that every node can resolve"))
