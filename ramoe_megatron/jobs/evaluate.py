@@ -5,6 +5,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from ramoe_megatron.jobs.offline import (
     offline_job,
     write_on_rank_0,
 )
+from ramoe_megatron.jobs.shards import Shards, depends_on
 from ramoe_megatron.mcore.arguments import options_from_args
 from ramoe_megatron.mcore.launch import run_job
 from ramoe_megatron.method.artefacts import ExpertFile, atomic_write_text, package_version, save_document
@@ -45,66 +47,84 @@ class EvaluateOptions:
 def main() -> None:
     """Write `NAME.json` and the outcome of each example, `NAME.jsonl`, to the output folder."""
     with offline_job(EvaluateOptions) as (args, data, options):
+        from ramoe_megatron.jobs.scores import answers, by_id, score_parts
         from ramoe_megatron.mcore.offline import OfflineModel
-        from ramoe_megatron.mcore.scoring import score
 
         own = options_from_args(EvaluateOptions, args)
         examples = examples_with_anchor(data)
         model = OfflineModel(args, options.batch_tokens)
-        progress = Progress(sum(len(e.choices or (e,)) for e in examples), "answers")
-        correct = score(model, examples, options.max_new_tokens, progress=progress)
-        masses = task_mass(model, examples, own.experts) if own.experts else []
-
+        experts = ExpertFile.load(own.experts) if own.experts else None
+        if experts is not None:
+            model.check(experts)
         output = Path(str(options.output))
         name = own.method if own.seed is None else f"{own.method}-seed{own.seed}"
+        parts, groups = by_id(examples), groups_of_tasks(examples, experts.tasks if experts else ())
+        total = len(parts) + len(groups)
+        with Shards(output, f"evaluate-{name}", total, lambda: depends_on(args, data.data, examples)) as shards:
+            progress = Progress(answers(examples), "answers")
+            correct = score_parts(model, parts, options.max_new_tokens, shards, progress)
+            outcomes = [(example, correct[example.id, example.language]) for example in examples]
+            mass_rows = task_mass(model, groups, experts, shards, len(parts)) if experts else []
 
-        def write() -> None:
-            output.mkdir(parents=True, exist_ok=True)
-            lines = (
-                json.dumps({"id": e.id, "task": e.task, "language": e.language, "correct": right}, ensure_ascii=False)
-                for e, right in zip(examples, correct, strict=True)
-            )
-            atomic_write_text(output / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
-            total, right = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-            for example, outcome in zip(examples, correct, strict=True):
-                total[example.task, example.language] += 1
-                right[example.task, example.language] += outcome
-            body = {
-                "method": own.method,
-                "seed": own.seed,
-                "checkpoint": checkpoint_name(args.load),
-                "split": data.split,
-                "data": data_digests(data.data),
-                "package_version": package_version(),
-                "rows": [
-                    {"task": task, "language": language, "n": n, "correct": right[task, language]}
-                    for (task, language), n in sorted(total.items())
-                ],
-                "mass": masses,
-                "examples": f"{name}.jsonl",
-            }
-            save_document(output / f"{name}.json", "ramoe-evaluation", body)
+            def write() -> None:
+                output.mkdir(parents=True, exist_ok=True)
+                lines = (
+                    json.dumps({"id": e.id, "task": e.task, "language": e.language, "correct": right}, ensure_ascii=False)
+                    for e, right in outcomes
+                )
+                atomic_write_text(output / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
+                total, right = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+                for example, outcome in outcomes:
+                    total[example.task, example.language] += 1
+                    right[example.task, example.language] += outcome
+                body = {
+                    "method": own.method,
+                    "seed": own.seed,
+                    "checkpoint": checkpoint_name(args.load),
+                    "split": data.split,
+                    "data": data_digests(data.data),
+                    "package_version": package_version(),
+                    "rows": [
+                        {"task": task, "language": language, "n": n, "correct": right[task, language]}
+                        for (task, language), n in sorted(total.items())
+                    ],
+                    "mass": mass_rows,
+                    "examples": f"{name}.jsonl",
+                }
+                save_document(output / f"{name}.json", "ramoe-evaluation", body)
+                shards.remove()
 
-        write_on_rank_0(model, write)
+            write_on_rank_0(model, write)
 
 
-def task_mass(model: "OfflineModel", examples: list[Example], path: str) -> list[dict[str, object]]:
-    """Mean routing mass on each task's experts at the last prompt token, per language and MoE layer."""
-    from ramoe_megatron.mcore.routing import sequence_routing
-
-    experts = ExpertFile.load(path)
-    model.check(experts)
-    rows: list[dict[str, object]] = []
+def groups_of_tasks(examples: Sequence[Example], tasks: Sequence[str]) -> dict[tuple[str, str], list[Example]]:
+    """The examples of each of these tasks in each language, sorted by both."""
     groups: dict[tuple[str, str], list[Example]] = {}
     for example in examples:
-        if example.task in experts.tasks:
+        if example.task in tasks:
             groups.setdefault((example.task, example.language), []).append(example)
-    for (task, language), members in sorted(groups.items()):
+    return dict(sorted(groups.items()))
+
+
+def task_mass(
+    model: "OfflineModel", groups: dict[tuple[str, str], list[Example]], experts: ExpertFile, shards: Shards, first: int
+) -> list[dict[str, object]]:
+    """Mean routing mass on each task's experts at the last prompt token, per language and MoE layer.
+
+    Each group is a shard, from number `first` on; the state gains "mass", float32 [groups, L].
+    """
+    import torch
+
+    from ramoe_megatron.mcore.routing import sequence_routing
+
+    means = list(shards.state.get("mass", ()))
+    for number, ((task, _), members) in list(enumerate(groups.items(), first))[len(means) :]:
         encoded = [encode(example, model.tokenizer) for example in members]
         pooled_NLE = sequence_routing(model, encoded, choices=("last",)).pooled_NLE["last"]
         mask_LE = experts.expert_mask[experts.tasks.index(task)].to(pooled_NLE.device)
-        rows.append({"task": task, "language": language, "mass": mass(pooled_NLE, mask_LE).mean(dim=0).tolist()})
-    return rows
+        means.append(mass(pooled_NLE, mask_LE).mean(dim=0).cpu())
+        shards.save(number, shards.state | {"mass": torch.stack(means)})
+    return [{"task": task, "language": language, "mass": mean.tolist()} for (task, language), mean in zip(groups, means, strict=True)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""What the offline jobs share: their options, the data they read, shards that survive a restart, and progress lines."""
+"""What the offline jobs share: their options, the data they read, and progress lines."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from ramoe_megatron.data.sources import local_files
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.arguments import DataOptions, arguments_with, options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, megatron_arguments
-from ramoe_megatron.method.artefacts import atomic_write_text, digests, read_json
+from ramoe_megatron.method.artefacts import digests
 
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline import OfflineModel
@@ -73,55 +72,6 @@ def checkpoint_name(folder: str) -> str:
     """The checkpoint as the artefacts name it: folder and iteration."""
     path = Path(folder)
     return f"{path.name}@{(path / 'latest_checkpointed_iteration.txt').read_text().strip()}"
-
-
-class Shards:
-    """Finished shards of a long job, so that a restart repeats at most one.
-
-    They lie in a folder of their own beside the output, under a key of everything that the result depends on, and are removed once
-    the job's files stand.
-    """
-
-    def __init__(self, output: Path, job: str, **depends_on: Any) -> None:
-        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder = output / f".{job}-shards" / key
-
-    def rows(self, number: int) -> list[Any] | None:
-        """What shard `number` held, or None: rank 0 looks and tells the others, so that all ranks skip the same shards."""
-        import torch
-
-        path, rows = self.folder / f"{number:06d}.json", [None]
-        if is_rank_0() and path.exists():
-            rows = [read_json(path)]
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(rows, src=0)
-        return rows[0]
-
-    def save(self, number: int, rows: list[Any]) -> None:
-        """Write a shard (on rank 0), whole or not at all."""
-        if is_rank_0():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(self.folder / f"{number:06d}.json", json.dumps(rows))
-
-    def remove(self) -> None:
-        """Remove this job's shards (on rank 0)."""
-        if not is_rank_0() or not self.folder.exists():
-            return
-        for path in self.folder.iterdir():
-            path.unlink()
-        self.folder.rmdir()
-        if not any(self.folder.parent.iterdir()):
-            self.folder.parent.rmdir()
-
-
-def checkpoint_state(folder: str) -> list[Any]:
-    """What tells one state of a checkpoint folder from another without reading the weights: names, sizes and times of its files."""
-    root = Path(folder)
-    return sorted(
-        (str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in root.rglob("*")
-        if path.is_file()
-    )
 
 
 class Progress:

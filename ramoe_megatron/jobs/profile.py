@@ -8,10 +8,10 @@ number of tokens; the priors alone grow with the number of examples.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -26,6 +26,7 @@ from ramoe_megatron.jobs.offline import (
     offline_job,
     write_on_rank_0,
 )
+from ramoe_megatron.jobs.shards import SHARD_EXAMPLES, Shards, depends_on
 from ramoe_megatron.mcore.arguments import options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, run_job
 from ramoe_megatron.method.artefacts import TOKENS, ExpertFile, Priors, read_taxonomy, write_divergence
@@ -35,10 +36,6 @@ from ramoe_megatron.method.experts import FrequencySum, delta, describe_empty, p
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline import OfflineModel
     from ramoe_megatron.mcore.routing import SequenceRouting
-
-PART = 256
-"""Examples whose routing is held at once."""
-
 
 @dataclass(frozen=True)
 class ProfileOptions:
@@ -79,99 +76,141 @@ def main() -> None:
         general = load_examples(own.general, languages=[data.anchor])
         correct = {row.id for row in read_taxonomy(own.taxonomy) if row.english_correct}
         english = [example for example in examples if example.language == data.anchor]
-        tasks = sorted({example.task for example in english})
         model = OfflineModel(args, options.batch_tokens)
-        progress = Progress(len(examples) + len(general), "sequences")
-        passes = Passes(model, tasks, sorted({t.language for _, t in pairs}), own.tokens)
-        passes.general(general, progress)
-        passes.parallel(english, [target for _, target in pairs], correct, own.save_priors, progress)
+        output, shape = Path(str(options.output)), model.shape
+        given = None if own.layers == "auto" else parse_layers(own.layers, shape.num_moe_layers)
+        passes = Passes(model, general, english, [target for _, target in pairs], correct, own)
 
-        shape = model.shape
-        rows = passes.curve.rows(model.layer_numbers)
-        zone = zone_from_curve(mean_curve(rows))
-        if own.layers != "auto":
-            first, last = parse_layers(own.layers, shape.num_moe_layers)
-            zone = Zone(first, last, own.layers, "given by --ramoe-layers")
-        task_frequency = passes.task_frequency.mean().cpu()
-        general_frequency = passes.general_frequency.mean()[0].cpu()
-        difference = delta(task_frequency, general_frequency)
-        mask = task_experts(difference, rule)
-        checkpoint, output = checkpoint_name(args.load), Path(str(options.output))
-        digests = data_digests([*data.data, *own.general])
-        experts = ExpertFile(
-            tasks=tuple(tasks), shape=shape, expert_mask=mask, delta=difference, task_frequency=task_frequency,
-            general_frequency=general_frequency, english_pattern=passes.english_pattern(),
-            layer_number=torch.tensor(model.layer_numbers), rule=rule.as_dict(), zone=zone, checkpoint=checkpoint,
-            data=digests,
-            sequences={
-                "english_task": dict(zip(tasks, passes.task_frequency.sequences.tolist(), strict=True)),
-                "english_correct": dict(zip(tasks, passes.pattern_count.int().tolist(), strict=True)),
-                "general": len(general), "pairs": len(pairs),
-            },
-        )  # fmt: skip
+        def key() -> dict[str, Any]:
+            return depends_on(args, [*data.data, *own.general], [*examples, *general])
 
-        def write() -> None:
-            output.mkdir(parents=True, exist_ok=True)
-            write_divergence(output / "divergence.csv", rows)
-            if own.save_priors:
-                Priors.save(
-                    output / "priors.safetensors", [e.id for e in english], torch.cat(passes.priors), tokens=own.tokens,
-                    shape=shape, checkpoint=checkpoint, data=digests,
-                )  # fmt: skip
-            experts.save(output / "experts.safetensors")
+        with Shards(output, "profile", len(passes.parts), key) as shards:
+            passes.run(shards, Progress(len(examples) + len(general), "sequences"))
+            rows = passes.curve.rows(model.layer_numbers)
+            zone = zone_from_curve(mean_curve(rows))
+            if given is not None:
+                zone = Zone(*given, own.layers, "given by --ramoe-layers")
+            task_frequency = passes.task_frequency.mean().cpu()
+            general_frequency = passes.general_frequency.mean()[0].cpu()
+            difference = delta(task_frequency, general_frequency)
+            mask = task_experts(difference, rule)
+            checkpoint = checkpoint_name(args.load)
+            digests = data_digests([*data.data, *own.general])
+            experts = ExpertFile(
+                tasks=tuple(passes.tasks), shape=shape, expert_mask=mask, delta=difference, task_frequency=task_frequency,
+                general_frequency=general_frequency, english_pattern=passes.english_pattern(),
+                layer_number=torch.tensor(model.layer_numbers), rule=rule.as_dict(), zone=zone, checkpoint=checkpoint,
+                data=digests,
+                sequences={
+                    "english_task": dict(zip(passes.tasks, passes.task_frequency.sequences.tolist(), strict=True)),
+                    "english_correct": dict(zip(passes.tasks, passes.pattern_count.int().tolist(), strict=True)),
+                    "general": len(general), "pairs": len(pairs),
+                },
+            )  # fmt: skip
 
-        write_on_rank_0(model, write)
-        if is_rank_0():
-            print(f"ramoe: zone: {zone}", *describe_empty(mask, tasks, rule), sep="\nramoe: ", flush=True)
+            def write() -> None:
+                output.mkdir(parents=True, exist_ok=True)
+                write_divergence(output / "divergence.csv", rows)
+                if own.save_priors:
+                    priors = torch.cat([shards.kept(number)["priors"] for number in passes.english_shards])
+                    Priors.save(
+                        output / "priors.safetensors", [e.id for e in english], priors, tokens=own.tokens, shape=shape,
+                        checkpoint=checkpoint, data=digests,
+                    )  # fmt: skip
+                experts.save(output / "experts.safetensors")
+                shards.remove()
+
+            write_on_rank_0(model, write)
+            if is_rank_0():
+                print(f"ramoe: zone: {zone}", *describe_empty(mask, passes.tasks, rule), sep="\nramoe: ", flush=True)
 
 
 class Passes:
-    """The sums of the forward passes, on the model's device, the same on every rank."""
+    """The sums of the forward passes, on the model's device, the same on every rank.
 
-    def __init__(self, model: "OfflineModel", tasks: Sequence[str], languages: Sequence[str], tokens: str) -> None:
+    A shard is a part of the general text, or one of the English examples with all their targets.
+    """
+
+    def __init__(
+        self, model: "OfflineModel", general: Sequence[Example], english: Sequence[Example], targets: Sequence[Example],
+        correct: set[str], options: ProfileOptions,
+    ) -> None:  # fmt: skip
         layers, experts = len(model.layer_numbers), model.config.num_moe_experts
-        self.model, self.tasks, self.tokens = model, list(tasks), tokens
-        self.task_frequency = FrequencySum(len(tasks), layers, experts, model.device)
+        self.model, self.correct, self.options = model, correct, options
+        self.parts = [*_parts(general), *_parts(english)]
+        self.english_shards = range(len(list(_parts(general))), len(self.parts))
+        self.views: dict[str, dict[str, Example]] = {}
+        for target in sorted(targets, key=lambda target: target.language):
+            self.views.setdefault(target.language, {})[target.id] = target
+        self.tasks = sorted({example.task for example in english})
+        self.task_frequency = FrequencySum(len(self.tasks), layers, experts, model.device)
         self.general_frequency = FrequencySum(1, layers, experts, model.device)
-        self.curve = DivergenceCurve(languages, layers, model.device)
-        zeros = torch.zeros(len(tasks), layers, experts, dtype=torch.float64, device=model.device)
+        self.curve = DivergenceCurve(list(self.views), layers, model.device)
+        zeros = torch.zeros(len(self.tasks), layers, experts, dtype=torch.float64, device=model.device)
         self.pattern_sum = {choice: zeros.clone() for choice in TOKENS}
-        self.pattern_count = torch.zeros(len(tasks), dtype=torch.float64, device=model.device)
-        self.priors: list[torch.Tensor] = []
+        self.pattern_count = torch.zeros(len(self.tasks), dtype=torch.float64, device=model.device)
 
-    def general(self, examples: Sequence[Example], progress: Progress) -> None:
+    def run(self, shards: Shards, progress: Progress) -> None:
+        """Add every part to the sums; those of finished shards come from their state, bit for bit."""
+        for name, total in self._sums().items():
+            if shards.done:
+                total.copy_(shards.state[name])
+        skipped = self.parts[: shards.done]
+        if skipped:
+            progress(sum(len(part) + sum(map(len, self._targets(n, part).values())) for n, part in enumerate(skipped)))
+        for number in range(shards.done, len(self.parts)):
+            part = self.parts[number]
+            if number in self.english_shards:
+                priors = self._parallel(part, self._targets(number, part), progress)
+                kept = {"priors": priors} if self.options.save_priors else None
+            else:
+                self._general(part, progress)
+                kept = None
+            shards.save(number, self._sums(), kept)
+
+    def _sums(self) -> Mapping[str, torch.Tensor]:
+        return {
+            "general_frequency": self.general_frequency.sums,
+            "general_sequences": self.general_frequency.sequences,
+            "task_frequency": self.task_frequency.sums,
+            "task_sequences": self.task_frequency.sequences,
+            "divergence": self.curve.sums,
+            "pattern_count": self.pattern_count,
+            **{f"pattern.{choice}": total for choice, total in self.pattern_sum.items()},
+        }
+
+    def _targets(self, number: int, part: Sequence[Example]) -> dict[str, list[Example]]:
+        """By language, the targets of an English part, in its order; of general text, none."""
+        if number not in self.english_shards:
+            return {}
+        return {language: [by_id[example.id] for example in part if example.id in by_id] for language, by_id in self.views.items()}
+
+    def _general(self, part: Sequence[Example], progress: Progress) -> None:
         """Expert frequency of general English text."""
-        for part in _parts(examples):
-            routing = self._routing(part, choices=())
-            group = torch.zeros(len(part), dtype=torch.int64, device=self.model.device)
-            self.general_frequency.add(group, routing.frequency_NLE, torch.ones_like(group))
-            progress(len(part))
+        routing = self._routing(part, choices=())
+        group = torch.zeros(len(part), dtype=torch.int64, device=self.model.device)
+        self.general_frequency.add(group, routing.frequency_NLE, torch.ones_like(group))
+        progress(len(part))
 
-    def parallel(
-        self, english: Sequence[Example], targets: Sequence[Example], correct: set[str], keep: bool, progress: Progress
-    ) -> None:
-        """English views (frequency, pattern, priors), and each language's divergence from them."""
-        views: dict[str, dict[str, Example]] = {}
-        for target in targets:
-            views.setdefault(target.language, {})[target.id] = target
-        for part in _parts(english):
-            reference = self._routing(part, choices=TOKENS)
-            self._add_english(part, reference, correct)
-            if keep:
-                self.priors.append(reference.pooled_NLE[self.tokens].float().cpu())
-            progress(len(part))
-            for language, by_id in sorted(views.items()):
-                rows = [row for row, example in enumerate(part) if example.id in by_id]
-                if rows:
-                    routing = self._routing([by_id[part[row].id] for row in rows], choices=("all",))
-                    self.curve.add(language, reference.pooled_NLE["all"][rows], routing.pooled_NLE["all"])
-                    progress(len(rows))
+    def _parallel(self, part: Sequence[Example], targets: Mapping[str, Sequence[Example]], progress: Progress) -> torch.Tensor:
+        """English views (frequency, pattern), and each language's divergence from them. Gives the English priors. [n, L, E]"""
+        reference = self._routing(part, choices=TOKENS)
+        self._add_english(part, reference)
+        progress(len(part))
+        row_of = {example.id: row for row, example in enumerate(part)}
+        for language, views in targets.items():
+            if views:
+                routing = self._routing(views, choices=("all",))
+                rows = [row_of[view.id] for view in views]
+                self.curve.add(language, reference.pooled_NLE["all"][rows], routing.pooled_NLE["all"])
+                progress(len(views))
+        return reference.pooled_NLE[self.options.tokens].float()
 
-    def _add_english(self, part: Sequence[Example], routing: "SequenceRouting", correct: set[str]) -> None:
+    def _add_english(self, part: Sequence[Example], routing: "SequenceRouting") -> None:
         device = self.model.device
         group = torch.tensor([self.tasks.index(example.task) for example in part], device=device)
         self.task_frequency.add(group, routing.frequency_NLE, torch.ones_like(group))
-        right = torch.tensor([example.id in correct for example in part], dtype=torch.float64, device=device)
+        right = torch.tensor([example.id in self.correct for example in part], dtype=torch.float64, device=device)
         self.pattern_count.index_add_(0, group, right)
         for choice, total in self.pattern_sum.items():
             total.index_add_(0, group, routing.pooled_NLE[choice].double() * right[:, None, None])
@@ -188,7 +227,7 @@ class Passes:
 
 
 def _parts(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    return (examples[start : start + PART] for start in range(0, len(examples), PART))
+    return (examples[start : start + SHARD_EXAMPLES] for start in range(0, len(examples), SHARD_EXAMPLES))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ramoe_megatron.method.artefacts import (
 from ramoe_megatron.method.divergence import Zone, mean_curve, zone_from_curve
 from ramoe_megatron.method.documents import evaluation, prediction, results, taxonomy, taxonomy_pairs
 from ramoe_megatron.method.experts import describe_empty, rule_from
-from ramoe_megatron.method.files import FORMATS, check_document, read_json
+from ramoe_megatron.method.files import check_document, read_json
 from ramoe_megatron.method.rendering import (
     LAYER_HEADS,
     data,
@@ -56,8 +56,8 @@ def describe(path: str | os.PathLike[str]) -> RenderableType:
     tensors = path.suffix == ".safetensors"
     document: Any = open_any(path, "ramoe-experts or ramoe-priors")[1] if tensors else read_json(path)
     name = document.get("format") if isinstance(document, dict) else None
-    if name not in FORMATS:
-        raise RamoeError(f"{path}: found format {name!r}, expected one of {', '.join(FORMATS)}; give an artefact of a run")
+    if name not in _DESCRIBE:
+        raise RamoeError(f"{path}: found format {name!r}, expected one of {', '.join(_DESCRIBE)}; give an artefact of a run")
     check_document(path, document, name)
     try:
         return _DESCRIBE[name](path, document)
