@@ -1,4 +1,4 @@
-"""Shards of a long job, the parts it is cut into, and the digests of what it read."""
+"""The parts that a long job is cut into, the digests of what it read, and its progress lines."""
 
 import hashlib
 import json
@@ -9,50 +9,20 @@ from data_rows import example, row, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramoe_megatron.jobs.offline import Progress, Shards, checkpoint_state, data_digests
-from ramoe_megatron.jobs.taxonomy import SHARD_IDS, _by_id
+from ramoe_megatron.jobs.offline import Progress, data_digests
+from ramoe_megatron.jobs.scores import by_id
+from ramoe_megatron.jobs.shards import SHARD_EXAMPLES
 
 
-def test_a_shard_comes_back_and_only_under_the_same_key(tmp_path: Path) -> None:
-    shards = Shards(tmp_path, "taxonomy", data="a", checkpoint=[1])
-    assert shards.rows(0) is None
-    shards.save(0, [True, False])
-    assert Shards(tmp_path, "taxonomy", checkpoint=[1], data="a").rows(0) == [True, False]
-    assert shards.rows(1) is None
-    for other in ({"data": "b", "checkpoint": [1]}, {"data": "a", "checkpoint": [2]}):
-        assert Shards(tmp_path, "taxonomy", **other).rows(0) is None
-
-
-def test_removing_shards_leaves_those_of_another_key(tmp_path: Path) -> None:
-    mine, other = Shards(tmp_path, "taxonomy", data="a"), Shards(tmp_path, "taxonomy", data="b")
-    mine.save(0, [1])
-    other.save(0, [2])
-    mine.remove()
-    assert mine.rows(0) is None
-    assert other.rows(0) == [2]
-    other.remove()
-    assert not list(tmp_path.iterdir())
-    other.remove()  # nothing left to remove is no error
-
-
-@given(st.lists(st.tuples(st.integers(0, 3 * SHARD_IDS), st.sampled_from(["en", "es", "tr"])), unique=True, max_size=900))
+@given(st.lists(st.tuples(st.integers(0, 3 * SHARD_EXAMPLES), st.sampled_from(["en", "es", "tr"])), unique=True, max_size=900))
 def test_parts_hold_every_view_once_and_no_id_is_split(views: list[tuple[int, str]]) -> None:
     examples = [example(f"q{number}", language) for number, language in views]
-    parts = _by_id(examples)
+    parts = by_id(examples)
     assert sorted((e.id, e.language) for part in parts for e in part) == sorted((e.id, e.language) for e in examples)
     for part in parts:
         ids = {e.id for e in part}
-        assert len(ids) <= SHARD_IDS
+        assert len(ids) <= SHARD_EXAMPLES
         assert all(e in part for e in examples if e.id in ids)
-
-
-def test_a_checkpoint_that_is_saved_again_is_another_state(tmp_path: Path) -> None:
-    (tmp_path / "iter").mkdir()
-    (tmp_path / "iter/weights").write_text("one")
-    before = checkpoint_state(str(tmp_path))
-    assert checkpoint_state(str(tmp_path)) == before
-    (tmp_path / "iter/weights").write_text("three")
-    assert checkpoint_state(str(tmp_path)) != before
 
 
 def test_digests_name_the_files_of_a_folder(tmp_path: Path) -> None:
