@@ -2,12 +2,16 @@
 
     python -m torch.distributed.run --nproc-per-node N tests/resume_worker.py TABLE.json OUT
 
-Each row: {"name", "job", "argv"}, run in a fork of its rank as in `worker.py`, with shards of `SHARD` examples. More keys: "kill": [ranks,
-saves, seconds] has these ranks kill themselves that long after they begin to save so many shards (0: after their first forward pass began);
-"slow": seconds that each forward pass takes longer; "truncate": a file that is cut in half before; "hold": a lock that another process holds meanwhile. OUT/NAME.RANK.log has a line RUN
-for each forward pass, and SAVE NUMBER for each shard that is about to be saved; the last line is END, or ERROR with the message.
+Each row: {"name", "job", "argv"}, run in a fork of its rank as in `worker.py`, with shards of `SHARD` examples. More keys:
+"kill": [ranks, saves, seconds]: these ranks kill themselves that long after they begin to save so many shards (0: a pass);
+"slow": seconds that each forward pass takes longer;
+"truncate": a pattern, under OUT, of files that are cut in half before;
+"hold": a lock file, under OUT, that another process holds meanwhile.
+OUT/NAME.RANK.log has a line RUN for each forward pass, and SAVE NUMBER for each shard that is about to be saved; the last line is END, or
+ERROR with the message.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -17,6 +21,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +42,20 @@ def main() -> None:
         for module in (*IMPORTED, *(f"ramoe_megatron.jobs.{name}" for name in ("scores", "profile", "taxonomy", "evaluate"))):
             importlib.import_module(module)
         for row in table:
-            if RANK == 0 and "truncate" in row:
-                whole = Path(row["truncate"]).read_bytes()
-                Path(row["truncate"]).write_bytes(whole[: len(whole) // 2])
-            held = filelock.FileLock(row["hold"]) if RANK == 0 and "hold" in row else None
-            if held:
-                Path(row["hold"]).parent.mkdir(parents=True)
-                held.acquire()
-            run_in_fork(row, out)
-            if held:
-                held.release()
+            with prepared(row, out) if RANK == 0 else contextlib.nullcontext():
+                run_in_fork(row, out)
+
+
+@contextlib.contextmanager
+def prepared(row: dict[str, Any], out: Path) -> Iterator[None]:
+    for path in out.glob(row["truncate"]) if "truncate" in row else ():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if "hold" not in row:
+        yield
+        return
+    (out / row["hold"]).parent.mkdir(parents=True)
+    with filelock.FileLock(out / row["hold"]):
+        yield
 
 
 def run_in_fork(row: dict[str, Any], out: Path) -> None:

@@ -73,7 +73,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = start(folder, "first", [{"name": "base", "job": "finetune", "argv": base}, group])
     log, limit = folder / "group-0.0.log", time.monotonic() + 120
     while not (log.exists() and log.read_text().count("SAVE") >= 4):
-        assert first.poll() is None and time.monotonic() < limit, (folder / "first.log").read_text()[-4000:]
+        assert first.poll() is None, (folder / "first.log").read_text()[-4000:]
+        assert time.monotonic() < limit
         time.sleep(0.01)
     for pid in family(first.pid):  # launcher, ranks, and the forks that run the job
         with contextlib.suppress(ProcessLookupError):
@@ -87,7 +88,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows += [
         {"name": "layout-0", "job": "profile", "argv": other, "kill": [[0, 1], 3, 0.0]},
         {"name": "layout-1", "job": "profile", "argv": [*other, "--expert-model-parallel-size", "1", *OTHER]},
-        {"name": "held", "job": "taxonomy", "argv": argv(folder, "taxonomy", "held"), "hold": str(folder / "held/.taxonomy-shards/lock")},
+        {"name": "held", "job": "taxonomy", "argv": argv(folder, "taxonomy", "held"), "hold": "held/.taxonomy-shards/lock"},
+        {"name": "damaged", "job": "profile", "argv": other, "truncate": "other-layout/.profile-shards/*/state.safetensors"},
     ]
     done = start(folder, "second", rows)
     assert done.wait(timeout=400) == 0, (folder / "second.log").read_text()[-4000:]
@@ -172,3 +174,12 @@ def test_a_second_job_in_the_same_folder_is_refused_on_every_rank(runs: Path) ->
         last = lines(runs, "held", rank)[-1]
         assert last.startswith(f"ERROR {runs}/held: another taxonomy job is at work in this folder"), last
     assert {path.name for path in (runs / "held").iterdir()} == {".taxonomy-shards"}
+
+
+def test_a_damaged_shard_is_refused_by_name_on_every_rank_and_stays(runs: Path) -> None:
+    (path,) = (runs / "other-layout/.profile-shards").glob("*/state.safetensors")
+    for rank in (0, 1):
+        last = lines(runs, "damaged", rank)[-1]
+        assert last.startswith(f"ERROR {path}: cannot go on from this shard ({path}: not a whole safetensors file"), last
+        assert f"remove {path.parent}" in last
+        assert "RUN" not in lines(runs, "damaged", rank)

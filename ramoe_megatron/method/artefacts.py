@@ -120,10 +120,13 @@ def _records(path: str | os.PathLike[str], types: Mapping[str, type], again: str
         raise RamoeError(f"{path}: no rows, expected one a line; {again}")
 
 
-def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
+def _lines(path: str | os.PathLike[str], whole: bool = False) -> Iterator[tuple[int, str]]:
+    """(number, line) of those that are not blank; with `whole`, a last line without a line end is refused: a number may be cut short."""
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):
+                if whole and not line.endswith("\n"):
+                    raise RamoeError(f"{path}:{number}: no line end, so the file was cut short; run the stage that writes it again")
                 if line.strip():
                     yield number, line.rstrip()
     except OSError as error:
@@ -148,7 +151,7 @@ def read_divergence(path: str | os.PathLike[str]) -> list[DivergenceRow]:
         RamoeError: ``file:line: what`` for other columns or a value that is no number; also when the layers of a
             language do not run 0, 1, ...
     """
-    reader = csv.DictReader(line for _, line in _lines(path))
+    reader = csv.DictReader(line for _, line in _lines(path, whole=True))
     if reader.fieldnames is None or list(reader.fieldnames) != _DIVERGENCE_COLUMNS:
         raise RamoeError(
             f"{path}:1: found columns {', '.join(reader.fieldnames or []) or 'none'}, expected "

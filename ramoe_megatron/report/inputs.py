@@ -102,7 +102,10 @@ def load_run(root: Path) -> RunInputs:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise RamoeError(f"{path}: not UTF-8 text at byte {error.start}. Run the recipe again.") from error
 
 
 def _document(path: Path, format_name: str) -> dict[str, Any] | None:
