@@ -38,10 +38,12 @@ def argv(folder: Path, job: str, output: str, *more: str) -> list[str]:
 
 
 def killed_rows(folder: Path, job: str, generator: random.Random) -> list[dict[str, Any]]:
-    """A run that nothing stops; one that is killed `KILLS` times, each time within three shards, of at least twelve, and then ends."""
+    """A run that nothing stops; one that is killed `KILLS` times, each time within three shards of at least twelve, and then ends."""
     rows = [{"name": f"{job}-whole", "job": job, "argv": argv(folder, job, f"{job}-whole")}]
     for number in range(KILLS):
         kill = [generator.choice([[0], [1], [0, 1]]), generator.randint(0 if number else 1, 2), generator.uniform(0, 0.06)]
+        if job == "evaluate" and number == KILLS - 1:
+            kill[1] += 12  # the first 12 of its 18 shards are scores, the others routing mass
         rows.append({"name": f"{job}-{number}", "job": job, "argv": argv(folder, job, f"{job}-killed"), "kill": kill, "slow": 0.03})
     return [*rows, {"name": f"{job}-{KILLS}", "job": job, "argv": argv(folder, job, f"{job}-killed")}]
 

@@ -1,7 +1,8 @@
 """Shards: how far a forward-only job is, so that one that is killed goes on from its last finished shard.
 
 A job cuts its work into numbered shards. After each, rank 0 writes what the job has gathered so far, bit for bit; a restart with the same
-command takes that up on every rank and repeats at most one shard. Order and rounding are then those of a run that nothing stopped.
+command takes that up on every rank and repeats at most one shard. Order and rounding are then those of a run that nothing stopped: the
+files have the same bytes wherever two runs of the model have (on GPUs, with Megatron's --deterministic-mode).
 """
 
 import hashlib

@@ -149,10 +149,10 @@ def _divergence(path: Path) -> RenderableType:
 
 
 _DESCRIBE: dict[str, Callable[[Path, Mapping[str, Any]], RenderableType]] = {
-    "ramoe-experts": _experts,
-    "ramoe-priors": _priors,
     "ramoe-taxonomy": taxonomy,
     "ramoe-evaluation": evaluation,
     "ramoe-prediction": prediction,
     "ramoe-results": results,
+    "ramoe-experts": _experts,
+    "ramoe-priors": _priors,
 }
