@@ -1,4 +1,4 @@
-"""A real two-node Slurm on this machine: munged, slurmctld and two slurmd on loopback, in a folder of their own.
+"""A real Slurm on this machine: munged, slurmctld and three slurmd on loopback, in a folder of their own.
 
     with SlurmCluster(folder) as cluster:
         cluster.sbatch("script.sbatch")
@@ -20,7 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
-NODES = ("0x7f000002", "0x7f000003")  # names that every resolver knows: 127.0.0.2 and 127.0.0.3 as the C library reads numbers
+# Names that every resolver knows: 127.0.0.2 and so on, as the C library reads numbers. The third is a spare.
+NODES = ("0x7f000002", "0x7f000003", "0x7f000004")
 NEEDED = ("sbatch", "slurmctld", "slurmd", "munged")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
 # cred_expire: a requeued job may not start again before its old credential has expired (two minutes otherwise).
@@ -57,7 +58,7 @@ SlurmdTimeout=8
 SlurmctldTimeout=30
 InactiveLimit=0
 ReturnToService=2
-NodeName=0x7f00000[2-3] NodeHostname=localhost NodeAddr=127.0.0.[2-3] Port=[{ports[1]}-{ports[2]}] CPUs={cpus} RealMemory=4000 State=UNKNOWN
+NodeName=0x7f00000[2-4] NodeHostname=localhost NodeAddr=127.0.0.[2-4] Port=[{ports[1]}-{ports[3]}] CPUs={cpus} RealMemory=4000 State=UNKNOWN
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """
 
@@ -69,7 +70,7 @@ def missing() -> list[str]:
 
 
 class SlurmCluster:
-    """Nodes n1 and n2, each with as many CPUs as `cpus`, in the partition `cpu`."""
+    """The nodes of `NODES`, each with as many CPUs as `cpus`, in the partition `cpu`."""
 
     def __init__(self, folder: Path, cpus: int = 4) -> None:
         self.folder, self.cpus = folder, cpus
@@ -112,7 +113,7 @@ class SlurmCluster:
         self._run("slurmctld", ["slurmctld", "-D"])
         for node in NODES:
             self.start_node(node)
-        wait_for(lambda: set(self.states().values()) == {"idle"}, 60, "two idle nodes", self.log)
+        wait_for(lambda: set(self.states().values()) == {"idle"}, 60, "idle nodes", self.log)
 
     def start_node(self, node: str) -> None:
         """Start (again) a node's slurmd."""
@@ -242,16 +243,16 @@ def _user(name: str) -> int:
 
 
 def _ports() -> list[int]:
-    """A free port for slurmctld and two that follow each other for the nodes (Slurm wants a range)."""
+    """A free port for slurmctld and three that follow each other for the nodes (Slurm wants a range)."""
     for first in range(21001, 31001, 7):
         with contextlib.ExitStack() as stack:
             try:
-                for port in range(first, first + 3):
+                for port in range(first, first + 4):
                     stack.enter_context(socket.create_server(("127.0.0.1", port)))
             except OSError:
                 continue
-            return [first, first + 1, first + 2]
-    raise RuntimeError("no three free ports in a row")
+            return list(range(first, first + 4))
+    raise RuntimeError("no four free ports in a row")
 
 
 __all__: Mapping[str, object] | list[str] = ["SlurmCluster", "kill_tree", "missing", "wait_for"]

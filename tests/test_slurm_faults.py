@@ -146,11 +146,14 @@ def test_a_warned_training_saves_goes_back_into_the_queue_and_survives_a_lost_no
     wait_for(at_iteration(out, int(stopped[1]) + 1, attempt=2), 120, "the second attempt", cluster.log)
     second = out.read_text().split("ramoe: RAMOE_HOME=")[2]
     assert min(losses(second)) == int(stopped[1]) + 1, "goes on with the next iteration"
-    cluster.kill_node(NODES[1])
+    lost = NODES[1]
+    assert cluster.job(job)["NodeList"] == "0x7f[000002-000003]"
+    cluster.kill_node(lost)
     wait_for(lambda: cluster.job(job)["Restarts"] == "2", 90, "Slurm's notice of the lost node", cluster.log)
-    cluster.start_node(NODES[1])
     assert cluster.wait(job) == ["COMPLETED"], out.read_text()[-3000:]
+    assert lost not in cluster.call("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]), "it ended on the spare node"
     assert losses(out.read_text()) == reference
+    cluster.start_node(lost)
 
 
 def test_killed_ranks_end_the_job_and_the_next_one_goes_on_from_the_last_whole_checkpoint(

@@ -113,8 +113,9 @@ def launch(
     saves = "--exit-signal-handler" in command
 
     def watch() -> None:
-        saving.pass_on()
-        if while_running:
+        if saving.pass_on() and process.poll() is None:
+            process.terminate()  # torchrun would wait minutes for the agents of other nodes
+        if while_running and not saving.asked:
             while_running()
 
     with _opened(log) as sink, tempfile.TemporaryDirectory() as scratch, saving.listening() if saves else contextlib.nullcontext():

@@ -61,12 +61,14 @@ class SaveRequest:
         with _handling((signal.SIGTERM, WARNING), ask):
             yield
 
-    def pass_on(self) -> None:
-        """Called now and then: sends SIGTERM to the ranks if a signal has come."""
-        if self.asked:
-            untold = set(_ranks(self.mark)) - self._told
-            self._told |= untold
-            _signal_each(sorted(untold), signal.SIGTERM)
+    def pass_on(self) -> bool:
+        """Called now and then: sends SIGTERM to the ranks if a signal has come. True once all that were asked have ended."""
+        if not self.asked:
+            return False
+        ranks = set(_ranks(self.mark))
+        _signal_each(sorted(ranks - self._told), signal.SIGTERM)
+        self._told |= ranks
+        return bool(self._told) and not ranks
 
 
 @contextlib.contextmanager
