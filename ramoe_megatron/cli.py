@@ -110,8 +110,12 @@ def doctor(changes: tuple[str, ...], out: Path | None, ranks: int | None, nodes:
         raise RamoeError("doctor: --ranks and --nodes belong to a job; a recipe's stand under launch")
     else:
         found = recipe_findings(Path(target), changes, out, os.environ)
-    Console().print(table(found))
-    sys.exit(0 if healthy(found) else 1)
+    console, sound = Console(), healthy(found)
+    if not console.is_terminal:
+        console = Console(width=160)
+    if not sound or os.environ.get("SLURM_NODEID", "0") == "0":  # of many nodes, the first speaks for those that are well
+        console.print(table(found))
+    sys.exit(0 if sound else 1)
 
 
 def _job(name: str, summary: str) -> None:

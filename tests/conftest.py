@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,19 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     run_all(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real Slurm of three nodes on this machine, for all tests marked `slurm`."""
+    from slurm_cluster import SlurmCluster, missing
+
+    if missing():
+        pytest.skip(f"needs Slurm and munge (Debian: slurm-wlm, munge): {', '.join(missing())} not found")
+    if os.getuid() != 0:
+        pytest.skip("needs root: slurmd and munged start jobs and drop their rights")
+    with SlurmCluster(tmp_path_factory.mktemp("slurm"), cpus=8) as cluster:
+        yield cluster
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -6,28 +6,23 @@ as many ranks.
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from slurm_cluster import NODES, SlurmCluster, environment_of, missing, processes, wait_for
-from small_run import aligned_flags, model_flags, profile_flags, run_table, training_flags, write_world
+from slurm_cluster import NODES, SlurmCluster, environment_of, processes, wait_for
+from small_run import STOCK, aligned_flags, model_flags, profile_flags, run_table, training_flags, write_world
 
 ROOT = Path(__file__).parents[1]
 ITERATIONS, INTERVAL = 60, 20
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason=f"Slurm is not here: no {', '.join(missing())}")]
+START = "ramoe: RAMOE_HOME="  # what each attempt of a script's job prints first
 
 Losses = dict[int, str]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    with SlurmCluster(tmp_path_factory.mktemp("slurm"), cpus=8) as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = training_flags(folder, "--train-iters", "4", "--save", str(folder / "base"), "--save-interval", "4")
     profile = profile_flags(folder, "profile")
     run_table(1, [{"name": "base", "job": "finetune", "argv": base}, {"name": "profile", "job": "profile", "argv": profile}], folder)
-    quoted = " ".join(model_flags(folder))
+    quoted = " ".join([*model_flags(folder), *STOCK])
     (folder / "model.sh").write_text(f"MODEL_ARGS=({quoted})\nPARALLEL_ARGS=(--expert-model-parallel-size $GPUS)\n")
     (folder / "run").mkdir()
     for name in ("taxonomy.jsonl", "profile/experts.safetensors", "profile/priors.safetensors"):
@@ -104,7 +99,7 @@ def at_iteration(path: Path, number: int, attempt: int = 1) -> Callable[[], bool
 
     def reached() -> bool:
         text = path.read_text(errors="replace") if path.exists() else ""
-        parts = text.split("ramoe: RAMOE_HOME=")
+        parts = text.split(START)
         return len(parts) > attempt and any(
             int(found) >= number for found in re.findall(r" iteration\s+(\d+)/\s*\d+ \|", parts[attempt])
         )
@@ -131,20 +126,52 @@ def test_two_agents_of_torchrun_train_as_one_does(world: Path, reference: Losses
     assert losses("".join(said)) == reference
 
 
+@pytest.mark.slurm
+def test_slurm_warns_by_its_clock_and_status_75_goes_back_into_the_queue(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """What the scripts build on: the warning reaches the tasks and not the batch script, before the limit; and only 75 is run again."""
+    task = 'trap "exit 75" USR1; if [[ ${SLURM_RESTART_COUNT:-0} == 1 ]]; then exit $THEN; fi; for _ in {1..600}; do sleep 0.1; done'
+    script = tmp_path / "clock.sbatch"
+    script.write_text(f"#!/bin/bash\nset -euo pipefail\nsource {ROOT}/slurm/common.sh\nramoe_run bash -c {shlex.quote(task)}\n")
+    words = ["--nodes=2", "--time=1", "--signal=USR1@45", "--requeue", "--open-mode=append", f"--output={tmp_path}/%j.out", str(script)]
+    jobs = [cluster.sbatch(*words, THEN=status) for status in ("0", "3")]
+    assert cluster.wait(*jobs) == ["COMPLETED", "FAILED"], [(tmp_path / f"{job}.out").read_text() for job in jobs]
+    assert [cluster.job(job)["Restarts"] for job in jobs] == ["1", "1"]
+    unending = cluster.sbatch(*words, THEN="0", MAX_REQUEUES="0")
+    assert cluster.wait(unending) == ["FAILED"]
+    assert "unfinished after 0 restarts" in (tmp_path / f"{unending}.out").read_text()
+
+
+@pytest.mark.slurm
+def test_nodes_that_end_at_once_with_75_end_their_step_with_75(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """The first to end has Slurm terminate the others, which must not turn their 75 into the 143 of a terminated process."""
+    code = (
+        "import os, signal, sys; from ramoe_megatron.recipe.processes import stop_signals\n"
+        "try:\n    with stop_signals(): os.kill(os.getpid(), signal.SIGUSR1)\nexcept KeyboardInterrupt: sys.exit(75)"
+    )
+    task = shlex.join([sys.executable, "-c", code])
+    script = tmp_path / "ends.sbatch"
+    body = f"for _ in {{1..8}}; do status=0; ramoe_on_nodes {task} || status=$?; echo status $status; done"
+    script.write_text(f"#!/bin/bash\nset -euo pipefail\nsource {ROOT}/slurm/common.sh\n{body}\n")
+    job = cluster.sbatch("--nodes=3", f"--output={tmp_path}/out", str(script))
+    assert cluster.wait(job) == ["COMPLETED"]
+    assert re.findall(r"status (\d+)", (tmp_path / "out").read_text()) == ["75"] * 8
+
+
+@pytest.mark.slurm
 def test_a_warned_training_saves_goes_back_into_the_queue_and_survives_a_lost_node(
     cluster: SlurmCluster, world: Path, reference: Losses
 ) -> None:
-    """The warning comes from Slurm's own clock: a time limit of two minutes less 90 seconds. Then a node dies with all it runs."""
-    job, out = submit(cluster, world, "warned", "--time=2", "--signal=USR1@90")
-    wait_for(at_iteration(out, 1), 120, "the first iteration", cluster.log)
+    """The warning as Slurm sends it before a time limit; then a node dies with all it runs, and a spare one takes its place."""
+    job, out = submit(cluster, world, "warned")
+    wait_for(at_iteration(out, 3), 240, "the first iterations", cluster.log)
+    cluster.call("scancel", "--signal=USR1", str(job))
     wait_for(lambda: cluster.job(job)["Restarts"] == "1", 120, "the job's way back into the queue", lambda: out.read_text()[-3000:])
     text = out.read_text()
     stopped = re.search(r"stopped after iteration (\d+) of 60", text)
     assert stopped, text[-3000:]
     assert int(stopped[1]) == max(losses(text)), "what was trained is saved, to the iteration"
-    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
-    wait_for(at_iteration(out, int(stopped[1]) + 1, attempt=2), 120, "the second attempt", cluster.log)
-    second = out.read_text().split("ramoe: RAMOE_HOME=")[2]
+    wait_for(at_iteration(out, int(stopped[1]) + 1, attempt=2), 240, "the second attempt", cluster.log)
+    second = out.read_text().split(START)[2]
     assert min(losses(second)) == int(stopped[1]) + 1, "goes on with the next iteration"
     lost = NODES[1]
     assert cluster.job(job)["NodeList"] == "0x7f[000002-000003]"
@@ -156,11 +183,12 @@ def test_a_warned_training_saves_goes_back_into_the_queue_and_survives_a_lost_no
     cluster.start_node(lost)
 
 
+@pytest.mark.slurm
 def test_killed_ranks_end_the_job_and_the_next_one_goes_on_from_the_last_whole_checkpoint(
     cluster: SlurmCluster, world: Path, reference: Losses
 ) -> None:
     job, out = submit(cluster, world, "killed")
-    wait_for(at_iteration(out, INTERVAL + 3), 120, "an iteration after the first checkpoint", cluster.log)
+    wait_for(at_iteration(out, INTERVAL + 3), 240, "an iteration after the first checkpoint", cluster.log)
     os.kill(ranks_of(job)[1], signal.SIGKILL)
     assert cluster.wait(job, seconds=60) == ["FAILED"], "at once, not at the collectives' time limit"
     text = out.read_text()
@@ -168,7 +196,7 @@ def test_killed_ranks_end_the_job_and_the_next_one_goes_on_from_the_last_whole_c
     job, out = submit(cluster, world, "killed")
     saved = world / "run/checkpoints/killed"
     tracker, half = saved / "latest_checkpointed_iteration.txt", saved / f"iter_{2 * INTERVAL:07d}"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not half.exists() or not any(half.iterdir()):
         assert time.monotonic() < deadline, out.read_text()[-3000:]
         time.sleep(0.002)

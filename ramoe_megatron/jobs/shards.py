@@ -99,7 +99,7 @@ class Shards:
         """`job` names the files that are written: it must differ between jobs that may share a folder. `key` is asked on rank 0 only."""
         self.output, self.job, self.total, self._key = output, job, total, key
         self.root = output / f".{job}-shards"
-        self._lock = filelock.FileLock(self.root / "lock")
+        self._lock = filelock.FileLock(self.root / "lock", fallback_to_soft=False)
 
     def __enter__(self) -> Self:
         """Raises RamoeError, on every rank, when another job holds the folder, or a shard there is damaged or foreign."""

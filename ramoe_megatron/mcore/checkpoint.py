@@ -70,8 +70,8 @@ def told_when_unfinished(args: Any) -> Iterator[None]:
     try:
         yield
     except SystemExit as stop:
-        done = args.curr_iteration + 1  # the iteration that it ended after
-        if not stop.code and done < args.train_iters:
+        done = getattr(args, "curr_iteration", -1) + 1  # the iteration that it ended after; Megatron may leave before the first too
+        if not stop.code and 0 < done < args.train_iters:
             saved = f"the checkpoint is in {args.save}, and the same command goes on" if args.save else "nothing is saved without --save"
             tell_unfinished(f"stopped after iteration {done} of {args.train_iters}; {saved}")
         raise

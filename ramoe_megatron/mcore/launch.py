@@ -7,11 +7,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.cpu import cpu_backend, cpu_command_line
+from ramoe_megatron.mcore.missing import name_missing_ranks
 
 GRACE_SECONDS = 3.0
 """How long a rank waits before it tells an error: where rank 0 met it too, torchrun has ended the others by then."""
@@ -71,8 +73,9 @@ def run_job(main: Callable[[], None]) -> None:
             where = f"(rank {os.environ['RANK']}) "
         print(f"ramoe: error: {where}{error}", file=sys.stderr, flush=True)
         _leave(2)
-    except (Exception, CheckpointException):
+    except (Exception, CheckpointException) as error:
         traceback.print_exc()
+        name_missing_ranks(error, Path(sys.argv[0]).stem)
         _leave(1)
     _leave(0)
 

@@ -50,11 +50,14 @@ def submit(
             atomic_write_text(path, slurm.script(stage, recipe, folder))
             waits = [jobs[name] for name in after[stage.name]]
             jobs[stage.name] = slurm.submit(path, waits)
+            _save(folder, recipe.name, jobs)
             waiting = f" after {', '.join(map(str, waits))}" if waits else ""
             console.print(f"{jobs[stage.name]}  {stage.name}{waiting}", soft_wrap=True, highlight=False)
-        _save(folder, recipe.name, {**submitted(folder), **jobs})
     except BaseException:
-        slurm.cancel(jobs.values())
+        try:
+            slurm.cancel(jobs.values())
+        except RamoeError as error:
+            console.print(f"what was submitted could not be cancelled: {error}", soft_wrap=True, highlight=False, markup=False)
         raise
     done = len(stages) - len(after)
     stands = f", {done} stages stand" if done else ""
@@ -82,21 +85,31 @@ def submitted(folder: Path) -> dict[str, int]:
 
 
 def live(folder: Path, entries: Mapping[str, Entry]) -> dict[int, slurm.Queued]:
-    """The jobs of this folder's chain that are in the queue. Slurm is not asked about one whose stage is recorded as done or failed.
+    """The jobs of this folder's chain that are in the queue. Slurm is not asked about one whose stage is recorded as done; a failed one
+    may be there again, after a lost node.
 
     Raises RamoeError where Slurm has to be asked and cannot be.
     """
-    ended = {stage for stage, job in submitted(folder).items() if _ended(entries.get(stage), job)}
-    return slurm.queue(job for stage, job in submitted(folder).items() if stage not in ended)
+    jobs = submitted(folder)
+    done = {stage for stage, job in jobs.items() if (e := entries.get(stage)) and e.job == str(job) and e.state == "done"}
+    return slurm.queue(job for stage, job in jobs.items() if stage not in done)
 
 
-def _ended(entry: Entry | None, job: int) -> bool:
-    return entry is not None and entry.job == str(job) and entry.state != "started"
+def forget(folder: Path) -> None:
+    """Remove slurm.json, once none of its jobs is in the queue: what runs next here is no part of that chain."""
+    (folder / "slurm.json").unlink(missing_ok=True)
 
 
 def refuse_live(folder: Path, manifest: Manifest) -> None:
     """Raises RamoeError while jobs of an earlier `ramoe run --launcher slurm` into this folder are in the queue."""
-    if jobs := live(folder, manifest.stages):
+    try:
+        jobs = live(folder, manifest.stages)
+    except RamoeError as error:
+        raise RamoeError(
+            f"{folder / 'slurm.json'} names jobs that may still be in a queue, and Slurm cannot be asked: {error}. If they have ended, "
+            "remove that file"
+        ) from error
+    if jobs:
         named = ", ".join(f"{job} ({stage})" for stage, job in submitted(folder).items() if job in jobs)
         raise RamoeError(
             f"{folder} has jobs in Slurm's queue: {named}. Wait for them (ramoe status {folder}), or take them out: scancel "

@@ -59,6 +59,8 @@ def recipe_findings(path: Path, changes: Sequence[str], out: Path | None, enviro
         held = Finding("run folder", "fatal", reason(error), "give another --out")
         coming = {stage.name: _outputs(plan[:place]) for place, stage in enumerate(plan)}
     ranks, nodes = recipe.launch.ranks_per_node, recipe.launch.nodes
+    if recipe.launch.launcher == "slurm" and "SLURM_JOB_ID" not in environment:
+        ranks, nodes = 0, 1  # this node submits; each job looks at its own
     local = {**recipe.model, **recipe.train, **recipe.parallel}.get("transformer-impl") == "local"
     found = [*environment_findings(ranks, nodes, folder, environment, local, expected_bytes(plan, coming)), held]
 

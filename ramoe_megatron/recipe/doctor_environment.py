@@ -109,7 +109,9 @@ def _resolved(address: str) -> str:
 def _free(ports: tuple[int, int]) -> str:
     for port in ports:
         try:
-            socket.create_server(("", port)).close()
+            with socket.socket() as probe:  # bound, not listening: another node may be looking for this port already
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("", port))
         except (OSError, OverflowError) as error:
             raise RamoeError(f"port {port} of this node cannot be bound: {error}") from error
     return f"{ports[0]} and {ports[1]} are free"
@@ -152,7 +154,7 @@ def _locks(path: Path) -> str:
     import filelock
 
     try:
-        with filelock.FileLock(path, timeout=0), filelock.FileLock(path, timeout=0):
+        with filelock.FileLock(path, timeout=0, fallback_to_soft=False), filelock.FileLock(path, timeout=0, fallback_to_soft=False):
             raise RamoeError(f"{path.parent}: two locks on one file at once")
     except filelock.Timeout:
         return "work"

@@ -1,7 +1,7 @@
 """`python -m ramoe_megatron.recipe.job RUN STAGE`: what each node of a stage's Slurm job runs.
 
-Node 0 looks whether the stage's result stands, and leads; the others start their ranks of it (`recipe.nodes`). Exit status 75: stopped
-before the time limit, to be started again; 2: the user's to mend.
+Each node first looks for what would stop the stage (`recipe.doctor`). Node 0 looks whether the stage's result stands, and leads; the
+others start their ranks of it (`recipe.nodes`). Exit status 75: stopped before the time limit, to be started again; 2: the user's to mend.
 """
 
 import os
@@ -12,11 +12,13 @@ from rich.console import Console
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.recipe.chain import read_stage
+from ramoe_megatron.recipe.doctor import environment_findings, job_findings, table
 from ramoe_megatron.recipe.launch import Place
 from ramoe_megatron.recipe.manifest import Manifest, locked
 from ramoe_megatron.recipe.nodes import Leader, follow
 from ramoe_megatron.recipe.processes import Stopped, stop_signals
 from ramoe_megatron.recipe.runner import StageFailed, run_stages
+from ramoe_megatron.recipe.stage import Stage
 from ramoe_megatron.unfinished import STATUS
 
 LOCK_SECONDS = 120.0  # of a requeued job, for the processes of its first attempt that a lost node may still hold
@@ -42,13 +44,32 @@ def main(arguments: list[str]) -> int:
 def _run(folder: Path, name: str) -> int:
     stage, document = read_stage(folder, name)
     place = Place.from_environment(stage.nodes if stage.ranks else 1, os.environ)
+    console = Console(width=160, force_terminal=False)
     if place.node > 0:
+        _examine(stage, place, folder, console)
         return follow(place, folder)
-    with locked(folder / ".locks", name.replace("/", "-"), LOCK_SECONDS), Leader(place) as leader:
-        manifest = Manifest(folder, document["recipe"])
-        console = Console(width=160, force_terminal=False)
-        run_stages([stage], 0, 1, manifest, console, bool(document.get("forced")), place, leader)
+    with locked(folder / ".locks", name.replace("/", "-"), LOCK_SECONDS):
+        manifest, forced = Manifest(folder, document["recipe"]), bool(document.get("forced"))
+        if forced or manifest.reason_to_run(stage):
+            _examine(stage, place, folder, console)
+        with Leader(place) as leader:
+            run_stages([stage], 0, 1, manifest, console, forced, place, leader)
     return 0
+
+
+def _examine(stage: Stage, place: Place, folder: Path, console: Console) -> None:
+    """Print what `ramoe doctor` finds (on other nodes than the first: if it is fatal). Raises RamoeError when something is."""
+    module, *words = stage.arguments()
+    if stage.ranks and place.node == 0:
+        found = job_findings(module.rpartition(".")[2], words, stage.ranks, place.nodes, os.environ)
+    else:
+        found = environment_findings(max(1, stage.ranks), place.nodes, folder, os.environ)
+    fatal = [finding for finding in found if finding.state == "fatal"]
+    if place.node == 0 or fatal:
+        console.print(table(found))
+    if fatal:
+        first = f"{fatal[0].check}: {fatal[0].found}"
+        raise RamoeError(f"{first} ({stage.name} was not started on node {place.node}; the table above has all)")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import IO
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.recipe.output import Progress, parse_progress
-from ramoe_megatron.recipe.processes import MARK, SaveRequest, end_processes, ignore_warning
+from ramoe_megatron.recipe.processes import MARK, SaveRequest, end_early, end_processes, ignore_warning
 from ramoe_megatron.unfinished import STATUS, VARIABLE
 
 GRACE_SECONDS = 15.0  # between TERM and KILL
@@ -142,8 +142,11 @@ def launch(
             if process.stdout:
                 process.stdout.close()
         unfinished = note.read_text(encoding="utf-8") if note.is_file() else None
-    if saving.asked and status and not unfinished:
-        unfinished = "stopped by a signal before an iteration was done"
+        if unfinished:
+            end_early()
+    if saving.asked and not unfinished and status:
+        lines.append("ramoe: asked to save before an iteration was done: give the job more time than its start and the warning take")
+        print(lines[-1], file=sys.stderr, flush=True)
     return Outcome(STATUS if unfinished else status, list(lines), time.monotonic() - started, unfinished)
 
 

@@ -2,6 +2,7 @@
 key."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import UnionType
@@ -17,6 +18,21 @@ Location = tuple[int | str, ...]
 SCALAR = (str, int, float)
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """YAML without numbers in base 60: a time limit of 12:00:00 is the text that it looks like, not 43200."""
+
+
+_INTEGER = r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)"
+_FLOAT = r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in zip(_NUMBERS, (_INTEGER, _FLOAT), strict=True):
+    RecipeLoader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list("-+0123456789."))
+
+
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file with `key.path=value` changes applied.
 
@@ -27,9 +43,9 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     except OSError as error:
         raise RamoeError(f"{path}: the recipe cannot be read ({error.strerror}); give the path of a YAML recipe") from error
     try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.compose(text, Loader=RecipeLoader)
         lines = dict(_lines(tree, (), path)) if tree is not None else {}
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, Loader=RecipeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -59,7 +75,7 @@ def set_value(raw: dict[str, Any], change: str) -> dict[str, Any]:
     if not equals or not all(path.split(".")):
         raise RamoeError(f"--set {change}: expected key.path=value, such as --set train.lr=1e-4")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=RecipeLoader)
     except yaml.YAMLError as error:
         raise RamoeError(f"--set {change}: the value is no valid YAML ({error.__class__.__name__}); quote it") from error
     return _set(raw, path.split("."), value, change)

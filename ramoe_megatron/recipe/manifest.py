@@ -200,11 +200,13 @@ def locked(folder: Path, name: str = ".lock", patience: float = 0) -> Iterator[N
     import filelock
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / name)
+    lock = filelock.FileLock(folder / name, fallback_to_soft=False)
     try:
         lock.acquire(timeout=patience)
     except filelock.Timeout:
         raise RamoeError(f"another run is at work in {folder}: wait for it to end, stop it, or give another --out") from None
+    except OSError as error:
+        raise RamoeError(f"{folder / name} cannot be locked ({error.strerror}): give an --out that you may write to") from error
     try:
         yield
     finally:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 ERROR_PREFIX = "ramoe: error: "
 _ITERATION = re.compile(r" iteration\s+(\d+)/\s*(\d+) \|(.*)")
 _LOSS = re.compile(r"(lm loss|routing_alignment_loss): ([-+.\dEe]+)")
-# An exception's last line, with the rank that torch may put before it; or argparse's refusal of a flag.
-_EXCEPTION = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*|\S+: error: .*)")
+# An exception's last line, with the rank that torch may put before it; argparse's refusal of a flag; or which ranks did not answer.
+_EXCEPTION = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*|\S+: error: .*|ramoe: \w+: a collective.*)")
+# torchrun's summary, of the rank that ended first: it was killed.
+_KILLED = re.compile(r"Root Cause.*?rank\s*: (\d+) .*?Signal \d+ \((SIG\w+)\) received", re.DOTALL)
 # torchrun on a rank that failed: from here on it speaks of itself.
 _SUMMARY = re.compile(r"torch/distributed/elastic/.*(failed \(exitcode|closing signal)|ChildFailedError")
 
@@ -55,4 +57,5 @@ def relevant_lines(lines: Sequence[str]) -> tuple[list[str], bool]:
     summary = next((place for place, line in enumerate(lines) if _SUMMARY.search(line)), len(lines))
     plain = [line for line in lines[:summary] if line.strip() and parse_progress(line) is None]
     raised = [match[1] for line in plain if (match := _EXCEPTION.match(line))]
+    raised += [f"rank {rank} was ended by {name}" for rank, name in _KILLED.findall("\n".join(lines[summary:]))]
     return (list(dict.fromkeys(raised))[-3:] or plain[-12:]), False

@@ -16,7 +16,6 @@ from ramoe_megatron.recipe.schema import FlagValue, Method, Recipe, Scalar
 from ramoe_megatron.recipe.sources import data_stage, find_path
 from ramoe_megatron.recipe.stage import JOBS, Stage
 
-KINDS = ("data", "pretrain", "taxonomy", "profile", "predict", "finetune", "evaluate", "results", "report")
 Files = dict[str, Sequence[str | Path]]
 
 

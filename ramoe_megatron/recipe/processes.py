@@ -14,6 +14,9 @@ MARK = "RAMOE_LAUNCH"  # environment variable that all processes of a launch inh
 WARNING = signal.SIGUSR1  # what the Slurm scripts ask for some minutes before the time limit
 
 
+_came: list[str] = []  # what has asked this process to end, the first first
+
+
 class Stopped(KeyboardInterrupt):
     """A signal that stops a run: handled as Ctrl-C is. `args[0]` is its name."""
 
@@ -29,11 +32,10 @@ def stop_signals() -> Iterator[None]:
 
     It names the first signal that came: after the warning, Slurm ends the nodes that are not done yet by a SIGTERM.
     """
-    came: list[str] = []
 
     def stop(number: int, _frame: object) -> None:
-        came.append(signal.Signals(number).name)
-        raise Stopped(came[0])
+        _came.append(signal.Signals(number).name)
+        raise Stopped(_came[0])
 
     with _handling((signal.SIGTERM, signal.SIGHUP, WARNING), stop):
         yield
@@ -55,8 +57,9 @@ class SaveRequest:
     def listening(self) -> Iterator[None]:
         """While the ranks run."""
 
-        def ask(_number: int, _frame: object) -> None:
+        def ask(number: int, _frame: object) -> None:
             self.asked = True
+            _came.append(signal.Signals(number).name)
 
         with _handling((signal.SIGTERM, WARNING), ask):
             yield
@@ -78,7 +81,14 @@ def _handling(numbers: Sequence[signal.Signals], handler: Callable[[int, object]
         yield
     finally:
         for number, old in zip(numbers, before, strict=True):
-            signal.signal(number, old)
+            # A process that is asked to end does so with its own status: the node that ends first has Slurm send SIGTERM to the others,
+            # also while Python, which takes its handlers back early, leaves.
+            signal.signal(number, signal.SIG_IGN if _came else old)
+
+
+def end_early() -> None:
+    """Keep this process's own exit status from here on, whatever signal comes: a training ended early and on purpose."""
+    _came.append("unfinished")
 
 
 def ignore_warning() -> None:

@@ -22,6 +22,8 @@ from ramoe_megatron.recipe.processes import stop_signals
 from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.stage import Stage
 
+LOCK_SECONDS = 2.0  # `ramoe status` holds the lock for a moment
+
 
 class StageFailed(Exception):
     """A stage that ended with an error: `text` for the console, `status` for the shell."""
@@ -51,10 +53,11 @@ def run_recipe(
     console = console or Console()
     recipe = load_recipe(path, changes)
     folder = (out or Path("runs") / recipe.name).resolve()
-    flags.check_layout(recipe, flags.cuda_devices(os.environ))
+    submits = recipe.launch.launcher == "slurm"
+    flags.check_layout(recipe, None if submits else flags.cuda_devices(os.environ))  # a login node's devices say nothing
     plan = make_plan(recipe, folder, path.parent)
     begin, end = select(plan, first, last)
-    if recipe.launch.launcher == "slurm":
+    if submits:
         if dry_run:
             manifest = Manifest(folder, recipe.name)
             chain.tell(plan[begin:end], chain.links(plan[begin:end], manifest, first is not None), recipe, manifest, console)
@@ -70,9 +73,10 @@ def run_recipe(
             if status := follow(place, folder):
                 raise StageFailed("unfinished: see node 0", status)
             return
-        with locked(folder), Leader(place) as leader:
+        with locked(folder, patience=LOCK_SECONDS), Leader(place) as leader:
             manifest = Manifest(folder, recipe.name)
             chain.refuse_live(folder, manifest)
+            chain.forget(folder)
             _prepare(recipe, path, plan, manifest)
             run_stages(plan, begin, end, manifest, console, first is not None, place, leader)
 
@@ -81,7 +85,7 @@ def _submit(
     recipe: Recipe, path: Path, plan: Sequence[Stage], stages: Sequence[Stage], folder: Path, force: bool, console: Console
 ) -> None:
     """Submit the stages as a chain of Slurm jobs."""
-    with locked(folder):
+    with locked(folder, patience=LOCK_SECONDS):
         manifest = Manifest(folder, recipe.name)
         chain.refuse_live(folder, manifest)
         _prepare(recipe, path, plan, manifest)

@@ -25,6 +25,7 @@ FlagValue = Scalar | list[Scalar] | None
 # What each built-in method changes in the recipe's `alignment`: SFT is a coefficient of zero, the control gets other
 # examples' targets.
 PRESETS: dict[str, dict[str, Any]] = {"sft": {"coeff": 0}, "ra-moe": {}, "ra-moe-shuffled": {"shuffle-targets": True}}
+KINDS = ("data", "pretrain", "taxonomy", "profile", "predict", "finetune", "evaluate", "results", "report")
 # Flags that the plan itself gives; each with the recipe key that is meant instead.
 RESERVED_FLAGS = {
     "load": "checkpoint (a base model), or --out (the run folder)",
@@ -38,7 +39,7 @@ RESERVED_FLAGS = {
 _OWN = "leave it out"
 RESERVED_SBATCH = {
     **dict.fromkeys(("dependency", "kill-on-invalid-dep", "parsable", "output", "open-mode", "requeue", "no-requeue", "job-name"), _OWN),
-    **dict.fromkeys(("array", "wrap", "chdir", "hold"), _OWN),
+    **dict.fromkeys(("array", "wrap", "chdir", "hold", "clusters"), _OWN),
     "nodes": "use launch.nodes",
     "ntasks-per-node": "one task a node starts launch.ranks-per-node ranks",
     "ntasks": "one task a node starts launch.ranks-per-node ranks",
@@ -211,6 +212,14 @@ class Slurm(Section):
     """Options of sbatch by their long names without the dashes, such as partition, account, time, gpus-per-node."""
     stages: dict[str, SbatchOptions] = {}
     """Kind of stage (`finetune`) -> options that differ for it."""
+
+    @field_validator("stages")
+    @classmethod
+    def _kinds(cls, stages: dict[str, Any]) -> dict[str, Any]:
+        if unknown := sorted(set(stages) - set(KINDS)):
+            raise ValueError(f"{unknown[0]!r} is no kind of stage; expected one of {', '.join(KINDS)}")
+        return stages
+
     setup: list[str] = []
     """Shell lines at the start of each job, such as `module load cuda`."""
     python: str | None = None

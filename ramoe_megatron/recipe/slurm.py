@@ -1,6 +1,7 @@
 """Slurm as a recipe needs it: the script of a stage's job, and the few commands (sbatch, squeue, scancel) that are asked."""
 
 import importlib.resources
+import os
 import shlex
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ def script(stage: Stage, recipe: Recipe, folder: Path) -> str:
         "job-name": f"{recipe.name}.{name}",
         "nodes": stage.nodes if stage.ranks else 1,
         "ntasks-per-node": 1,
-        "output": f"{folder / 'logs' / name}.slurm-%j.out",
+        "output": f"{str(folder / 'logs' / name).replace('%', '%%')}.slurm-%j.out",
         "open-mode": "append",
         "requeue": True,
         "kill-on-invalid-dep": "yes",
@@ -41,7 +42,7 @@ def script(stage: Stage, recipe: Recipe, folder: Path) -> str:
             f"# Stage {stage.name} of {folder}, written by `ramoe run --launcher slurm`.",
             *(f"#SBATCH {word}" for word in _words(options)),
             "set -euo pipefail",
-            *slurm.setup,
+            *(["set +u  # what module and conda bring along may not be written for it", *slurm.setup, "set -u"] if slurm.setup else []),
             "",
             *(f"{key}={shlex.quote(value)}" for key, value in settings.items()),
             "",
@@ -55,20 +56,31 @@ def script(stage: Stage, recipe: Recipe, folder: Path) -> str:
 
 def _of_gpus(option: str) -> bool:
     """Whether an option asks for what a stage without ranks has no use for."""
-    return option.startswith("gpu") or option in ("gres", "exclusive", "tres-per-task")
+    return "gpu" in option or option in ("gres", "exclusive", "tres-per-task")
 
 
 def _words(options: Mapping[str, FlagValue]) -> list[str]:
     return [
-        f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value is not None and value is not False
+        f"--{name}" if value is True else f"--{name}={shlex.quote(str(value))}"
+        for name, value in options.items()
+        if value is not None and value is not False
     ]
 
 
 def submit(path: Path, after: Sequence[int]) -> int:
     """Submit a script, to start once all jobs in `after` have ended well; the job's id. Raises RamoeError with what sbatch says."""
     dependency = [f"--dependency=afterok:{':'.join(map(str, after))}"] if after else []
-    said = _ask(["sbatch", "--parsable", *dependency, str(path)])
+    said = _ask(["sbatch", "--parsable", *dependency, str(path)], _outside(os.environ))
     return int(said.split(";")[0])
+
+
+def _outside(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what a surrounding job or torchrun has set, which sbatch would hand on to the new job."""
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+    own = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "GROUP_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    return {
+        name: value for name, value in environment.items() if name in kept or not (name.startswith("SLURM_") or name in own)
+    }
 
 
 def cancel(jobs: Iterable[int]) -> None:
@@ -79,11 +91,12 @@ def cancel(jobs: Iterable[int]) -> None:
 
 @dataclass(frozen=True)
 class Queued:
-    """A job in the queue. `state`: PENDING, RUNNING, COMPLETING, ...; `why`: Slurm's reason for a job that waits."""
+    """A job in the queue. `state`: PENDING, RUNNING, COMPLETING, ...; `why`: Slurm's reason for one that waits; `name`: its job name."""
 
     state: str
     nodes: str
     why: str
+    name: str = ""
 
 
 def queue(jobs: Iterable[int]) -> dict[int, Queued]:
@@ -92,16 +105,16 @@ def queue(jobs: Iterable[int]) -> dict[int, Queued]:
     if not wanted:
         return {}
     # All of the queue: with --jobs, squeue fails once the oldest of them is forgotten.
-    said = _ask(["squeue", "--noheader", "--format=%i|%T|%N|%r"])
-    rows = (line.strip().split("|", 3) for line in said.splitlines() if line.strip())
-    return {int(job): Queued(state, nodes, why) for job, state, nodes, why in rows if job.isdigit() and int(job) in wanted}
+    said = _ask(["squeue", "--noheader", "--format=%i|%T|%N|%r|%j"])
+    rows = (line.strip().split("|", 4) for line in said.splitlines() if line.strip())
+    return {int(job): Queued(*told) for job, *told in rows if job.isdigit() and int(job) in wanted}
 
 
-def _ask(words: Sequence[str]) -> str:
+def _ask(words: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     if shutil.which(words[0]) is None:
         raise RamoeError(f"{words[0]} is not here: run this on a machine that submits to Slurm, or without --launcher slurm")
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=ASKING_SECONDS, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=ASKING_SECONDS, check=False, env=environment)
     except subprocess.TimeoutExpired as error:
         raise RamoeError(f"{words[0]} did not answer within {ASKING_SECONDS:.0f} s: is Slurm's controller up (`scontrol ping`)?") from error
     if done.returncode:

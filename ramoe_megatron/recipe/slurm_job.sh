@@ -9,6 +9,7 @@
 : "${MAX_REQUEUES:=50}"                                                          # after so many restarts a job ends instead
 : "${CONTAINER_IMAGE:=}"                                                         # pyxis/enroot: image; empty is no container
 : "${CONTAINER_MOUNTS:=}"                                                        # HOST:INSIDE,HOST:INSIDE
+unset NODE_RANK GROUP_RANK                                                       # of a torchrun that sbatch was called in
 export MASTER_ADDR MASTER_PORT CUDA_DEVICE_MAX_CONNECTIONS NCCL_DEBUG
 
 ramoe_need() { # NAME...: refuse settings that have no default and were not given
@@ -20,6 +21,11 @@ ramoe_need() { # NAME...: refuse settings that have no default and were not give
     fi
 }
 
+ramoe_absolute() { # NAME...: paths that hold in a container too
+    local name
+    for name in "$@"; do printf -v "$name" '%s' "$(realpath -m -- "${!name}")"; done
+}
+
 ramoe_print() { # NAME...: each setting as NAME=value
     local name
     for name in "$@" MASTER_ADDR MASTER_PORT CUDA_DEVICE_MAX_CONNECTIONS NCCL_DEBUG MAX_REQUEUES CONTAINER_IMAGE CONTAINER_MOUNTS; do
@@ -29,7 +35,8 @@ ramoe_print() { # NAME...: each setting as NAME=value
 }
 
 ramoe_on_nodes() { # COMMAND...: once on each node; a node that fails takes the others along
-    local words=(srun --ntasks-per-node=1 --kill-on-bad-exit=1)
+    # --export: a site may have set sbatch's to NONE; --ntasks: whatever number of tasks the allocation was asked with
+    local words=(srun --export=ALL --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1)
     # since 22.05 srun does not take this over from sbatch, and would leave torchrun one core
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then words+=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
     if [[ -n $CONTAINER_IMAGE ]]; then words+=(--container-image="$CONTAINER_IMAGE"); fi

@@ -25,7 +25,7 @@ class StageStatus:
 
     name: str
     state: str
-    """done, running, waiting, requeued, failed, interrupted, cancelled or not run."""
+    """done, running, waiting, requeued, failed, interrupted, cancelled, not run, unknown, or one of Slurm's own, such as suspended."""
     job: str = ""
     nodes: str = ""
     progress: str = ""
@@ -37,14 +37,17 @@ class StageStatus:
 def run_status(folder: Path) -> list[StageStatus]:
     """The stages that ran or were submitted, in the order of the chain and then of their start.
 
-    Raises RamoeError when `folder` is no run folder, or Slurm cannot be asked about jobs that were submitted.
+    Raises RamoeError when `folder` is no run folder. Where Slurm cannot be asked, a job that has not ended well is "unknown".
     """
     if not (folder / "manifest.json").is_file():
         raise RamoeError(f"{folder} holds no manifest.json, so it is no run folder: give the --out of `ramoe run`")
     recipe = _recipe_name(folder)
     entries = Manifest(folder, recipe).stages
     jobs = chain.submitted(folder)
-    queue = chain.live(folder, entries)
+    try:
+        queue: Mapping[int, slurm.Queued] | None = chain.live(folder, entries)
+    except RamoeError:
+        queue = None
     held = _held(folder)
     names = dict.fromkeys([*jobs, *entries])
     return [_stage(folder, name, entries.get(name), jobs.get(name), queue, held) for name in names]
@@ -59,17 +62,21 @@ def _recipe_name(folder: Path) -> str:
 
 def _held(folder: Path) -> bool:
     """Whether a local `ramoe run` is at work in the folder."""
-    lock = filelock.FileLock(folder / ".lock")
+    lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         return True
+    except OSError:  # somebody else's folder
+        return False
     lock.release()
     return False
 
 
-def _stage(folder: Path, name: str, entry: Entry | None, job: int | None, queue: Mapping[int, slurm.Queued], held: bool) -> StageStatus:
-    queued = queue.get(job) if job is not None else None
+def _stage(
+    folder: Path, name: str, entry: Entry | None, job: int | None, queue: Mapping[int, slurm.Queued] | None, held: bool
+) -> StageStatus:
+    queued = queue.get(job) if job is not None and queue is not None else None
     ours = entry is not None and (job is None or entry.job == str(job))  # not the record of an attempt before this job
     lines = _tail(folder / log_of(name)) if entry else []
     progress, line = _told(lines)
@@ -82,11 +89,14 @@ def _stage(folder: Path, name: str, entry: Entry | None, job: int | None, queue:
         state = "requeued" if ours and entry and entry.state == "started" else "waiting"
         return StageStatus(name, state, number, "", progress if state == "requeued" else "", _WHY.get(queued.why, queued.why))
     if queued and not (ours and entry and entry.state == "done"):
-        return StageStatus(name, "running", number, nodes, progress, line)
+        running = queued.state in ("RUNNING", "COMPLETING", "CONFIGURING")
+        return StageStatus(name, "running" if running else queued.state.lower(), number, nodes, progress, line)
+    if queue is None and not (ours and entry and entry.state == "done"):
+        return StageStatus(name, "unknown", number, nodes, progress, "Slurm cannot be asked from here")
     if entry is None or not ours:
-        if entry and entry.state == "done":
-            return StageStatus(name, "done", number, nodes, progress, line)
-        return StageStatus(name, "cancelled" if job is not None else "not run", number, line=_own_output(folder, name, job))
+        if entry and entry.state == "done" and (folder / log_of(name).with_suffix(f".slurm-{job}.out")).exists():
+            return StageStatus(name, "done", number, nodes, progress, line)  # the job found that the result stands
+        return _without_record(folder, name, job)
     if entry.state == "started":
         return StageStatus(name, "running" if held else "interrupted", number, nodes, progress, line)
     if entry.state == "failed":
@@ -103,11 +113,15 @@ _WHY = {
 }
 
 
-def _own_output(folder: Path, name: str, job: int | None) -> str:
-    """What a job said that ended before its stage began; one that never started said nothing."""
+def _without_record(folder: Path, name: str, job: int | None) -> StageStatus:
+    """A stage that never began: its job ended before (doctor found something), or never started."""
+    if job is None:
+        return StageStatus(name, "not run")
     path = folder / log_of(name).with_suffix(f".slurm-{job}.out")
     said = [line for line in _tail(path) if line.strip()]
-    return said[-1] if said else ("it never started: a stage before it failed, or it was taken out of the queue" if job else "")
+    if said:
+        return StageStatus(name, "failed", str(job), line=next((line for line in said if "ramoe: error" in line), said[-1]))
+    return StageStatus(name, "cancelled", str(job), line="never started: a stage before it failed, or it was taken out of the queue")
 
 
 def _told(lines: list[str]) -> tuple[str, str]:
