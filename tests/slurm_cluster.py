@@ -8,6 +8,7 @@ on ports that were free, and only the processes started here are stopped.
 """
 
 import contextlib
+import ctypes
 import os
 import pwd
 import re
@@ -188,8 +189,14 @@ class SlurmCluster:
     def _run(self, name: str, words: list[str], user: int | None = None) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
             self._processes[name] = subprocess.Popen(
-                words, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, user=user, start_new_session=True
-            )
+                words, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, user=user, start_new_session=True,
+                preexec_fn=end_with_parent,
+            )  # fmt: skip
+
+
+def end_with_parent() -> None:
+    """In a child: SIGTERM when the tests' process is killed, so that no daemon outlives it (Linux, prctl)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def wait_for(condition: object, seconds: float, what: str, log: object = None) -> None:

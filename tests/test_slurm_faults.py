@@ -144,17 +144,28 @@ def test_slurm_warns_by_its_clock_and_status_75_goes_back_into_the_queue(cluster
 @pytest.mark.slurm
 def test_nodes_that_end_at_once_with_75_end_their_step_with_75(cluster: SlurmCluster, tmp_path: Path) -> None:
     """The first to end has Slurm terminate the others, which must not turn their 75 into the 143 of a terminated process."""
-    code = (
-        "import os, signal, sys; from ramoe_megatron.recipe.processes import stop_signals\n"
-        "try:\n    with stop_signals(): os.kill(os.getpid(), signal.SIGUSR1)\nexcept KeyboardInterrupt: sys.exit(75)"
-    )
-    task = shlex.join([sys.executable, "-c", code])
+    code = """
+import os, pathlib, signal, sys, time
+import ramoe_megatron.recipe.job  # what makes leaving slow
+from ramoe_megatron.recipe.processes import stop_signals
+here = pathlib.Path(sys.argv[1]) / os.environ["SLURM_STEP_ID"]
+try:
+    with stop_signals():
+        here.mkdir(exist_ok=True)
+        (here / os.environ["SLURM_PROCID"]).touch()
+        while len(list(here.iterdir())) < 3:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGUSR1)
+except KeyboardInterrupt:
+    sys.exit(75)
+"""
+    task = shlex.join([sys.executable, "-c", code, str(tmp_path)])
     script = tmp_path / "ends.sbatch"
-    body = f"for _ in {{1..8}}; do status=0; ramoe_on_nodes {task} || status=$?; echo status $status; done"
+    body = f"for _ in {{1..6}}; do status=0; ramoe_on_nodes {task} || status=$?; echo status $status; done"
     script.write_text(f"#!/bin/bash\nset -euo pipefail\nsource {ROOT}/slurm/common.sh\n{body}\n")
     job = cluster.sbatch("--nodes=3", f"--output={tmp_path}/out", str(script))
     assert cluster.wait(job) == ["COMPLETED"]
-    assert re.findall(r"status (\d+)", (tmp_path / "out").read_text()) == ["75"] * 8
+    assert re.findall(r"status (\d+)", (tmp_path / "out").read_text()) == ["75"] * 6
 
 
 @pytest.mark.slurm
