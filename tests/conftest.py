@@ -40,6 +40,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield cluster
 
 
+@pytest.fixture(scope="session")
+def slurm_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of data, base model and profile that the Slurm tests share."""
+    from slurm_world import write  # Megatron is slow to import
+
+    folder = tmp_path_factory.mktemp("slurm-world")
+    write(folder)
+    return folder
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The measured errors of the layout tests, where they ran."""
     if "layout_errors" in sys.modules and (lines := sys.modules["layout_errors"].measured.table()):

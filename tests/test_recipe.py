@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.recipe.flags import check_layout, check_names, cuda_devices, relevant, render
-from ramoe_megatron.recipe.load import load_recipe, set_value, validate
+from ramoe_megatron.recipe.load import RecipeLoader, load_recipe, set_value, validate
 
 BASE: dict[str, Any] = {
     "name": "small",
@@ -277,3 +277,10 @@ def test_the_examples_are_valid_and_fit_their_own_launch(name: str) -> None:
     found = load_recipe(EXAMPLES / f"{name}.yaml")
     check_layout(found, None)
     assert {"sft", "ra-moe"} <= {method.name for method in found.methods}
+
+
+@given(st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.none(), st.text(max_size=8)))
+def test_yaml_values_are_read_as_they_were_written_and_a_time_limit_is_text(value: object) -> None:
+    assert yaml.load(yaml.safe_dump(value), Loader=RecipeLoader) == value
+    for text in ("12:00:00", "1:30", "190:20:30.15", "-1:05"):
+        assert yaml.load(f"time: {text}", Loader=RecipeLoader) == {"time": text}

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,54 +17,22 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import NODES, SlurmCluster, environment_of, processes, wait_for
-from small_run import STOCK, aligned_flags, model_flags, profile_flags, run_table, training_flags, write_world
-
-ROOT = Path(__file__).parents[1]
-ITERATIONS, INTERVAL = 60, 20
-START = "ramoe: RAMOE_HOME="  # what each attempt of a script's job prints first
+from slurm_world import INTERVAL, ITERATIONS, MORE, ROOT, START, settings
+from small_run import aligned_flags
 
 Losses = dict[int, str]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, a base model, its profile, and the model's file for the scripts, with EP 2: one rank on each node."""
-    folder = tmp_path_factory.mktemp("world")
-    write_world(folder)
-    base = training_flags(folder, "--train-iters", "4", "--save", str(folder / "base"), "--save-interval", "4")
-    profile = profile_flags(folder, "profile")
-    run_table(1, [{"name": "base", "job": "finetune", "argv": base}, {"name": "profile", "job": "profile", "argv": profile}], folder)
-    quoted = " ".join([*model_flags(folder), *STOCK])
-    (folder / "model.sh").write_text(f"MODEL_ARGS=({quoted})\nPARALLEL_ARGS=(--expert-model-parallel-size $GPUS)\n")
-    (folder / "run").mkdir()
-    for name in ("taxonomy.jsonl", "profile/experts.safetensors", "profile/priors.safetensors"):
-        (folder / "run" / Path(name).name).symlink_to(folder / name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reference(world: Path) -> Losses:
+def reference(slurm_world: Path) -> Losses:
     """The uninterrupted run: two ranks of one torchrun."""
-    return losses(torchrun(world, "one-agent", "--standalone", "--nproc-per-node", "2")[0])
-
-
-def settings(world: Path, name: str) -> dict[str, str]:
-    """Of slurm/finetune.sbatch."""
-    return {
-        "RAMOE_HOME": str(ROOT), "RAMOE": str(Path(sys.executable).parent / "ramoe"), "RANKS_PER_NODE": "1", "OMP_NUM_THREADS": "1",
-        "MODEL": str(world / "model.sh"), "CHECKPOINT": str(world / "base"), "DATA": str(world / "parallel.jsonl"),
-        "OUT": str(world / "run"), "NAME": name, "COEFF": "20", "SEED": "7", "TRAIN_ITERS": str(ITERATIONS), "SAVE_INTERVAL": str(INTERVAL),
-        "MICRO_BATCH": "4", "GLOBAL_BATCH": "16", "LR": "1e-3",
-    }  # fmt: skip
-
-
-MORE = ["--num-workers", "0", "--eval-interval", "1000", "--distributed-timeout-minutes", "3", "--ramoe-layers", "1-2"]
+    return losses(torchrun(slurm_world, "one-agent", "--standalone", "--nproc-per-node", "2")[0])
 
 
 def submit(cluster: SlurmCluster, world: Path, name: str, *options: str) -> tuple[int, Path]:
     """A fine-tune on both nodes by the script; the job, and its output."""
     words = ["--nodes=2", "--output", str(world / f"{name}-%j.out"), *options, str(ROOT / "slurm" / "finetune.sbatch")]
-    job = cluster.sbatch(*words, *MORE, **settings(world, name))
+    job = cluster.sbatch(*words, *MORE, **settings(world, world / "run", NAME=name))
     return job, world / f"{name}-{job}.out"
 
 
@@ -119,10 +88,12 @@ def ranks_of(job: int) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def test_two_agents_of_torchrun_train_as_one_does(world: Path, reference: Losses) -> None:
+def test_two_agents_of_torchrun_train_as_one_does(slurm_world: Path, reference: Losses) -> None:
     assert sorted(reference) == list(range(1, ITERATIONS + 1))
-    common = "--nnodes=2 --nproc-per-node=1 --master-addr=127.0.0.1 --master-port=29411 --node-rank="
-    said = torchrun(world, "two-agents", common + "0", common + "1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    common = f"--nnodes=2 --nproc-per-node=1 --master-addr=127.0.0.1 --master-port={port} --node-rank="
+    said = torchrun(slurm_world, "two-agents", common + "0", common + "1")
     assert losses("".join(said)) == reference
 
 
@@ -170,10 +141,10 @@ except KeyboardInterrupt:
 
 @pytest.mark.slurm
 def test_a_warned_training_saves_goes_back_into_the_queue_and_survives_a_lost_node(
-    cluster: SlurmCluster, world: Path, reference: Losses
+    cluster: SlurmCluster, slurm_world: Path, reference: Losses
 ) -> None:
     """The warning as Slurm sends it before a time limit; then a node dies with all it runs, and a spare one takes its place."""
-    job, out = submit(cluster, world, "warned")
+    job, out = submit(cluster, slurm_world, "warned")
     wait_for(at_iteration(out, 3), 240, "the first iterations", cluster.log)
     cluster.call("scancel", "--signal=USR1", str(job))
     wait_for(lambda: cluster.job(job)["Restarts"] == "1", 120, "the job's way back into the queue", lambda: out.read_text()[-3000:])
@@ -196,16 +167,16 @@ def test_a_warned_training_saves_goes_back_into_the_queue_and_survives_a_lost_no
 
 @pytest.mark.slurm
 def test_killed_ranks_end_the_job_and_the_next_one_goes_on_from_the_last_whole_checkpoint(
-    cluster: SlurmCluster, world: Path, reference: Losses
+    cluster: SlurmCluster, slurm_world: Path, reference: Losses
 ) -> None:
-    job, out = submit(cluster, world, "killed")
+    job, out = submit(cluster, slurm_world, "killed")
     wait_for(at_iteration(out, INTERVAL + 3), 240, "an iteration after the first checkpoint", cluster.log)
     os.kill(ranks_of(job)[1], signal.SIGKILL)
     assert cluster.wait(job, seconds=60) == ["FAILED"], "at once, not at the collectives' time limit"
     text = out.read_text()
 
-    job, out = submit(cluster, world, "killed")
-    saved = world / "run/checkpoints/killed"
+    job, out = submit(cluster, slurm_world, "killed")
+    saved = slurm_world / "run/checkpoints/killed"
     tracker, half = saved / "latest_checkpointed_iteration.txt", saved / f"iter_{2 * INTERVAL:07d}"
     deadline = time.monotonic() + 240
     while not half.exists() or not any(half.iterdir()):
@@ -217,7 +188,7 @@ def test_killed_ranks_end_the_job_and_the_next_one_goes_on_from_the_last_whole_c
     assert tracker.read_text().strip() == str(INTERVAL), "the half checkpoint is not the latest"
     text += out.read_text()
 
-    job, out = submit(cluster, world, "killed")
+    job, out = submit(cluster, slurm_world, "killed")
     assert cluster.wait(job) == ["COMPLETED"], out.read_text()[-3000:]
     assert min(losses(out.read_text())) == INTERVAL + 1
     assert losses(text + out.read_text()) == reference
