@@ -43,11 +43,10 @@ def example(id: str = "q1", language: str = "en", task: str = "currency", **chan
 
 
 class SmallTokenizer:
-    """A SentencePiece tokenizer trained on TEXT, with the interface of Megatron's and no need to import it."""
+    """A SentencePiece tokenizer (by default one trained on TEXT), with the interface of Megatron's and no need to import it."""
 
-    def __init__(self) -> None:
-        model = train_tokenizer(TEXT, 400)
-        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    def __init__(self, model: bytes | None = None) -> None:
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model or train_tokenizer(TEXT, 400))
         self.eod = self.processor.eos_id()
 
     def tokenize(self, text: str) -> list[int]:

@@ -7,7 +7,7 @@ Importing this adds the rows to `layout_rows.ROWS`.
 import functools
 from pathlib import Path
 
-import sentencepiece
+from data_rows import SmallTokenizer
 from layout_rows import CP, FULL, KINDS, LAYOUTS, OPTIONS, PER_TOKEN, PP, TP, Row, add
 
 from ramoe_megatron.data.packing import PackedDataset
@@ -55,23 +55,10 @@ for layout in ("tp", "cp", "tp-cp"):
         add_packed(f"packed-{layout}-{kind}", kind, *PACK_LAYOUTS[layout])
 
 
-class Pieces:
-    """The small world's tokenizer, without Megatron."""
-
-    def __init__(self, folder: Path) -> None:
-        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        self.eod = self.processor.eos_id()
-
-    def tokenize(self, text: str) -> list[int]:
-        return self.processor.encode(text)
-
-    def detokenize(self, ids: list[int]) -> str:
-        return self.processor.decode(ids)
-
-
 @functools.cache
 def samples_of_first_packs(folder: Path, room: str) -> int:
     """Samples in the first global batch of packs."""
     examples = load_examples([str(folder / "parallel.jsonl")], split="train")
-    packs = PackedDataset(examples, Pieces(folder), ROOM, PACKS, 7, PACKS, multiple=MULTIPLES[room])
+    tokenizer = SmallTokenizer((folder / "tokenizer.model").read_bytes())
+    packs = PackedDataset(examples, tokenizer, ROOM, PACKS, 7, PACKS, multiple=MULTIPLES[room])
     return len(packs.order)
