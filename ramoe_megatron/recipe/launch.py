@@ -85,6 +85,7 @@ class Outcome:
     """How a launch ended. `unfinished`: why a training ended early and on purpose (the status is then 75), else None."""
 
     status: int
+    """Exit status; 128 + N when signal N ended it."""
     last_lines: list[str]
     seconds: float
     unfinished: str | None = None
@@ -137,6 +138,7 @@ def launch(
                 if on_progress and (progress := parse_progress(line)):
                     on_progress(progress)
             status = process.wait()
+            status = 128 - status if status < 0 else status  # as a shell tells of a signal
         finally:
             end_processes(process, mark, grace)
             if process.stdout:
@@ -144,7 +146,7 @@ def launch(
         unfinished = note.read_text(encoding="utf-8") if note.is_file() else None
         if unfinished:
             end_early()
-    if saving.asked and not unfinished and status:
+    if saving.warned and not unfinished and status:
         lines.append("ramoe: asked to save before an iteration was done: give the job more time than its start and the warning take")
         print(lines[-1], file=sys.stderr, flush=True)
     return Outcome(STATUS if unfinished else status, list(lines), time.monotonic() - started, unfinished)

@@ -50,7 +50,7 @@ class SaveRequest:
     """
 
     def __init__(self, mark: str) -> None:
-        self.mark, self.asked = mark, False
+        self.mark, self.asked, self.warned = mark, False, False
         self._told: set[int] = set()
 
     @contextlib.contextmanager
@@ -58,7 +58,7 @@ class SaveRequest:
         """While the ranks run."""
 
         def ask(number: int, _frame: object) -> None:
-            self.asked = True
+            self.asked, self.warned = True, self.warned or number == WARNING
             _came.append(signal.Signals(number).name)
 
         with _handling((signal.SIGTERM, WARNING), ask):
