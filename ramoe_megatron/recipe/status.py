@@ -105,6 +105,7 @@ def _stage(
 
 
 _WHY = {
+    "None": "submitted",
     "Dependency": "waits for the stages before it",
     "DependencyNeverSatisfied": "a stage before it failed",
     "BeginTime": "goes back into the queue; starts soon",
