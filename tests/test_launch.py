@@ -159,6 +159,8 @@ def test_cores_are_shared_out_and_what_the_user_set_stays() -> None:
     assert rank_environment(1, {})["OMP_NUM_THREADS"] == str(cores)
     assert rank_environment(10 * cores, {})["OMP_NUM_THREADS"] == "1"
     assert rank_environment(2, {"OMP_NUM_THREADS": "7", "X": "y"})["OMP_NUM_THREADS"] == "7"
+    assert rank_environment(1, {"SLURM_CPUS_ON_NODE": "1"})["OMP_NUM_THREADS"] == "1"
+    assert rank_environment(1, {"SLURM_CPUS_ON_NODE": str(10 * cores)})["OMP_NUM_THREADS"] == str(cores)
 
 
 def test_a_node_is_known_by_its_environment_and_its_absence_is_told() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.recipe.load import nearest
-from ramoe_megatron.recipe.schema import FlagValue, Recipe
+from ramoe_megatron.recipe.schema import Recipe
+from ramoe_megatron.recipe.section import FlagValue
 
 _LAYOUT = """
     tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size expert-model-parallel-size

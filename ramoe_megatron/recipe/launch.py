@@ -72,6 +72,8 @@ def rank_environment(ranks: int, environment: Mapping[str, str]) -> dict[str, st
     """Environment of a launch: the cores shared out among the ranks, lines written as they come; what the user set
     stays."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if (given := environment.get("SLURM_CPUS_ON_NODE", "")).isdigit():  # what the job was given, where Slurm does not bind
+        cores = min(cores, int(given))
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cores // max(1, ranks))),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's need with tensor or context parallelism before Blackwell

@@ -12,7 +12,8 @@ from pathlib import Path
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.recipe.digests import CHECKPOINT_MARK
 from ramoe_megatron.recipe.flags import SCORING, relevant, render
-from ramoe_megatron.recipe.schema import FlagValue, Method, Recipe, Scalar
+from ramoe_megatron.recipe.schema import Method, Recipe
+from ramoe_megatron.recipe.section import FlagValue, Scalar
 from ramoe_megatron.recipe.sources import data_stage, find_path
 from ramoe_megatron.recipe.stage import JOBS, Stage
 

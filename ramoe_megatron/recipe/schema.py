@@ -7,25 +7,14 @@ leading dashes: `true` is a bare flag, `false` or `null` leaves the flag out, a 
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
-Scalar = bool | int | float | str
-FlagValue = Scalar | list[Scalar] | None
+from ramoe_megatron.recipe.launch_schema import Launch
+from ramoe_megatron.recipe.section import FlagValue, Name, Names, Section
 
 # What each built-in method changes in the recipe's `alignment`: SFT is a coefficient of zero, the control gets other
 # examples' targets.
 PRESETS: dict[str, dict[str, Any]] = {"sft": {"coeff": 0}, "ra-moe": {}, "ra-moe-shuffled": {"shuffle-targets": True}}
-KINDS = ("data", "pretrain", "taxonomy", "profile", "predict", "finetune", "evaluate", "results", "report")
 # Flags that the plan itself gives; each with the recipe key that is meant instead.
 RESERVED_FLAGS = {
     "load": "checkpoint (a base model), or --out (the run folder)",
@@ -35,21 +24,6 @@ RESERVED_FLAGS = {
     "tensorboard-dir": "--out (the run folder)",
     "seed": "seed (data and base model) and seeds (fine-tuning)",
 }
-# Options of sbatch that a stage's job sets itself; each with what is meant instead.
-_OWN = "leave it out"
-RESERVED_SBATCH = {
-    **dict.fromkeys(("dependency", "kill-on-invalid-dep", "parsable", "output", "open-mode", "requeue", "no-requeue", "job-name"), _OWN),
-    **dict.fromkeys(("array", "wrap", "chdir", "hold", "clusters"), _OWN),
-    "nodes": "use launch.nodes",
-    "ntasks-per-node": "one task a node starts launch.ranks-per-node ranks",
-    "ntasks": "one task a node starts launch.ranks-per-node ranks",
-}
-
-
-def _kebab(name: str) -> str:
-    return name.replace("_", "-")
-
-
 def _flags(flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
     for name, value in flags.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
@@ -63,39 +37,11 @@ def _flags(flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
     return flags
 
 
-def _sbatch(options: dict[str, FlagValue]) -> dict[str, FlagValue]:
-    for name, value in options.items():
-        if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-            raise ValueError(f"{name!r} is no option of sbatch: write its long name without the leading dashes, such as partition")
-        if name in RESERVED_SBATCH:
-            raise ValueError(f"{name} is set by the job itself; {RESERVED_SBATCH[name]}")
-        if name == "signal" and not re.fullmatch(r"USR1@[0-9]+", str(value)):
-            raise ValueError(f"signal: expected USR1@SECONDS, the warning that makes a job save before its time limit; found {value!r}")
-        if isinstance(value, list):
-            raise ValueError(f"{name}: expected one value, as sbatch takes it; found a list")
-    return options
-
-
 def _count_to_seeds(value: Any) -> Any:
     return list(range(1, value + 1)) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _as_list(value: Any) -> Any:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
 Flags = Annotated[dict[str, FlagValue], AfterValidator(_flags)]
-SbatchOptions = Annotated[dict[str, FlagValue], AfterValidator(_sbatch)]
-Names = Annotated[list[str], BeforeValidator(_as_list)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, keys are written with dashes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=_kebab, use_attribute_docstrings=True)
-
-
 class Data(Section):
     """Where the examples come from: exactly one of `world`, `sib200` and `files`."""
 
@@ -203,43 +149,6 @@ class Evaluate(Section):
     split: str = "test"
     max_new_tokens: PositiveInt | None = None
     """Longest generated answer, in tokens; the taxonomy's when left out."""
-
-
-class Slurm(Section):
-    """What `--launcher slurm` asks Slurm for, one job a stage."""
-
-    sbatch: SbatchOptions = {}
-    """Options of sbatch by their long names without the dashes, such as partition, account, time, gpus-per-node."""
-    stages: dict[str, SbatchOptions] = {}
-    """Kind of stage (`finetune`) -> options that differ for it."""
-
-    @field_validator("stages")
-    @classmethod
-    def _kinds(cls, stages: dict[str, Any]) -> dict[str, Any]:
-        if unknown := sorted(set(stages) - set(KINDS)):
-            raise ValueError(f"{unknown[0]!r} is no kind of stage; expected one of {', '.join(KINDS)}")
-        return stages
-
-    setup: list[str] = []
-    """Shell lines at the start of each job, such as `module load cuda`."""
-    python: str | None = None
-    """Python on the nodes (in the container); by default the one that submits."""
-    container_image: str | None = None
-    """Image for pyxis/enroot (`srun --container-image`)."""
-    container_mounts: Names = []
-    """HOST:INSIDE pairs; the run folder and the data need their host paths inside too."""
-
-
-class Launch(Section):
-    """The processes that every Megatron stage is started with."""
-
-    ranks_per_node: PositiveInt = 1
-    nodes: PositiveInt = 1
-    launcher: Literal["local", "slurm"] = "local"
-    """local: here, one stage after another; slurm: one job a stage, submitted as a chain."""
-    slurm: Slurm = Slurm()
-    batch_tokens: PositiveInt | None = None
-    """Tokens of a micro-batch on one rank, in the stages that score; the jobs' own default when left out."""
 
 
 def _named(value: Any) -> Any:

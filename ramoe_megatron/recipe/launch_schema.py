@@ -1,0 +1,72 @@
+"""The recipe's `launch`: with how many ranks the stages run, and what Slurm is asked for."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, PositiveInt, field_validator
+
+from ramoe_megatron.recipe.section import FlagValue, Names, Section
+
+KINDS = ("data", "pretrain", "taxonomy", "profile", "predict", "finetune", "evaluate", "results", "report")
+# Options of sbatch that a stage's job sets itself; each with what is meant instead.
+_OWN = "leave it out"
+RESERVED_SBATCH = {
+    **dict.fromkeys(("dependency", "kill-on-invalid-dep", "parsable", "output", "open-mode", "requeue", "no-requeue", "job-name"), _OWN),
+    **dict.fromkeys(("array", "wrap", "chdir", "hold", "clusters"), _OWN),
+    "nodes": "use launch.nodes",
+    "ntasks-per-node": "one task a node starts launch.ranks-per-node ranks",
+    "ntasks": "one task a node starts launch.ranks-per-node ranks",
+}
+
+
+def _sbatch(options: dict[str, FlagValue]) -> dict[str, FlagValue]:
+    for name, value in options.items():
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+            raise ValueError(f"{name!r} is no option of sbatch: write its long name without the leading dashes, such as partition")
+        if name in RESERVED_SBATCH:
+            raise ValueError(f"{name} is set by the job itself; {RESERVED_SBATCH[name]}")
+        if name == "signal" and not re.fullmatch(r"USR1@[0-9]+", str(value)):
+            raise ValueError(f"signal: expected USR1@SECONDS, the warning that makes a job save before its time limit; found {value!r}")
+        if isinstance(value, list):
+            raise ValueError(f"{name}: expected one value, as sbatch takes it; found a list")
+    return options
+
+
+SbatchOptions = Annotated[dict[str, FlagValue], AfterValidator(_sbatch)]
+
+
+class Slurm(Section):
+    """What `--launcher slurm` asks Slurm for, one job a stage."""
+
+    sbatch: SbatchOptions = {}
+    """Options of sbatch by their long names without the dashes, such as partition, account, time, gpus-per-node."""
+    stages: dict[str, SbatchOptions] = {}
+    """Kind of stage (`finetune`) -> options that differ for it."""
+
+    @field_validator("stages")
+    @classmethod
+    def _kinds(cls, stages: dict[str, Any]) -> dict[str, Any]:
+        if unknown := sorted(set(stages) - set(KINDS)):
+            raise ValueError(f"{unknown[0]!r} is no kind of stage; expected one of {', '.join(KINDS)}")
+        return stages
+
+    setup: list[str] = []
+    """Shell lines at the start of each job, such as `module load cuda`."""
+    python: str | None = None
+    """Python on the nodes (in the container); by default the one that submits."""
+    container_image: str | None = None
+    """Image for pyxis/enroot (`srun --container-image`)."""
+    container_mounts: Names = []
+    """HOST:INSIDE pairs; the run folder and the data need their host paths inside too."""
+
+
+class Launch(Section):
+    """The processes that every Megatron stage is started with."""
+
+    ranks_per_node: PositiveInt = 1
+    nodes: PositiveInt = 1
+    launcher: Literal["local", "slurm"] = "local"
+    """local: here, one stage after another; slurm: one job a stage, submitted as a chain."""
+    slurm: Slurm = Slurm()
+    batch_tokens: PositiveInt | None = None
+    """Tokens of a micro-batch on one rank, in the stages that score; the jobs' own default when left out."""
