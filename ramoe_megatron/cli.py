@@ -91,8 +91,6 @@ def doctor(changes: tuple[str, ...], out: Path | None, ranks: int | None, nodes:
     """
     import os
 
-    from rich.console import Console
-
     from ramoe_megatron.recipe.doctor import JOB_NAMES, environment_findings, healthy, job_findings, recipe_findings, table
 
     target = words[0] if words else None
@@ -110,11 +108,9 @@ def doctor(changes: tuple[str, ...], out: Path | None, ranks: int | None, nodes:
         raise RamoeError("doctor: --ranks and --nodes belong to a job; a recipe's stand under launch")
     else:
         found = recipe_findings(Path(target), changes, out, os.environ)
-    console, sound = Console(), healthy(found)
-    if not console.is_terminal:
-        console = Console(width=160)
+    sound = healthy(found)
     if not sound or os.environ.get("SLURM_NODEID", "0") == "0":  # of many nodes, the first speaks for those that are well
-        console.print(table(found))
+        _wide_console().print(table(found))
     sys.exit(0 if sound else 1)
 
 
@@ -208,14 +204,9 @@ def _plain_job(name: str, *arguments: str) -> None:
 @click.argument("run_folder", metavar="RUN", type=EXISTING)
 def status(run_folder: Path) -> None:
     """How far each stage of RUN is: state, Slurm job and nodes, last iteration, last line of its log."""
-    from rich.console import Console
-
     from ramoe_megatron.recipe.status import run_status, status_table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # 80 columns would hold little but names
-    console.print(status_table(run_status(run_folder.resolve())))
+    _wide_console().print(status_table(run_status(run_folder.resolve())))
 
 
 @main.command()
@@ -233,6 +224,16 @@ def predict(run_folder: Path) -> None:
 def inspect(file: Path) -> None:
     """Show any artefact readably: taxonomy, experts, priors, divergence, evaluation, prediction, results."""
     _show(file)
+
+
+def _wide_console() -> Any:
+    """A console for tables that 80 columns would cut; a terminal and COLUMNS keep their own width."""
+    import os
+
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal or os.environ.get("COLUMNS") else Console(width=200)
 
 
 def _show(path: Path) -> None:
