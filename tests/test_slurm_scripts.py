@@ -154,6 +154,25 @@ def test_options_that_the_job_sets_itself_are_refused_by_name(key: str, tmp_path
         load_recipe(tmp_path / "demo.yaml")
 
 
+@pytest.mark.parametrize(
+    ("time", "signal", "accepted"),
+    [
+        ("5", 300, False), ("6", 300, True), ("05:00", 300, False), ("05:01", 300, True), ("00:05:00", 300, False), ("00:05:01", 300, True),
+        ("0-1", 3600, False), ("0-1:01", 3600, True), ("1-00:00:01", 86400, True), ("1-00", 86400, False), ("UNLIMITED", 10**9, True),
+        (5, 300, False), (None, 300, True),
+    ],
+)  # fmt: skip
+def test_a_time_limit_that_leaves_no_time_before_its_warning_is_refused(time: object, signal: int, accepted: bool) -> None:
+    """sbatch's formats of time, at the border; for one kind of stage too."""
+    raw = yaml.safe_load((ROOT / "examples/demo.yaml").read_text())
+    raw["launch"]["slurm"] = {"stages": {"finetune": {"time": time, "signal": f"USR1@{signal}"}}}
+    if accepted:
+        assert validate(raw, "test").launch.slurm.stages["finetune"]["time"] == time
+    else:
+        with pytest.raises(RamoeError, match=f"finetune job with the time limit {time} would be warned at its start"):
+            validate(raw, "test")
+
+
 def test_megatrons_parser_takes_the_command_lines_for_64_gpus(tmp_path: Path) -> None:
     """From the scripts, for each published model: flags and layout. The tokenizers and data are not here, and are told as absent."""
     lines = []

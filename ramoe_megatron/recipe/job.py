@@ -60,10 +60,15 @@ def _run(folder: Path, name: str) -> int:
 def _examine(stage: Stage, place: Place, folder: Path, console: Console) -> None:
     """Print what `ramoe doctor` finds (on other nodes than the first: if it is fatal). Raises RamoeError when something is."""
     module, *words = stage.arguments()
-    if stage.ranks and place.node == 0:
-        found = job_findings(module.rpartition(".")[2], words, stage.ranks, place.nodes, os.environ)
-    else:
-        found = environment_findings(max(1, stage.ranks), place.nodes, folder, os.environ)
+    try:
+        if stage.ranks and place.node == 0:
+            found = job_findings(module.rpartition(".")[2], words, stage.ranks, place.nodes, os.environ)
+        else:
+            found = environment_findings(max(1, stage.ranks), place.nodes, folder, os.environ)
+    except Stopped as stop:
+        if stop.resumes:  # again and again, if it went back into the queue
+            raise RamoeError("warned before the stage began: raise time, or lower signal, under launch.slurm.sbatch") from stop
+        raise
     fatal = [finding for finding in found if finding.state == "fatal"]
     if place.node == 0 or fatal:
         console.print(table(found))

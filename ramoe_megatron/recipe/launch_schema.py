@@ -1,12 +1,13 @@
 """The recipe's `launch`: with how many ranks the stages run, and what Slurm is asked for."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, PositiveInt, field_validator
+from pydantic import AfterValidator, PositiveInt, field_validator, model_validator
 
 from ramoe_megatron.recipe.section import FlagValue, Names, Section
 
+WARNING_SECONDS = 300  # between the warning signal and the time limit: time for a checkpoint
 KINDS = ("data", "pretrain", "taxonomy", "profile", "predict", "finetune", "evaluate", "results", "report")
 # Options of sbatch that a stage's job sets itself; each with what is meant instead.
 _OWN = "leave it out"
@@ -32,6 +33,17 @@ def _sbatch(options: dict[str, FlagValue]) -> dict[str, FlagValue]:
     return options
 
 
+def _seconds(time: FlagValue) -> int | None:
+    """A time limit as sbatch takes it (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S), in seconds; None for what is no number, such as UNLIMITED."""
+    days, _, rest = str(time).rpartition("-")
+    if not re.fullmatch(r"\d*", days) or not re.fullmatch(r"\d+(:\d+){0,2}", rest):
+        return None
+    parts = [int(part) for part in rest.split(":")]
+    # after days, hours come first; without, a single number is minutes, and two are minutes and seconds
+    hours, minutes, seconds = [*parts, 0, 0][:3] if days else {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds
+
+
 SbatchOptions = Annotated[dict[str, FlagValue], AfterValidator(_sbatch)]
 
 
@@ -49,6 +61,18 @@ class Slurm(Section):
         if unknown := sorted(set(stages) - set(KINDS)):
             raise ValueError(f"{unknown[0]!r} is no kind of stage; expected one of {', '.join(KINDS)}")
         return stages
+
+    @model_validator(mode="after")
+    def _time_to_work(self) -> Self:
+        for kind in KINDS:
+            options = {**self.sbatch, **self.stages.get(kind, {})}
+            limit, warning = _seconds(options.get("time")), int(str(options.get("signal", f"USR1@{WARNING_SECONDS}")).partition("@")[2])
+            if limit is not None and limit <= warning:
+                raise ValueError(
+                    f"a {kind} job with the time limit {options['time']} would be warned at its start: signal is USR1@{warning}, "
+                    f"{warning} s before the limit; raise time, or lower signal"
+                )
+        return self
 
     setup: list[str] = []
     """Shell lines at the start of each job, such as `module load cuda`."""

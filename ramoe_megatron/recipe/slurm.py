@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe.launch_schema import WARNING_SECONDS
 from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.section import FlagValue
 from ramoe_megatron.recipe.stage import Stage
 
-WARNING_SECONDS = 300  # between the warning signal and the time limit: time for a checkpoint
 ASKING_SECONDS = 60.0  # a busy controller may answer late
 
 
