@@ -153,6 +153,17 @@ def test_without_one_it_is_the_exceptions_or_else_the_last_lines() -> None:
     assert relevant_lines(["start", "killed by the kernel", *noise]) == (["start", "killed by the kernel"], False)
 
 
+def test_of_a_killed_rank_the_signal_is_told_but_not_that_of_those_which_torchrun_ended_after_it() -> None:
+    summary = [
+        "E1122 13:36 site-packages/torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9)",
+        "Failures:", "[1]:", "  rank      : 0 (local_rank: 0)", "  exitcode  : -15 (pid: 8)",
+        "  traceback : Signal 15 (SIGTERM) received by PID 8", "-----", "Root Cause (first observed failure):", "[0]:",
+        "  rank      : 1 (local_rank: 1)", "  exitcode  : -9 (pid: 9)", "  traceback : Signal 9 (SIGKILL) received by PID 9",
+    ]  # fmt: skip
+    told = ["RuntimeError: Connection closed by peer", "rank 1 was ended by SIGKILL"]
+    assert relevant_lines(["[rank0]: RuntimeError: Connection closed by peer", *summary]) == (told, False)
+
+
 def test_cores_are_shared_out_and_what_the_user_set_stays() -> None:
     cores = len(os.sched_getaffinity(0))
     assert rank_environment(cores, {})["OMP_NUM_THREADS"] == "1"

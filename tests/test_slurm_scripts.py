@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,9 @@ def test_a_recipes_scripts_ask_for_what_the_recipe_says_and_gpus_only_for_ranks(
         assert ("#SBATCH --time=12:00:00" in text) == (stage.kind == "finetune")
         assert f"#SBATCH --nodes={8 if stage.ranks else 1}\n" in text
         assert "#SBATCH --signal=USR1@300" in text
+        (output,) = (line for line in text.splitlines() if line.startswith("#SBATCH --output="))
+        log = tmp_path / "a run" / "logs" / f"{stage.name.replace('/', '-')}.slurm-%j.out"
+        assert shlex.split(output)[1:] == [f"--output={log}"], "sbatch takes quotes off as a shell does"
         path = tmp_path / "stage.sbatch"
         path.write_text(text)
         status, calls, said = start(path, tmp_path)
