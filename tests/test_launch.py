@@ -148,6 +148,9 @@ def test_without_one_it_is_the_exceptions_or_else_the_last_lines() -> None:
     ]
     raised = ["[rank1]: ValueError: bad shape", "[rank0]: ValueError: bad shape"]
     assert relevant_lines(["start", *raised, *noise]) == (["ValueError: bad shape"], False)
+    bare = ["[rank0]:     assert self.lr_warmup_steps < self.lr_decay_steps", "[rank0]: AssertionError"]
+    told = "AssertionError at: assert self.lr_warmup_steps < self.lr_decay_steps"
+    assert relevant_lines(["start", *bare, *noise]) == ([told], False)
     refused = "predict.py: error: unrecognized arguments: --x"
     assert relevant_lines(["usage: predict.py [-h]", refused, *noise]) == ([refused], False)
     assert relevant_lines(["start", "killed by the kernel", *noise]) == (["start", "killed by the kernel"], False)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 ERROR_PREFIX = "ramoe: error: "
 _ITERATION = re.compile(r" iteration\s+(\d+)/\s*(\d+) \|(.*)")
 _LOSS = re.compile(r"(lm loss|routing_alignment_loss): ([-+.\dEe]+)")
+_RANK = re.compile(r"^\[rank\d+\]: ?")
 # An exception's last line, with the rank that torch may put before it; argparse's refusal of a flag; or which ranks did not answer.
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*|\S+: error: .*|ramoe: \w+: a collective.*)")
 # torchrun's summary, of the rank that ended first: it was killed.
@@ -56,6 +57,11 @@ def relevant_lines(lines: Sequence[str]) -> tuple[list[str], bool]:
             return text, True
     summary = next((place for place, line in enumerate(lines) if _SUMMARY.search(line)), len(lines))
     plain = [line for line in lines[:summary] if line.strip() and parse_progress(line) is None]
-    raised = [match[1] for line in plain if (match := _EXCEPTION.match(line))]
+    raised = [_with_source(match[1], plain[:place]) for place, line in enumerate(plain) if (match := _EXCEPTION.match(line))]
     raised += [f"rank {rank} was ended by {name}" for rank, name in _KILLED.findall("\n".join(lines[summary:]))]
     return (list(dict.fromkeys(raised))[-3:] or plain[-12:]), False
+
+
+def _with_source(raised: str, before: Sequence[str]) -> str:
+    """An exception's last line; one without a text, such as a bare AssertionError, with the line of code that raised it."""
+    return raised if ":" in raised or not before else f"{raised} at: {_RANK.sub('', before[-1]).strip()}"
