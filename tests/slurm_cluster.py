@@ -17,7 +17,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -199,12 +199,12 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def wait_for(condition: object, seconds: float, what: str, log: object = None) -> None:
+def wait_for(condition: Callable[[], object], seconds: float, what: str, log: Callable[[], str] | None = None) -> None:
     """Poll until `condition()` holds; RuntimeError with `log()` after `seconds`."""
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"waited {seconds:.0f} s for {what}\n{log() if log else ''}")  # type: ignore[operator]
+            raise RuntimeError(f"waited {seconds:.0f} s for {what}\n{log() if log else ''}")
         time.sleep(0.3)
 
 
@@ -260,6 +260,3 @@ def _ports() -> list[int]:
                 continue
             return list(range(first, first + 4))
     raise RuntimeError("no four free ports in a row")
-
-
-__all__: Mapping[str, object] | list[str] = ["SlurmCluster", "kill_tree", "missing", "wait_for"]

@@ -5,7 +5,6 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,7 +91,6 @@ class Folder:
         self.manifest = Manifest(folder, "bench")
         self.manifest.write()
         (folder / "logs").mkdir()
-        (folder / "recipe.yaml").write_text(yaml.safe_dump({"name": "bench"}))
         save_document(folder / "slurm.json", "ramoe-slurm", {"recipe": "bench", "jobs": {"a": 11, "b": 12, "c": 13}})
 
     def ran(self, name: str, job: int, state: str, log: str) -> None:

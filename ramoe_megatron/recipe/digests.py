@@ -40,10 +40,15 @@ def digest_checkpoint(path: Path, maker: str | None = None) -> str:
     the samples only, so a checkpoint made by a stage also carries `maker`, the digest of that stage's settings and
     inputs.
     """
-    mark = (path / CHECKPOINT_MARK).read_text(encoding="utf-8").strip()
-    folder = path / (mark if mark == "release" else f"iter_{int(mark):07d}" if mark.isdigit() else ".")
+    mark, folder = latest_checkpoint(path)
     files = [[str(file.relative_to(path)), file.stat().st_size, _sample(file)] for file in _files(folder)]
     return digest_value({"mark": mark, "files": files, "maker": maker})
+
+
+def latest_checkpoint(path: Path) -> tuple[str, Path]:
+    """What a checkpoint folder's tracker file says, and the folder of that iteration."""
+    mark = (path / CHECKPOINT_MARK).read_text(encoding="utf-8").strip()
+    return mark, path / (mark if mark == "release" else f"iter_{int(mark):07d}" if mark.isdigit() else ".")
 
 
 def _sample(path: Path) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.findings import ANSWER, STATES, WRITTEN, Finding, Line, attempt, reason
 from ramoe_megatron.recipe import flags
-from ramoe_megatron.recipe.digests import CHECKPOINT_MARK
+from ramoe_megatron.recipe.digests import CHECKPOINT_MARK, latest_checkpoint
 from ramoe_megatron.recipe.doctor_environment import environment_findings
 from ramoe_megatron.recipe.launch import rank_environment
 from ramoe_megatron.recipe.load import load_recipe
@@ -59,10 +59,10 @@ def recipe_findings(path: Path, changes: Sequence[str], out: Path | None, enviro
         held = Finding("run folder", "fatal", reason(error), "give another --out")
         coming = {stage.name: _outputs(plan[:place]) for place, stage in enumerate(plan)}
     ranks, nodes = recipe.launch.ranks_per_node, recipe.launch.nodes
-    if recipe.launch.launcher == "slurm" and "SLURM_JOB_ID" not in environment:
-        ranks, nodes = 0, 1  # this node submits; each job looks at its own
+    submits = recipe.launch.launcher == "slurm" and "SLURM_JOB_ID" not in environment
+    here = (0, 1) if submits else (ranks, nodes)  # a node that only submits needs no devices; each job looks at its own
     local = {**recipe.model, **recipe.train, **recipe.parallel}.get("transformer-impl") == "local"
-    found = [*environment_findings(ranks, nodes, folder, environment, local, expected_bytes(plan, coming)), held]
+    found = [*environment_findings(*here, folder, environment, local, expected_bytes(plan, coming)), held]
 
     def layout() -> str:
         flags.check_layout(recipe, None)  # devices are told of above
@@ -107,8 +107,7 @@ def expected_bytes(plan: Sequence[Stage], coming: Mapping[str, Mapping[str, str]
     base = Path((running and _value(running[0].command, "pretrained-checkpoint")) or "")
     if not running or not (base / CHECKPOINT_MARK).is_file():
         return 0
-    mark = (base / CHECKPOINT_MARK).read_text(encoding="utf-8").strip()
-    folder = base / (f"iter_{int(mark):07d}" if mark.isdigit() else mark)
+    _, folder = latest_checkpoint(base)
     return len(running) * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 

@@ -50,10 +50,11 @@ class Manifest:
 
     Several jobs of one recipe may each run a stage at the same time: a stage's entry is put into what the file holds by then.
 
-    Raises RamoeError when the folder holds another recipe's results, something that is no run, or a damaged manifest.
+    `recipe`: its name; None takes the one that the file holds. Raises RamoeError when the folder holds another recipe's results, something
+    that is no run, or a damaged manifest.
     """
 
-    def __init__(self, folder: Path, recipe: str) -> None:
+    def __init__(self, folder: Path, recipe: str | None) -> None:
         self.folder, self.recipe, self.path = folder, recipe, folder / "manifest.json"
         self.stages: dict[str, Entry] = {}
         self.flags: dict[str, Any] = {}
@@ -79,6 +80,8 @@ class Manifest:
             if isinstance(error, RamoeError):
                 raise
             raise RamoeError(f"{self.path} is damaged ({error}): restore it, or move the folder aside and start anew") from error
+        if self.recipe is None:
+            self.recipe = recipe
         if recipe != self.recipe:
             raise RamoeError(
                 f"{self.folder} holds the results of the recipe {recipe!r}, not of {self.recipe!r}: give another "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
-import yaml
+from rich.markup import escape
 from rich.table import Table
 
 from ramoe_megatron.errors import RamoeError
@@ -41,8 +41,7 @@ def run_status(folder: Path) -> list[StageStatus]:
     """
     if not (folder / "manifest.json").is_file():
         raise RamoeError(f"{folder} holds no manifest.json, so it is no run folder: give the --out of `ramoe run`")
-    recipe = _recipe_name(folder)
-    entries = Manifest(folder, recipe).stages
+    entries = Manifest(folder, None).stages
     jobs = chain.submitted(folder)
     try:
         queue: Mapping[int, slurm.Queued] | None = chain.live(folder, entries)
@@ -51,13 +50,6 @@ def run_status(folder: Path) -> list[StageStatus]:
     held = _held(folder)
     names = dict.fromkeys([*jobs, *entries])
     return [_stage(folder, name, entries.get(name), jobs.get(name), queue, held) for name in names]
-
-
-def _recipe_name(folder: Path) -> str:
-    try:
-        return str(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))["name"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise RamoeError(f"{folder / 'recipe.yaml'} cannot be read ({error}): it is written by `ramoe run`; run it again") from error
 
 
 def _held(folder: Path) -> bool:
@@ -155,11 +147,5 @@ def status_table(stages: list[StageStatus]) -> Table:
     table.add_column("last line", no_wrap=True, overflow="ellipsis", ratio=1)
     for s in stages:
         colour = COLOURS.get(s.state, "dim")
-        table.add_row(s.name, f"[{colour}]{s.state}[/{colour}]", s.job, s.nodes, _plain(s.progress), _plain(s.line))
+        table.add_row(s.name, f"[{colour}]{s.state}[/{colour}]", s.job, s.nodes, escape(s.progress), escape(s.line))
     return table
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
