@@ -26,6 +26,7 @@ from ramoe_megatron.mcore.aligned_batch import routing_batch
 from ramoe_megatron.mcore.alignment import Alignment
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
 from ramoe_megatron.mcore.carrier import current
+from ramoe_megatron.mcore.coefficient import Coefficient
 from ramoe_megatron.mcore.metrics import COLUMNS, AlignmentMetrics
 
 BOUND = 1e-5
@@ -104,7 +105,9 @@ def attached(function: str, per_token: bool, normalize: str, config: RoutingAlig
     metrics = AlignmentMetrics(range(1, LAYERS + 1), "cpu")
     mask, pattern = torch.tensor(MASK_GLE), torch.tensor(PATTERN_GLE)
     chunk = torch.nn.Module()
-    chunk.ramoe_alignment = Alignment(config, ("a", "b", "c"), *ZONE, mask, pattern, metrics)
+    zone = tuple(range(ZONE[0], ZONE[1] + 1))
+    equal = dict.fromkeys(zone, 1.0)
+    chunk.ramoe_alignment = Alignment(config, ("a", "b", "c"), zone, mask, pattern, metrics, equal, Coefficient(config))
     chunk.ramoe_layers = {LAYER}
     router = types.SimpleNamespace(
         tp_group=None, cp_group=None, tp_cp_group=None, config=types.SimpleNamespace(sequence_parallel=False),

@@ -16,8 +16,8 @@ from ramoe_megatron.mcore.arguments import (
     RoutingAlignmentConfig,
     add_arguments,
     arguments_with,
-    options_from_args,
 )
+from ramoe_megatron.mcore.options import options_from_args
 
 ON: dict[str, Any] = {"coeff": 1.0, "experts": "e.safetensors", "taxonomy": "t.jsonl"}
 
@@ -41,12 +41,15 @@ def test_every_flag_reaches_its_field() -> None:
         "--lr 1e-3 --ramoe-coeff 2.5 --ramoe-experts e --ramoe-taxonomy t --ramoe-priors p --ramoe-divergence js --ramoe-target example "
         "--ramoe-layers 2-5 --ramoe-tokens last --ramoe-pooling token --ramoe-examples ci+cc --ramoe-normalize ci "
         "--ramoe-shuffle-targets 3 --ramoe-data a.jsonl b --ramoe-split dev --ramoe-languages en tr --ramoe-anchor eng "
-        "--ramoe-columns prompt=text --ramoe-weights */en=0.4 *=0.6"
+        "--ramoe-columns prompt=text --ramoe-weights */en=0.4 *=0.6 --ramoe-missing-priors skip --ramoe-layer-weights d.csv "
+        "--ramoe-coeff-warmup-iters 9 --ramoe-coeff-decay cosine --ramoe-coeff-unit lm-loss"
     )
     args = parse(*words.split())
     assert RoutingAlignmentConfig.from_args(args) == RoutingAlignmentConfig(
-        2.5, "e", "t", "p", "js", "example", "2-5", "last", "token", "ci+cc", "ci", 3
-    )
+        coeff=2.5, experts="e", taxonomy="t", priors="p", divergence="js", target="example", layers="2-5", tokens="last",
+        pooling="token", examples="ci+cc", normalize="ci", shuffle_targets=3, missing_priors="skip", layer_weights="d.csv",
+        coeff_warmup_iters=9, coeff_decay="cosine", coeff_unit="lm-loss",
+    )  # fmt: skip
     data = options_from_args(DataOptions, args)
     assert data == DataOptions(["a.jsonl", "b"], "dev", ["en", "tr"], "eng", ["prompt=text"], ["*/en=0.4", "*=0.6"])
     assert data.column_mapping() == {"prompt": "text"}

@@ -15,9 +15,9 @@ from ramoe_megatron.method.divergence import (
     Zone,
     hjs,
     mean_curve,
-    parse_layers,
     zone_from_curve,
 )
+from ramoe_megatron.method.layers import parse_layers
 
 seeds = st.integers(0, 2**31)
 

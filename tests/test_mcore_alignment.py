@@ -13,8 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.aligned_batch import routing_batch
-from ramoe_megatron.mcore.alignment import Alignment, resolve_zone
+from ramoe_megatron.mcore.alignment import Alignment, resolve_layers
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
+from ramoe_megatron.mcore.coefficient import Coefficient
 from ramoe_megatron.mcore.metrics import COLUMNS, AlignmentMetrics
 from ramoe_megatron.mcore.observe import TokenSelection, router_distribution
 from ramoe_megatron.mcore.placement import local_rows
@@ -28,7 +29,8 @@ def alignment(**changes: Any) -> Alignment:
     config = RoutingAlignmentConfig(**({"coeff": 2.0, "experts": "e", "examples": "all", "tokens": "last"} | changes))
     mask = torch.tensor([True, True, False, False]).expand(1, LAYERS, E)
     pattern = torch.tensor([0.5, 0.2, 0.2, 0.1]).expand(1, LAYERS, E)
-    return Alignment(config, ("task",), 0, LAYERS - 1, mask, pattern, AlignmentMetrics(range(1, LAYERS + 1), "cpu"))
+    coefficient, metrics = Coefficient(config), AlignmentMetrics(range(1, LAYERS + 1), "cpu")
+    return Alignment(config, ("task",), tuple(range(LAYERS)), mask, pattern, metrics, dict.fromkeys(range(LAYERS), 1.0), coefficient)
 
 
 def batch(prompt: list[int], weight: list[float]) -> dict[str, torch.Tensor]:
@@ -224,7 +226,7 @@ def test_the_zone_is_refused_by_its_flag() -> None:
     experts = types.SimpleNamespace(shape=types.SimpleNamespace(num_moe_layers=4), zone=NoZone("the curve is flat"))
     for layers, words in (("2-9", "expected a rising range within 0 to 3"), ("auto", "the curve is flat"), ("0.0-0.1", "wider range")):
         with pytest.raises(RamoeError, match=rf"^--ramoe-layers {layers}: .*{words}"):
-            resolve_zone(alignment(layers=layers).config, experts)
+            resolve_layers(alignment(layers=layers).config, experts)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ramoe_megatron.mcore.alignment import Alignment
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
+from ramoe_megatron.mcore.coefficient import Coefficient
 from ramoe_megatron.mcore.metrics import AlignmentMetrics
 from ramoe_megatron.mcore.startup import alignment_block, balancing, samples_block
 
@@ -28,7 +29,8 @@ def alignment(tasks: int = 2, **changes: Any) -> Alignment:
     mask[0, 2] = False  # the first task has no expert in MoE layer 2,
     mask[0, 1, 3] = True  # and four in layer 1
     names = tuple(f"task{n}" for n in range(tasks))
-    return Alignment(config, names, 1, 3, mask, torch.full((tasks, 4, 6), 1 / 6), AlignmentMetrics(NUMBERS, "cpu"))
+    pattern, equal = torch.full((tasks, 4, 6), 1 / 6), dict.fromkeys((1, 2, 3), 1.0)
+    return Alignment(config, names, (1, 2, 3), mask, pattern, AlignmentMetrics(NUMBERS, "cpu"), equal, Coefficient(config))
 
 
 def rows(text: str) -> dict[str, str]:

@@ -18,9 +18,11 @@ from ramoe_megatron.jobs.evaluate import EvaluateOptions
 from ramoe_megatron.jobs.offline import FORWARD_ONLY_FLAGS, OfflineOptions
 from ramoe_megatron.jobs.predict import PredictOptions
 from ramoe_megatron.jobs.profile import ProfileOptions
-from ramoe_megatron.mcore.arguments import DataOptions, RoutingAlignmentConfig, arguments_with, known_flags, options_from_args
+from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
+from ramoe_megatron.mcore.arguments import DataOptions, arguments_with, known_flags
 from ramoe_megatron.mcore.cpu import cpu_backend
 from ramoe_megatron.mcore.launch import command_line, run_job
+from ramoe_megatron.mcore.options import options_from_args
 
 OPTIONS: dict[str, tuple[type, ...]] = {
     "finetune": (RoutingAlignmentConfig, DataOptions),

@@ -13,15 +13,17 @@ from ramoe_megatron.jobs.evaluate import EvaluateOptions
 from ramoe_megatron.jobs.offline import examples_with_anchor, offline_options
 from ramoe_megatron.jobs.predict import PredictOptions
 from ramoe_megatron.jobs.profile import ProfileOptions
-from ramoe_megatron.mcore.alignment import fitting_experts
-from ramoe_megatron.mcore.arguments import DataOptions, RoutingAlignmentConfig, options_from_args
+from ramoe_megatron.mcore.alignment import fitting_experts, layer_weights
+from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
+from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.checkpoint import TRACKER, require_checkpoint, starting_checkpoint
+from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.mcore.refusals import refuse_unsupported
 from ramoe_megatron.mcore.router import configured_moe_layer_numbers
 from ramoe_megatron.mcore.training_data import check_examples, check_labels
 from ramoe_megatron.method.artefacts import ExpertFile, read_divergence, read_taxonomy
-from ramoe_megatron.method.divergence import parse_layers
 from ramoe_megatron.method.experts import parse_rule
+from ramoe_megatron.method.layers import parse_layers, span
 
 if TYPE_CHECKING:
     from ramoe_megatron.jobs.check import Trial
@@ -95,8 +97,9 @@ def _alignment(trying: "Trial", alignment: RoutingAlignmentConfig) -> str:
 
 
 def _zone(trying: "Trial", alignment: RoutingAlignmentConfig) -> str:
-    experts, (first, last) = fitting_experts(alignment, trying.config, _moe_layers(trying))
-    return f"{len(experts.tasks)} tasks; aligned MoE layers {first}-{last} of {experts.shape.num_moe_layers}"
+    experts, layers = fitting_experts(alignment, trying.config, _moe_layers(trying))
+    layer_weights(alignment, layers, _moe_layers(trying))
+    return f"{len(experts.tasks)} tasks; aligned MoE layers {span(layers)} of {experts.shape.num_moe_layers}"
 
 
 def _moe_layers(trying: "Trial") -> int:

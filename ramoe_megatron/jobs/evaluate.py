@@ -21,8 +21,8 @@ from ramoe_megatron.jobs.offline import (
     write_on_rank_0,
 )
 from ramoe_megatron.jobs.shards import Shards, depends_on
-from ramoe_megatron.mcore.arguments import options_from_args
 from ramoe_megatron.mcore.launch import run_job
+from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.method.artefacts import ExpertFile, atomic_write_text, package_version, save_document
 from ramoe_megatron.method.losses import mass
 

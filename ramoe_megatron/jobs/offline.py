@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ramoe_megatron.data.parallel import Example, load_examples
 from ramoe_megatron.data.sources import local_files
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.arguments import DataOptions, arguments_with, options_from_args
+from ramoe_megatron.mcore.arguments import DataOptions, arguments_with
 from ramoe_megatron.mcore.launch import is_rank_0, megatron_arguments
+from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.method.artefacts import digests
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from ramoe_megatron.data.encode import encode
 from ramoe_megatron.data.parallel import Example, pair_with_anchor
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.offline import Progress, examples_with_anchor, offline_job, write_on_rank_0
-from ramoe_megatron.mcore.arguments import options_from_args
 from ramoe_megatron.mcore.launch import run_job
+from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.method.artefacts import ExpertFile, read_divergence, read_taxonomy, save_document
-from ramoe_megatron.method.divergence import parse_layers
+from ramoe_megatron.method.layers import parse_layers
 from ramoe_megatron.method.predict import TransplantOutcome, predict
 from ramoe_megatron.method.taxonomy import summarise
 

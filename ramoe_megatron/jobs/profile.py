@@ -27,11 +27,12 @@ from ramoe_megatron.jobs.offline import (
     write_on_rank_0,
 )
 from ramoe_megatron.jobs.shards import SHARD_EXAMPLES, Shards, depends_on
-from ramoe_megatron.mcore.arguments import options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, run_job
+from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.method.artefacts import TOKENS, ExpertFile, Priors, read_taxonomy, write_divergence
-from ramoe_megatron.method.divergence import DivergenceCurve, Zone, mean_curve, parse_layers, zone_from_curve
+from ramoe_megatron.method.divergence import DivergenceCurve, Zone, mean_curve, zone_from_curve
 from ramoe_megatron.method.experts import FrequencySum, delta, describe_empty, parse_rule, task_experts
+from ramoe_megatron.method.layers import parse_layers
 
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline import OfflineModel

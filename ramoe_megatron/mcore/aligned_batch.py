@@ -77,6 +77,11 @@ class AlignmentContext:
         self.selection = TokenSelection(batch["prompt_length"], batch["length"], batch.get("start"), batch.get("cu_seqlens"))
         # Where no token is chosen (an empty prompt) there is no routing to align, and no routing mass.
         chosen_B = self.selection.count(alignment.config.tokens) > 0
+        self.partner_B = torch.arange(len(chosen_B), device=chosen_B.device) ^ 1 if alignment.config.target == "paired" else None
+        if self.partner_B is not None:
+            if len(chosen_B) % 2:
+                raise RamoeError(f"routing_batch: {len(chosen_B)} samples in a micro-batch; the target paired needs an even number")
+            chosen_B = chosen_B & chosen_B[self.partner_B]
         self.weight_B = batch["ramoe_weight"].float() * chosen_B
         self.ci_B = batch["ramoe_ci"].bool() if "ramoe_ci" in batch else self.weight_B > 0
         self.task_B = batch["ramoe_task"].clamp(min=0)
@@ -107,20 +112,22 @@ class AlignmentContext:
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
         alignment, config = self.alignment, self.alignment.config
-        mask_BE, target_BE = alignment.expert_mask_GLE[self.task_B, layer], self._target(layer)
+        mask_BE = alignment.expert_mask_GLE[self.task_B, layer]
         if config.pooling == "sequence" or config.tokens == "last":  # the mean over one token is that token
             q_BE = pooled_distributions(router, logits_SCE, self.selection, (config.tokens,))[config.tokens]
+            # The view's own routing at the current weights; `divergence` lets no gradient through to it.
+            target_BE = self._target(layer) if self.partner_B is None else q_BE[self.partner_B]
             divergence_B = divergence(config.divergence, target_BE, q_BE, mask_BE)
         else:
-            divergence_B, q_BE = self._by_token(router, logits_SCE, target_BE, mask_BE)
+            divergence_B, q_BE = self._by_token(router, logits_SCE, self._target(layer), mask_BE)
         # Where a weight is zero nothing may pass, whatever stands there (an empty prompt, a missing prior).
         divergence_B = torch.where(self.weight_B > 0, divergence_B, torch.zeros_like(divergence_B))
 
         per_token = router.calculate_per_token_loss
         unit_B = self.loss_tokens_B if per_token else torch.ones_like(self.weight_B)
         share = 1.0 if per_token else self.share
-        weighted_B = self.weight_B * unit_B * divergence_B
-        loss = config.coeff * share / len(alignment.layers) * weighted_B.sum()
+        weighted_B = self.weight_B * unit_B * divergence_B * alignment.layer_weight[layer]
+        loss = alignment.coefficient.now() * share / len(alignment.layers) * weighted_B.sum()
         alignment.metrics.record_alignment(
             layer,
             loss=weighted_B.detach(),
@@ -134,7 +141,7 @@ class AlignmentContext:
 
     def _target(self, layer: int) -> Tensor:
         if self.target_BZE is not None and self.alignment.config.target == "example":
-            return self.target_BZE[:, layer - self.alignment.first]
+            return self.target_BZE[:, self.alignment.layers.index(layer)]
         return self.alignment.pattern_GLE[self.task_B, layer]
 
     def _by_token(self, router: Any, logits_SCE: Tensor, target_BE: Tensor, mask_BE: Tensor) -> tuple[Tensor, Tensor]:

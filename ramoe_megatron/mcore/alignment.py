@@ -4,7 +4,8 @@ Shape suffixes: G tasks, L MoE layers, E experts.
 """
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,16 @@ import torch
 from torch import Tensor
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
+from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
+from ramoe_megatron.mcore.coefficient import Coefficient
 from ramoe_megatron.mcore.metrics import AlignmentMetrics
 from ramoe_megatron.mcore.refusals import refuse_foreign_routers, refuse_unsupported
 from ramoe_megatron.mcore.router import chunks, local_routers, moe_layer_numbers, observe_routers, unwrapped
 from ramoe_megatron.mcore.startup import alignment_block
-from ramoe_megatron.method.artefacts import ExpertFile
-from ramoe_megatron.method.divergence import parse_layers
+from ramoe_megatron.method.artefacts import ExpertFile, read_divergence
+from ramoe_megatron.method.divergence import mean_curve
+from ramoe_megatron.method.experts import random_experts
+from ramoe_megatron.method.layers import chosen_layers, span
 
 
 @dataclass(frozen=True)
@@ -27,22 +31,20 @@ class Alignment:
 
     config: RoutingAlignmentConfig
     tasks: tuple[str, ...]
-    first: int
-    last: int
+    layers: tuple[int, ...]
+    """Aligned layers, 0-based among the MoE layers, ascending."""
     expert_mask_GLE: Tensor
     pattern_GLE: Tensor
     metrics: AlignmentMetrics
-
-    @property
-    def layers(self) -> range:
-        """Aligned layers, 0-based among the MoE layers."""
-        return range(self.first, self.last + 1)
+    layer_weight: Mapping[int, float]
+    """Weight of each aligned layer, mean 1."""
+    coefficient: Coefficient
 
 
-def resolve_zone(config: RoutingAlignmentConfig, experts: ExpertFile) -> tuple[int, int]:
-    """The aligned layers (first, last) inclusive, from `--ramoe-layers` and the expert file's own zone; RamoeError as `parse_layers`."""
+def resolve_layers(config: RoutingAlignmentConfig, experts: ExpertFile) -> tuple[int, ...]:
+    """The aligned layers, from `--ramoe-layers` and the expert file's own zone; RamoeError as `chosen_layers`."""
     try:
-        return parse_layers(config.layers, experts.shape.num_moe_layers, experts.zone)
+        return chosen_layers(config.layers, experts.shape.num_moe_layers, experts.zone)
     except RamoeError as error:
         raise RamoeError(f"--ramoe-layers {config.layers}: {str(error).removeprefix('layers: ')}") from error
 
@@ -67,16 +69,18 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
     refuse_unsupported(model_config)
     refuse_foreign_routers(chunks(model))
     numbers = moe_layer_numbers(model)
-    experts, (first, last) = fitting_experts(config, model_config, len(numbers))
+    experts, layers = fitting_experts(config, model_config, len(numbers))
     device = torch.cuda.current_device() if torch.cuda.is_available() else torch.device("cpu")
+    coefficient = Coefficient(config)
     alignment = Alignment(
         config=config,
         tasks=tuple(experts.tasks),
-        first=first,
-        last=last,
+        layers=layers,
         expert_mask_GLE=experts.expert_mask.bool().to(device),
         pattern_GLE=experts.english_pattern[config.tokens].float().to(device),
-        metrics=AlignmentMetrics.install(numbers, device),
+        metrics=AlignmentMetrics.install(numbers, device, coefficient),
+        layer_weight=layer_weights(config, layers, len(numbers)),
+        coefficient=coefficient,
     )
     observe_routers(model)
     for chunk in chunks(model):
@@ -87,8 +91,10 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
     return model
 
 
-def fitting_experts(config: RoutingAlignmentConfig, model_config: Any, num_moe_layers: int) -> tuple[ExpertFile, tuple[int, int]]:
-    """The expert file of an alignment that is on, checked against the model's `TransformerConfig`, and the zone (first, last).
+def fitting_experts(config: RoutingAlignmentConfig, model_config: Any, num_moe_layers: int) -> tuple[ExpertFile, tuple[int, ...]]:
+    """The expert file of an alignment that is on, checked against the model's `TransformerConfig`, and the aligned layers.
+
+    Under `--ramoe-random-experts` its experts are random ones.
 
     Raises:
         RamoeError: as `attach`, for what concerns the file.
@@ -102,18 +108,37 @@ def fitting_experts(config: RoutingAlignmentConfig, model_config: Any, num_moe_l
             topk=model_config.moe_router_topk,
             score_function=model_config.moe_router_score_function,
         )
-    first, last = resolve_zone(config, experts)
+    layers = resolve_layers(config, experts)
+    if config.random_experts is not None:
+        experts = dataclasses.replace(experts, expert_mask=random_experts(experts.expert_mask, config.random_experts))
     if config.tokens not in experts.english_pattern:
         raise RamoeError(
             f"--ramoe-experts {config.experts}: no English pattern for --ramoe-tokens {config.tokens}, only for "
             f"{', '.join(experts.english_pattern)}; run `ramoe profile` again, or change the flag"
         )
-    if config.divergence in ("lumped-kl", "mass") and not experts.expert_mask[:, first : last + 1].any():
+    if config.divergence in ("lumped-kl", "mass") and not experts.expert_mask[:, list(layers)].any():
         raise RamoeError(
-            f"--ramoe-experts {config.experts}: no task has an expert in MoE layers {first}-{last}, so {config.divergence} aligns "
+            f"--ramoe-experts {config.experts}: no task has an expert in MoE layers {span(layers)}, so {config.divergence} aligns "
             "nothing; profile with a lower tau or with --ramoe-select top-m=M, or use --ramoe-divergence kl or js"
         )
-    return experts, (first, last)
+    return experts, layers
+
+
+def layer_weights(config: RoutingAlignmentConfig, layers: tuple[int, ...], num_moe_layers: int) -> dict[int, float]:
+    """Weight of each aligned layer: 1, or by the divergence curve of `--ramoe-layer-weights`.
+
+    Raises:
+        RamoeError: the curve cannot be read, belongs to another model, or has no shape to weigh by.
+    """
+    if config.layer_weights is None:
+        return dict.fromkeys(layers, 1.0)
+    from ramoe_megatron.method.layer_weights import divergence_weights
+
+    with _naming("--ramoe-layer-weights"):
+        curve_L = mean_curve(read_divergence(config.layer_weights))
+        if len(curve_L) != num_moe_layers:
+            raise RamoeError(f"{config.layer_weights}: a curve over {len(curve_L)} MoE layers, but the model has {num_moe_layers}")
+        return dict(zip(layers, divergence_weights(curve_L, layers).tolist(), strict=True))
 
 
 @contextlib.contextmanager

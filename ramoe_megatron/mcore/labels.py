@@ -10,8 +10,8 @@ from ramoe_megatron.data.dataset import SFTDataset
 from ramoe_megatron.data.packing import PackedDataset
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.alignment import resolve_zone
-from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
+from ramoe_megatron.mcore.alignment import resolve_layers
+from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
 from ramoe_megatron.method.artefacts import ExpertFile, Priors, read_taxonomy
 from ramoe_megatron.method.taxonomy import CATEGORIES
 
@@ -35,7 +35,7 @@ class ExampleLabels:
         assert config.experts is not None
         experts = ExpertFile.load(config.experts)
         self.config = config
-        self.first, self.last = resolve_zone(config, experts)
+        self.layers = resolve_layers(config, experts)
         rows = {task: row for row, task in enumerate(experts.tasks)}
         self.task = np.array([rows.get(example.task, -1) for example in examples], dtype=np.int64)
         self.category = np.array(categories(examples, config.taxonomy, anchor))
@@ -48,8 +48,8 @@ class ExampleLabels:
         """English routing that an example is pulled to in the aligned layers; zeros where it is not aligned. [Z, E]"""
         assert self.priors is not None
         if not self.aligned[index]:
-            return torch.zeros(self.last - self.first + 1, self.priors.shape.num_experts)
-        return self.priors.rows([self.target_ids[index]])[0, self.first : self.last + 1].float()
+            return torch.zeros(len(self.layers), self.priors.shape.num_experts)
+        return self.priors.rows([self.target_ids[index]])[0, list(self.layers)].float()
 
     def _refuse_unknown_tasks(self, examples: Sequence[Example], experts: ExpertFile) -> None:
         unknown = sorted({e.task for e, row, on in zip(examples, self.task, self.aligned, strict=True) if on and row < 0})
@@ -74,7 +74,9 @@ class ExampleLabels:
         priors.check_model(shape.num_moe_layers, shape.num_experts, shape.topk, shape.score_function)
         known = set(priors.ids)
         missing = sorted({e.id for e, on in zip(examples, self.aligned, strict=True) if on} - known)
-        if missing:
+        if self.config.missing_priors == "skip":
+            self.aligned &= np.array([example.id in known for example in examples], dtype=bool)
+        elif missing:
             raise RamoeError(
                 f"--ramoe-priors {self.config.priors}: no English routing for {len(missing)} aligned examples, first "
                 f"{', '.join(missing[:5])}; run `ramoe profile --ramoe-save-priors` on the data that is trained on"
@@ -88,6 +90,9 @@ class AlignedDataset(torch.utils.data.Dataset):
     Added to each item: `ramoe_weight` float32 [] (0 = not aligned), `ramoe_task` int64 [] (row of the expert file; -1 when the task is
     not in it), with a taxonomy `ramoe_ci` bool [] and, for the target "example", `ramoe_target` float32 [Z, E]. For a pack of K samples
     each begins with a dimension K.
+
+    Of a `PairedDataset` an aligned sample weighs 2, since half of the places are views of another: the term stays the mean over the samples
+    that are trained on. (With per-token loss the views have no loss tokens, and it weighs 1.)
     """
 
     def __init__(
@@ -100,8 +105,12 @@ class AlignedDataset(torch.utils.data.Dataset):
     ) -> None:
         """
         Raises:
-            RamoeError: as `ExampleLabels`.
+            RamoeError: as `ExampleLabels`, or English views that are to be aligned under per-token loss, where they weigh nothing.
         """
+        if config.reverse and per_token_loss:
+            raise RamoeError(
+                "--ramoe-reverse aligns views without loss tokens, which weigh nothing under --calculate-per-token-loss: remove that flag"
+            )
         self.dataset, self.labels = dataset, ExampleLabels(dataset.examples, config, anchor)
         self.weight = self._weights(config.normalize, global_batch_size, per_token_loss)
 
@@ -124,6 +133,10 @@ class AlignedDataset(torch.utils.data.Dataset):
         """Weight of each draw: 1 when aligned; under `normalize ci` divided by the aligned share of its global batch, which is known
         beforehand because the order of draws is."""
         aligned = self.labels.aligned[self.dataset.order].astype(np.float64)
+        if self.labels.config.target == "paired":
+            if self.labels.config.reverse:
+                aligned = aligned.reshape(-1, 2)[:, ::-1].ravel()
+            return aligned if per_token_loss else 2 * aligned
         if normalize == "samples":
             return aligned
         unit = self.dataset.encoded.loss_tokens[self.dataset.order] if per_token_loss else np.ones_like(aligned)

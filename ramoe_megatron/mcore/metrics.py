@@ -18,9 +18,12 @@ import torch
 from megatron.core.transformer.moe import moe_logging
 from torch import Tensor
 
+from ramoe_megatron.mcore.coefficient import Coefficient
+
 COLUMNS = ("loss", "unit", "aligned", "samples", "ci_mass", "ci", "other_mass", "other")
 LOSS, SHARE = "routing_alignment_loss", "ramoe/aligned_share"
 CI_MASS, OTHER_MASS = "ramoe/task_expert_mass_ci", "ramoe/task_expert_mass_other"
+COEFFICIENT = "ramoe/coefficient"
 LAYER_NAMES = {LOSS: LOSS, CI_MASS: "ramoe_task_expert_mass_ci", OTHER_MASS: "ramoe_task_expert_mass_other"}
 
 
@@ -39,9 +42,12 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
     `latest` holds the figures of the last step that was reported.
     """
 
-    def __init__(self, layer_numbers: Sequence[int], device: Any) -> None:
-        """`layer_numbers`: Megatron's layer number (1-based) of each MoE layer of the whole model."""
+    def __init__(self, layer_numbers: Sequence[int], device: Any, coefficient: Coefficient | None = None) -> None:
+        """`layer_numbers`: Megatron's layer number (1-based) of each MoE layer of the whole model; `coefficient` is told the losses
+        while it measures its unit, and is in the log while it changes."""
         super().__init__()
+        self.coefficient = coefficient
+        self.lm_2 = torch.zeros(2, dtype=torch.float64, device=device)
         self.layer_numbers = tuple(layer_numbers)
         self.sums_LM = torch.zeros(len(layer_numbers), len(COLUMNS), dtype=torch.float32, device=device)
         self.printed_M = torch.zeros(len(COLUMNS), dtype=torch.float64, device=device)
@@ -49,12 +55,13 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         self.latest: dict[str, Tensor] = {}
 
     @classmethod
-    def install(cls, layer_numbers: Sequence[int], device: Any) -> Self:
+    def install(cls, layer_numbers: Sequence[int], device: Any, coefficient: Coefficient | None = None) -> Self:
         """Make our tracker Megatron's; what stock losses have recorded so far goes on in it. A second model chunk gets the same one."""
         current = moe_logging.get_moe_metrics_tracker()
         if isinstance(current, cls) and current.layer_numbers == tuple(layer_numbers):
+            current.coefficient = coefficient
             return current
-        tracker = cls(layer_numbers, device)
+        tracker = cls(layer_numbers, device, coefficient)
         tracker._metrics = current.metrics
         moe_logging.set_moe_metrics_tracker(tracker)
         return tracker
@@ -76,6 +83,11 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         groups = [column for group in (ci & has_task, ~ci & has_task) for column in (task_mass.masked_fill(~group, 0.0), group)]
         columns = [loss, unit, aligned, torch.ones_like(unit), *groups]
         self.sums_LM[layer] += torch.stack([column.sum().float() for column in columns])
+
+    def record_lm_loss(self, loss: Tensor, tokens: Tensor) -> None:
+        """Add a micro-batch's language-model loss, a sum over its loss tokens, while the unit of the coefficient is measured."""
+        if self.coefficient is not None and self.coefficient.measures:
+            self.lm_2 += torch.stack([loss.detach().double(), tokens.double()])
 
     def reduced(self) -> dict[str, Tensor]:
         """The figures of the step over all ranks, means over the aligned layers. One all-reduce of [L, M]."""
@@ -105,11 +117,18 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         """Megatron's report, then ours: into its loss table, TensorBoard and Weights & Biases."""
         totals_LM = self._totals()  # first: Megatron's report ends in clear()
         self.latest = figures(totals_LM.sum(dim=0))
+        changes = self.coefficient is not None and self.coefficient.config.scheduled
+        acted = self.coefficient.now() if self.coefficient is not None and changes else None
+        if self.coefficient is not None and self.coefficient.measures:
+            torch.distributed.all_reduce(self.lm_2)  # in the first step alone
+            self.coefficient.measure(self.lm_2[0] / self.lm_2[1].clamp(min=1), self.latest[LOSS])
         log = super().report(
             loss_scale, iteration, writer, wandb_writer, per_layer_logging, *args, total_loss_dict=total_loss_dict, **kwargs
         )
         if writer is not None or wandb_writer is not None:
             self._write(totals_LM, per_layer_logging, iteration, writer, wandb_writer)
+            if acted is not None:
+                self._log_scalars({COEFFICIENT: acted}, iteration, writer, wandb_writer)
         if total_loss_dict is not None:
             self._print(totals_LM.sum(dim=0), total_loss_dict)
         return log
@@ -144,6 +163,7 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         """Zero Megatron's entries and ours."""
         super().clear()
         self.sums_LM.zero_()
+        self.lm_2.zero_()
 
 
 def figures(sums: Tensor) -> dict[str, Tensor]:

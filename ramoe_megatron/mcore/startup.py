@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 SHOWN = 6
 """Tasks, or task-language pairs, that get a line of their own."""
 TOKENS = {"prompt": "the prompt's tokens", "response": "the response's tokens", "all": "all tokens", "last": "the last prompt token"}
+TARGETS = {
+    "profile": "its task's English pattern",
+    "example": "its own English view",
+    "paired": "its own English view at the current weights",
+}
 
 
 def alignment_block(alignment: "Alignment", layer_numbers: Sequence[int], model_config: Any) -> str:
@@ -28,20 +33,25 @@ def alignment_block(alignment: "Alignment", layer_numbers: Sequence[int], model_
         layer_numbers: Megatron's layer number (1-based) of each MoE layer of the whole model.
         model_config: Megatron's `TransformerConfig`.
     """
-    config, first, last = alignment.config, alignment.first, alignment.last
-    target = "its task's English pattern" if config.target == "profile" else "its own English view"
+    config, layers = alignment.config, alignment.layers
+    target = TARGETS[config.target]
     if config.shuffle_targets is not None:
         target = f"another example's English view (shuffled, seed {config.shuffle_targets})"
+    pulled = "English view" if config.reverse else "sample"
+    if config.reverse:
+        target = "its target-language view (reversed: a control)"
     pooled = f"{TOKENS[config.tokens]}, " + ("pooled" if config.pooling == "sequence" else "each token by itself")
     divisor = "all samples" if config.normalize == "samples" else "the aligned samples"
     if model_config.calculate_per_token_loss:
         divisor = divisor.replace("samples", "samples, weighted by loss tokens")
+    numbers = [layer_numbers[layer] for layer in layers]
     rows = [
-        ("coefficient", f"{config.coeff:g} x mean over {divisor}, of the global batch"),
-        ("divergence", f"{config.divergence} of each sample from {target} (target {config.target})"),
+        ("coefficient", f"{_coefficient(config)} x mean over {divisor}, of the global batch"),
+        ("divergence", f"{config.divergence} of each {pulled} from {target} (target {config.target})"),
         ("tokens", pooled),
         ("examples", config.examples),
-        ("layers", f"MoE layers {first}-{last} of 0-{len(layer_numbers) - 1} (Megatron's {_numbers(layer_numbers[first : last + 1])})"),
+        ("layers", f"MoE layers {_numbers(layers)} of 0-{len(layer_numbers) - 1} (Megatron's {_numbers(numbers)})"),
+        *([("layer weights", " ".join(f"{weight:.2f}" for weight in alignment.layer_weight.values()))] if config.layer_weights else []),
         *_expert_rows(alignment),
         ("load balancing", "; ".join(_balance(*pair) for pair in balancing(model_config)) or "none"),
         ("z-loss", "none" if model_config.moe_z_loss_coeff is None else f"coefficient {model_config.moe_z_loss_coeff:g}"),
@@ -49,6 +59,14 @@ def alignment_block(alignment: "Alignment", layer_numbers: Sequence[int], model_
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}".rstrip() for name, text in rows]
     return "\n".join(["ramoe: routing alignment is on", *lines, *(f"  note: {text}" for text in _notes(model_config))])
+
+
+def _coefficient(config: Any) -> str:
+    """The coefficient and how it changes."""
+    told = f"{config.coeff:g}" + ("" if config.coeff_unit == "absolute" else " (1 is parity with the LM loss at the start)")
+    if config.coeff_warmup_iters:
+        told += f", after a warm-up of {config.coeff_warmup_iters} iterations"
+    return told if config.coeff_decay == "constant" else f"{told}, falling along a cosine to the end,"
 
 
 def balancing(model_config: Any) -> list[tuple[str, float]]:
@@ -107,16 +125,17 @@ def _by_language(groups: dict[tuple[str, str], Counter[str]], anchor: str) -> di
 
 def _expert_rows(alignment: "Alignment") -> list[tuple[str, str]]:
     """Task experts per aligned layer, one row a task."""
-    zone_GZ = alignment.expert_mask_GLE[:, alignment.first : alignment.last + 1].sum(dim=-1).tolist()
+    zone_GZ = alignment.expert_mask_GLE[:, list(alignment.layers)].sum(dim=-1).tolist()
     experts = alignment.expert_mask_GLE.shape[-1]
+    kind = "experts a layer" if alignment.config.random_experts is None else "experts a layer, drawn at random (a control)"
     rows = []
     for task, counts in list(zip(alignment.tasks, zone_GZ, strict=True))[:SHOWN]:
-        empty = [alignment.first + place for place, count in enumerate(counts) if count == 0]
-        spread = _span(counts) + f" of {experts} experts a layer"
+        empty = [layer for layer, count in zip(alignment.layers, counts, strict=True) if count == 0]
+        spread = _span(counts) + f" of {experts} {kind}"
         rows.append((f"task {task}", spread + (f"; none in MoE layers {_numbers(empty)}" if empty else "")))
     if len(zone_GZ) > SHOWN:
         others = [count for counts in zone_GZ[SHOWN:] for count in counts]
-        rows.append((f"{len(zone_GZ) - SHOWN} more tasks", f"{_span(others)} of {experts} experts a layer"))
+        rows.append((f"{len(zone_GZ) - SHOWN} more tasks", f"{_span(others)} of {experts} {kind}"))
     return rows
 
 

@@ -5,11 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
 from ramoe_megatron.data.dataset import SEQUENCE_KEYS
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.aligned_batch import routing_batch
+from ramoe_megatron.mcore.metrics import AlignmentMetrics
 from ramoe_megatron.mcore.placement import context_parallel_rows
 
 
@@ -73,4 +75,7 @@ def masked_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict
     mask = loss_mask.view(-1).float()
     loss = (losses.view(-1).float() * mask).sum()
     tokens = mask.sum().detach().to(torch.int)
+    tracker = get_moe_metrics_tracker()
+    if isinstance(tracker, AlignmentMetrics):
+        tracker.record_lm_loss(loss, tokens)
     return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.float().view(1)])}

@@ -5,10 +5,13 @@ from typing import Any
 
 from ramoe_megatron.data.dataset import SFTDataset
 from ramoe_megatron.data.packing import PackedDataset
+from ramoe_megatron.data.paired import PairedDataset
 from ramoe_megatron.data.parallel import Example, load_examples, select
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.arguments import DataOptions, RoutingAlignmentConfig, options_from_args
+from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
+from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.labels import AlignedDataset, ExampleLabels
+from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.mcore.startup import samples_block
 
 
@@ -62,7 +65,8 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
     options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
     _refuse_batches(args, options, alignment)
     # One batch more than is drawn: Megatron's sampler refuses to resume a run that has drawn all there is.
-    train: Any = _dataset(args, options, _examples(options, options.split), num_samples[0] + args.global_batch_size)
+    views = _examples(options, options.split, [options.anchor]) if alignment.coeff > 0 and alignment.target == "paired" else None
+    train: Any = _dataset(args, options, _examples(options, options.split), num_samples[0] + args.global_batch_size, views)
     if isinstance(train, PackedDataset):
         per_pack = len(train.order) / len(train)
         print_rank_0(f"ramoe: packed: {per_pack:.1f} samples a sequence, {100 * train.fill:.0f} % of its tokens are samples")
@@ -81,10 +85,14 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
 dataset_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron: build on every rank
 
 
-def _dataset(args: Any, options: DataOptions, examples: list[Example], count: int) -> SFTDataset | PackedDataset:
+def _dataset(
+    args: Any, options: DataOptions, examples: list[Example], count: int, views: list[Example] | None = None
+) -> SFTDataset | PackedDataset:
     from megatron.training import get_tokenizer
 
     weights = options.weight_mapping()
+    if views is not None:
+        return PairedDataset(examples, views, get_tokenizer(), args.seq_length, count, args.seed, weights)
     if not options.pack:
         return SFTDataset(examples, get_tokenizer(), args.seq_length, count, args.seed, weights)
     multiple = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1  # each sample is sliced apart
@@ -110,6 +118,8 @@ def _refuse_batches(args: Any, options: DataOptions, alignment: RoutingAlignment
         f"--dataloader-type {args.dataloader_type}": args.dataloader_type not in (None, "single"),
     }
     found = [flag for flag, on in changing.items() if on]
+    if alignment.coeff > 0 and alignment.target == "paired":
+        _refuse_pairs(args, options, [flag for flag in found if "dataloader" in flag])
     if found and (ci or options.pack):
         flag, way_out = ("--ramoe-pack", "leave it out") if options.pack else ("--ramoe-normalize ci", "use --ramoe-normalize samples")
         raise RamoeError(
@@ -123,12 +133,20 @@ def _refuse_batches(args: Any, options: DataOptions, alignment: RoutingAlignment
         )
 
 
-def _examples(options: DataOptions, split: str | None) -> list[Example]:
+def _refuse_pairs(args: Any, options: DataOptions, loader: list[str]) -> None:
+    why = "--ramoe-target paired keeps each sample and its English view side by side in a micro-batch"
+    if args.micro_batch_size % 2:
+        raise RamoeError(f"{why}: --micro-batch-size {args.micro_batch_size} has to be even")
+    if options.pack or loader:
+        raise RamoeError(f"{why}: remove {', '.join(['--ramoe-pack'] * options.pack + loader)}")
+
+
+def _examples(options: DataOptions, split: str | None, languages: list[str] | None = None) -> list[Example]:
     if not options.data:
         raise RamoeError("--ramoe-data is missing: expected JSONL files, folders of them, or the name of a data set")
     columns = options.column_mapping()
     examples = _read(tuple(options.data), tuple(columns.items()) if columns else None)
-    return select(examples, split, options.languages, ", ".join(options.data))
+    return select(examples, split, languages or options.languages, ", ".join(options.data))
 
 
 @functools.lru_cache(maxsize=1)

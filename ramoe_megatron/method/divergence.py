@@ -4,10 +4,8 @@ L MoE layers, E routed experts. Layers are 0-based places among the MoE layers. 
 """
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -179,47 +177,3 @@ def _why_not_a_u(smooth: list[float], left: float, right: float) -> str:
         return f"the divergence curve is inverted: {high:.4f} inside, {smooth[0]:.4f} and {smooth[-1]:.4f} at the ends"
     side, what = ("last", "falls towards") if right < left else ("first", "rises from")
     return f"the divergence curve {what} the {side} layer ({smooth[0]:.4f} to {smooth[-1]:.4f}): it has one rim only"
-
-
-_RANGE = re.compile(r"\s*(\d+|\d*\.\d+)\s*-\s*(\d+|\d*\.\d+)\s*")
-
-
-def parse_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | None = None) -> tuple[int, int]:
-    """First and last MoE layer (0-based, inclusive) of a ``--ramoe-layers`` value.
-
-    ``auto`` takes ``auto_zone``. Two integers ("8-35") are MoE-layer numbers. Two decimals ("0.25-0.75") are depths in
-    [0, 1]: layer l of L stands at depth (l + 1/2) / L and is taken when that lies in the range, ends included; so
-    "0.0-1.0" is every layer and "0.25-0.75" of 24 layers is 6-17. "0-1" are integers: the first two layers.
-
-    Raises:
-        RamoeError: for another form, a range that is reversed, empty or outside the model, or ``auto`` without a zone.
-    """
-    wanted = "expected auto, FIRST-LAST (0-based MoE layers, as in 8-35) or a range of depth (as in 0.25-0.75)"
-    if text.strip() == "auto":
-        if isinstance(auto_zone, Zone):
-            return _inside(text, auto_zone.first, auto_zone.last, num_moe_layers)
-        reason = auto_zone.reason if isinstance(auto_zone, NoZone) else "no divergence curve was measured"
-        raise RamoeError(f"layers: auto finds no zone ({reason}); give the range yourself, {wanted}")
-    match = _RANGE.fullmatch(text)
-    if match is None or ("." in match[1]) != ("." in match[2]):
-        raise RamoeError(f"layers: found {text!r}, {wanted}")
-    if "." not in match[1]:
-        return _inside(text, int(match[1]), int(match[2]), num_moe_layers)
-    low, high = Fraction(match[1]), Fraction(match[2])
-    if not 0 <= low < high <= 1:
-        raise RamoeError(f"layers: found {text!r}, expected two rising depths between 0.0 and 1.0")
-    half = Fraction(1, 2)
-    first, last = math.ceil(low * num_moe_layers - half), math.floor(high * num_moe_layers - half)
-    first, last = max(first, 0), min(last, num_moe_layers - 1)
-    if first > last:
-        raise RamoeError(f"layers: {text!r} holds the middle of none of the {num_moe_layers} MoE layers; give a wider range")
-    return first, last
-
-
-def _inside(text: str, first: int, last: int, num_moe_layers: int) -> tuple[int, int]:
-    if not 0 <= first <= last < num_moe_layers:
-        raise RamoeError(
-            f"layers: {text!r} means MoE layers {first} to {last}, expected a rising range within 0 to "
-            f"{num_moe_layers - 1} (this model has {num_moe_layers} MoE layers, numbered from 0)"
-        )
-    return first, last

@@ -127,6 +127,13 @@ def task_experts(delta: Tensor, rule: Rule) -> Tensor:
     return rule.choose(delta)
 
 
+def random_experts(mask: Tensor, seed: int) -> Tensor:
+    """A control: as many experts in each task and layer as `mask` has, drawn at random from all; bool, its shape [..., L, E]."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = torch.rand(mask.shape, generator=generator).argsort(dim=-1).argsort(dim=-1)
+    return rank < mask.sum(dim=-1, keepdim=True).cpu()
+
+
 def empty_layers(mask: Tensor) -> list[int]:
     """MoE layers (0-based) in which one task has no expert; ``mask`` is bool [L, E]."""
     return [layer for layer, found in enumerate(mask.any(dim=-1).tolist()) if not found]

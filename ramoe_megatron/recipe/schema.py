@@ -4,44 +4,20 @@
 leading dashes: `true` is a bare flag, `false` or `null` leaves the flag out, a list is several values.
 """
 
-import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
 from ramoe_megatron.recipe.launch_schema import Launch
-from ramoe_megatron.recipe.section import FlagValue, Name, Names, Section
-
-# What each built-in method changes in the recipe's `alignment`: SFT is a coefficient of zero, the control gets other
-# examples' targets.
-PRESETS: dict[str, dict[str, Any]] = {"sft": {"coeff": 0}, "ra-moe": {}, "ra-moe-shuffled": {"shuffle-targets": True}}
-# Flags that the plan itself gives; each with the recipe key that is meant instead.
-RESERVED_FLAGS = {
-    "load": "checkpoint (a base model), or --out (the run folder)",
-    "save": "--out (the run folder)",
-    "pretrained-checkpoint": "checkpoint",
-    "finetune": "checkpoint",
-    "tensorboard-dir": "--out (the run folder)",
-    "seed": "seed (data and base model) and seeds (fine-tuning)",
-}
-def _flags(flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
-    for name, value in flags.items():
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            raise ValueError(f"{name!r} is no flag name: write Megatron's flag without the leading dashes, such as num-layers")
-        if name in RESERVED_FLAGS:
-            raise ValueError(f"{name} is set by the plan itself; use {RESERVED_FLAGS[name]}")
-        if name.startswith("ramoe-"):
-            raise ValueError(f"{name} is set by the plan itself; use the recipe's data, taxonomy, profile or alignment section")
-        if value == []:
-            raise ValueError(f"{name} is an empty list; use null to leave the flag out")
-    return flags
+from ramoe_megatron.recipe.method_schema import Alignment, Method, Selection, Steering
+from ramoe_megatron.recipe.section import Flags, FlagValue, Name, Names, Section
 
 
 def _count_to_seeds(value: Any) -> Any:
     return list(range(1, value + 1)) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-Flags = Annotated[dict[str, FlagValue], AfterValidator(_flags)]
 class Data(Section):
     """Where the examples come from: exactly one of `world`, `sib200` and `files`."""
 
@@ -102,45 +78,13 @@ class Profile(Section):
     """Rule of the task experts: tau=NUMBER or top-m=COUNT."""
     split: str = "train"
     """Split that the profile is measured on."""
-    tokens: Literal["prompt", "response", "all", "last"] = "last"
-    """Tokens that the saved priors pool (the divergence curve always pools all of a sequence)."""
+    tokens: Literal["prompt", "response", "all", "last"] | None = None
+    """Tokens that the saved priors pool; those of the methods that need them when left out. (The divergence curve always pools all of a
+    sequence.)"""
     layers: str = "auto"
     """Alignment zone: auto (read off the divergence curve), FIRST-LAST or FRACTION-FRACTION."""
     save_priors: bool | None = None
     """Keep each example's English routing; by default exactly when a method's target is `example`."""
-
-
-class Alignment(Section):
-    """The alignment loss; the names are those of the `--ramoe-` flags."""
-
-    coeff: NonNegativeFloat = 0.0
-    divergence: Literal["lumped-kl", "mass", "kl", "js"] = "lumped-kl"
-    target: Literal["profile", "example"] = "profile"
-    layers: str = "auto"
-    tokens: Literal["prompt", "response", "all", "last"] = "last"
-    pooling: Literal["sequence", "token"] = "sequence"
-    examples: Literal["ci", "ci+cc", "all"] = "ci"
-    normalize: Literal["samples", "ci"] = "samples"
-    shuffle_targets: bool = False
-    """Control: English targets shuffled between the examples of a task."""
-
-
-class Method(Section):
-    """A fine-tuning run: a name, and what it changes in `alignment` and `train`."""
-
-    name: Name
-    """sft, ra-moe and ra-moe-shuffled have their meaning; any other name is the recipe's alignment with the changes
-    given here."""
-    alignment: Alignment = Alignment()
-    """Only the keys that are given change anything."""
-    train: Flags = {}
-
-    @field_validator("name")
-    @classmethod
-    def _not_base(cls, name: str) -> str:
-        if name == "base" or re.search(r"-seed\d+$", name):
-            raise ValueError(f"a method cannot be called {name!r}: base and the ending -seedK name the run folder's own files")
-        return name
 
 
 class Evaluate(Section):
@@ -175,6 +119,9 @@ class Recipe(Section):
     taxonomy: Taxonomy = Taxonomy()
     profile: Profile = Profile()
     alignment: Alignment = Alignment()
+    selection: Selection = Selection()
+    """Budget and share for the methods that train chosen experts alone."""
+    steering: Steering = Steering()
     methods: Annotated[list[Method], BeforeValidator(_named), Field(min_length=1)]
     seeds: Annotated[list[int], BeforeValidator(_count_to_seeds), Field(min_length=1)] = [1]
     """Seeds of the fine-tuning runs; a single number n means 1 to n."""
@@ -194,27 +141,58 @@ class Recipe(Section):
         for what, values in (("methods", [method.name for method in self.methods]), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{what} names one twice: {', '.join(map(str, values))}")
+        names = [method.name for method in self.methods]
         for method in self.methods:
-            alignment = self.alignment_of(method)
-            if method.name in ("ra-moe", "ra-moe-shuffled") and alignment.coeff == 0:
-                raise ValueError(f"method {method.name} needs a coefficient: set alignment.coeff above 0 (0 is the method sft)")
-            if alignment.shuffle_targets and alignment.target != "example":
-                raise ValueError(f"method {method.name} shuffles per-example targets: set alignment.target to example")
-            if alignment.coeff and alignment.target == "example" and alignment.tokens != self.profile.tokens:
-                raise ValueError(
-                    f"method {method.name} aligns the tokens {alignment.tokens!r} to priors that pool {self.profile.tokens!r}: "
-                    "set profile.tokens to the same"
-                )
+            self._check_method(method, names)
         return self
+
+    def _check_method(self, method: Method, names: Sequence[str]) -> None:
+        alignment, selection, told = self.alignment_of(method), self.selection_of(method), f"method {method.name}"
+        if method.presets and method.aligns and alignment.coeff == 0 and "coeff-zero" not in method.presets:
+            raise ValueError(f"{told} needs a coefficient: set alignment.coeff above 0 (0 is the method sft)")
+        if alignment.shuffle_targets and alignment.target != "example":
+            raise ValueError(f"{told} shuffles per-example targets: set alignment.target to example")
+        if alignment.reverse and alignment.target != "paired":
+            raise ValueError(f"{told} aligns English views: set alignment.target to paired")
+        if method.aligns and alignment.coeff and alignment.target == "example" and self.profile.tokens not in (None, alignment.tokens):
+            raise ValueError(
+                f"{told} aligns the tokens {alignment.tokens!r} to priors that pool {self.profile.tokens!r}: leave profile.tokens out, or "
+                "set it to the same"
+            )
+        if selection.train == "rise" and selection.budget is None:
+            raise ValueError(f"{told} needs selection.budget: how many (layer, expert) pairs train")
+        if selection.train in ("esft-gate", "esft-token") and selection.top_p is None:
+            raise ValueError(f"{told} needs selection.top-p: the share of each layer's score that the chosen experts hold")
+        if method.on is not None and (method.on not in names or self.method(method.on).steered):
+            raise ValueError(f"{told} acts on {method.on!r}, which is no method of this recipe that trains")
+
+    def method(self, name: str) -> Method:
+        """The method of this name."""
+        return next(method for method in self.methods if method.name == name)
 
     def alignment_of(self, method: Method) -> Alignment:
         """The recipe's alignment with the method's own changes."""
-        changes = {**PRESETS.get(method.name, {}), **method.alignment.model_dump(by_alias=True, exclude_unset=True)}
-        return Alignment.model_validate({**self.alignment.model_dump(by_alias=True), **changes})
+        return method.alignment_of(self.alignment)
+
+    def selection_of(self, method: Method) -> Selection:
+        """Which weights the method trains."""
+        return method.selection_of(self.selection)
+
+    def steering_of(self, method: Method) -> Steering:
+        """How the method steers, at inference."""
+        return method.steering_of(self.steering)
 
     def train_of(self, method: Method) -> dict[str, FlagValue]:
-        """The recipe's training flags with the method's own changes."""
-        return {**self.train, **method.train}
+        """The recipe's training flags with the method's own changes.
+
+        For the target paired both batch sizes are doubled: half of the places are views, so every method trains on the same samples.
+        """
+        flags = {**self.train, **method.train}
+        if self.alignment_of(method).target == "paired":
+            for name in ("micro-batch-size", "global-batch-size"):
+                if isinstance(flags.get(name), int):
+                    flags[name] = 2 * flags[name]  # type: ignore[operator]
+        return flags
 
     def pretrain_flags(self) -> dict[str, FlagValue]:
         """Flags of the base model's training: `train` with `pretrain` on top."""

@@ -1,8 +1,9 @@
 """What every section of a recipe is made of."""
 
+import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Scalar = bool | int | float | str
 FlagValue = Scalar | list[Scalar] | None
@@ -18,6 +19,31 @@ def _as_list(value: Any) -> Any:
 
 Names = Annotated[list[str], BeforeValidator(_as_list)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+# Flags that the plan itself gives; each with the recipe key that is meant instead.
+RESERVED_FLAGS = {
+    "load": "checkpoint (a base model), or --out (the run folder)",
+    "save": "--out (the run folder)",
+    "pretrained-checkpoint": "checkpoint",
+    "finetune": "checkpoint",
+    "tensorboard-dir": "--out (the run folder)",
+    "seed": "seed (data and base model) and seeds (fine-tuning)",
+}
+def _flags(flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
+    for name, value in flags.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise ValueError(f"{name!r} is no flag name: write Megatron's flag without the leading dashes, such as num-layers")
+        if name in RESERVED_FLAGS:
+            raise ValueError(f"{name} is set by the plan itself; use {RESERVED_FLAGS[name]}")
+        if name.startswith("ramoe-"):
+            raise ValueError(f"{name} is set by the plan itself; use the recipe's data, taxonomy, profile or alignment section")
+        if value == []:
+            raise ValueError(f"{name} is an empty list; use null to leave the flag out")
+    return flags
+
+
+Flags = Annotated[dict[str, FlagValue], AfterValidator(_flags)]
 
 
 class Section(BaseModel):

@@ -1,0 +1,58 @@
+"""Samples in pairs: each draw stands behind the anchor-language view of the same example, in one micro-batch."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ramoe_megatron.data.dataset import EncodedExamples, SFTDataset
+from ramoe_megatron.data.encode import Tokenizer
+from ramoe_megatron.data.parallel import Example
+from ramoe_megatron.data.sampler import order
+from ramoe_megatron.errors import RamoeError
+
+
+class PairedDataset(SFTDataset):
+    """An `SFTDataset` whose even places hold the anchor's view of the draw that follows, its loss masked throughout.
+
+    The draws are those of `SFTDataset`, in the same order, at the odd places: twice the batch trains on the same samples. A draw of the
+    anchor language is its own view. Micro-batches of an even size keep each pair together.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        views: Sequence[Example],
+        tokenizer: Tokenizer,
+        seq_length: int,
+        num_samples: int,
+        seed: int,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """
+        Args:
+            views: the anchor-language examples; their ids find them.
+            num_samples: places, views included.
+
+        Raises:
+            RamoeError: as `SFTDataset`, or examples without a view (how many, the first five).
+        """
+        draws = order(examples, -(-num_samples // 2), seed, weights)
+        anchors = {view.language for view in views}
+        place = {view.id: len(examples) + number for number, view in enumerate(views)}
+        missing = sorted({e.id for e in examples if e.language not in anchors and e.id not in place})
+        if missing:
+            raise RamoeError(
+                f"{len(missing)} training examples have no view in the anchor language, first {', '.join(missing[:5])}: the target paired "
+                "needs one of each; add them to the data, or use the target example"
+            )
+        view_of = np.array([n if e.language in anchors else place[e.id] for n, e in enumerate(examples)], dtype=np.int64)
+        self.examples = [*examples, *views]
+        self.order = np.stack([view_of[draws], draws], axis=1).ravel()
+        self.encoded = EncodedExamples(self.examples, tokenizer, seq_length)
+        self._seq_length = seq_length
+
+    def __getitem__(self, sample: int) -> dict[str, Tensor]:
+        item = super().__getitem__(sample)
+        return item if sample % 2 else item | {"loss_mask": torch.zeros_like(item["loss_mask"])}

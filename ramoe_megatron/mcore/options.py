@@ -1,0 +1,12 @@
+"""Reading option dataclasses back from Megatron's parsed arguments."""
+
+import argparse
+import dataclasses
+
+PREFIX = "ramoe"
+
+
+def options_from_args[Options](options: type[Options], args: argparse.Namespace) -> Options:
+    """A dataclass filled from the parsed `--ramoe-...` flags."""
+    names = [field.name for field in dataclasses.fields(options)]  # type: ignore[arg-type]
+    return options(**{name: getattr(args, f"{PREFIX}_{name}") for name in names})

@@ -1,0 +1,165 @@
+"""What a recipe may say of its methods: the alignment loss, which weights train, steering at inference, and their combinations."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from ramoe_megatron.method.catalogue import METHODS, merged
+from ramoe_megatron.recipe.section import Flags, FlagValue, Name, Section
+
+
+class Alignment(Section):
+    """The alignment loss; the names are those of the `--ramoe-` flags."""
+
+    coeff: NonNegativeFloat = 0.0
+    divergence: Literal["lumped-kl", "mass", "kl", "js"] = "lumped-kl"
+    target: Literal["profile", "example", "paired"] = "profile"
+    missing_priors: Literal["refuse", "skip"] = "refuse"
+    layers: str = "auto"
+    """auto, all, FIRST-LAST, FRACTION-FRACTION, outside:LAYERS; outside alone is outside: and the recipe's own layers."""
+    layer_weights: Literal["equal", "divergence"] = "equal"
+    """divergence: by the profile's divergence curve."""
+    coeff_warmup_iters: NonNegativeInt = 0
+    coeff_decay: Literal["constant", "cosine"] = "constant"
+    coeff_unit: Literal["absolute", "lm-loss"] = "absolute"
+    tokens: Literal["prompt", "response", "all", "last"] = "last"
+    pooling: Literal["sequence", "token"] = "sequence"
+    examples: Literal["ci", "ci+cc", "all"] = "ci"
+    normalize: Literal["samples", "ci"] = "samples"
+    shuffle_targets: bool = False
+    """Control: English targets shuffled between the examples of a task."""
+    random_experts: bool = False
+    """Control: random experts in the place of the task experts."""
+    reverse: bool = False
+    """Control: the English view is pulled to the target language's routing."""
+
+
+class Selection(Section):
+    """Which weights train; the rest is frozen."""
+
+    train: Literal["all", "routers", "task-experts", "rise", "esft-gate", "esft-token"] = "all"
+    budget: PositiveInt | None = None
+    """rise: number of (layer, expert) pairs (the paper: 128 of Qwen3-30B-A3B's 6144, 16 of Phi-3.5-MoE's 512)."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """esft-gate, esft-token: share of the score that the chosen experts of a layer hold."""
+
+
+class Steering(Section):
+    """Routing steering at inference (arXiv 2510.04694)."""
+
+    kind: Literal["none", "soft", "hard"] = "none"
+    strength: float = 0.5
+    """soft: in standard deviations of a token's logits."""
+    layers: str = "auto"
+    tau: Annotated[float, Field(ge=-1, lt=1)] | None = None
+    """Task experts anew, by this threshold; the profile's own when left out."""
+    search: bool = False
+    """Search tau, strength and layers on the validation split instead."""
+
+
+class Method(Section):
+    """A run to compare: a name, and what it changes in the recipe's sections."""
+
+    name: Name
+    """A name of `ramoe methods` has its meaning; any other is the recipe's alignment with the changes given here."""
+    preset: list[str] | None = None
+    """Named methods that this one combines, such as [ra-moe, esft-token]; by default its own name."""
+    alignment: Alignment = Alignment()
+    """Only the keys that are given change anything; so in the other sections."""
+    selection: Selection = Selection()
+    steering: Steering = Steering()
+    on: str | None = None
+    """Steering: the trained method whose checkpoints are steered; the base model when left out."""
+    train: Flags = {}
+
+    @field_validator("name")
+    @classmethod
+    def _not_base(cls, name: str) -> str:
+        if name == "base" or re.search(r"-seed\d+$", name):
+            raise ValueError(f"a method cannot be called {name!r}: base and the ending -seedK name the run folder's own files")
+        return name
+
+    @model_validator(mode="after")
+    def _presets(self) -> Self:
+        for name in self.preset or []:
+            if name not in METHODS:
+                raise ValueError(f"method {self.name}: no preset {name!r}; expected names of `ramoe methods`: {', '.join(METHODS)}")
+        if self.presets and self.steered and (len(self.presets) > 1 or self.trained_by_presets):
+            raise ValueError(f"method {self.name}: steering acts at inference; name the trained method that it acts on by `on`")
+        if self.on is not None and not self.steered:
+            raise ValueError(f"method {self.name}: only a steering method acts `on` another one")
+        if self.steered and self.train:
+            raise ValueError(f"method {self.name}: steering trains nothing, so `train` has no meaning")
+        if self.selection_of(Selection()).train == "all" and (set(self.selection.model_fields_set) - {"train"}):
+            raise ValueError(f"method {self.name}: selection.budget and top-p need selection.train: rise, esft-gate or esft-token")
+        return self
+
+    @property
+    def presets(self) -> list[str]:
+        """The named methods that this one combines; none for a name of the recipe's own."""
+        return self.preset if self.preset is not None else [self.name] if self.name in METHODS else []
+
+    @property
+    def trained_by_presets(self) -> bool:
+        return any(not METHODS[name].steering for name in self.presets)
+
+    @property
+    def steered(self) -> bool:
+        """Whether this is steering at inference, and nothing is trained."""
+        return bool(merged(self.presets, "steering")) or self.steering.kind != "none"
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the alignment's flags are given (with coefficient 0 they change nothing)."""
+        own = "alignment" in self.model_fields_set
+        return not self.steered and (own or not self.presets or merged(self.presets, "alignment") is not None)
+
+    def alignment_of(self, given: Alignment) -> Alignment:
+        """The recipe's alignment with the changes of the presets, and then the method's own."""
+        if not self.aligns:
+            return Alignment()
+        changed = _changed(given, merged(self.presets, "alignment") or {}, self.alignment)
+        if changed.layers == "outside":
+            return changed.model_copy(update={"layers": f"outside:{given.layers}"})
+        return changed
+
+    def selection_of(self, given: Selection) -> Selection:
+        """Likewise which weights train: the recipe's budget and share for the methods that need one."""
+        changes = {"train": "all", **(merged(self.presets, "selection") or {})}
+        chosen = _changed(given, changes, self.selection)
+        unused = {"budget": chosen.train != "rise", "top_p": chosen.train not in ("esft-gate", "esft-token")}
+        return chosen.model_copy(update={key: None for key, idle in unused.items() if idle})
+
+    @model_serializer(mode="wrap")
+    def _what_was_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the defaults of its sections: read again, they would pass for changes."""
+        written = handler(self)
+        for key in ("alignment", "selection", "steering"):
+            section = getattr(self, key)
+            given = section.model_dump(by_alias=True, exclude_unset=True)
+            written[key] = {name: value for name, value in written[key].items() if name in given}
+        return {key: value for key, value in written.items() if value not in ({}, None)}
+
+    def steering_of(self, given: Steering) -> Steering:
+        """Likewise the steering."""
+        return _changed(given, merged(self.presets, "steering") or {}, self.steering)
+
+
+def _changed[Part: Section](given: Part, preset: dict[str, Any], own: Part) -> Part:
+    changes = {**preset, **own.model_dump(by_alias=True, exclude_unset=True)}
+    return type(given).model_validate({**given.model_dump(by_alias=True), **changes})
+
+
+def options(section: Section) -> dict[str, FlagValue]:
+    """The values of a section by their flags' names."""
+    return section.model_dump(by_alias=True)

@@ -1,0 +1,105 @@
+"""The stages of a recipe's methods: fine-tunes, searches of steering settings, evaluations."""
+
+from pathlib import Path
+
+from ramoe_megatron.recipe.method_schema import Alignment, Method
+from ramoe_megatron.recipe.plan_context import Files, PlanContext, weights_option
+from ramoe_megatron.recipe.section import FlagValue
+from ramoe_megatron.recipe.stage import Stage
+
+
+def fine_tunings(plan: PlanContext) -> list[tuple[Method, int]]:
+    """Method and seed of each fine-tune, seed by seed."""
+    return [(method, seed) for seed in plan.recipe.seeds for method in plan.recipe.methods if not method.steered]
+
+
+def evaluated(plan: PlanContext) -> list[tuple[str, int | None, Path, Method | None]]:
+    """Name, seed, checkpoint and, of steering, the method of each evaluation but the base model's."""
+    found: list[tuple[str, int | None, Path, Method | None]] = [
+        (method.name, seed, plan.checkpoint(f"{method.name}-seed{seed}"), None) for method, seed in fine_tunings(plan)
+    ]
+    for method in plan.recipe.methods:
+        if method.steered and method.on is None:
+            found.append((method.name, None, plan.base, method))
+        elif method.steered:
+            found += [(method.name, seed, plan.checkpoint(f"{method.on}-seed{seed}"), method) for seed in plan.recipe.seeds]
+    return found
+
+
+def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
+    name, alignment = f"{method.name}-seed{seed}", plan.recipe.alignment_of(method)
+    flags, places = plan.training(name, plan.recipe.train_of(method), seed)
+    files: Files = {"data": plan.parallel}
+    options: dict[str, FlagValue] = {
+        "split": "train",
+        "languages": plan.languages(),
+        "weights": weights_option(plan.recipe.data.weights),
+    }
+    selection = plan.recipe.selection_of(method)
+    if method.aligns:
+        files |= {"experts": [plan.out / "experts.safetensors"], "taxonomy": [plan.out / "taxonomy.jsonl"]}
+        files |= {"priors": [plan.priors[alignment.tokens]]} if alignment.target == "example" else {}
+        files |= {"layer-weights": [plan.out / "divergence.csv"]} if alignment.layer_weights == "divergence" else {}
+        options |= _alignment_options(alignment, seed)
+    if selection.train != "all":
+        names = {"budget": "train-budget", "top-p": "train-top-p"}
+        options |= {names.get(key, key): value for key, value in selection.model_dump(by_alias=True).items()}
+        files |= {"usage": [plan.out / "usage.safetensors"]} if selection.train in ("rise", "esft-gate", "esft-token") else {}
+        files |= {"experts": [plan.out / "experts.safetensors"]} if selection.train == "task-experts" else {}
+    return plan.job(
+        f"finetune/{name}",
+        "finetune",
+        flags,
+        options,
+        files,
+        [plan.checkpoint(name)],
+        {**places, "pretrained-checkpoint": str(plan.base)},
+        plan.base,
+        [plan.curves(name)],
+    )
+
+
+def steer_stage(plan: PlanContext, method: Method) -> Stage:
+    steering, folder = plan.recipe.steering_of(method), f"steering/{method.name}"
+    options: dict[str, FlagValue] = {
+        "split": "validation",
+        "languages": plan.languages(),
+        "kinds": [steering.kind],
+        "zones": [steering.layers],
+        "max-new-tokens": plan.answer_tokens(),
+    }
+    files: Files = {"data": plan.parallel, "experts": [plan.out / "experts.safetensors"]}
+    outputs = [plan.out / folder / "steering.json"]
+    places = plan.offline(plan.base, folder)
+    return plan.job(f"steer/{method.name}", "steer", plan.scoring(), options, files, outputs, places, plan.base)
+
+
+def evaluate_stage(
+    plan: PlanContext, method: str, seed: int | None, checkpoint: Path, steered: Method | None = None
+) -> Stage:
+    name = method if seed is None else f"{method}-seed{seed}"
+    options: dict[str, FlagValue] = {
+        "split": plan.recipe.evaluate.split,
+        "languages": plan.languages(),
+        "method": method,
+        "seed": seed,
+        "max-new-tokens": plan.answer_tokens(),
+    }
+    files: Files = {"data": plan.parallel, "experts": [plan.out / "experts.safetensors"]}
+    if steered is not None:
+        steering = plan.recipe.steering_of(steered)
+        if steering.search:
+            files |= {"steering": [plan.out / "steering" / steered.name / "steering.json"]}
+        else:
+            options |= {"steer": steering.kind, "steer-layers": steering.layers, "steer-tau": steering.tau}
+            options |= {"steer-strength": steering.strength} if steering.kind == "soft" else {}
+    outputs = [plan.out / "evaluations" / f"{name}{suffix}" for suffix in (".json", ".jsonl")]
+    places = plan.offline(checkpoint, "evaluations")
+    return plan.job(f"evaluate/{name}", "evaluate", plan.scoring(), options, files, outputs, places, checkpoint)
+
+
+def _alignment_options(alignment: Alignment, seed: int) -> dict[str, FlagValue]:
+    """The flags of an alignment; its controls draw by the seed of the run."""
+    controls: dict[str, FlagValue] = {"shuffle-targets": seed if alignment.shuffle_targets else None, "layer-weights": None}
+    controls["random-experts"] = seed if alignment.random_experts else None
+    return {**alignment.model_dump(by_alias=True), **controls}
