@@ -66,7 +66,8 @@ def run(
     A second run skips what stands; a changed setting reruns what depends on it. STAGE is data, pretrain, taxonomy,
     profile, predict, finetune, evaluate, results or report, or one such as finetune/sft-seed1.
     """
-    from ramoe_megatron.recipe.runner import StageFailed, run_recipe
+    from ramoe_megatron.recipe.runner import run_recipe
+    from ramoe_megatron.recipe.stages import StageFailed
 
     changes += (f"launch.launcher={launcher}",) if launcher else ()
     try:

@@ -2,17 +2,27 @@
 both."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from ramoe_megatron.recipe.output import Progress as JobProgress
 
 PLAIN_INTERVAL = 30.0  # seconds between two progress lines of a stage, where there is no terminal
+
+
+@dataclass
+class _Shown:
+    """A running stage: its bar on a terminal, or when its last line was printed."""
+
+    name: str
+    last: float
+    task: TaskID | None = None
 
 
 class RunConsole:
@@ -21,7 +31,7 @@ class RunConsole:
     def __init__(self, console: Console, stages: int) -> None:
         self.console, self.stages = console, stages
         self.live: Progress | None = None
-        self._place, self._name, self._shown = 0, "", 0.0
+        self._running: dict[int, _Shown] = {}
         if console.is_terminal:
             self.live = Progress(
                 SpinnerColumn(),
@@ -48,49 +58,50 @@ class RunConsole:
 
     def started(self, place: int, name: str, reason: str, resumes: bool) -> None:
         """A stage that begins, and why."""
-        self._place, self._name, self._shown = place, name, time.monotonic()
+        self._running[place] = _Shown(name, time.monotonic())
         why = f"{reason}; goes on where it stopped" if resumes else reason
         if self.live:
-            for task in list(self.live.task_ids):
-                self.live.remove_task(task)
-            self.live.add_task(f"{self._head(place, name)} [dim]{escape(why)}[/dim]", total=None, told="")
+            text = f"{self._head(place, name)} [dim]{escape(why)}[/dim]"
+            self._running[place].task = self.live.add_task(text, total=None, told="")
         else:
             self._say(f"{self._head(place, name)} runs ({escape(why)})")
 
-    def progress(self, told: JobProgress) -> None:
-        """How far the running stage is."""
-        text = f"{told.done}/{told.total} {told.unit}{f' · {told.note}' if told.note else ''}"
-        if self.live:
-            self.live.update(self.live.task_ids[-1], completed=told.done, total=told.total, told=escape(text))
-        elif time.monotonic() - self._shown >= PLAIN_INTERVAL:
-            self._shown = time.monotonic()
-            self._say(f"{self._head(self._place, self._name)} {escape(text)}")
+    def progress(self, place: int, told: JobProgress) -> None:
+        """How far a running stage is."""
+        text, shown = f"{told.done}/{told.total} {told.unit}{f' · {told.note}' if told.note else ''}", self._running[place]
+        if self.live and shown.task is not None:
+            self.live.update(shown.task, completed=told.done, total=told.total, told=escape(text))
+        elif time.monotonic() - shown.last >= PLAIN_INTERVAL:
+            shown.last = time.monotonic()
+            self._say(f"{self._head(place, shown.name)} {escape(text)}")
 
     def finished(self, place: int, name: str, seconds: float) -> None:
         """A stage that is done."""
-        for task in list(self.live.task_ids) if self.live else []:
-            assert self.live
-            self.live.remove_task(task)
+        shown = self._running.pop(place)
+        if self.live and shown.task is not None:
+            self.live.remove_task(shown.task)
         self._say(f"{self._head(place, name)} [green]done[/green] in {_duration(seconds)}")
-
-    def results(self, folder: Path, results: dict[str, Any]) -> None:
-        """The final table, and where everything is."""
-        from ramoe_megatron.report.tables import summary_table
-
-        self.console.print()
-        self.console.print(summary_table(results))
-
-    def report(self, folder: Path) -> None:
-        """Where the report is."""
-        self.console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
-        if (folder / "tensorboard").is_dir():
-            self.console.print(f"curves: tensorboard --logdir {folder / 'tensorboard'}", soft_wrap=True, highlight=False)
 
     def _head(self, place: int, name: str) -> str:
         return f"\\[{place:>{len(str(self.stages))}}/{self.stages}] {escape(name)}"
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False)
+
+
+def tell_results(console: Console, results: dict[str, Any]) -> None:
+    """The final table of a run."""
+    from ramoe_megatron.report.tables import summary_table
+
+    console.print()
+    console.print(summary_table(results))
+
+
+def tell_report(console: Console, folder: Path) -> None:
+    """Where the report and the curves are."""
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+    if (folder / "tensorboard").is_dir():
+        console.print(f"curves: tensorboard --logdir {folder / 'tensorboard'}", soft_wrap=True, highlight=False)
 
 
 def _duration(seconds: float) -> str:

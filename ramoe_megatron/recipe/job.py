@@ -17,8 +17,8 @@ from ramoe_megatron.recipe.launch import Place
 from ramoe_megatron.recipe.manifest import Manifest, locked
 from ramoe_megatron.recipe.nodes import Leader, follow
 from ramoe_megatron.recipe.processes import Stopped, stop_signals
-from ramoe_megatron.recipe.runner import StageFailed, run_stages
 from ramoe_megatron.recipe.stage import Stage
+from ramoe_megatron.recipe.stages import StageFailed, run_stages
 from ramoe_megatron.unfinished import STATUS
 
 LOCK_SECONDS = 120.0  # of a requeued job, for the processes of its first attempt that a lost node may still hold

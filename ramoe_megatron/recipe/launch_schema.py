@@ -8,7 +8,7 @@ from pydantic import AfterValidator, PositiveInt, field_validator, model_validat
 from ramoe_megatron.recipe.section import FlagValue, Names, Section
 
 WARNING_SECONDS = 300  # between the warning signal and the time limit: time for a checkpoint
-KINDS = ("data", "pretrain", "taxonomy", "profile", "predict", "finetune", "evaluate", "results", "report")
+KINDS = ("data", "pretrain", "taxonomy", "profile", "predict", "steer", "finetune", "evaluate", "results", "report")
 # Options of sbatch that a stage's job sets itself; each with what is meant instead.
 _OWN = "leave it out"
 RESERVED_SBATCH = {
@@ -91,6 +91,9 @@ class Launch(Section):
     nodes: PositiveInt = 1
     launcher: Literal["local", "slurm"] = "local"
     """local: here, one stage after another; slurm: one job a stage, submitted as a chain."""
+    at_once: PositiveInt = 1
+    """local: stages that run side by side where none waits for another, such as the fine-tunes. They share the cores (GPUs are not dealt
+    out: with GPUs, leave it at 1)."""
     slurm: Slurm = Slurm()
     batch_tokens: PositiveInt | None = None
     """Tokens of a micro-batch on one rank, in the stages that score; the jobs' own default when left out."""

@@ -8,29 +8,20 @@ import yaml
 from rich.console import Console
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.files import atomic_write_text, read_json
+from ramoe_megatron.method.files import atomic_write_text
 from ramoe_megatron.recipe import chain, flags
-from ramoe_megatron.recipe.console import RunConsole
 from ramoe_megatron.recipe.digests import digest_value
-from ramoe_megatron.recipe.launch import Place, launch, python_command, rank_environment
+from ramoe_megatron.recipe.launch import Place, python_command
 from ramoe_megatron.recipe.load import load_recipe, nearest
 from ramoe_megatron.recipe.manifest import Manifest, locked
 from ramoe_megatron.recipe.nodes import Leader, follow
-from ramoe_megatron.recipe.output import relevant_lines
 from ramoe_megatron.recipe.plan import make_plan
 from ramoe_megatron.recipe.processes import stop_signals
 from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.stage import Stage
+from ramoe_megatron.recipe.stages import StageFailed, check_inputs, run_stages
 
 LOCK_SECONDS = 2.0  # `ramoe status` holds the lock for a moment
-
-
-class StageFailed(Exception):
-    """A stage that ended with an error: `text` for the console, `status` for the shell."""
-
-    def __init__(self, text: str, status: int) -> None:
-        super().__init__(text)
-        self.text, self.status = text, status
 
 
 def run_recipe(
@@ -78,7 +69,7 @@ def run_recipe(
             chain.refuse_live(folder, manifest)
             chain.forget(folder)
             _prepare(recipe, path, plan, manifest)
-            run_stages(plan, begin, end, manifest, console, first is not None, place, leader)
+            run_stages(plan, begin, end, manifest, console, first is not None, place, leader, recipe.launch.at_once)
 
 
 def _submit(
@@ -91,7 +82,7 @@ def _submit(
         _prepare(recipe, path, plan, manifest)
         after = chain.links(stages, manifest, force)
         for stage in (stage for stage in stages if stage.name in after):
-            _check_inputs(stage, plan, manifest, made=[s for s in stages if s.name in after])
+            check_inputs(stage, plan, manifest, made=[s for s in stages if s.name in after])
         chain.submit(stages, after, recipe, manifest, console, stages[0].name if force else None)
 
 
@@ -136,75 +127,6 @@ def _megatron_version() -> str:
     import importlib.metadata
 
     return importlib.metadata.version("megatron-core")
-
-
-def run_stages(
-    plan: Sequence[Stage],
-    begin: int,
-    end: int,
-    manifest: Manifest,
-    console: Console,
-    force_first: bool = False,
-    place: Place = Place(),  # noqa: B008 (frozen)
-    leader: Leader | None = None,
-) -> None:
-    """Run plan[begin:end], each stage unless its result stands; `force_first` runs the first one in any case.
-
-    Raises RamoeError when a stage's input is missing, StageFailed when a stage fails.
-    """
-    with RunConsole(console, len(plan)) as shown:
-        for number, stage in enumerate(plan[begin:end], begin + 1):
-            reason = manifest.reason_to_run(stage)
-            if force_first and number == begin + 1:
-                reason = reason or "asked for by --from"
-            if reason is None:
-                shown.skipped(number, stage.name)
-                continue
-            _check_inputs(stage, plan, manifest)
-            resumes = manifest.start(stage)
-            shown.started(number, stage.name, reason, resumes)
-            try:
-                if leader:
-                    leader.announce(stage)
-                outcome = launch(
-                    python_command(stage.arguments(), stage.ranks, place),
-                    rank_environment(stage.ranks, os.environ),
-                    manifest.folder / stage.log,
-                    shown.progress,
-                    leader.watch if leader else None,
-                )
-            except Exception:  # Ctrl-C leaves it as started: "interrupted before"
-                manifest.fail(stage)
-                raise
-            if outcome.unfinished:  # stays as started: "interrupted before"
-                raise StageFailed(f"stage {stage.name} is unfinished: {outcome.unfinished}", outcome.status)
-            if outcome.status:
-                manifest.fail(stage)
-                raise _failure(stage, manifest.folder, outcome.last_lines, outcome.status)
-            manifest.finish(stage)
-            shown.finished(number, stage.name, outcome.seconds)
-    if plan[end - 1].name in ("results", "report"):
-        results = manifest.folder / "results.json"
-        shown.results(manifest.folder, read_json(results))
-        if plan[end - 1].name == "report":
-            shown.report(manifest.folder)
-
-
-def _check_inputs(stage: Stage, plan: Sequence[Stage], manifest: Manifest, made: Sequence[Stage] = ()) -> None:
-    """`made`: stages that will have run before it."""
-    for path in stage.inputs:
-        if path.exists() or path == stage.weights or any(path in other.outputs for other in made):
-            continue
-        maker = next((other.name for other in plan if path in other.outputs), None)
-        what = f"run `--from {maker}`, which writes it" if maker else "restore it, or correct the recipe"
-        raise RamoeError(f"{stage.name} reads {manifest.name(path)}, which does not exist: {what}")
-
-
-def _failure(stage: Stage, folder: Path, lines: Sequence[str], status: int) -> StageFailed:
-    text, mendable = relevant_lines(lines)
-    body = "\n".join(f"  {line}" for line in text)
-    where = f"  log: {folder / stage.log}"
-    return StageFailed(f"stage {stage.name} failed (exit status {status}):\n{body}\n{where}", 2 if status == 2 or mendable else 1)
 
 
 def _tell(stages: Sequence[Stage], manifest: Manifest, force_first: bool, console: Console, place: Place) -> None:

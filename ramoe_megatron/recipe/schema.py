@@ -141,6 +141,8 @@ class Recipe(Section):
         for what, values in (("methods", [method.name for method in self.methods]), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{what} names one twice: {', '.join(map(str, values))}")
+        if self.launch.at_once > 1 and (self.launch.nodes > 1 or self.train.get("exit-signal-handler")):
+            raise ValueError("launch.at-once is for one node, and without exit-signal-handler: set it to 1")
         names = [method.name for method in self.methods]
         for method in self.methods:
             self._check_method(method, names)
