@@ -54,10 +54,15 @@ class Chunk(torch.nn.Module):
 
     def run(self, micro: dict[str, torch.Tensor], times: int = 1) -> torch.Tensor:
         """Router-logit gradient of one micro-batch, the model's own loss left out."""
+        return self.gradient(micro, B, times=times)
+
+    def gradient(self, micro: dict[str, torch.Tensor], samples: int, logits: torch.Tensor | None = None, times: int = 1) -> torch.Tensor:
+        """The same for any number of samples, or logits of one's own."""
         from ramoe_megatron.mcore.carrier import current
 
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
-        logits = torch.linspace(0, 50, S * B * E).sin().view(S, B, E).requires_grad_()  # no two tokens alike
+        unlike = torch.linspace(0, 50, S * samples * E).sin().view(S, samples, E)  # no two tokens alike
+        logits = (unlike if logits is None else logits).clone().requires_grad_()
         with routing_batch(self, micro):
             context = current()
             for _ in range(times if context else 0):

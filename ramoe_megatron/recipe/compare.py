@@ -1,0 +1,70 @@
+"""`ramoe compare`: a recipe's methods over seeds and base models, and what they come to."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe.load import load_recipe
+from ramoe_megatron.recipe.manifest import Manifest
+from ramoe_megatron.recipe.plan import make_plan
+from ramoe_megatron.recipe.runner import run_recipe
+
+
+def compare_recipe(
+    path: Path,
+    changes: Sequence[str] = (),
+    seeds: int | None = None,
+    bases: Sequence[int] = (),
+    out: Path | None = None,
+    document: Path | None = None,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Run the recipe once for each base model into OUT/baseSEED, each as `ramoe run` does, and compare all of them.
+
+    Every method has the same seeds, data, steps and layout. A second call goes on where the first stopped.
+
+    Args:
+        changes: of the recipe, as `--set` gives them.
+        seeds: fine-tuning seeds 1 to N; the recipe's when left out.
+        bases: seeds of the data and the base model; the recipe's one when left out.
+        out: folder of the runs, comparison.json and comparison.html; runs/NAME by default.
+        document: Markdown file of the comparison, beside them by default (experiment.md).
+
+    Raises:
+        RamoeError: as `run_recipe`; no method `sft` to compare with; several bases of a recipe that trains none.
+        StageFailed: a stage failed.
+    """
+    console = console or Console()
+    changes = [*changes, *([f"seeds={seeds}"] if seeds is not None else [])]
+    recipe = load_recipe(path, changes)
+    if "sft" not in [method.name for method in recipe.methods]:
+        raise RamoeError(f"{path}: methods has no sft, which all others are compared with: add it")
+    if len(bases) > 1 and recipe.pretrain is None:
+        raise RamoeError(f"{path}: checkpoint gives one base model, but --bases asks for {len(bases)}: give one, or none")
+    root = (out or Path("runs") / recipe.name).resolve()
+    folders = {root / f"base{base}": [*changes, f"seed={base}"] for base in bases or [recipe.seed]}
+    for folder, own in folders.items():
+        console.print(f"[bold]{folder.name}[/bold]", highlight=False)
+        run_recipe(path, own, folder, dry_run=dry_run, console=console)
+    if dry_run:
+        return
+    if waiting := [folder.name for folder, own in folders.items() if not _done(path, own, folder)]:
+        console.print(f"{', '.join(waiting)}: submitted; give the same command again when its jobs have ended", highlight=False)
+        return
+    from ramoe_megatron.report.comparison import write_comparison  # matplotlib
+
+    words = ["ramoe", "compare", path.name, *(["--seeds", str(seeds)] if seeds else [])]
+    words += ["--bases", ",".join(map(str, bases))] if bases else []
+    page = write_comparison(list(folders), root, document or root / "experiment.md", shlex.join(words))
+    console.print(f"comparison: {page}", soft_wrap=True, highlight=False)
+    console.print(f"document: {document or root / 'experiment.md'}", soft_wrap=True, highlight=False)
+
+
+def _done(path: Path, changes: Sequence[str], folder: Path) -> bool:
+    recipe = load_recipe(path, changes)
+    manifest = Manifest(folder, recipe.name)
+    return all(manifest.reason_to_run(stage) is None for stage in make_plan(recipe, folder, path.parent))
