@@ -87,7 +87,7 @@ def doctor(changes: tuple[str, ...], out: Path | None, ranks: int | None, nodes:
     """Tell what would stop a job or a recipe, before it starts.
 
     Without arguments: this node (versions, GPUs, ports, Slurm, the folder to write to). RECIPE: also its stages. JOB
-    (taxonomy, profile, finetune, evaluate or predict) with the FLAGS that it would get: also that job. The exit status
+    (taxonomy, profile, finetune, evaluate, steer or predict) with the FLAGS that it would get: also that job. The exit status
     is 1 when anything is fatal.
     """
     import os
@@ -154,6 +154,7 @@ _job("taxonomy", "Score parallel examples in English and target languages: cc, c
 _job("profile", "Find the task experts, the English routing and the alignment zone.")
 _job("finetune", "Fine-tune with Megatron's training loop and the alignment loss.")
 _job("evaluate", "Accuracy and routing mass of a checkpoint, per task and language.")
+_job("steer", "Search the setting of routing steering that answers best on a validation split.")
 
 
 @main.command()
@@ -223,7 +224,7 @@ def predict(run_folder: Path) -> None:
 @main.command()
 @click.argument("file", type=FILE)
 def inspect(file: Path) -> None:
-    """Show any artefact readably: taxonomy, experts, priors, divergence, evaluation, prediction, results."""
+    """Show any artefact readably: taxonomy, experts, priors, divergence, evaluation, steering, prediction, results."""
     _show(file)
 
 

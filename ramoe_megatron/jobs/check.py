@@ -18,6 +18,8 @@ from ramoe_megatron.jobs.evaluate import EvaluateOptions
 from ramoe_megatron.jobs.offline import FORWARD_ONLY_FLAGS, OfflineOptions
 from ramoe_megatron.jobs.predict import PredictOptions
 from ramoe_megatron.jobs.profile import ProfileOptions
+from ramoe_megatron.jobs.steer import SteerOptions
+from ramoe_megatron.jobs.steering import SteeringOptions
 from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.arguments import DataOptions, arguments_with, known_flags
 from ramoe_megatron.mcore.cpu import cpu_backend
@@ -28,7 +30,8 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "finetune": (RoutingAlignmentConfig, DataOptions),
     "taxonomy": (DataOptions, OfflineOptions),
     "profile": (DataOptions, OfflineOptions, ProfileOptions),
-    "evaluate": (DataOptions, OfflineOptions, EvaluateOptions),
+    "evaluate": (DataOptions, OfflineOptions, EvaluateOptions, SteeringOptions),
+    "steer": (DataOptions, OfflineOptions, SteerOptions),
     "predict": (DataOptions, OfflineOptions, PredictOptions),
 }
 """The jobs that can be checked, and the option classes whose flags each takes."""

@@ -9,10 +9,12 @@ from ramoe_megatron.data.parallel import Example, load_examples, pair_with_ancho
 from ramoe_megatron.data.sampler import order
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.findings import Finding, attempt
-from ramoe_megatron.jobs.evaluate import EvaluateOptions
+from ramoe_megatron.jobs.evaluate import EvaluateOptions, check_steering
 from ramoe_megatron.jobs.offline import examples_with_anchor, offline_options
 from ramoe_megatron.jobs.predict import PredictOptions
 from ramoe_megatron.jobs.profile import ProfileOptions
+from ramoe_megatron.jobs.steer import SteerOptions
+from ramoe_megatron.jobs.steering import SteeringOptions
 from ramoe_megatron.mcore.alignment import fitting_experts, layer_weights
 from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.arguments import DataOptions
@@ -120,8 +122,10 @@ def _offline(trying: "Trial") -> list[Finding]:
         found += _profile(trying)
     elif job == "predict":
         found += _predict(trying)
-    elif job == "evaluate" and (path := options_from_args(EvaluateOptions, trying.args).experts):
-        found.append(attempt("expert file", lambda: _fits(trying, path), _FILE))
+    elif job == "steer":
+        found += _steer(trying)
+    elif job == "evaluate":
+        found += _evaluate(trying)
     return found
 
 
@@ -129,14 +133,19 @@ def _offline_data(trying: "Trial") -> str:
     data, _ = offline_options(trying.args)
     if written := trying.written_by(*data.data):
         return written
-    key = repr((data.data, data.split, data.languages, data.anchor, data.columns))
-    if key not in trying.read:
-        trying.read[key] = examples_with_anchor(data)
-    examples: list[Example] = trying.read[key]
+    examples = _offline_examples(trying)
     # the evaluation alone compares no languages
     if trying.line.job != "evaluate" and not pair_with_anchor(examples, data.anchor):
         raise RamoeError(f"{', '.join(data.data)}: only {data.anchor!r} rows in split {data.split!r}; nothing to compare")
     return f"{len(examples)} examples of split {data.split}"
+
+
+def _offline_examples(trying: "Trial") -> list[Example]:
+    data, _ = offline_options(trying.args)
+    key = repr((data.data, data.split, data.languages, data.anchor, data.columns))
+    if key not in trying.read:
+        trying.read[key] = examples_with_anchor(data)
+    return trying.read[key]
 
 
 def _profile(trying: "Trial") -> list[Finding]:
@@ -169,6 +178,33 @@ def _predict(trying: "Trial") -> list[Finding]:
         attempt("divergence", lambda: _read(trying, own.divergence_file, "divergence-file", read_divergence), _FILE),
         attempt("expert file", lambda: _fits(trying, own.experts, own.layers), _FILE),
     ]
+
+
+def _evaluate(trying: "Trial") -> list[Finding]:
+    own, steer = options_from_args(EvaluateOptions, trying.args), options_from_args(SteeringOptions, trying.args)
+
+    def steering() -> str:
+        check_steering(own, steer)
+        if written := trying.written_by(own.experts, steer.steering):
+            return written
+        return str(steer.setting(ExpertFile.load(str(own.experts))) or "none is best")
+
+    found = [attempt("expert file", lambda: _fits(trying, own.experts), _FILE)] if own.experts else []
+    asked = steer != SteeringOptions()
+    return [*found, attempt("steering", steering, "correct the --ramoe-steer flags")] if asked else found
+
+
+def _steer(trying: "Trial") -> list[Finding]:
+    own, data = options_from_args(SteerOptions, trying.args), options_from_args(DataOptions, trying.args)
+
+    def settings() -> str:
+        if written := trying.written_by(own.experts, *data.data):
+            return written
+        _, tried, skipped = own.to_try(_offline_examples(trying), data.anchor)
+        return "\n".join([f"{len(tried)} settings, no steering among them", *skipped])
+
+    found = attempt("expert file", lambda: _fits(trying, own.experts), _FILE)
+    return [found] if found.state == "fatal" else [found, attempt("settings", settings, "correct the flag")]
 
 
 def _read(trying: "Trial", path: str | None, flag: str, read: Callable[[str], list[Any]]) -> str:

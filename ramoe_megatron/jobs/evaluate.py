@@ -5,13 +5,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.data.parallel import Example
+from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.offline import (
     Progress,
     checkpoint_name,
@@ -21,13 +22,16 @@ from ramoe_megatron.jobs.offline import (
     write_on_rank_0,
 )
 from ramoe_megatron.jobs.shards import Shards, depends_on
-from ramoe_megatron.mcore.launch import run_job
+from ramoe_megatron.jobs.steering import SteeringOptions, told
+from ramoe_megatron.mcore.launch import is_rank_0, run_job
 from ramoe_megatron.mcore.options import options_from_args
-from ramoe_megatron.method.artefacts import ExpertFile, atomic_write_text, package_version, save_document
+from ramoe_megatron.method.artefacts import ExpertFile, atomic_write_text, digests, package_version, save_document
 from ramoe_megatron.method.losses import mass
+from ramoe_megatron.method.steering import NO_STEERING
 
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline import OfflineModel
+    from ramoe_megatron.mcore.scoring import ContextFor
 
 
 @dataclass(frozen=True)
@@ -46,25 +50,31 @@ class EvaluateOptions:
 
 def main() -> None:
     """Write `NAME.json` and the outcome of each example, `NAME.jsonl`, to the output folder."""
-    with offline_job(EvaluateOptions) as (args, data, options):
+    with offline_job(EvaluateOptions, SteeringOptions) as (args, data, options):
         from ramoe_megatron.jobs.scores import answers, by_id, score_parts
         from ramoe_megatron.mcore.offline import OfflineModel
+        from ramoe_megatron.mcore.steering import steering_contexts
 
-        own = options_from_args(EvaluateOptions, args)
+        own, steer = options_from_args(EvaluateOptions, args), options_from_args(SteeringOptions, args)
+        check_steering(own, steer)
         examples = examples_with_anchor(data)
-        model = OfflineModel(args, options.batch_tokens)
         experts = ExpertFile.load(own.experts) if own.experts else None
+        steering = steer.setting(experts) if experts else None
+        model = OfflineModel(args, options.batch_tokens)
         if experts is not None:
             model.check(experts)
+            if steer.on and is_rank_0():
+                print(*(f"ramoe: {line}" for line in told(steering, experts, {e.task for e in examples})), sep="\n", flush=True)
+        contexts = steering_contexts(model, experts, steering) if experts and steering else None
         output = Path(str(options.output))
         name = own.method if own.seed is None else f"{own.method}-seed{own.seed}"
         parts, groups = by_id(examples), groups_of_tasks(examples, experts.tasks if experts else ())
         total = len(parts) + len(groups)
         with Shards(output, f"evaluate-{name}", total, lambda: depends_on(args, data.data, examples)) as shards:
             progress = Progress(answers(examples), "answers")
-            correct = score_parts(model, parts, options.max_new_tokens, shards, progress)
+            correct = score_parts(model, parts, options.max_new_tokens, shards, progress, contexts)
             outcomes = [(example, correct[example.id, example.language]) for example in examples]
-            mass_rows = task_mass(model, groups, experts, shards, len(parts)) if experts else []
+            mass_rows = task_mass(model, groups, experts, shards, len(parts), contexts) if experts else []
 
             def write() -> None:
                 output.mkdir(parents=True, exist_ok=True)
@@ -77,7 +87,7 @@ def main() -> None:
                 for example, outcome in outcomes:
                     total[example.task, example.language] += 1
                     right[example.task, example.language] += outcome
-                body = {
+                body: dict[str, Any] = {
                     "method": own.method,
                     "seed": own.seed,
                     "checkpoint": checkpoint_name(args.load),
@@ -91,6 +101,8 @@ def main() -> None:
                     "mass": mass_rows,
                     "examples": f"{name}.jsonl",
                 }
+                if steer.on:
+                    body["steering"] = (steering.document() if steering else NO_STEERING) | {"experts": digests([str(own.experts)])}
                 save_document(output / f"{name}.json", "ramoe-evaluation", body)
                 shards.remove()
 
@@ -106,10 +118,24 @@ def groups_of_tasks(examples: Sequence[Example], tasks: Sequence[str]) -> dict[t
     return dict(sorted(groups.items()))
 
 
+def check_steering(own: EvaluateOptions, steer: SteeringOptions) -> None:
+    """Raise RamoeError for steering flags that do not go together, or a steered result under the name of the unsteered base model."""
+    steer.check(own.experts)
+    if steer.on and (own.method, own.seed) == (EvaluateOptions.method, None):
+        raise RamoeError(
+            f"--ramoe-method {own.method} names the base model as it is; a steered evaluation would take its place: give it another name"
+        )
+
+
 def task_mass(
-    model: "OfflineModel", groups: dict[tuple[str, str], list[Example]], experts: ExpertFile, shards: Shards, first: int
+    model: "OfflineModel",
+    groups: dict[tuple[str, str], list[Example]],
+    experts: ExpertFile,
+    shards: Shards,
+    first: int,
+    contexts: "Callable[[Sequence[Example]], ContextFor] | None" = None,
 ) -> list[dict[str, object]]:
-    """Mean routing mass on each task's experts at the last prompt token, per language and MoE layer.
+    """Mean routing mass on each task's experts (those of the expert file) at the last prompt token, per language and MoE layer.
 
     Each group is a shard, from number `first` on; the state gains "mass", float32 [groups, L].
     """
@@ -120,7 +146,8 @@ def task_mass(
     means = list(shards.state.get("mass", ()))
     for number, ((task, _), members) in list(enumerate(groups.items(), first))[len(means) :]:
         encoded = [encode(example, model.tokenizer) for example in members]
-        pooled_NLE = sequence_routing(model, encoded, choices=("last",)).pooled_NLE["last"]
+        steered = contexts(members)(range(len(members))) if contexts else None
+        pooled_NLE = sequence_routing(model, encoded, choices=("last",), steered=steered).pooled_NLE["last"]
         mask_LE = experts.expert_mask[experts.tasks.index(task)].to(pooled_NLE.device)
         means.append(mass(pooled_NLE, mask_LE).mean(dim=0).cpu())
         shards.save(number, shards.state | {"mass": torch.stack(means)})

@@ -1,13 +1,13 @@
 """Scoring in shards: which examples a model answers correctly, for the jobs that keep the outcomes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.jobs.shards import SHARD_EXAMPLES, Shards
-from ramoe_megatron.mcore.scoring import Progress, score
+from ramoe_megatron.mcore.scoring import ContextFor, Progress, score
 
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline import OfflineModel
@@ -29,9 +29,17 @@ def answers(examples: Sequence[Example]) -> int:
 
 
 def score_parts(
-    model: "OfflineModel", parts: Sequence[Sequence[Example]], max_new_tokens: int, shards: Shards, progress: Progress
+    model: "OfflineModel",
+    parts: Sequence[Sequence[Example]],
+    max_new_tokens: int,
+    shards: Shards,
+    progress: Progress,
+    contexts: Callable[[Sequence[Example]], ContextFor] | None = None,
 ) -> dict[tuple[str, str], bool]:
     """Whether each example is answered correctly, by (id, language), on every rank; the first shards are the parts, in order.
+
+    Args:
+        contexts: the routing contexts of a part's examples (`steering_contexts`).
 
     The state gains "correct", uint8 by example in the order of the parts.
     """
@@ -40,6 +48,7 @@ def score_parts(
     if correct:
         progress(answers(examples[: len(correct)]))
     for number in range(shards.done, len(parts)):
-        correct += score(model, parts[number], max_new_tokens, progress=progress)
+        context_for = contexts(parts[number]) if contexts else None
+        correct += score(model, parts[number], max_new_tokens, context_for, progress)
         shards.save(number, {"correct": torch.tensor(correct, dtype=torch.uint8)})
     return {(example.id, example.language): bool(right) for example, right in zip(examples, correct, strict=True)}

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ramoe_megatron.data.encode import Encoded
+from ramoe_megatron.mcore.carrier import RoutingContext
 from ramoe_megatron.mcore.observe import TOKEN_CHOICES, TokenSelection, mean_over_tokens, pooled_distributions, sum_over_sequence
-from ramoe_megatron.mcore.offline import MicroBatch, OfflineModel
+from ramoe_megatron.mcore.offline import ContextMaker, MicroBatch, OfflineModel
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,19 @@ class SequenceRouting:
 
 
 def sequence_routing(
-    model: OfflineModel, encoded: Sequence[Encoded], choices: Sequence[str] = TOKEN_CHOICES
+    model: OfflineModel, encoded: Sequence[Encoded], choices: Sequence[str] = TOKEN_CHOICES, steered: ContextMaker | None = None
 ) -> SequenceRouting:
-    """One forward pass over the sequences. Memory grows with their number, not with their tokens."""
+    """One forward pass over the sequences. Memory grows with their number, not with their tokens.
+
+    Args:
+        steered: makes the contexts that change the logits; what is read is then the routing by the changed ones.
+    """
     shape = (len(encoded), len(model.layer_numbers), model.config.num_moe_experts)
     names = ("frequency", *choices)
     buffers = {name: torch.zeros(shape, device=model.device) for name in names}
 
     def context(micro: MicroBatch) -> "_Listen":
-        return _Listen(micro, buffers, speaks=model.tp_rank == 0)
+        return _Listen(micro, buffers, speaks=model.tp_rank == 0, steered=steered(micro) if steered else None)
 
     for group in model.groups([len(sequence.ids) for sequence in encoded]):
         model.run(encoded, group, None, labels=True, context=context)
@@ -44,14 +49,14 @@ def sequence_routing(
 
 
 class _Listen:
-    """Writes each sequence's routing into the buffers; the routing itself is left alone."""
+    """Writes each sequence's routing into the buffers; the routing itself is left alone, or to the context that steers it."""
 
-    def __init__(self, micro: MicroBatch, buffers: dict[str, Tensor], speaks: bool) -> None:
-        self.micro, self.buffers, self.speaks = micro, buffers, speaks
+    def __init__(self, micro: MicroBatch, buffers: dict[str, Tensor], speaks: bool, steered: RoutingContext | None = None) -> None:
+        self.micro, self.buffers, self.speaks, self.steered = micro, buffers, speaks, steered
         self.selection = TokenSelection(micro.batch["prompt_length"], micro.batch["length"])
 
     def on_logits(self, router: Any, logits: Tensor) -> Tensor:
-        return logits
+        return self.steered.on_logits(router, logits) if self.steered else logits
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
         choices = [name for name in self.buffers if name != "frequency"]

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ramoe_megatron.method.rendering import data, facts, flat, interval, mass, number, share, table
+from ramoe_megatron.method.steering import Steering
 from ramoe_megatron.method.taxonomy import CATEGORIES
 
 
@@ -40,6 +41,8 @@ def taxonomy_pairs(title: str, pairs: Iterable[Mapping[str, Any]]) -> Renderable
 def evaluation(path: Path, document: Mapping[str, Any]) -> RenderableType:
     """Accuracy and routing mass of one checkpoint."""
     told = {key: document[key] for key in ("method", "seed", "checkpoint", "split", "examples")}
+    if "steering" in document:
+        told["steering"] = setting(document["steering"])
     rows = [[r["task"], r["language"], r["n"], share(r["correct"], r["n"])] for r in document["rows"]]
     return Group(
         facts(path, "ramoe-evaluation", {**told, "data": data(document["data"])}),
@@ -79,6 +82,33 @@ def prediction(path: Path, document: Mapping[str, Any]) -> RenderableType:
         facts("verdict", "our reading", verdict),
         facts("limits", "what this cannot tell", {str(n): text for n, text in enumerate(document["limits"], 1)}),
     )
+
+
+def steering(path: Path, document: Mapping[str, Any]) -> RenderableType:
+    """The settings of steering that were tried, and the best."""
+    told = {key: document[key] for key in ("anchor", "checkpoint", "split")}
+    told |= {"data": data(document["data"]), "experts": data(document["experts"]), "best": setting(document["best"])}
+    told |= {"left out": "\n".join(document["skipped"]) or None, "written by": f"ramoe-megatron {document['package_version']}"}
+    rows = [
+        [
+            setting(r),
+            r["experts"],
+            r["n"],
+            share(r["correct"], r["n"]),
+            interval(r, "change", "low", "high", sign="+"),
+            number(r["p"]),
+            share(r["anchor_correct"], r["anchor_n"]),
+        ]
+        for r in document["settings"]
+    ]
+    heads = ("setting", "experts", "n", "correct, %", "change, points", "p", f"{document['anchor']}, %")
+    return Group(facts(path, "ramoe-steering", told), table("settings tried, on the target languages", heads, rows, left=("setting",)))
+
+
+def setting(entry: Mapping[str, Any]) -> str:
+    """A setting of steering in a line."""
+    found = Steering.from_document(entry)
+    return str(found) if found else "no steering"
 
 
 def results(path: Path, document: Mapping[str, Any]) -> RenderableType:

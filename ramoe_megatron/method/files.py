@@ -15,6 +15,7 @@ FORMATS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ramoe-taxonomy": (1, ("anchor", "checkpoint", "data", "package_version", "pairs")),
     "ramoe-evaluation": (1, ("method", "seed", "checkpoint", "split", "data", "rows", "mass", "examples")),
     "ramoe-prediction": (1, ("rows", "verdict", "limits")),
+    "ramoe-steering": (1, ("anchor", "checkpoint", "split", "data", "experts", "package_version", "settings", "skipped", "best")),
     "ramoe-results": (1, ("recipe", "anchor", "methods", "seeds", "rows", "summary", "mass", "ci_gain")),
     "ramoe-stage": (1, ("recipe", "stage")),
     "ramoe-slurm": (1, ("recipe", "jobs")),

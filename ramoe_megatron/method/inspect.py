@@ -22,7 +22,7 @@ from ramoe_megatron.method.artefacts import (
     read_taxonomy,
 )
 from ramoe_megatron.method.divergence import Zone, mean_curve, zone_from_curve
-from ramoe_megatron.method.documents import evaluation, prediction, results, taxonomy, taxonomy_pairs
+from ramoe_megatron.method.documents import evaluation, prediction, results, steering, taxonomy, taxonomy_pairs
 from ramoe_megatron.method.experts import describe_empty, rule_from
 from ramoe_megatron.method.files import check_document, read_json
 from ramoe_megatron.method.rendering import (
@@ -61,7 +61,7 @@ def describe(path: str | os.PathLike[str]) -> RenderableType:
     check_document(path, document, name)
     try:
         return _DESCRIBE[name](path, document)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RamoeError(f"{path}: {name} with a bad entry ({type(error).__name__}: {error}); write the file again") from error
 
 
@@ -152,6 +152,7 @@ _DESCRIBE: dict[str, Callable[[Path, Mapping[str, Any]], RenderableType]] = {
     "ramoe-taxonomy": taxonomy,
     "ramoe-evaluation": evaluation,
     "ramoe-prediction": prediction,
+    "ramoe-steering": steering,
     "ramoe-results": results,
     "ramoe-experts": _experts,
     "ramoe-priors": _priors,

@@ -21,7 +21,7 @@ from ramoe_megatron.recipe.manifest import Manifest, locked
 from ramoe_megatron.recipe.plan import make_plan
 from ramoe_megatron.recipe.stage import JOBS, Stage
 
-JOB_NAMES = ("taxonomy", "profile", "finetune", "evaluate", "predict")
+JOB_NAMES = ("taxonomy", "profile", "finetune", "evaluate", "steer", "predict")
 _COLOURS = {"ok": "green", "warning": "yellow", "fatal": "bold red"}
 
 

@@ -1,0 +1,116 @@
+"""Routing steering at inference: the router logits of the task experts are raised (arXiv 2510.04694, eq. 4-5).
+
+Shape suffixes: G tasks, L MoE layers, E routed experts. Layers are 0-based places among the MoE layers.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.expert_file import ExpertFile
+from ramoe_megatron.method.experts import Tau
+
+Kind = Literal["soft", "hard"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+NOISE_VARIANCE = 1e-6
+"""Of `eps ~ N(0, 1e-6)` in hard steering. The paper does not say whether 1e-6 is the variance or the deviation: variance is our reading."""
+NO_STEERING = {"kind": "none", "strength": None, "tau": None, "layers": None}
+"""How the files write that nothing is steered."""
+
+
+def steer(kind: Kind, logits: Tensor, expert_mask: Tensor, strength: float, noise: Tensor) -> Tensor:
+    """Router logits with those of the chosen experts raised, before the softmax (arXiv 2510.04694, eq. 4-5).
+
+    soft: ``z_k += strength * std_E(z)``, the standard deviation of the token's logits over all E experts as a population (our reading:
+    the paper does not say population or sample); a negative strength deactivates. hard: ``z_k = max(z) + |eps|``, and at least the next
+    number above ``max(z)`` in the logits' own precision, so that each chosen expert stands above every other one (our reading: with
+    the sign of eps left to chance, half of them would not).
+
+    Args:
+        logits: [..., E]
+        expert_mask: the steered experts; bool, broadcast to the logits.
+        strength: of soft; hard takes none.
+        noise: eps of hard, broadcast to the logits; soft takes none of it.
+
+    Returns:
+        The logits' shape and dtype, computed in float32 at least. Where the mask is False, and everywhere with soft at strength 0, they
+        are the given bits.
+    """
+    if kind == "soft" and strength == 0:
+        return logits
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if kind == "soft":
+        raised = (z + strength * z.std(dim=-1, keepdim=True, correction=0)).to(logits.dtype)
+    else:
+        largest = z.amax(dim=-1, keepdim=True)
+        above = torch.nextafter(largest.to(logits.dtype), torch.full_like(largest, math.inf, dtype=logits.dtype))
+        raised = torch.maximum((largest + noise.abs().to(z.dtype)).to(logits.dtype), above)
+    return torch.where(expert_mask, raised, logits)
+
+
+def steering_noise(num_moe_layers: int, num_experts: int) -> Tensor:
+    """eps of hard steering: drawn once for each layer and expert, so that it depends on no layout and no batch. float32 [L, E]"""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(num_moe_layers, num_experts, generator=generator) * math.sqrt(NOISE_VARIANCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """One setting of steering."""
+
+    kind: Kind
+    strength: float | None
+    """Of soft, in standard deviations of the token's logits (arXiv 2510.04694: 0.5, and at most 1 works best); None for hard."""
+    tau: float | None
+    """Task experts are those whose delta is above tau (arXiv 2510.04694: 0.25 to 0.5); None: those that the expert file chose."""
+    layers: tuple[int, int]
+    """First and last steered MoE layer, 0-based, inclusive."""
+
+    def __post_init__(self) -> None:
+        """Raises RamoeError for a value that no steering has."""
+        if self.kind not in KINDS:
+            raise RamoeError(f"steering: found kind {self.kind!r}, expected {' or '.join(KINDS)}")
+        if self.kind == "soft" and (self.strength is None or not math.isfinite(self.strength)):
+            raise RamoeError(f"steering: found strength {self.strength!r}, expected a finite number (the paper: 0.5)")
+        if self.kind == "hard" and self.strength is not None:
+            raise RamoeError(f"steering: found strength {self.strength} for hard, which takes none; leave it out, or steer soft")
+        if self.tau is not None and not -1 <= self.tau < 1:
+            raise RamoeError(f"steering: found tau {self.tau}, expected one in [-1, 1) (the paper: 0.25 to 0.5)")
+
+    def experts(self, file: ExpertFile) -> Tensor:
+        """The steered experts of each task: those chosen, in the chosen layers. bool [G, L, E]
+
+        Raises:
+            RamoeError: the layers are not those of the file's model.
+        """
+        first, last = self.layers
+        layers = file.shape.num_moe_layers
+        if not 0 <= first <= last < layers:
+            raise RamoeError(f"{file.path}: steering in MoE layers {first} to {last}, but the model has 0 to {layers - 1}")
+        chosen_GLE = file.expert_mask if self.tau is None else Tau(self.tau).choose(file.delta)
+        inside_L = torch.zeros(layers, dtype=torch.bool)
+        inside_L[first : last + 1] = True
+        return chosen_GLE & inside_L[:, None]
+
+    def document(self) -> dict[str, Any]:
+        """As the files write it."""
+        return asdict(self) | {"layers": list(self.layers)}
+
+    @classmethod
+    def from_document(cls, entry: Mapping[str, Any]) -> Self | None:
+        """Back from `document`; None for `NO_STEERING`. Raises KeyError, TypeError, ValueError or RamoeError for another entry."""
+        if entry["kind"] == "none":
+            return None
+        first, last = (int(layer) for layer in entry["layers"])
+        strength, tau = (None if entry[key] is None else float(entry[key]) for key in ("strength", "tau"))
+        return cls(entry["kind"], strength, tau, (first, last))
+
+    def __str__(self) -> str:
+        strength = "" if self.strength is None else f" {self.strength:g}"
+        experts = "the file's experts" if self.tau is None else f"tau={self.tau:g}"
+        return f"{self.kind}{strength}, {experts}, MoE layers {self.layers[0]}-{self.layers[1]}"
