@@ -3,7 +3,8 @@
     python -m torch.distributed.run --nproc-per-node N tests/worker.py TABLE.json OUT
 
 Each row: {"name", "job", "argv"}: a job of `ramoe_megatron.jobs`, or a script, run as from the command line; with "lm": 0 the
-language-model loss is multiplied by 0. A row runs in a fork of its rank, which has imported Megatron
+language-model loss is multiplied by 0; with "everything": true, the weights before the first step, the gradients of all weights, and
+the elements in gradient buffers and in the optimizer's state are recorded too. A row runs in a fork of its rank, which has imported Megatron
 and done nothing else: imports are paid once, and no row sees what another left. Recorded per row and rank, in OUT/NAME.RANK.safetensors:
 the router gradients of the first step after `finalize_model_grads` (before clipping), and the weights at the end; in OUT/NAME.json
 (rank 0): the figures that each step logged ("steps"; "first" and "figures" are the first and the last of them) and the seconds that the
@@ -88,7 +89,7 @@ def run_row(row: dict[str, Any], out: Path) -> None:
     from ramoe_megatron.mcore import training
 
     started = time.monotonic()
-    seen: dict[str, Any] = {"models": None, "grads": None, "steps": []}
+    seen: dict[str, Any] = {"models": None, "grads": None, "steps": [], "everything": row.get("everything", False)}
     masked_loss = training.masked_loss
 
     def without_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> Any:
@@ -107,6 +108,8 @@ def run_row(row: dict[str, Any], out: Path) -> None:
 
     for name, maker in makers.items():
         setattr(argument_utils, name, watched(maker))
+    if seen["everything"]:
+        kept_optimizer(seen)
     if row.get("lm") == 0:
         training.masked_loss = without_loss
     sys.argv = [row["job"], *row["argv"]]
@@ -160,7 +163,16 @@ def watch(models: list[Any], seen: dict[str, Any]) -> list[Any]:
         for chunk in models:
             if chunk.ddp_config.use_distributed_optimizer:
                 gather_gradients(chunk)
-        seen["grads"] = {r.layer_number: r.weight.main_grad.detach().clone() for r in local_routers(models)}
+        routers = [router for router in local_routers(models) if hasattr(router.weight, "main_grad")]  # frozen ones have none
+        seen["grads"] = {router.layer_number: router.weight.main_grad.detach().clone() for router in routers}
+        if seen["everything"]:
+            seen["start"] = parameters(models, "start")
+            seen["all grads"] = {
+                f"gradient.{number}.{name}": parameter.main_grad.detach().clone().contiguous()
+                for number, chunk in enumerate(models)
+                for name, parameter in chunk.named_parameters()
+                if hasattr(parameter, "main_grad")
+            }
 
     config.finalize_model_grads_func = finalize_and_look
     return models
@@ -168,7 +180,7 @@ def watch(models: list[Any], seen: dict[str, Any]) -> list[Any]:
 
 def gather_gradients(chunk: Any) -> None:
     """The distributed optimizer leaves each rank its piece of the reduced gradients: put the others' pieces, unread, beside it."""
-    for bucket_group in chunk.bucket_groups:
+    for bucket_group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
         ranks = bucket_group.intra_distributed_optimizer_instance_group
         for bucket in bucket_group.buckets:
             own = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
@@ -177,10 +189,39 @@ def gather_gradients(chunk: Any) -> None:
 
 def tensors(seen: dict[str, Any]) -> dict[str, torch.Tensor]:
     found = {f"grad.{layer}": grad.contiguous() for layer, grad in (seen["grads"] or {}).items()}
-    for number, chunk in enumerate(seen["models"]):
-        for name, parameter in chunk.named_parameters():
-            found[f"weight.{number}.{name}"] = parameter.detach().clone().contiguous()
+    found |= parameters(seen["models"], "weight") | seen.get("start", {}) | seen.get("all grads", {})
+    if seen["everything"]:
+        found["elements"] = elements(seen["models"], seen["optimizer"])
     return found
+
+
+def parameters(models: list[Any], kind: str) -> dict[str, torch.Tensor]:
+    return {
+        f"{kind}.{number}.{name}": parameter.detach().clone().contiguous()
+        for number, chunk in enumerate(models)
+        for name, parameter in chunk.named_parameters()
+    }
+
+
+def elements(models: list[Any], optimizer: Any) -> torch.Tensor:
+    """On this rank: elements in gradient buffers without padding, and in the optimizer's state."""
+    buffers = sum(buffer.numel_unpadded for chunk in models for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers])
+    states = [state for chained in optimizer.chained_optimizers for state in chained.optimizer.state.values()]
+    kept = sum(value.numel() for state in states for key, value in state.items() if torch.is_tensor(value) and key != "step")
+    return torch.tensor([buffers, kept])
+
+
+def kept_optimizer(seen: dict[str, Any]) -> None:
+    """Note the optimizer that Megatron makes."""
+    from megatron.training import training
+
+    make = training.get_megatron_optimizer
+
+    def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
+        seen["optimizer"] = make(*args, **kwargs)
+        return seen["optimizer"]
+
+    training.get_megatron_optimizer = get_megatron_optimizer
 
 
 if __name__ == "__main__":

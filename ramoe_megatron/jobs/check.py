@@ -25,9 +25,10 @@ from ramoe_megatron.mcore.arguments import DataOptions, arguments_with, known_fl
 from ramoe_megatron.mcore.cpu import cpu_backend
 from ramoe_megatron.mcore.launch import command_line, run_job
 from ramoe_megatron.mcore.options import options_from_args
+from ramoe_megatron.mcore.selective_options import SelectiveOptions
 
 OPTIONS: dict[str, tuple[type, ...]] = {
-    "finetune": (RoutingAlignmentConfig, DataOptions),
+    "finetune": (RoutingAlignmentConfig, DataOptions, SelectiveOptions),
     "taxonomy": (DataOptions, OfflineOptions),
     "profile": (DataOptions, OfflineOptions, ProfileOptions),
     "evaluate": (DataOptions, OfflineOptions, EvaluateOptions, SteeringOptions),

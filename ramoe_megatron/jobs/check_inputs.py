@@ -22,7 +22,9 @@ from ramoe_megatron.mcore.checkpoint import TRACKER, require_checkpoint, startin
 from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.mcore.refusals import refuse_unsupported
 from ramoe_megatron.mcore.router import configured_moe_layer_numbers
-from ramoe_megatron.mcore.training_data import check_examples, check_labels
+from ramoe_megatron.mcore.selection import selection_from_args
+from ramoe_megatron.mcore.selective_options import SelectiveOptions
+from ramoe_megatron.mcore.training_data import check_examples, check_labels, training_languages
 from ramoe_megatron.method.artefacts import ExpertFile, read_divergence, read_taxonomy
 from ramoe_megatron.method.experts import parse_rule
 from ramoe_megatron.method.layers import parse_layers, span
@@ -62,6 +64,10 @@ def _training(trying: "Trial") -> list[Finding]:
         attempt("checkpoint", checkpoint, _CHECKPOINT),
         _saving(args),
     ]
+    selective = options_from_args(SelectiveOptions, args)
+    if selective.train != "all":
+        selection_files = (selective.usage, alignment.experts, *args.ramoe_data)
+        found.append(attempt("selection", lambda: trying.written_by(*selection_files) or _selection(trying), _FILE))
     if alignment.coeff == 0:
         return [*found, Finding("alignment", "ok", "off (--ramoe-coeff 0)")]
     experts = attempt("expert file", lambda: trying.written_by(alignment.experts) or _zone(trying, alignment), _FILE)
@@ -102,6 +108,13 @@ def _zone(trying: "Trial", alignment: RoutingAlignmentConfig) -> str:
     experts, layers = fitting_experts(alignment, trying.config, _moe_layers(trying))
     layer_weights(alignment, layers, _moe_layers(trying))
     return f"{len(experts.tasks)} tasks; aligned MoE layers {span(layers)} of {experts.shape.num_moe_layers}"
+
+
+def _selection(trying: "Trial") -> str:
+    selection = selection_from_args(trying.args, trying.config, training_languages(trying.args))
+    assert selection is not None  # something else than "all" is asked for
+    experts = "" if selection.routers else f"; {int(selection.experts_LE.sum())} of {selection.experts_LE.numel()} experts"
+    return f"{selection.kind}: {selection.told}{experts}"
 
 
 def _moe_layers(trying: "Trial") -> int:

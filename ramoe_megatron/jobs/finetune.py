@@ -12,20 +12,26 @@ def main() -> None:
     """Parse, build, train, save: all of it Megatron's."""
     from ramoe_megatron.mcore import compat
     from ramoe_megatron.mcore.alignment import attach
-    from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
+    from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
+    from ramoe_megatron.mcore.arguments import add_arguments
     from ramoe_megatron.mcore.checkpoint import explained_mismatch, starting_checkpoint, told_when_unfinished
 
     with megatron_arguments(add_arguments) as args:
         from megatron.training import pretrain
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+        from ramoe_megatron.mcore.selection import selection_from_args
+        from ramoe_megatron.mcore.selective import prepare
         from ramoe_megatron.mcore.training import forward_step
-        from ramoe_megatron.mcore.training_data import check_data, dataset_provider
+        from ramoe_megatron.mcore.training_data import check_data, dataset_provider, training_languages
 
         alignment = RoutingAlignmentConfig.from_args(args)
         check_data(args)
         model_config = compat.model_config_from_args(args)
+        selection = selection_from_args(args, model_config.transformer, training_languages(args))
         model_config.pre_wrap_hooks.append(partial(attach, config=alignment))
+        if selection is not None:
+            prepare(model_config, selection)
         with explained_mismatch(starting_checkpoint(args)), told_when_unfinished(args):
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),

@@ -33,6 +33,7 @@ from ramoe_megatron.method.artefacts import TOKENS, ExpertFile, Priors, read_tax
 from ramoe_megatron.method.divergence import DivergenceCurve, Zone, mean_curve, zone_from_curve
 from ramoe_megatron.method.experts import FrequencySum, delta, describe_empty, parse_rule, task_experts
 from ramoe_megatron.method.layers import parse_layers
+from ramoe_megatron.method.usage import UsageSum
 
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline import OfflineModel
@@ -60,9 +61,12 @@ class ProfileOptions:
     save_priors: bool = False
     """Write priors.safetensors: the English routing of every example, for the target "example"."""
 
+    save_usage: bool = False
+    """Write usage.safetensors: how much each expert is used by each language, for training that selects experts (--ramoe-train)."""
+
 
 def main() -> None:
-    """Write `experts.safetensors`, `divergence.csv` and, when asked for, `priors.safetensors` to the output folder."""
+    """Write `experts.safetensors`, `divergence.csv` and, when asked for, `priors.safetensors` and `usage.safetensors`."""
     with offline_job(ProfileOptions) as (args, data, options):
         from ramoe_megatron.mcore.offline import OfflineModel
 
@@ -80,7 +84,7 @@ def main() -> None:
         model = OfflineModel(args, options.batch_tokens)
         output, shape = Path(str(options.output)), model.shape
         given = None if own.layers == "auto" else parse_layers(own.layers, shape.num_moe_layers)
-        passes = Passes(model, general, english, [target for _, target in pairs], correct, own)
+        passes = Passes(model, general, english, [target for _, target in pairs], correct, own, data.anchor)
 
         def key() -> dict[str, Any]:
             return depends_on(args, [*data.data, *own.general], [*examples, *general])
@@ -118,6 +122,8 @@ def main() -> None:
                         output / "priors.safetensors", [e.id for e in english], priors, tokens=own.tokens, shape=shape,
                         checkpoint=checkpoint, data=digests,
                     )  # fmt: skip
+                if passes.usage is not None:
+                    passes.usage.file(shape, model.layer_numbers, checkpoint, digests).save(output / "usage.safetensors")
                 experts.save(output / "experts.safetensors")
                 shards.remove()
 
@@ -134,7 +140,7 @@ class Passes:
 
     def __init__(
         self, model: "OfflineModel", general: Sequence[Example], english: Sequence[Example], targets: Sequence[Example],
-        correct: set[str], options: ProfileOptions,
+        correct: set[str], options: ProfileOptions, anchor: str,
     ) -> None:  # fmt: skip
         layers, experts = len(model.layer_numbers), model.config.num_moe_experts
         self.model, self.correct, self.options = model, correct, options
@@ -150,6 +156,8 @@ class Passes:
         zeros = torch.zeros(len(self.tasks), layers, experts, dtype=torch.float64, device=model.device)
         self.pattern_sum = {choice: zeros.clone() for choice in TOKENS}
         self.pattern_count = torch.zeros(len(self.tasks), dtype=torch.float64, device=model.device)
+        self.anchor = anchor
+        self.usage = UsageSum([anchor, *self.views], layers, experts, model.device) if options.save_usage else None
 
     def run(self, shards: Shards, progress: Progress) -> None:
         """Add every part to the sums; those of finished shards come from their state, bit for bit."""
@@ -178,6 +186,7 @@ class Passes:
             "divergence": self.curve.sums,
             "pattern_count": self.pattern_count,
             **{f"pattern.{choice}": total for choice, total in self.pattern_sum.items()},
+            **(self.usage.state() if self.usage is not None else {}),
         }
 
     def _targets(self, number: int, part: Sequence[Example]) -> dict[str, list[Example]]:
@@ -197,12 +206,14 @@ class Passes:
         """English views (frequency, pattern), and each language's divergence from them. Gives the English priors. [n, L, E]"""
         reference = self._routing(part, choices=TOKENS)
         self._add_english(part, reference)
+        self._add_usage(self.anchor, reference)
         progress(len(part))
         row_of = {example.id: row for row, example in enumerate(part)}
         for language, views in targets.items():
             if views:
                 routing = self._routing(views, choices=("all",))
                 rows = [row_of[view.id] for view in views]
+                self._add_usage(language, routing)
                 self.curve.add(language, reference.pooled_NLE["all"][rows], routing.pooled_NLE["all"])
                 progress(len(views))
         return reference.pooled_NLE[self.options.tokens].float()
@@ -216,6 +227,11 @@ class Passes:
         for choice, total in self.pattern_sum.items():
             total.index_add_(0, group, routing.pooled_NLE[choice].double() * right[:, None, None])
 
+    def _add_usage(self, language: str, routing: "SequenceRouting") -> None:
+        if self.usage is not None:
+            assert routing.gate_NLE is not None
+            self.usage.add(language, routing.frequency_NLE, routing.gate_NLE, routing.tokens_N)
+
     def english_pattern(self) -> dict[str, torch.Tensor]:
         """Mean pooled distribution over the English-correct examples of each task, by token choice. [G, L, E]"""
         count = self.pattern_count.clamp(min=1)[:, None, None]
@@ -224,7 +240,8 @@ class Passes:
     def _routing(self, examples: Sequence[Example], choices: Sequence[str]) -> "SequenceRouting":
         from ramoe_megatron.mcore.routing import sequence_routing
 
-        return sequence_routing(self.model, [encode(e, self.model.tokenizer) for e in examples], choices)
+        encoded = [encode(e, self.model.tokenizer) for e in examples]
+        return sequence_routing(self.model, encoded, choices, gate=self.usage is not None and bool(choices))  # not of general text
 
 
 def _parts(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:

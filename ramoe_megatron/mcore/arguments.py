@@ -10,6 +10,7 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.options import PREFIX
+from ramoe_megatron.mcore.selective_options import SelectiveOptions
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> argparse.Argu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Megatron's `extra_args_provider`: the flags of routing alignment and of parallel data."""
-    return arguments_with(RoutingAlignmentConfig, DataOptions)(parser)
+    """Megatron's `extra_args_provider`: the flags of routing alignment, of parallel data and of selective training."""
+    return arguments_with(RoutingAlignmentConfig, DataOptions, SelectiveOptions)(parser)
 
 
 def arguments_with(*options: type) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:

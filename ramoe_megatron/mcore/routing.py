@@ -24,10 +24,18 @@ class SequenceRouting:
     """Share of a sequence's tokens that an expert is in the top-k of (counts, not weights; arXiv 2510.04694, eq. 3)."""
     pooled_NLE: dict[str, Tensor]
     """By token choice: mean router distribution, before top-k."""
+    tokens_N: Tensor
+    """Input tokens of each sequence: what the frequencies are shares of. int64"""
+    gate_NLE: Tensor | None = None
+    """Mean over a sequence's tokens of the weight that the layer gives to an expert, 0 where it is not chosen; None unless asked for."""
 
 
 def sequence_routing(
-    model: OfflineModel, encoded: Sequence[Encoded], choices: Sequence[str] = TOKEN_CHOICES, steered: ContextMaker | None = None
+    model: OfflineModel,
+    encoded: Sequence[Encoded],
+    choices: Sequence[str] = TOKEN_CHOICES,
+    steered: ContextMaker | None = None,
+    gate: bool = False,
 ) -> SequenceRouting:
     """One forward pass over the sequences. Memory grows with their number, not with their tokens.
 
@@ -35,7 +43,7 @@ def sequence_routing(
         steered: makes the contexts that change the logits; what is read is then the routing by the changed ones.
     """
     shape = (len(encoded), len(model.layer_numbers), model.config.num_moe_experts)
-    names = ("frequency", *choices)
+    names = ("frequency", *choices, *(("gate",) if gate else ()))
     buffers = {name: torch.zeros(shape, device=model.device) for name in names}
 
     def context(micro: MicroBatch) -> "_Listen":
@@ -45,7 +53,8 @@ def sequence_routing(
         model.run(encoded, group, None, labels=True, context=context)
     for buffer in buffers.values():
         model.share(buffer)
-    return SequenceRouting(buffers["frequency"], {choice: buffers[choice] for choice in choices})
+    tokens_N = torch.tensor([len(sequence.ids) - 1 for sequence in encoded], device=model.device)
+    return SequenceRouting(buffers["frequency"], {choice: buffers[choice] for choice in choices}, tokens_N, buffers.get("gate"))
 
 
 class _Listen:
@@ -59,10 +68,13 @@ class _Listen:
         return self.steered.on_logits(router, logits) if self.steered else logits
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
-        choices = [name for name in self.buffers if name != "frequency"]
+        choices = [name for name in self.buffers if name in TOKEN_CHOICES]
         if "frequency" in self.buffers:
             frequency_BE = mean_over_tokens(router, routing_map.view_as(logits).float(), self.selection, "all")
             self._write("frequency", router.ramoe_layer, frequency_BE)
+        if "gate" in self.buffers:
+            gate_BE = mean_over_tokens(router, probs.view_as(logits).float(), self.selection, "all")
+            self._write("gate", router.ramoe_layer, gate_BE)
         if choices:
             for name, pooled_BE in pooled_distributions(router, logits, self.selection, choices).items():
                 self._write(name, router.ramoe_layer, pooled_BE)

@@ -14,6 +14,7 @@ from ramoe_megatron.method.taxonomy import CATEGORIES
 if TYPE_CHECKING:
     from ramoe_megatron.data.parallel import Example
     from ramoe_megatron.mcore.alignment import Alignment
+    from ramoe_megatron.mcore.selection import Selection
 
 SHOWN = 6
 """Tasks, or task-language pairs, that get a line of their own."""
@@ -111,6 +112,26 @@ def samples_block(examples: Sequence["Example"], category: Sequence[str], aligne
             *(["  note: no training example is aligned, so the alignment loss is 0 throughout"] if not aligned.any() else []),
         ]
     )
+
+
+def selection_block(selection: "Selection", layer_numbers: Sequence[int], trained: int, total: int) -> str:
+    """What a selective run trains, as aligned columns; parameters are those of the whole model, each counted once.
+
+    Args:
+        layer_numbers: Megatron's layer number (1-based) of each MoE layer of the whole model.
+    """
+    rows = [("trained", f"{selection.kind}: {selection.told}"), ("parameters", f"{trained} of {total} ({trained / max(total, 1):.2%})")]
+    if not selection.routers:
+        counts, experts = selection.experts_LE.sum(-1).tolist(), selection.experts_LE.shape[-1]
+        empty = [layer for layer, count in enumerate(counts) if count == 0]
+        spread = f"{sum(counts)} in all, {_span(counts)} of {experts} a layer"
+        rows.append(("experts", spread + (f"; none in MoE layers {_numbers(empty)}" if empty else "")))
+        listed = ", ".join(f"{layer}: {count}" for layer, count in enumerate(counts))
+        rows.append(("by layer", f"{listed} (MoE layers, from 0; Megatron's {_numbers(layer_numbers)})"))
+    frozen = "everything else, bit-for-bit" + ("" if selection.routers else "; routers are frozen with their expert bias")
+    rows.append(("frozen", frozen))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(["ramoe: selective training is on", *(f"  {name:<{width}}  {text}" for name, text in rows)])
 
 
 def _by_language(groups: dict[tuple[str, str], Counter[str]], anchor: str) -> dict[str, Counter[str]]:

@@ -36,6 +36,12 @@ def check_examples(args: Any) -> list[Example]:
     return examples
 
 
+def training_languages(args: Any) -> list[str]:
+    """Languages of the training examples, in alphabetical order."""
+    options = options_from_args(DataOptions, args)
+    return sorted({example.language for example in _examples(options, options.split)})
+
+
 def check_labels(args: Any, examples: list[Example]) -> None:
     """The part of `check_data` that concerns the files of alignment; nothing without alignment."""
     alignment = RoutingAlignmentConfig.from_args(args)

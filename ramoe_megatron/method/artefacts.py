@@ -1,6 +1,6 @@
 """Every artefact of a run, to read and to write: the one door to the formats.
 
-Tensors (``experts.safetensors``, ``priors.safetensors``) and JSON documents have their own files and are named here
+Tensors (``experts.safetensors``, ``priors.safetensors``, ``usage.safetensors``) and JSON documents have their own files and are named here
 too; this file reads and writes the two tables, ``taxonomy.jsonl`` and ``divergence.csv``.
 """
 
@@ -29,12 +29,14 @@ from ramoe_megatron.method.files import (
 from ramoe_megatron.method.priors import Priors
 from ramoe_megatron.method.taxonomy import TaxonomyRow
 from ramoe_megatron.method.tensors import TOKENS, ModelShape
+from ramoe_megatron.method.usage import UsageFile
 
 __all__ = [
     "TOKENS",
     "ExpertFile",
     "ModelShape",
     "Priors",
+    "UsageFile",
     "atomic_write",
     "atomic_write_text",
     "digests",

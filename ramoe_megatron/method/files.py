@@ -21,6 +21,7 @@ FORMATS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ramoe-slurm": (1, ("recipe", "jobs")),
     "ramoe-experts": (1, ()),
     "ramoe-priors": (1, ()),
+    "ramoe-usage": (1, ()),
     "ramoe-shard": (1, ("key", "done")),
 }
 """Version and required keys of every versioned format; the safetensors formats check their own."""

@@ -16,6 +16,7 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.artefacts import (
     ExpertFile,
     Priors,
+    UsageFile,
     first_line,
     read_divergence,
     read_examples,
@@ -39,7 +40,7 @@ from ramoe_megatron.method.taxonomy import summarise
 from ramoe_megatron.method.tensors import open_any
 
 SHOWN_EXPERTS = 8
-"""Chosen experts listed per layer, those of largest delta first."""
+"""Experts listed per layer: the chosen ones of largest delta, or those used most."""
 
 
 def describe(path: str | os.PathLike[str]) -> RenderableType:
@@ -54,7 +55,7 @@ def describe(path: str | os.PathLike[str]) -> RenderableType:
     if path.suffix == ".jsonl":
         return _lines(path)
     tensors = path.suffix == ".safetensors"
-    document: Any = open_any(path, "ramoe-experts or ramoe-priors")[1] if tensors else read_json(path)
+    document: Any = open_any(path, "ramoe-experts, ramoe-priors or ramoe-usage")[1] if tensors else read_json(path)
     name = document.get("format") if isinstance(document, dict) else None
     if name not in _DESCRIBE:
         raise RamoeError(f"{path}: found format {name!r}, expected one of {', '.join(_DESCRIBE)}; give an artefact of a run")
@@ -114,6 +115,28 @@ def _priors(path: Path, _document: Mapping[str, Any]) -> RenderableType:
     return facts(path, "ramoe-priors", told)
 
 
+def _usage(path: Path, _document: Mapping[str, Any]) -> RenderableType:
+    usage = UsageFile.load(path)
+    told = {
+        "model": shape(usage.shape),
+        "checkpoint": usage.checkpoint,
+        "tokens": flat(dict(zip(usage.languages, usage.tokens.tolist(), strict=True))),
+        "data": data(usage.data),
+        "written by": f"ramoe-megatron {usage.package_version}",
+    }
+    parts: list[RenderableType] = [facts(path, "ramoe-usage", told)]
+    for language, frequency, gate in zip(usage.languages, usage.frequency, usage.gate, strict=True):
+        rows = []
+        for layer, layer_number in enumerate(usage.layer_number.tolist()):
+            order = frequency[layer].argsort(descending=True, stable=True).tolist()
+            listed = ", ".join(f"{e} ({frequency[layer, e]:.2f}, {gate[layer, e]:.2f})" for e in order[:SHOWN_EXPERTS])
+            unused = int((frequency[layer] == 0).sum())
+            rows.append([layer, layer_number, unused, listed + (", ..." if len(order) > SHOWN_EXPERTS else "")])
+        heads = (*LAYER_HEADS, "unused", "expert (top-k frequency, gate weight)")
+        parts.append(table(f"experts used most: {language}", heads, rows, left=heads[-1:]))
+    return Group(*parts)
+
+
 # --- tables of lines ---
 
 
@@ -156,4 +179,5 @@ _DESCRIBE: dict[str, Callable[[Path, Mapping[str, Any]], RenderableType]] = {
     "ramoe-results": results,
     "ramoe-experts": _experts,
     "ramoe-priors": _priors,
+    "ramoe-usage": _usage,
 }
