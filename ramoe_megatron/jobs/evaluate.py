@@ -47,6 +47,9 @@ class EvaluateOptions:
     seed: int | None = None
     """Seed of the fine-tune, in the results and in the file name."""
 
+    weights_digest: bool = False
+    """Record a digest of the weights, which tells whether two checkpoints are equal bit for bit (loaded in the same layout)."""
+
 
 def main() -> None:
     """Write `NAME.json` and the outcome of each example, `NAME.jsonl`, to the output folder."""
@@ -66,7 +69,7 @@ def main() -> None:
             if steer.on and is_rank_0():
                 print(*(f"ramoe: {line}" for line in told(steering, experts, {e.task for e in examples})), sep="\n", flush=True)
         contexts = steering_contexts(model, experts, steering) if experts and steering else None
-        output = Path(str(options.output))
+        output, digest = Path(str(options.output)), model.weights_digest() if own.weights_digest else None
         name = own.method if own.seed is None else f"{own.method}-seed{own.seed}"
         parts, groups = by_id(examples), groups_of_tasks(examples, experts.tasks if experts else ())
         total = len(parts) + len(groups)
@@ -101,6 +104,8 @@ def main() -> None:
                     "mass": mass_rows,
                     "examples": f"{name}.jsonl",
                 }
+                if digest:
+                    body["weights_sha256"] = digest
                 if steer.on:
                     body["steering"] = (steering.document() if steering else NO_STEERING) | {"experts": digests([str(own.experts)])}
                 save_document(output / f"{name}.json", "ramoe-evaluation", body)

@@ -5,7 +5,7 @@
 
 from functools import partial
 
-from ramoe_megatron.mcore.launch import megatron_arguments, run_job
+from ramoe_megatron.mcore.launch import is_rank_0, megatron_arguments, memory_peak, run_job
 
 
 def main() -> None:
@@ -39,6 +39,8 @@ def main() -> None:
                 compat.model_type(),
                 forward_step,
             )
+        if is_rank_0():
+            print(f"ramoe: peak {memory_peak()}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,7 @@ from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.method.artefacts import TOKENS, ExpertFile, Priors, read_taxonomy, write_divergence
 from ramoe_megatron.method.divergence import DivergenceCurve, Zone, mean_curve, zone_from_curve
 from ramoe_megatron.method.experts import FrequencySum, delta, describe_empty, parse_rule, task_experts
+from ramoe_megatron.method.files import priors_files
 from ramoe_megatron.method.layers import parse_layers
 from ramoe_megatron.method.usage import UsageSum
 
@@ -55,11 +56,16 @@ class ProfileOptions:
     layers: str = "auto"
     """Alignment zone to record: auto (read off the divergence curve), FIRST-LAST or FRACTION-FRACTION."""
 
-    tokens: Literal["prompt", "response", "all", "last"] = "last"
-    """Tokens that the priors pool (the expert file holds the English pattern of every choice)."""
+    tokens: list[str] = dataclasses.field(default_factory=lambda: ["last"])
+    """Tokens that the priors pool: prompt, response, all or last; each further one makes a file of its own, priors-TOKENS.safetensors.
+    (The expert file holds the English pattern of every choice.)"""
 
     save_priors: bool = False
     """Write priors.safetensors: the English routing of every example, for the target "example"."""
+
+    def __post_init__(self) -> None:
+        if not self.tokens or set(self.tokens) - set(TOKENS) or len(set(self.tokens)) < len(self.tokens):
+            raise RamoeError(f"--ramoe-tokens {' '.join(self.tokens)}: expected one or more of {', '.join(TOKENS)}, each once")
 
     save_usage: bool = False
     """Write usage.safetensors: how much each expert is used by each language, for training that selects experts (--ramoe-train)."""
@@ -117,11 +123,13 @@ def main() -> None:
                 output.mkdir(parents=True, exist_ok=True)
                 write_divergence(output / "divergence.csv", rows)
                 if own.save_priors:
-                    priors = torch.cat([shards.kept(number)["priors"] for number in passes.english_shards])
-                    Priors.save(
-                        output / "priors.safetensors", [e.id for e in english], priors, tokens=own.tokens, shape=shape,
-                        checkpoint=checkpoint, data=digests,
-                    )  # fmt: skip
+                    kept = [shards.kept(number) for number in passes.english_shards]
+                    for choice, name in priors_files(own.tokens).items():
+                        priors = torch.cat([part[choice] for part in kept])
+                        Priors.save(
+                            output / name, [e.id for e in english], priors, tokens=choice, shape=shape, checkpoint=checkpoint,
+                            data=digests,
+                        )  # fmt: skip
                 if passes.usage is not None:
                     passes.usage.file(shape, model.layer_numbers, checkpoint, digests).save(output / "usage.safetensors")
                 experts.save(output / "experts.safetensors")
@@ -171,7 +179,7 @@ class Passes:
             part = self.parts[number]
             if number in self.english_shards:
                 priors = self._parallel(part, self._targets(number, part), progress)
-                kept = {"priors": priors} if self.options.save_priors else None
+                kept = priors if self.options.save_priors else None
             else:
                 self._general(part, progress)
                 kept = None
@@ -202,8 +210,11 @@ class Passes:
         self.general_frequency.add(group, routing.frequency_NLE, torch.ones_like(group))
         progress(len(part))
 
-    def _parallel(self, part: Sequence[Example], targets: Mapping[str, Sequence[Example]], progress: Progress) -> torch.Tensor:
-        """English views (frequency, pattern), and each language's divergence from them. Gives the English priors. [n, L, E]"""
+    def _parallel(
+        self, part: Sequence[Example], targets: Mapping[str, Sequence[Example]], progress: Progress
+    ) -> dict[str, torch.Tensor]:
+        """English views (frequency, pattern), and each language's divergence from them. Gives the English priors, [n, L, E] by token
+        choice."""
         reference = self._routing(part, choices=TOKENS)
         self._add_english(part, reference)
         self._add_usage(self.anchor, reference)
@@ -216,7 +227,7 @@ class Passes:
                 self._add_usage(language, routing)
                 self.curve.add(language, reference.pooled_NLE["all"][rows], routing.pooled_NLE["all"])
                 progress(len(views))
-        return reference.pooled_NLE[self.options.tokens].float()
+        return {choice: reference.pooled_NLE[choice].float() for choice in self.options.tokens}
 
     def _add_english(self, part: Sequence[Example], routing: "SequenceRouting") -> None:
         device = self.model.device

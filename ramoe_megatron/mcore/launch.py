@@ -94,6 +94,17 @@ def _leave(status: int) -> None:
         os._exit(status)
 
 
+def memory_peak() -> str:
+    """The most memory that this rank has held: of its device, or of its process where there is none."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_initialized():
+        return f"device memory: {torch.cuda.max_memory_allocated() / 2**20:.1f} MiB"
+    return f"resident memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.1f} MiB"
+
+
 def is_rank_0() -> bool:
     """Whether this process is the first of the job, before the process group exists."""
     return os.environ.get("RANK", "0") == "0"

@@ -4,6 +4,7 @@ All data-parallel ranks run micro-batches of the same shape at the same time, as
 rank, in the order of the input.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -165,6 +166,17 @@ class OfflineModel:
         samples = [pad(sequences[place], length, self.tokenizer.eod) for place in [*places, *filler]]
         batch = {key: torch.stack([sample[key] for sample in samples]).to(self.device) for key in samples[0]}
         return MicroBatch(batch, torch.tensor(places + [-1] * len(filler), device=self.device))
+
+    def weights_digest(self) -> str:
+        """sha256 of all weights, as the ranks of this layout hold them; the same on every rank."""
+        own = hashlib.sha256()
+        for chunk in self.chunks:
+            for name, parameter in sorted(chunk.named_parameters()):
+                own.update(name.encode())
+                own.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found: list[str] = [""] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, own.hexdigest())
+        return hashlib.sha256("".join(found).encode()).hexdigest()
 
     def share(self, values: Tensor) -> Tensor:
         """The sum over all ranks, to each of which only the rank that computed a value has added it."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -151,3 +151,8 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def priors_files(tokens: Sequence[str]) -> dict[str, str]:
+    """The file of the priors that pool each of these token choices."""
+    return {choice: "priors.safetensors" if choice == tokens[0] else f"priors-{choice}.safetensors" for choice in tokens}

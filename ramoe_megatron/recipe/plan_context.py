@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.files import priors_files
 from ramoe_megatron.recipe.digests import CHECKPOINT_MARK
 from ramoe_megatron.recipe.flags import SCORING, relevant, render
 from ramoe_megatron.recipe.schema import Recipe
@@ -140,7 +141,7 @@ def _priors(recipe: Recipe, out: Path) -> dict[str, Path]:
     if recipe.profile.save_priors is False:
         return {}
     tokens = list(dict.fromkeys([*([recipe.profile.tokens or "last"] if recipe.profile.save_priors else []), *needed]))
-    return {choice: out / ("priors.safetensors" if choice == tokens[0] else f"priors-{choice}.safetensors") for choice in tokens}
+    return {choice: out / name for choice, name in priors_files(tokens).items()}
 
 
 def weights_option(weights: Mapping[str, float]) -> FlagValue:

@@ -85,6 +85,8 @@ def evaluate_stage(
         "seed": seed,
         "max-new-tokens": plan.answer_tokens(),
     }
+    if any("coeff-zero" in other.presets for other in plan.recipe.methods):  # which has to end with the weights of sft
+        options["weights-digest"] = method == "sft" or "coeff-zero" in plan.recipe.presets_of(method)
     files: Files = {"data": plan.parallel, "experts": [plan.out / "experts.safetensors"]}
     if steered is not None:
         steering = plan.recipe.steering_of(steered)

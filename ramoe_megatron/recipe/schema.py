@@ -172,6 +172,10 @@ class Recipe(Section):
         """The method of this name."""
         return next(method for method in self.methods if method.name == name)
 
+    def presets_of(self, name: str) -> list[str]:
+        """The named methods that a method of this recipe combines; none for the base model."""
+        return next((method.presets for method in self.methods if method.name == name), [])
+
     def alignment_of(self, method: Method) -> Alignment:
         """The recipe's alignment with the method's own changes."""
         return method.alignment_of(self.alignment)
