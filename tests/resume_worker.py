@@ -39,7 +39,7 @@ def main() -> None:
     from ramoe_megatron.mcore.cpu import cpu_backend
 
     with cpu_backend():
-        for module in (*IMPORTED, *(f"ramoe_megatron.jobs.{name}" for name in ("scores", "profile", "taxonomy", "evaluate"))):
+        for module in (*IMPORTED, *(f"ramoe_megatron.jobs.{name}" for name in ("scores", "profile", "taxonomy", "evaluate", "steer"))):
             importlib.import_module(module)
         for row in table:
             with prepared(row, out) if RANK == 0 else contextlib.nullcontext():

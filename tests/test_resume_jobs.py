@@ -21,19 +21,22 @@ from small_run import offline_flags, profile_flags, training_flags, write_world
 HERE = Path(__file__).parent
 LAYOUT = ("--expert-model-parallel-size", "2")
 OTHER = ("--tensor-model-parallel-size", "2")
-JOBS = ("taxonomy", "profile", "evaluate")
+JOBS = ("taxonomy", "profile", "evaluate", "steer")
 KILLS = 3
 OUTPUTS = {
     "taxonomy": {"taxonomy.jsonl", "taxonomy.json"},
     "profile": {"experts.safetensors", "divergence.csv", "priors.safetensors"},
     "evaluate": {"base.json", "base.jsonl"},
+    "steer": {"steering.json"},
 }
 
 
 def argv(folder: Path, job: str, output: str, *more: str) -> list[str]:
     if job == "profile":
         return profile_flags(folder, output, *LAYOUT, *more)
-    experts = ["--ramoe-experts", str(folder / "profile-whole/experts.safetensors")] if job == "evaluate" else []
+    experts = ["--ramoe-experts", str(folder / "profile-whole/experts.safetensors")] if job in ("evaluate", "steer") else []
+    if job == "steer":  # 13 settings
+        experts += "--ramoe-taus file --ramoe-zones 1-2 0-3 2-3 --ramoe-strengths 0.25 0.5 1.0 --ramoe-languages es".split()
     return offline_flags(folder, output, "--ramoe-split", "train,test", "--ramoe-max-new-tokens", "2", *experts, *LAYOUT, *more)
 
 
@@ -85,7 +88,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     other = argv(folder, "profile", "other-layout")
     rows = [{"name": "group-1", "job": "profile", "argv": group["argv"]}]
-    for job in ("profile", "taxonomy", "evaluate"):  # evaluate needs the profile's file
+    for job in ("profile", "taxonomy", "evaluate", "steer"):  # the last two need the profile's file
         rows += killed_rows(folder, job, generator)
     rows += [
         {"name": "layout-0", "job": "profile", "argv": other, "kill": [[0, 1], 3, 0.0]},

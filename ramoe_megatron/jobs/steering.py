@@ -75,11 +75,7 @@ class SteeringOptions:
 
 def best_of(path: str) -> Steering | None:
     """The best setting of a steering.json; None where steering nothing was best. Raises RamoeError for another or a damaged file."""
-    document = load_document(path, "ramoe-steering")
-    try:
-        return Steering.from_document(document["best"])
-    except (KeyError, TypeError, ValueError) as error:  # a RamoeError is a ValueError
-        raise RamoeError(f"{path}: bad entry 'best' ({type(error).__name__}: {error}); search again (ramoe steer)") from error
+    return Steering.from_document(load_document(path, "ramoe-steering")["best"], path)
 
 
 def told(steering: Steering | None, experts: ExpertFile, tasks: set[str]) -> list[str]:

@@ -42,7 +42,7 @@ def evaluation(path: Path, document: Mapping[str, Any]) -> RenderableType:
     """Accuracy and routing mass of one checkpoint."""
     told = {key: document[key] for key in ("method", "seed", "checkpoint", "split", "examples")}
     if "steering" in document:
-        told["steering"] = setting(document["steering"])
+        told["steering"] = setting(path, document["steering"])
     rows = [[r["task"], r["language"], r["n"], share(r["correct"], r["n"])] for r in document["rows"]]
     return Group(
         facts(path, "ramoe-evaluation", {**told, "data": data(document["data"])}),
@@ -87,11 +87,11 @@ def prediction(path: Path, document: Mapping[str, Any]) -> RenderableType:
 def steering(path: Path, document: Mapping[str, Any]) -> RenderableType:
     """The settings of steering that were tried, and the best."""
     told = {key: document[key] for key in ("anchor", "checkpoint", "split")}
-    told |= {"data": data(document["data"]), "experts": data(document["experts"]), "best": setting(document["best"])}
+    told |= {"data": data(document["data"]), "experts": data(document["experts"]), "best": setting(path, document["best"])}
     told |= {"left out": "\n".join(document["skipped"]) or None, "written by": f"ramoe-megatron {document['package_version']}"}
     rows = [
         [
-            setting(r),
+            setting(path, r),
             r["experts"],
             r["n"],
             share(r["correct"], r["n"]),
@@ -105,9 +105,9 @@ def steering(path: Path, document: Mapping[str, Any]) -> RenderableType:
     return Group(facts(path, "ramoe-steering", told), table("settings tried, on the target languages", heads, rows, left=("setting",)))
 
 
-def setting(entry: Mapping[str, Any]) -> str:
+def setting(path: Path, entry: Mapping[str, Any]) -> str:
     """A setting of steering in a line."""
-    found = Steering.from_document(entry)
+    found = Steering.from_document(entry, path)
     return str(found) if found else "no steering"
 
 

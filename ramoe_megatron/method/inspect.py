@@ -62,7 +62,7 @@ def describe(path: str | os.PathLike[str]) -> RenderableType:
     check_document(path, document, name)
     try:
         return _DESCRIBE[name](path, document)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise RamoeError(f"{path}: {name} with a bad entry ({type(error).__name__}: {error}); write the file again") from error
 
 

@@ -4,6 +4,7 @@ Shape suffixes: G tasks, L MoE layers, E routed experts. Layers are 0-based plac
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
@@ -102,13 +103,16 @@ class Steering:
         return asdict(self) | {"layers": list(self.layers)}
 
     @classmethod
-    def from_document(cls, entry: Mapping[str, Any]) -> Self | None:
-        """Back from `document`; None for `NO_STEERING`. Raises KeyError, TypeError, ValueError or RamoeError for another entry."""
-        if entry["kind"] == "none":
-            return None
-        first, last = (int(layer) for layer in entry["layers"])
-        strength, tau = (None if entry[key] is None else float(entry[key]) for key in ("strength", "tau"))
-        return cls(entry["kind"], strength, tau, (first, last))
+    def from_document(cls, entry: Mapping[str, Any], path: str | os.PathLike[str]) -> Self | None:
+        """Back from `document`; None for `NO_STEERING`. Raises RamoeError, naming the file, for another entry."""
+        try:
+            if entry["kind"] == "none":
+                return None
+            first, last = (int(layer) for layer in entry["layers"])
+            strength, tau = (None if entry[key] is None else float(entry[key]) for key in ("strength", "tau"))
+            return cls(entry["kind"], strength, tau, (first, last))
+        except (KeyError, TypeError, ValueError) as error:  # a RamoeError is a ValueError
+            raise RamoeError(f"{path}: bad setting of steering ({type(error).__name__}: {error}); write the file again") from error
 
     def __str__(self) -> str:
         strength = "" if self.strength is None else f" {self.strength:g}"
