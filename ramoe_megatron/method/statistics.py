@@ -143,6 +143,24 @@ def paired_proportions(after: Sequence[bool], before: Sequence[bool], confidence
     return Difference((gained - lost) / n, max(-1.0, centre - half), min(1.0, centre + half), p, n)
 
 
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (Scandinavian Journal of Statistics 6, 1979), in the order given.
+
+    Rejecting what lies at or below 0.05 keeps the chance of any false rejection in the family at 5 %, whatever the
+    dependence between the tests: methods that are all compared with the same runs are dependent.
+    """
+    adjusted, highest = [0.0] * len(p), 0.0
+    for rank, place in enumerate(sorted(range(len(p)), key=lambda place: p[place])):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[place]))
+        adjusted[place] = highest
+    return adjusted
+
+
+def false_discovery(p: Sequence[float]) -> list[float]:
+    """Benjamini and Hochberg's adjusted p-values, in the order given: the expected share of false rejections among all."""
+    return [float(value) for value in stats.false_discovery_control(p)] if p else []
+
+
 def _same_length(x: Sequence[float], y: Sequence[float]) -> None:
     if len(x) != len(y):
         raise RamoeError(f"paired data: found {len(x)} and {len(y)} values, expected equally many")

@@ -46,22 +46,14 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: RunInputs, results: Mapping[str, Any], plots: Mapping[str, Path]) -> str:
     """The page as text; a section whose inputs are missing names the stage that makes them."""
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("template.html")
     pairs = shown_pairs(run)
     split = pairs[0]["split"] if pairs else ""
     figures = [_figure(name, run, results, plots.get(name), split) for name in FIGURES]
     prediction = run.prediction or {}
     stages = (run.manifest or {}).get("stages", {})
-    return template.render(
+    return fill(
+        "template.html",
         name=run.name,
-        version=package_version(),
-        made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
         contents=CONTENTS.items(),
         summary=words.summary(run, results),
         columns=COLUMNS,
@@ -81,16 +73,36 @@ def render(run: RunInputs, results: Mapping[str, Any], plots: Mapping[str, Path]
     )
 
 
-def _figure(name: str, run: RunInputs, results: Mapping[str, Any], path: Path | None, split: str) -> dict[str, Any]:
+def fill(template: str, **values: Any) -> str:
+    """A template of this folder, all of which extend page.html, with `values`; what it names and is not given is an error."""
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template(template)
+    made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z")
+    return found.render(version=package_version(), made=made, **values)
+
+
+def embedded(path: Path | None) -> dict[str, Any]:
+    """A PNG's `image` in base64 and its `width` in CSS pixels; empty and 0 without one."""
     data = path.read_bytes() if path is not None else b""
+    return {
+        "image": base64.b64encode(data).decode("ascii"),
+        # Bytes 16 to 20 of a PNG are its width; shown at the size it was drawn for (96 CSS pixels an inch).
+        "width": struct.unpack(">I", data[16:20])[0] * 96 // DPI if data else 0,
+    }
+
+
+def _figure(name: str, run: RunInputs, results: Mapping[str, Any], path: Path | None, split: str) -> dict[str, Any]:
     return {
         "name": name,
         "title": words.TITLES[name],
         "caption": words.caption(name, run, results, split),
         "made_by": words.MADE_BY[name],
-        "image": base64.b64encode(data).decode("ascii"),
-        # Bytes 16 to 20 of a PNG are its width; shown at the size it was drawn for (96 CSS pixels an inch).
-        "width": struct.unpack(">I", data[16:20])[0] * 96 // DPI if data else 0,
+        **embedded(path),
     }
 
 

@@ -29,6 +29,11 @@ class Evaluation:
     """{"task", "language", "mass": [one share per MoE layer]}"""
     examples: dict[ExampleKey, bool]
     """Right or wrong, per example and language."""
+    tasks: dict[ExampleKey, str] = field(default_factory=dict)
+    weights_sha256: str | None = None
+    """Digest of the evaluated weights, where the job recorded one."""
+    base: str = ""
+    """Which base model, where several run folders are compared."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ class RunInputs:
     @property
     def name(self) -> str:
         return str(self.recipe.get("name") or self.root.resolve().name)
+
+    @property
+    def recipe_methods(self) -> list[str]:
+        """The methods that the recipe asks for, in its order."""
+        return _methods(self.recipe)
 
     @property
     def methods(self) -> list[str]:
@@ -121,7 +131,7 @@ def _evaluations(root: Path, recipe: dict[str, Any]) -> list[Evaluation]:
     found = [_evaluation(path) for path in sorted((root / "evaluations").glob("*.json"))]
     methods, seeds = _methods(recipe), recipe.get("seeds")
     if methods and isinstance(seeds, list):
-        found = [e for e in found if e.method == "base" or (e.method in methods and e.seed in seeds)]
+        found = [e for e in found if e.method == "base" or (e.method in methods and e.seed in (None, *seeds))]
     return found
 
 
@@ -129,13 +139,15 @@ def _evaluation(path: Path) -> Evaluation:
     value = load_document(path, "ramoe-evaluation")
     try:
         examples: dict[ExampleKey, bool] = {}
+        tasks: dict[ExampleKey, str] = {}
         lines = path.parent / str(value["examples"])
         for number, line in enumerate(_text(lines).split("\n")[:-1], start=1):
             try:
                 row = json.loads(line)
-                examples[str(row["id"]), str(row["language"])] = bool(row["correct"])
+                key = str(row["id"]), str(row["language"])
+                examples[key], tasks[key] = bool(row["correct"]), str(row["task"])
             except (ValueError, KeyError, TypeError) as error:
-                raise RamoeError(f"{lines}:{number}: {error!r}; expected id, language, correct.") from error
+                raise RamoeError(f"{lines}:{number}: {error!r}; expected id, task, language, correct.") from error
         counted = sum(int(row["n"]) for row in value["rows"])
         if len(examples) != counted:
             raise RamoeError(f"{lines}: found {len(examples)} examples, {path.name} counts {counted}. Evaluate again.")
@@ -147,6 +159,8 @@ def _evaluation(path: Path) -> Evaluation:
             rows=list(value["rows"]),
             mass=list(value.get("mass") or []),
             examples=examples,
+            tasks=tasks,
+            weights_sha256=value.get("weights_sha256"),
         )
     except KeyError as error:
         raise RamoeError(f"{path}: key {error} is missing. Run the evaluate stage again.") from error

@@ -119,7 +119,7 @@ def ci_gain(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None":
     for method in methods:
         title = f"{label(method)}\n{correlation_text(found.get((method, 'base'), {}))}"
         shown.append((title, [point for point in points if point["method"] == method]))
-    return _scatter(shown, "gain", "ci_share", "ci share, %", "gain over base, points")
+    return scatter(shown, "gain", "ci_share", "ci share, %", "gain over base, points")
 
 
 def transplant(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None":
@@ -135,10 +135,10 @@ def transplant(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None":
     ]
     shown = [(label(m), [p for p in points if p["method"] == m]) for m in unique(p["method"] for p in points)]
     x_label = "change by transplanted English routing, points"
-    return _scatter(shown, "gain_over_sft", "change", x_label, "gain over SFT, points") if shown else None
+    return scatter(shown, "gain_over_sft", "change", x_label, "gain over SFT, points") if shown else None
 
 
-def _scatter(shown: "list[tuple[str, list[dict[str, Any]]]]", y: str, x: str, x_label: str, y_label: str) -> "Figure":
+def scatter(shown: "list[tuple[str, list[dict[str, Any]]]]", y: str, x: str, x_label: str, y_label: str) -> "Figure":
     """One panel a method; a point a task-language pair, coloured by task, named by language."""
     figure, axes = panels(len(shown), 4.4, 3.2, sharex=True, sharey=True)
     tasks = unique(point["task"] for _, points in shown for point in points)

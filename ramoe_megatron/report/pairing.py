@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ramoe_megatron.method.statistics import clustered_difference, wilson
-from ramoe_megatron.report.inputs import Evaluation
+from ramoe_megatron.report.inputs import Evaluation, ExampleKey
 
 
 @dataclass(frozen=True)
@@ -26,37 +26,56 @@ class SeededDifference:
     p: float | None
     seeds_higher: int
     seeds_lower: int
+    seeds_paired: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two methods' answers of one base model and seed to the same examples."""
+
+    base: str
+    seed: int | None
+    differences: dict[ExampleKey, int]
+    """Right minus right: -1, 0 or 1, for every example and language that both answered."""
+
+    def mean(self, keys: Collection[ExampleKey]) -> float | None:
+        """Mean difference over those of `keys` that both answered; None without any."""
+        own = [self.differences[key] for key in keys if key in self.differences]
+        return sum(own) / len(own) if own else None
+
+
+def pair_up(method: Sequence[Evaluation], reference: Sequence[Evaluation]) -> list[Pair]:
+    """`method` minus `reference` for each base model and seed that both have, in the order of base and seed.
+
+    An outcome without a seed (the base model, a method that trains nothing) is paired with every seed of the other.
+    """
+    found: dict[tuple[str, int | None], tuple[Evaluation, Evaluation]] = {}
+    for own in method:
+        for other in reference:
+            if own.base == other.base and (own.seed == other.seed or None in (own.seed, other.seed)):
+                found[own.base, other.seed if own.seed is None else own.seed] = own, other
+    return [
+        Pair(base, seed, {k: int(own.examples[k]) - int(other.examples[k]) for k in own.examples if k in other.examples})
+        for (base, seed), (own, other) in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0))
+    ]
 
 
 def paired_change(
     method: Sequence[Evaluation], reference: Sequence[Evaluation], languages: Collection[str]
 ) -> SeededDifference | None:
-    """`method` minus `reference` over the (seed, example) that both answered; None when they share nothing.
-
-    The base model has no seeds: it is paired with every seed of `method`.
-    """
-    by_seed = {evaluation.seed: evaluation for evaluation in reference}
-    unseeded = reference[0] if reference and reference[0].method == "base" else None
+    """`method` minus `reference` over the (seed, example) that both answered; None when they share nothing."""
     clusters: dict[str, list[float]] = defaultdict(list)
     signs = []
-    for evaluation in method:
-        other = unseeded or by_seed.get(evaluation.seed)
-        if other is None:
-            continue
-        shared = [key for key in evaluation.examples if key[1] in languages and key in other.examples]
-        if not shared:
-            continue
-        total = 0
-        for key in shared:
-            difference = int(evaluation.examples[key]) - int(other.examples[key])
+    for pair in pair_up(method, reference):
+        shared = {key: value for key, value in pair.differences.items() if key[1] in languages}
+        for key, difference in shared.items():
             clusters[key[0]].append(difference)
-            total += difference
-        signs.append(total)
+        signs += [sum(shared.values())] * bool(shared)
     if not clusters:
         return None
     found = clustered_difference(clusters)
     higher, lower = sum(sign > 0 for sign in signs), sum(sign < 0 for sign in signs)
-    return SeededDifference(found.change, found.low, found.high, found.p, higher, lower)
+    return SeededDifference(found.change, found.low, found.high, found.p, higher, lower, len(signs))
 
 
 def pooled(

@@ -1,5 +1,6 @@
 """The report's figures, each a PNG under RUN/plots/."""
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,16 @@ FIGURES: "dict[str, Callable[[RunInputs, Mapping[str, Any]], Figure | None]]" = 
 
 def plot_all(run: RunInputs, results: Mapping[str, Any]) -> dict[str, Path]:
     """Draw every figure whose inputs are there: name -> PNG. An older PNG of a figure without inputs is removed."""
-    folder = run.root / "plots"
+    return save_all(run.root / "plots", {name: functools.partial(draw, run, results) for name, draw in FIGURES.items()})
+
+
+def save_all(folder: Path, figures: "Mapping[str, Callable[[], Figure | None]]") -> dict[str, Path]:
+    """Draw and write each: name -> PNG. An older PNG of a figure that has nothing to show is removed."""
     drawn: dict[str, Path] = {}
-    for name, draw in FIGURES.items():
+    for name, draw in figures.items():
         path = folder / f"{name}.png"
         with pyplot():
-            figure = draw(run, results)
+            figure = draw()
             if figure is None:
                 path.unlink(missing_ok=True)
                 continue

@@ -90,6 +90,7 @@ def _summary(by_method: Mapping[str, list[Evaluation]], anchor: str) -> list[dic
                     "p": sft and sft.p,
                     "seeds_higher": sft and sft.seeds_higher,
                     "seeds_lower": sft and sft.seeds_lower,
+                    "seeds_paired": sft and sft.seeds_paired,
                     "change_vs_base": base and base.change,
                     "change_vs_base_low": base and base.low,
                     "change_vs_base_high": base and base.high,
@@ -234,7 +235,7 @@ def summary_table(results: Mapping[str, Any]) -> Table:
             escape(method),
             escape(interval(target, "accuracy", "low", "high")),
             escape(interval(change, "change_vs_sft", "change_low", "change_high", signed=True)),
-            NONE if change.get("change_vs_sft") is None else f"{change['seeds_higher']} of {change['seeds']}",
+            NONE if change.get("change_vs_sft") is None else f"{change['seeds_higher']} of {change['seeds_paired']}",
             interval(english, "accuracy", "", "") + ("" if kept == NONE else f" ({kept})"),
         )
     return table

@@ -144,7 +144,7 @@ def _against_sft(method: str, row: Mapping[str, Any], sft: Mapping[str, Any] | N
     told = f"{own}, SFT {interval(sft, 'accuracy', 'low', 'high')} %: a paired difference of {change} points"
     if row["p"] is not None:
         told += f" (p {'< 0.001' if row['p'] < 0.001 else f'= {row["p"]:.3f}'})"
-    told += f", higher in {row['seeds_higher']} of {_count(row['seeds'], 'seed')}. "
+    told += f", higher in {row['seeds_higher']} of {_count(row['seeds_paired'], 'seed')}. "
     if row["change_low"] is None or row["change_high"] is None:
         return told + "There is too little data for an interval."
     if row["change_low"] <= 0 <= row["change_high"]:

@@ -1,0 +1,80 @@
+"""What fine-tuning cost against the reference: time of the stage, time of an iteration, memory; ratios over paired seeds."""
+
+import datetime
+import math
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ramoe_megatron.report.contrasts import Row, spread
+from ramoe_megatron.report.inputs import RunInputs
+from ramoe_megatron.report.study import Study, Values, matched
+
+_ITERATION = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
+_RESIDENT = re.compile(r"ramoe: peak resident memory: ([0-9.]+) MiB")
+_ALLOCATED = re.compile(r"\| max allocated: ([0-9.]+)")
+
+
+def costs(study: Study) -> list[Row]:
+    """A row for each trained method: median of each measure, and its ratio to the reference's over paired seeds.
+
+    wall: seconds of the fine-tuning stage, with start-up and saving. iteration: milliseconds, median of the logged ones
+    without the first. memory: MiB at the peak, of rank 0 or of the largest device. None where nothing was recorded.
+    """
+    measures = {name: _measured(study, of) for name, of in (("wall", _wall), ("iteration", _iteration), ("memory", _memory))}
+    rows = []
+    for method in [m for m in study.by_method if m != "base"]:
+        row: Row = {"method": method}
+        for name, values in measures.items():
+            own, other = values[method], values.get(study.reference, {})
+            row[name] = {"median": statistics.median(own.values()) if own else None, "ratio": _ratio(own, other)}
+        if any(row[name]["median"] is not None for name in measures):
+            rows.append(row)
+    return rows
+
+
+def _ratio(own: Values, other: Values) -> Row | None:
+    """Ratio of geometric means: Student's t on the logarithms of the paired ratios."""
+    pairs = matched(own, other)
+    if not pairs:
+        return None
+    found = spread([math.log(a / b) for a, b in pairs])
+    ends: dict[str, Any] = {name: None if found[name] is None else math.exp(found[name]) for name in ("low", "high")}
+    return {"ratio": math.exp(found["change"]), **ends, "p": found["p"], "n": found["n"]}
+
+
+def _measured(study: Study, of: Callable[[RunInputs, str], float | None]) -> dict[str, Values]:
+    found: dict[str, Values] = {}
+    for method, evaluations in study.by_method.items():
+        found[method] = {}
+        for e in evaluations:
+            value = of(study.runs[e.base], f"{method}-seed{e.seed}") if e.seed is not None else None
+            if value:
+                found[method][e.base, e.seed] = value
+    return found
+
+
+def _wall(run: RunInputs, name: str) -> float | None:
+    entry = ((run.manifest or {}).get("stages") or {}).get(f"finetune/{name}") or {}
+    if entry.get("state") != "done" or not entry.get("started") or not entry.get("ended"):
+        return None
+    started, ended = (datetime.datetime.fromisoformat(entry[key]) for key in ("started", "ended"))
+    return (ended - started).total_seconds()
+
+
+def _log(run: RunInputs, name: str) -> str:
+    path: Path = run.root / "logs" / f"finetune-{name}.log"
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _iteration(run: RunInputs, name: str) -> float | None:
+    times = [float(value) for value in _ITERATION.findall(_log(run, name))][1:]  # the first holds what is set up once
+    return statistics.median(times) if times else None
+
+
+def _memory(run: RunInputs, name: str) -> float | None:
+    text = _log(run, name)
+    peaks = [float(value) for value in _RESIDENT.findall(text)] or [float(value) for value in _ALLOCATED.findall(text)]
+    return max(peaks) if peaks else None

@@ -1,0 +1,27 @@
+"""comparison.html: the sections of the comparison on one self-contained page, in the style of report.html."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ramoe_megatron.report.comparison_document import title
+from ramoe_megatron.report.comparison_plots import CAPTIONS
+from ramoe_megatron.report.comparison_view import sections
+from ramoe_megatron.report.comparison_words import LIMITS, Comparison, findings
+from ramoe_megatron.report.html import embedded, fill
+from ramoe_megatron.report.tables import label
+
+
+def render(comparison: Comparison, plots: Mapping[str, Path]) -> str:
+    """The page as text, figures embedded."""
+    shown = sections(comparison)
+    names = {"main": label(comparison["main"]), "reference": label(comparison["reference"])}
+    return fill(
+        "comparison.html",
+        name=title(comparison),
+        contents=[*((section.name, section.title) for section in shown), ("limits", "Limits")],
+        summary=findings(comparison),
+        sections=shown,
+        figures={name: {"caption": CAPTIONS[name].format(**names), **embedded(path)} for name, path in plots.items()},
+        limits=[limit.format(**names) for limit in LIMITS],
+        command=comparison["command"],
+    )

@@ -1,0 +1,100 @@
+"""Figures of the comparison: every method against the reference, tasks by languages, ci share against gain."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ramoe_megatron.report.outcome_plots import scatter
+from ramoe_megatron.report.plots import save_all
+from ramoe_megatron.report.style import COLOURS, MARKERS, legend_below, panels, plain, unique
+from ramoe_megatron.report.tables import correlation_text, label, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CAPTIONS = {
+    "forest": (
+        "Change of target accuracy against {reference}. Black: mean over pairs of base model and seed with Student's 95 % interval; grey "
+        "band: the interval over examples, for these seeds; small marks: the mean of each base model."
+    ),
+    "cells": (
+        "{main} minus {reference}, points, by task and target language: mean over base models and seeds. A star: p below 0.05 after Holm's "
+        "correction over all cells of all methods; a dot: below 0.05 without it, which one cell in twenty is by chance."
+    ),
+    "ci": (
+        "Each point is a task and target language of one base model. Above zero, {main} is to rise with the ci share more steeply than "
+        "{reference} does: what both share is headroom."
+    ),
+}
+
+
+def plot_comparison(c: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+    """Draw every figure that has something to show: name -> PNG."""
+    return save_all(folder, {name: functools.partial(draw, c) for name, draw in FIGURES.items()})
+
+
+def forest(c: Mapping[str, Any]) -> "Figure | None":
+    rows = [row for row in c["headline"] if row["against"] is not None]
+    if not rows:
+        return None
+    figure, (axis,) = panels(1, 8.0, 1.3 + 0.36 * len(rows))
+    names = [base["base"] for base in c["bases"]]
+    for place, row in enumerate(rows):
+        found, examples = row["against"], row["against"]["by_example"]
+        if examples["low"] is not None:
+            width = 100 * (examples["high"] - examples["low"])
+            axis.barh(place, width, left=100 * examples["low"], height=0.62, color="#DDDDDD", zorder=1, label="over examples, 95 %" * (place == 0))
+        if found["low"] is not None:
+            axis.plot([100 * found["low"], 100 * found["high"]], [place, place], color="black", lw=1.6, zorder=2)
+        axis.plot(100 * found["change"], place, "D", color="black", ms=5, zorder=4, label="mean over seeds, 95 %" * (place == 0))
+        for base in found["by_base"] if len(names) > 1 else []:
+            at = names.index(base["base"])
+            height = place + 0.22 * (1 if at % 2 else -1)
+            colour, marker = COLOURS[at % len(COLOURS)], MARKERS[at % len(MARKERS)]
+            axis.plot(100 * base["change"], height, marker, color=colour, ms=4.5, zorder=3)
+    for at, name in enumerate(names if len(names) > 1 else []):  # each once, whichever methods it has
+        axis.plot([], [], MARKERS[at % len(MARKERS)], color=COLOURS[at % len(COLOURS)], ms=4.5, label=plain(name))
+    axis.axvline(0, color="#555555", lw=0.9, zorder=1)
+    axis.set_yticks(range(len(rows)), [plain(label(row["method"])) for row in rows])
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlabel(f"target accuracy minus {plain(label(c['reference']))}, points")
+    axis.grid(axis="x", alpha=0.3)
+    legend_below(figure, [axis])
+    return figure
+
+
+def cells(c: Mapping[str, Any]) -> "Figure | None":
+    found = {(row["task"], row["language"]): row["against"] for row in c["cells"] if row["method"] == c["main"] and row["against"]}
+    if not found:
+        return None
+    tasks, languages = c["tasks"], c["languages"]
+    limit = max(100 * abs(row["change"]) for row in found.values()) or 1.0
+    figure, (axis,) = panels(1, max(4.4, 2.0 + 0.72 * len(languages)), 1.3 + 0.42 * len(tasks))
+    grid = [[100 * found[t, g]["change"] if (t, g) in found else float("nan") for g in languages] for t in tasks]
+    image = axis.imshow(grid, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
+    for (task, language), row in found.items():
+        star = "*" if (row["p_holm"] or 1) < 0.05 and row["p_holm"] is not None else "·" if row["p"] is not None and row["p"] < 0.05 else ""
+        dark = abs(100 * row["change"]) > 0.65 * limit
+        text = number(100 * row["change"], "+.1f") + star
+        at = languages.index(language), tasks.index(task)
+        axis.text(*at, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    axis.set_xticks(range(len(languages)), [plain(name) for name in languages], rotation=90 if sum(map(len, languages)) > 50 else 0)
+    axis.set_yticks(range(len(tasks)), [plain(name) for name in tasks])
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    figure.colorbar(image, ax=axis, label="points")
+    return figure
+
+
+def ci(c: Mapping[str, Any]) -> "Figure | None":
+    found = {(row["method"], row["over"]): row for row in c["ci_gain"]["correlations"] if row["base"] is None}
+    shown = []
+    for method in (c["reference"], c["main"]):
+        points = [point for point in c["ci_gain"]["points"] if point["method"] == method]
+        if points:
+            shown.append((f"{label(method)}\n{correlation_text(found.get((method, 'base'), {}))}", points))
+    return scatter(shown, "over_base", "ci_share", "ci share, %", "gain over base, points") if shown else None
+
+
+FIGURES = {"forest": forest, "cells": cells, "ci": ci}

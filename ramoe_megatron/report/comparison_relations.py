@@ -1,0 +1,119 @@
+"""What the gain goes with: ci share (and its headroom), and the transplant test's sign, as hit tables."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from scipy import stats
+
+from ramoe_megatron.method.statistics import pearson, wilson
+from ramoe_megatron.report.contrasts import Row
+from ramoe_megatron.report.study import Cell, Study
+from ramoe_megatron.report.tables import ci_shares
+
+SIGNS = {1: "up", -1: "down"}
+
+
+def ci_gain(study: Study) -> Row:
+    """Points of (base, task, language), and Pearson's r of ci share with each method's gain over base and over the reference.
+
+    The reference's own gain over base has a row too: the part of r that is headroom, which any training would fill.
+    """
+    points: list[Row] = []
+    for name, run in study.runs.items():
+        for (task, language), share in sorted(ci_shares(run).items()):
+            for method in [m for m in study.by_method if m != "base"]:
+                gains = [_gain(study, method, other, name, (task, language)) for other in ("base", study.reference)]
+                if gains[0] is not None:
+                    point = {"base": name, "task": task, "language": language, "method": method, "ci_share": share}
+                    points.append({**point, "over_base": gains[0], "over_reference": gains[1]})
+    correlations = []
+    for method in [m for m in study.by_method if m != "base"]:
+        for over in ("base", "reference") if method != study.reference else ("base",):
+            for base in [None, *study.runs]:
+                usable = [p for p in points if p["method"] == method and p[f"over_{over}"] is not None and base in (None, p["base"])]
+                found = pearson([p["ci_share"] for p in usable], [p[f"over_{over}"] for p in usable])
+                numbers = dataclasses.asdict(found) if found else dict.fromkeys(("r", "low", "high", "p")) | {"n": len(usable)}
+                correlations.append({"method": method, "over": over, "base": base, **numbers})
+    return {"correlations": correlations, "points": points}
+
+
+def _gain(study: Study, method: str, other: str, base: str, cell: Cell) -> float | None:
+    """Mean paired difference of one base model on one task and language, over its seeds."""
+    if method == other:
+        return None
+    found = [pair.mean(study.by_cell.get(cell, [])) for pair in study.pairs(method, other) if pair.base == base]
+    means = [value for value in found if value is not None]
+    return sum(means) / len(means) if means else None
+
+
+def transplant(study: Study) -> Row:
+    """The transplant test's sign against the sign of the main method minus the reference, at three levels.
+
+    `pairs`: each (base, task, language); `tasks`: each (base, task), languages taken together by number of examples;
+    `bases`: each base model. `hits` counts each level, for each base model and for all.
+    """
+    units: list[Row] = []
+    for name, run in study.runs.items():
+        for row in (run.prediction or {}).get("rows", []):
+            gain = _gain(study, study.main, study.reference, name, (row["task"], row["language"]))
+            if row.get("transplant_change") is not None and gain is not None:
+                n = len(study.by_cell[row["task"], row["language"]])
+                unit = {"base": name, "task": row["task"], "language": row["language"], "n": n}
+                units.append({**unit, "transplant": row["transplant_change"], "gain": gain})
+    levels = {
+        "pairs": [_told(unit) for unit in units],
+        "tasks": _merged(units, ("base", "task")),
+        "bases": _merged(units, ("base",)),
+    }
+    rows = []
+    for level, own in levels.items():
+        rows.append({"level": level, "base": None, "task": None, **hits(own)})
+        if level != "bases":
+            rows += [{"level": level, "base": b, "task": None, **hits(u for u in own if u["base"] == b)} for b in _unique(own, "base")]
+    for base, task in dict.fromkeys((unit["base"], unit["task"]) for unit in units):
+        one = [unit for unit in levels["pairs"] if (unit["base"], unit["task"]) == (base, task)]
+        rows.append({"level": "pairs", "base": base, "task": task, **hits(one)})
+    return {**levels, "hits": rows if units else []}
+
+
+def hits(units: Iterable[Row]) -> Row:
+    """Counts of predicted/observed signs; ties are left out of n and counted.
+
+    rate with Wilson's interval, p of the exact binomial test against 1/2, and `expected`: the rate that the margins
+    alone would give, since where nearly all signs agree with each other, guessing is often right too.
+    """
+    counts = dict.fromkeys(("up_up", "up_down", "down_up", "down_down", "ties"), 0)
+    for unit in units:
+        counts[unit["outcome"]] += 1
+    n = sum(counts.values()) - counts["ties"]
+    right = counts["up_up"] + counts["down_down"]
+    if not n:
+        return {**counts, "n": 0, "hits": 0, **dict.fromkeys(("rate", "low", "high", "p", "expected"))}
+    low, high = wilson(right, n)
+    predicted, observed = counts["up_up"] + counts["up_down"], counts["up_up"] + counts["down_up"]
+    expected = (predicted * observed + (n - predicted) * (n - observed)) / n**2
+    p = float(stats.binomtest(right, n).pvalue)
+    return {**counts, "n": n, "hits": right, "rate": right / n, "low": low, "high": high, "p": p, "expected": expected}
+
+
+def _told(unit: Row) -> Row:
+    # Means of whole counts: what differs from zero by rounding alone is a tie.
+    signs = [0 if abs(value) < 1e-12 else 1 if value > 0 else -1 for value in (unit["transplant"], unit["gain"])]
+    return {**unit, "outcome": "ties" if 0 in signs else "_".join(SIGNS[sign] for sign in signs)}
+
+
+def _merged(units: Sequence[Row], by: tuple[str, ...]) -> list[Row]:
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for unit in units:
+        groups[tuple(unit[key] for key in by)].append(unit)
+    rows = []
+    for key, own in groups.items():
+        n = sum(unit["n"] for unit in own)
+        means = {name: sum(unit["n"] * unit[name] for unit in own) / n for name in ("transplant", "gain")}
+        rows.append(_told({**dict(zip(by, key, strict=True)), "n": n, **means}))
+    return rows
+
+
+def _unique(rows: Iterable[Row], key: str) -> list[str]:
+    return list(dict.fromkeys(row[key] for row in rows))

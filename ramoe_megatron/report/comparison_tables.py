@@ -1,0 +1,211 @@
+"""Rows of comparison.json that come from evaluations: accuracy, paired differences, English, mass, claims, ablations."""
+
+import re
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.divergence import parse_layers
+from ramoe_megatron.report.contrasts import Row, correct, direction, spread
+from ramoe_megatron.report.inputs import RunInputs
+from ramoe_megatron.report.pairing import pooled
+from ramoe_megatron.report.style import average
+from ramoe_megatron.report.study import Study, Values, matched
+
+if TYPE_CHECKING:
+    from ramoe_megatron.report.comparison import Claim
+
+VERDICTS = {"above": "supported", "below": "contradicted", "holds zero": "not shown", "unknown": "not shown"}
+INCIDENTAL = {"save", "load", "tensorboard-dir", "pretrained-checkpoint", "seed", "save-interval", "ramoe-output", "ramoe-method", "ramoe-seed"}
+"""Flags that differ between any two stages, and say nothing of the method."""
+
+
+def base_row(name: str, run: RunInputs) -> Row:
+    """What one base model was: its recipe, size, zone, seeds, steps and evaluated examples."""
+    train = run.recipe.get("train") or {}
+    base = next(e for e in run.evaluations if e.method == "base")
+    shape = run.experts.shape if run.experts is not None else None
+    command = re.match(r"# Written by `(.*)`", run.recipe_text)
+    return {
+        "base": name,
+        "recipe": run.name,
+        "command": command[1] if command else None,
+        "seeds": sorted({e.seed for e in run.evaluations if e.seed is not None}),
+        "steps": train.get("train-iters"),
+        "batch": train.get("global-batch-size"),
+        "target_examples": sum(row["n"] for row in base.rows if row["language"] != run.anchor),
+        "anchor_examples": sum(row["n"] for row in base.rows if row["language"] == run.anchor),
+        "layers": shape.num_moe_layers if shape else None,
+        "experts": shape.num_experts if shape else None,
+        "topk": shape.topk if shape else None,
+        "zone": zone_of(run),
+        "package_version": (run.manifest or {}).get("package_version"),
+    }
+
+
+def zone_of(run: RunInputs) -> tuple[int, int] | None:
+    """First and last MoE layer that the recipe aligns; None where it says auto and the profile found no zone."""
+    if run.experts is None:
+        return None
+    layers = str((run.recipe.get("alignment") or {}).get("layers") or "auto")
+    try:
+        return parse_layers(layers, run.experts.shape.num_moe_layers, run.experts.zone)
+    except RamoeError:
+        return None
+
+
+def headline(study: Study) -> list[Row]:
+    """A row a method: target accuracy, and `against` the reference; p corrected over all methods compared with it."""
+    rows = []
+    for method, evaluations in study.by_method.items():
+        counts = _accuracy(study, method, set(study.targets))
+        if counts is None:
+            continue
+        seeds = {e.seed for e in evaluations if e.seed is not None}
+        bases = {e.base for e in evaluations}
+        against = None if method == "base" else study.against(method, study.reference, study.target_keys)
+        rows.append({"method": method, "bases": len(bases), "seeds": len(seeds), **counts, "against": against})
+    correct([row["against"] for row in rows if row["against"] is not None])
+    return rows
+
+
+def _accuracy(study: Study, method: str, languages: Collection[str], task: str | None = None) -> Row | None:
+    """Mean over base models and seeds; Wilson's interval at the examples of one of them."""
+    found = pooled(study.by_method[method], languages, task)
+    return found and {"outcomes": found.pop("seeds"), **found}
+
+
+def cells(study: Study) -> list[Row]:
+    """A row for each method, task and target language; p corrected over all of them together."""
+    rows = []
+    for method in study.by_method:
+        for (task, language), keys in study.target_cells.items():
+            counts = _accuracy(study, method, {language}, task)
+            if counts is not None:
+                against = None if method == "base" else study.against(method, study.reference, keys)
+                if against is not None:
+                    del against["by_seed"]  # many cells: each base model's change is enough
+                rows.append({"method": method, "task": task, "language": language, **counts, "against": against})
+    correct([row["against"] for row in rows if row["against"] is not None])
+    return rows
+
+
+def english(study: Study) -> list[Row]:
+    """Accuracy in the anchor language, its change from the base model and against the reference."""
+    rows = []
+    for method in study.by_method:
+        counts = _accuracy(study, method, {study.anchor})
+        if counts is not None:
+            from_base = study.against(method, "base", study.anchor_keys)
+            against = None if method == "base" else study.against(method, study.reference, study.anchor_keys)
+            rows.append({"method": method, **counts, "from_base": from_base, "against": against})
+    return rows
+
+
+def mass(study: Study) -> list[Row]:
+    """Share of the router's probability on the task's experts at the last prompt token: mean over the zone (all layers where
+    there is none), tasks and target languages; `anchor` is the same in the anchor language."""
+    values = {method: _masses(study, method, anchor=False) for method in study.by_method}
+    rows = []
+    for method, own in values.items():
+        if not own:
+            continue
+        pairs = [] if method == study.reference else matched(own, values.get(study.reference, {}))
+        against = spread([a - b for a, b in pairs]) if pairs else None
+        there = list(_masses(study, method, anchor=True).values())
+        rows.append(
+            {"method": method, "mass": average(list(own.values())), "anchor": average(there) if there else None, "against": against}
+        )
+    return rows
+
+
+def _masses(study: Study, method: str, anchor: bool) -> Values:
+    found = {}
+    for e in study.by_method[method]:
+        first, last = zone_of(study.runs[e.base]) or (0, -1)
+        shares = [average(r["mass"][first : last + 1 or None]) for r in e.mass if (r["language"] == study.anchor) == anchor]
+        if shares:
+            found[e.base, e.seed] = average(shares)
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)))
+
+
+def claims(study: Study, asked: "Sequence[Claim]") -> list[Row]:
+    """The method minus its control, for every control that was run; the verdict is the interval's, p is corrected beside it."""
+    rows = []
+    for claim in asked:
+        found = study.against(claim.method, claim.control, study.target_keys)
+        if found is not None:
+            row = {"claim": claim.claim, "method": claim.method, "control": claim.control, **found}
+            rows.append({**row, "verdict": VERDICTS[direction(found)]})
+    correct(rows)
+    return rows
+
+
+def equality(study: Study, off: str) -> list[Row]:
+    """Whether the coefficient of zero left everything as the reference has it, for each base model and seed.
+
+    `outcomes_equal`: every example answered by both, alike; `weights_equal`: None where no digest was recorded.
+    """
+    reference = {(e.base, e.seed): e for e in study.by_method.get(study.reference, [])}
+    rows = []
+    for e in sorted(study.by_method.get(off, []), key=lambda e: (e.base, e.seed or 0)):
+        other = reference.get((e.base, e.seed))
+        if other is None:
+            continue
+        digests = (e.weights_sha256, other.weights_sha256)
+        differing = sum(e.examples.get(key) != other.examples.get(key) for key in e.examples.keys() | other.examples.keys())
+        rows.append(
+            {
+                "base": e.base,
+                "seed": e.seed,
+                "outcomes_equal": differing == 0,
+                "differing": differing,
+                "weights_equal": None if None in digests else digests[0] == digests[1],
+            }
+        )
+    return rows
+
+
+def ablation(study: Study, found: Sequence[Row], known: Collection[str]) -> list[Row]:
+    """The recipe's further methods: what each changes, and its change against the reference (p as in the headline)."""
+    rows = []
+    for row in found:
+        if row["method"] not in known:
+            runs = [run for run in study.runs.values() if row["method"] in run.methods]
+            rows.append({"method": row["method"], "settings": _settings(study, runs[0], row["method"]), "against": row["against"]})
+    return rows
+
+
+def _settings(study: Study, run: RunInputs, method: str) -> list[str]:
+    """Flags of the stage that differ from the main method's, as run: `coeff 20 (ra-moe: 50)`."""
+    stages = (run.manifest or {}).get("stages", {})
+    own, beside = (_stage_flags(stages, f"finetune/{name}-seed") for name in (method, study.main))
+    other = study.main
+    if own is None:  # nothing is trained: what the evaluation was told
+        own, beside, other = _stage_flags(stages, f"evaluate/{method}"), _stage_flags(stages, "evaluate/base"), "base"
+    if own is None or beside is None:
+        return []
+    told = []
+    for name in dict.fromkeys([*own, *beside]):
+        if own.get(name) != beside.get(name):
+            there = f"{other}: {beside.get(name, 'not given')}"
+            told.append(f"{name.removeprefix('ramoe-')} {own.get(name, 'not given')} ({there})")
+    return told
+
+
+def _stage_flags(stages: dict[str, Any], prefix: str) -> dict[str, str] | None:
+    """Flags of the first stage of that name, without paths and what differs between any two stages."""
+    name = next((name for name in sorted(stages) if re.fullmatch(re.escape(prefix) + r"\d*", name)), None)
+    if name is None:
+        return None
+    flags: dict[str, list[str]] = {}
+    for word in stages[name].get("command", [])[1:]:
+        if word.startswith("--"):
+            flags[word[2:]] = []
+        elif flags:
+            flags[next(reversed(flags))].append(word)
+    return {
+        name: " ".join(values) or "on"
+        for name, values in flags.items()
+        if name not in INCIDENTAL and not any("/" in value for value in values)
+    }
