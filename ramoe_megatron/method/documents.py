@@ -155,3 +155,38 @@ def results(path: Path, document: Mapping[str, Any]) -> RenderableType:
         ),
         *mass(document["mass"], ("method", "seed", "task", "language")),
     )
+
+
+def comparison(path: Path, document: Mapping[str, Any]) -> RenderableType:
+    """Methods over seeds and base models: the headline, the claims, and the transplant test's hits."""
+    told = {key: document[key] for key in ("reference", "main", "anchor", "split") if key in document}
+    told |= {"base models": ", ".join(str(base["base"]) for base in document["bases"]), "methods": ", ".join(document["methods"])}
+    p = ("p", "p_holm")
+    headline = [
+        [
+            r["method"],
+            r["outcomes"],
+            interval(r, "accuracy", "low", "high"),
+            interval(r["against"] or {}, "change", "low", "high", sign="+"),
+            *(number((r["against"] or {}).get(name)) for name in p),
+        ]
+        for r in document["headline"]
+    ]
+    claims = [
+        [r["claim"], r["method"], r["control"], interval(r, "change", "low", "high", sign="+"), *(number(r[n]) for n in p), r["verdict"]]
+        for r in document["claims"]
+    ]
+    counts = ("up_up", "up_down", "down_up", "down_down", "ties")
+    hits = [
+        [r["level"], r["base"] or "all", r["task"] or "all", *(r[name] for name in counts), interval(r, "rate", "low", "high")]
+        for r in document["transplant"]["hits"]
+    ]
+    change, corrected = f"change vs {document['reference']}, points", "p, Holm"
+    heads = ("claim", "method", "control", "difference, points", "p", corrected, "verdict")
+    levels = ("unit", "base model", "task")
+    return Group(
+        facts(path, "ramoe-comparison", told),
+        table("target languages", ("method", "runs", "accuracy, %", change, "p", corrected), headline, left=("method",)),
+        table("claims", heads, claims, left=("claim", "method", "control", "verdict")),
+        table("transplant test/outcome", (*levels, *(name.replace("_", "/") for name in counts), "hits, %"), hits, left=levels),
+    )

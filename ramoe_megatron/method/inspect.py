@@ -23,7 +23,7 @@ from ramoe_megatron.method.artefacts import (
     read_taxonomy,
 )
 from ramoe_megatron.method.divergence import Zone, mean_curve, zone_from_curve
-from ramoe_megatron.method.documents import evaluation, prediction, results, steering, taxonomy, taxonomy_pairs
+from ramoe_megatron.method.documents import comparison, evaluation, prediction, results, steering, taxonomy, taxonomy_pairs
 from ramoe_megatron.method.experts import describe_empty, rule_from
 from ramoe_megatron.method.files import check_document, read_json
 from ramoe_megatron.method.rendering import (
@@ -177,6 +177,7 @@ _DESCRIBE: dict[str, Callable[[Path, Mapping[str, Any]], RenderableType]] = {
     "ramoe-prediction": prediction,
     "ramoe-steering": steering,
     "ramoe-results": results,
+    "ramoe-comparison": comparison,
     "ramoe-experts": _experts,
     "ramoe-priors": _priors,
     "ramoe-usage": _usage,

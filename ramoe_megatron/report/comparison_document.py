@@ -1,11 +1,13 @@
 """experiment.md: the comparison as a Markdown document."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ramoe_megatron.method.files import atomic_write_text
-from ramoe_megatron.report.comparison_view import Section, Table, sections
+from ramoe_megatron.report.comparison_view import sections
 from ramoe_megatron.report.comparison_words import LIMITS, Comparison, findings
+from ramoe_megatron.report.sections import Section, Table
 from ramoe_megatron.report.tables import label
 
 
@@ -56,9 +58,9 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def code(lines: list[str] | tuple[str, ...] | object) -> list[str]:
-    shown = [str(line) for line in lines] if isinstance(lines, (list, tuple)) else []
-    return ["```bash\n" + "\n".join(shown) + "\n```\n"] if shown else []
+def code(lines: Sequence[str]) -> list[str]:
+    """A block of commands; nothing without any."""
+    return ["```bash\n" + "\n".join(lines) + "\n```\n"] if lines else []
 
 
 def escape(text: str) -> str:

@@ -9,14 +9,24 @@ from ramoe_megatron.method.divergence import parse_layers
 from ramoe_megatron.report.contrasts import Row, correct, direction, spread
 from ramoe_megatron.report.inputs import RunInputs
 from ramoe_megatron.report.pairing import pooled
-from ramoe_megatron.report.style import average
 from ramoe_megatron.report.study import Study, Values, matched
+from ramoe_megatron.report.style import average
 
 if TYPE_CHECKING:
     from ramoe_megatron.report.comparison import Claim
 
 VERDICTS = {"above": "supported", "below": "contradicted", "holds zero": "not shown", "unknown": "not shown"}
-INCIDENTAL = {"save", "load", "tensorboard-dir", "pretrained-checkpoint", "seed", "save-interval", "ramoe-output", "ramoe-method", "ramoe-seed"}
+INCIDENTAL = {
+    "save",
+    "load",
+    "tensorboard-dir",
+    "pretrained-checkpoint",
+    "seed",
+    "save-interval",
+    "ramoe-output",
+    "ramoe-method",
+    "ramoe-seed",
+}
 """Flags that differ between any two stages, and say nothing of the method."""
 
 

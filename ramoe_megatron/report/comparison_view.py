@@ -1,35 +1,9 @@
 """The comparison as sections of sentences and tables of strings: what the page and the Markdown document both show."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 from ramoe_megatron.report import comparison_words as words
 from ramoe_megatron.report.comparison_words import Comparison, p_text, ratio
-from ramoe_megatron.report.tables import NONE, correlation_text, interval, label, number
-
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Table:
-    columns: Sequence[str]
-    """The first `names` are left-justified."""
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    names: int = 1
-
-
-@dataclass(frozen=True)
-class Section:
-    name: str
-    title: str
-    sentences: Sequence[str] = ()
-    tables: Sequence[Table] = ()
-    figures: Sequence[str] = ()
-    absent: str = ""
-    """What is said when every table is empty."""
-    code: Sequence[str] = ()
+from ramoe_megatron.report.sections import Row, Section, Table, change, higher, mass_change, p_cells, text
+from ramoe_megatron.report.tables import NONE, correlation_text, interval, label
 
 
 def sections(c: Comparison) -> list[Section]:
@@ -39,7 +13,7 @@ def sections(c: Comparison) -> list[Section]:
         Section("run", "What was run", words.setting(c), [_bases(c)], code=_commands(c)),
         Section("headline", f"All methods against {other}", (), [_headline(c)], ["forest"]),
         Section("claims", "Claims and their controls", (), [_claims(c)], absent="No control was run."),
-        Section("bases", "Each base model", (), [_by_base(c)]),
+        Section("bases", "Each base model", (), [_by_base(c)], absent=f"No other method was run beside {other}."),
         Section("cells", "Tasks and languages", (), [_cells(c)], ["cells"]),
         Section("english", f"Anchor language ({c['anchor']})", (), [_english(c)], absent="The anchor language was not evaluated."),
         Section("transplant", "Transplant test against outcome", (), [_hits(c)], absent=f"No prediction to set beside {label(c['main'])}."),
@@ -55,22 +29,6 @@ def _commands(c: Comparison) -> list[str]:
     return list(dict.fromkeys(base["command"] for base in c["bases"] if base["command"]))
 
 
-def _change(row: Row | None) -> str:
-    return NONE if row is None else interval(row, "change", "low", "high", signed=True)
-
-
-def _p(row: Row | None, *names: str) -> list[str]:
-    return [NONE if row is None else p_text(row[name]) for name in names]
-
-
-def _higher(row: Row | None) -> str:
-    return NONE if row is None else f"{row['seeds_higher']} of {row['n']}"
-
-
-def _text(value: Any) -> str:
-    return NONE if value is None else str(value)
-
-
 def _bases(c: Comparison) -> Table:
     rows = []
     for b in c["bases"]:
@@ -78,7 +36,7 @@ def _bases(c: Comparison) -> Table:
         zone = NONE if b["zone"] is None else f"{b['zone'][0]} to {b['zone'][1]}"
         seeds = ", ".join(map(str, b["seeds"])) or NONE
         told = (b["base"], b["recipe"], model, zone, seeds, b["steps"], b["batch"], b["target_examples"], b["anchor_examples"])
-        rows.append([_text(value) for value in (*told, b["package_version"])])
+        rows.append([text(value) for value in (*told, b["package_version"])])
     columns = ("base model", "recipe", "model", "zone", "seeds", "steps", "batch", "target examples", "anchor examples", "package")
     note = "Zone: the aligned MoE layers, from 0. Examples: evaluated rows, each in one language."
     return Table(columns, rows, note, 4)
@@ -91,15 +49,16 @@ def _headline(c: Comparison) -> Table:
     for row in c["headline"]:
         found, method = row["against"], row["method"]
         time = cost.get(method, {}).get("iteration", {}).get("ratio") if method != c["reference"] else None
-        own = [label(method), f"{row['outcomes']} on {row['bases']}", interval(row, "accuracy", "low", "high"), _change(found)]
-        own += [_change(found and found["by_example"]), *_p(found, "p", "p_holm", "p_bh"), _higher(found)]
+        own = [label(method), f"{row['outcomes']} on {row['bases']}", interval(row, "accuracy", "low", "high"), change(found)]
+        own += [change(found and found["by_example"]), *p_cells(found, "p", "p_holm", "p_bh"), higher(found)]
         rows.append([*own, interval(english.get(method, {}), "accuracy", "", ""), ratio(time)])
     columns = ("method", "runs on base models", "target, %", "change, points", "over examples", "p", "p, Holm", "p, BH")
     note = (
-        f"Change: against {label(c['reference'])}, mean over pairs of base model and seed with Student's 95 % interval; beside it the same over "
-        "examples, clustered by example. p belongs to the first. Holm's correction is the one to go by: it bounds the chance of any false "
-        "finding, whatever the dependence, and these tests share their reference runs; BH (Benjamini-Hochberg) bounds the share of false "
-        "ones. Target: mean, Wilson's interval at the examples of one run. Time: median iteration, ratio over paired seeds."
+        f"Change: against {label(c['reference'])}, mean over pairs of base model and seed with Student's 95 % interval; beside it the "
+        "same over examples, clustered by example. p belongs to the first. Holm's correction is the one to go by: it bounds the "
+        "chance of any false finding, whatever the dependence, and these tests share their reference runs; BH (Benjamini-Hochberg) "
+        "bounds the share of false ones. Target: mean, Wilson's interval at the examples of one run. Time: median iteration, ratio "
+        "over paired seeds."
     )
     return Table((*columns, "seeds higher", "English, %", "time ratio"), rows, note)
 
@@ -108,7 +67,7 @@ def _claims(c: Comparison) -> Table:
     rows = []
     for row in c["claims"]:
         names = [row["claim"], label(row["method"]), label(row["control"])]
-        rows.append([*names, _change(row), *_p(row, "p", "p_holm"), str(row["n"]), _higher(row), row["verdict"]])
+        rows.append([*names, change(row), *p_cells(row, "p", "p_holm"), str(row["n"]), higher(row), row["verdict"]])
     columns = ("claim", "method", "control", "difference, points", "p", "p, Holm", "n", "seeds higher", "verdict")
     note = (
         "Method minus control in target languages, over pairs of base model and seed. Supported: the whole 95 % interval lies above zero; "
@@ -123,8 +82,9 @@ def _by_base(c: Comparison) -> Table:
     for row in c["headline"]:
         if row["against"] is not None:
             own = {base["base"]: base for base in row["against"]["by_base"]}
-            rows.append([label(row["method"]), *(_change(own.get(name)) for name in names)])
-    return Table(("method", *names), rows, f"Change against {label(c['reference'])} in target languages, points, Student's interval over its seeds.")
+            rows.append([label(row["method"]), *(change(own.get(name)) for name in names)])
+    note = f"Change against {label(c['reference'])} in target languages, points, Student's interval over its seeds."
+    return Table(("method", *names), rows, note)
 
 
 def _cells(c: Comparison) -> Table:
@@ -132,18 +92,22 @@ def _cells(c: Comparison) -> Table:
     rows = []
     for task, language in dict.fromkeys((row["task"], row["language"]) for row in c["cells"]):
         base, reference, main = (found.get((m, task, language), {}) for m in ("base", c["reference"], c["main"]))
-        accuracy = [interval(row, "accuracy", "", "") for row in (base, reference)]
+        accuracy = [interval(row, "accuracy", "low", "high") for row in (base, reference, main)]
         against = main.get("against")
-        rows.append([task, language, *accuracy, interval(main, "accuracy", "", ""), _change(against), *_p(against, "p", "p_holm"), _higher(against)])
-    columns = ("task", "language", "base, %", f"{label(c['reference'])}, %", f"{label(c['main'])}, %", "change, points", "p", "p, Holm", "seeds higher")
+        rows.append([task, language, *accuracy, change(against), *p_cells(against, "p", "p_holm"), higher(against)])
+    right = [f"{label(method)}, %" for method in ("base", c["reference"], c["main"])]
+    columns = ("task", "language", *right, "change, points", "p", "p, Holm", "seeds higher")
     family = sum(row["against"] is not None and row["against"]["p"] is not None for row in c["cells"])
-    note = f"Change: {label(c['main'])} minus {label(c['reference'])}. Holm's correction is over all {family} tested cells of method, task and language; the other methods' are in comparison.json."
+    note = (
+        f"Change: {label(c['main'])} minus {label(c['reference'])}. Holm's correction is over all {family} tested cells of method, "
+        "task and language; the other methods' are in comparison.json."
+    )
     return Table(columns, rows, note, 2)
 
 
 def _english(c: Comparison) -> Table:
     rows = [
-        [label(r["method"]), interval(r, "accuracy", "low", "high"), _change(r["from_base"]), _change(r["against"])] for r in c["english"]
+        [label(r["method"]), interval(r, "accuracy", "low", "high"), change(r["from_base"]), change(r["against"])] for r in c["english"]
     ]
     return Table(("method", "right, %", "change from base, points", f"change against {label(c['reference'])}, points"), rows)
 
@@ -154,11 +118,25 @@ def _hits(c: Comparison) -> Table:
         counts = [str(row[name]) for name in ("up_up", "up_down", "down_up", "down_down", "ties")]
         rate = [interval(row, "rate", "low", "high"), p_text(row["p"]), interval(row, "expected", "", "")]
         rows.append([row["level"], row["base"] or "all", row["task"] or "all", *counts, f"{row['hits']} of {row['n']}", *rate])
-    columns = ("unit", "base model", "task", "up/up", "up/down", "down/up", "down/down", "ties", "hits", "hit rate, %", "p", "by margins, %")
+    columns = (
+        "unit",
+        "base model",
+        "task",
+        "up/up",
+        "up/down",
+        "down/up",
+        "down/down",
+        "ties",
+        "hits",
+        "hit rate, %",
+        "p",
+        "by margins, %",
+    )
     note = (
-        f"Sign of the change by transplanted anchor routing, before any training / sign of {label(c['main'])} minus {label(c['reference'])} after it. "
-        "A unit is a pair of task and language, a task, or a base model. Ties, where either is zero, are left out. p: binomial, against one "
-        "half; by margins: the rate of two unrelated columns with as many ups."
+        "Sign of the change by transplanted anchor routing, before any training / sign of "
+        f"{label(c['main'])} minus {label(c['reference'])} after it. "
+        "A unit is a pair of task and language, a task, or a base model. Ties, where either is zero, are left out. p: binomial, "
+        "against one half; by margins: the rate of two unrelated columns with as many ups."
     )
     return Table(columns, rows, note, 3)
 
@@ -169,7 +147,10 @@ def _ci(c: Comparison) -> Table:
     keys = [key for key in dict.fromkeys((m, over) for m, over, _ in found) if any(found[(*key, name)]["n"] for name in names)]
     over = {"base": "the base model", "reference": label(c["reference"])}
     rows = [[label(method), over[o], *(_r(found[method, o, name]) for name in names)] for method, o in keys]
-    note = f"Pearson's r over pairs of task and language, Fisher's 95 % interval. {label(c['reference'])}'s own row is the headroom that any training fills."
+    note = (
+        f"Pearson's r over pairs of task and language, Fisher's 95 % interval. {label(c['reference'])}'s own row is the headroom that any "
+        "training fills."
+    )
     return Table(("method", "gain over", "all", *(name for name in names if name)), rows, note, 2)
 
 
@@ -178,16 +159,14 @@ def _r(row: Row) -> str:
 
 
 def _mass(c: Comparison) -> Table:
-    rows = [[label(r["method"]), f"{r['mass']:.3f}", NONE if r["anchor"] is None else f"{r['anchor']:.3f}", _mass_change(r["against"])] for r in c["mass"]]
-    note = "At the last prompt token, mean over the zone (all MoE layers where there is none), tasks, target languages, base models and seeds."
+    rows = []
+    for row in c["mass"]:
+        anchor = NONE if row["anchor"] is None else f"{row['anchor']:.3f}"
+        rows.append([label(row["method"]), f"{row['mass']:.3f}", anchor, mass_change(row["against"])])
+    note = (
+        "At the last prompt token, mean over the zone (all MoE layers where there is none), tasks, target languages, base models and seeds."
+    )
     return Table(("method", "mass, target languages", "mass, anchor", f"change against {label(c['reference'])}"), rows, note)
-
-
-def _mass_change(row: Row | None) -> str:
-    if row is None:
-        return NONE
-    ends = [] if row["low"] is None else [number(row[name], "+.4f") for name in ("low", "high")]
-    return number(row["change"], "+.4f") + (f" [{', '.join(ends)}]" if ends else "")
 
 
 def _cost(c: Comparison) -> Table:
@@ -200,7 +179,8 @@ def _cost(c: Comparison) -> Table:
         rows.append([label(row["method"]), *cells])
     columns = ("method", "iteration, ms", "ratio", "stage, s", "ratio", "peak memory, MiB", "ratio")
     note = (
-        f"Medians over runs; ratio to {label(c['reference'])}: geometric means over pairs of base model and seed, Student's interval on the logarithms. "
+        f"Medians over runs; ratio to {label(c['reference'])}: geometric means over pairs of base model and seed, Student's interval on "
+        "the logarithms. "
         "Iteration: median of the logged ones without the first. Stage: wall time of the fine-tuning stage with start-up and saving."
     )
     return Table(columns, rows, note)
@@ -209,13 +189,21 @@ def _cost(c: Comparison) -> Table:
 def _zero(c: Comparison) -> Table:
     words_for = {True: "equal", False: "differ", None: "not recorded"}
     rows = [
-        [r["base"], _text(r["seed"]), words_for[r["outcomes_equal"]], str(r["differing"]), words_for[r["weights_equal"]]]
+        [r["base"], text(r["seed"]), words_for[r["outcomes_equal"]], str(r["differing"]), words_for[r["weights_equal"]]]
         for r in c["coefficient_zero"]
     ]
-    return Table(("base model", "seed", "answers", "differing", "weights"), rows, f"Against {label(c['reference'])} of the same base model and seed; both must be equal.")
+    note = f"Against {label(c['reference'])} of the same base model and seed; answers and weights must both be equal."
+    return Table(("base model", "seed", "answers", "differing", "weights"), rows, note)
 
 
 def _ablation(c: Comparison) -> Table:
-    rows: Iterable[Row] = c["ablation"]
-    shown = [[r["method"], "; ".join(r["settings"]) or NONE, _change(r["against"]), *_p(r["against"], "p", "p_holm"), _higher(r["against"])] for r in rows]
-    return Table(("method", "what it changes", "change, points", "p", "p, Holm", "seeds higher"), shown, "Target languages; p as in the first table.", 2)
+    shown = []
+    for row in c["ablation"]:
+        found = row["against"]
+        shown.append([row["method"], "; ".join(row["settings"]) or NONE, change(found), *p_cells(found, "p", "p_holm"), higher(found)])
+    return Table(
+        ("method", "what it changes", "change, points", "p", "p, Holm", "seeds higher"),
+        shown,
+        "Target languages; p as in the first table.",
+        2,
+    )

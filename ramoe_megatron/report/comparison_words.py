@@ -17,8 +17,9 @@ LIMITS = (
     "Three families are corrected, each by itself: the methods against {reference}, the claims, and all cells of method, task and "
     "language. A result that was sought elsewhere in this document is not corrected.",
     "An interval that holds zero shows no difference; it does not show that there is none. Its width says how large one may be.",
-    "This is RA-MoE as we read it (arXiv 2605.28306); the choices that the paper leaves open are settings of the recipe. What a small model on "
-    "generated data shows need not hold for a large one, and nothing here reproduces, or fails to reproduce, the paper's numbers.",
+    "This is RA-MoE as we read it (arXiv 2605.28306); the choices that the paper leaves open are settings of the recipe. What a "
+    "small model on generated data shows need not hold for a large one, and nothing here reproduces, or fails to reproduce, the "
+    "paper's numbers.",
     "The pairs of the transplant table and of the ci share share their models and examples: they are fewer independent ones than "
     "they count, so those p-values and intervals are optimistic.",
     "Times of a machine that does other work at once are rough; the iteration's is nearer to what the method costs than the stage's.",
@@ -125,7 +126,8 @@ def claim(row: Mapping[str, Any]) -> str:
 
 
 def _english(c: Comparison) -> list[str]:
-    kept = [f"{label(r['method'])} {interval(r['from_base'], 'change', 'low', 'high', signed=True)}" for r in c["english"] if r["from_base"]]
+    rows = [(label(row["method"]), row["from_base"]) for row in c["english"] if row["from_base"]]
+    kept = [f"{name} {interval(change, 'change', 'low', 'high', signed=True)}" for name, change in rows]
     return [f"The anchor language ({c['anchor']}), change from the base model in points: {'; '.join(kept)}."] if kept else []
 
 
@@ -137,8 +139,9 @@ def _hits(c: Comparison) -> list[str]:
             continue
         rate = interval(row, "rate", "low", "high")
         told.append(
-            f"The sign of the transplant test agreed with the sign of {label(c['main'])} minus {label(c['reference'])} in {row['hits']} of {row['n']} "
-            f"{what} ({rate} %, {row['ties']} ties left out; p {_is(row['p'])} against one half; {100 * row['expected']:.0f} % by the margins alone)."
+            f"The sign of the transplant test agreed with the sign of {label(c['main'])} minus {label(c['reference'])} in {row['hits']} of "
+            f"{row['n']} {what} ({rate} %, {row['ties']} ties left out; p {_is(row['p'])} against one half; "
+            f"{100 * row['expected']:.0f} % by the margins alone)."
         )
     return told
 
@@ -150,8 +153,9 @@ def _ci(c: Comparison) -> list[str]:
         return []
     over = correlation_text(found.get((c["main"], "reference"), {}))
     return [
-        f"ci share against gain over the base model: {label(c['main'])} {correlation_text(main)}; {label(c['reference'])}, which aligns nothing, "
-        f"{correlation_text(other)}: that much is headroom. Against {label(c['main'])}'s gain over {label(c['reference'])}: {over}."
+        f"ci share against gain over the base model: {label(c['main'])} {correlation_text(main)}; {label(c['reference'])}, which "
+        f"aligns nothing, {correlation_text(other)}: that much is headroom. Against {label(c['main'])}'s gain over "
+        f"{label(c['reference'])}: {over}."
     ]
 
 
@@ -180,6 +184,6 @@ def _zero(c: Comparison) -> list[str]:
             f"{row['base']} seed {row['seed']}, {count(row['differing'], 'answer')}{' and the weights' * (row['weights_equal'] is False)}"
             for row in wrong
         )
-        return [f"A coefficient of zero did NOT leave training as it was ({told}): no other figure here can be trusted before that is explained."]
+        return [f"A coefficient of zero did NOT leave training as it was ({told}): explain that before trusting any other figure here."]
     weighed = sum(row["weights_equal"] is True for row in rows)
     return [f"A coefficient of zero gave the reference's answers in all {len(rows)} runs, and the same weights in {weighed} with a digest."]

@@ -8,7 +8,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ramoe_megatron.method.statistics import Difference, clustered_difference, false_discovery, holm, paired_difference
@@ -78,7 +78,7 @@ def keys_of(evaluations: Iterable[Evaluation]) -> dict[ExampleKey, str]:
     return {key: task for evaluation in evaluations for key, task in evaluation.tasks.items()}
 
 
-def direction(row: Row | None) -> str:
+def direction(row: Mapping[str, Any] | None) -> str:
     """`above`, `below` or `holds zero`, of a row's interval; `unknown` where it has none."""
     if row is None or row["low"] is None or row["high"] is None:
         return "unknown"
