@@ -26,7 +26,7 @@ from ramoe_megatron.method.taxonomy import TaxonomyPair, TaxonomyRow, summarise
 from ramoe_megatron.method.tensors import ModelShape
 from ramoe_megatron.report.html import write_report
 from ramoe_megatron.report.inputs import Evaluation, load_run
-from ramoe_megatron.report.pairing import paired_change
+from ramoe_megatron.report.pairing import pair_up, paired_change
 from ramoe_megatron.report.plots import FIGURES
 from ramoe_megatron.report.tables import build, collect, summary_table
 from ramoe_megatron.report.words import summary
@@ -235,6 +235,20 @@ def test_only_pairs_that_both_answered_count() -> None:
     assert change is not None
     assert (change.change, change.seeds_higher) == (1.0, 1)
     assert paired_change(method, sft, {"tr"}) is None
+
+
+def test_an_outcome_without_a_seed_is_paired_with_every_seed_of_its_own_base_model() -> None:
+    seeds = [evaluation("sft", seed, {("x", "es"): seed == 1}) for seed in (1, 2, 3)]
+    steered = [evaluation("steering", None, {("x", "es"): True})]
+    change = paired_change(steered, seeds, {"es"})
+    assert change is not None
+    assert (change.change, change.seeds_higher, change.seeds_lower, change.seeds_paired) == (pytest.approx(2 / 3), 2, 0, 3)
+    back = paired_change(seeds, steered, {"es"})
+    assert back is not None
+    assert (back.change, back.seeds_lower, back.seeds_paired) == (pytest.approx(-2 / 3), 2, 3)
+    elsewhere = [dataclasses.replace(steered[0], base="another model")]
+    assert paired_change(elsewhere, seeds, {"es"}) is None
+    assert [(pair.base, pair.seed) for pair in pair_up(steered, seeds[::-1])] == [("", 1), ("", 2), ("", 3)]
 
 
 def test_gain_is_after_minus_before(results: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Laws of intervals and tests, and closed forms worked out by hand."""
 
 import math
+import random
 
 import pytest
 from hypothesis import assume, given
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.statistics import (
     clustered_difference,
+    false_discovery,
+    holm,
     paired_difference,
     paired_proportions,
     pearson,
@@ -139,3 +142,24 @@ def test_mcnemar_is_exact_and_no_change_still_has_a_width() -> None:
     assert small.p == 1.0
     assert small.low < large.low < 0 < large.change + 0.1
     assert small.change == 0.0
+
+
+def test_corrections_worked_by_hand() -> None:
+    """Sorted 0.005, 0.01, 0.03, 0.04: Holm 4, 3, 2, 1 times with a running maximum; Benjamini-Hochberg n / rank with a running minimum."""
+    p = [0.01, 0.04, 0.03, 0.005]
+    assert holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert false_discovery(p) == pytest.approx([0.02, 0.04, 0.04, 0.02])
+    assert holm([0.5, 0.4]) == pytest.approx([0.8, 0.8])
+    assert (holm([]), false_discovery([])) == ([], [])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.randoms())
+def test_corrections_follow_their_tests_and_only_raise_p(p: list[float], draw: random.Random) -> None:
+    order = draw.sample(range(len(p)), len(p))
+    for correct in (holm, false_discovery):
+        found = correct(p)
+        assert correct([p[place] for place in order]) == pytest.approx([found[place] for place in order])
+        assert all(own - 1e-12 <= adjusted <= 1 for own, adjusted in zip(p, found, strict=True))
+        assert [found[place] for place in sorted(range(len(p)), key=p.__getitem__)] == sorted(found)
+    assert all(strict >= discovery - 1e-12 for strict, discovery in zip(holm(p), false_discovery(p), strict=True))
+    assert holm(p[:1]) == false_discovery(p[:1]) == p[:1]
