@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ramoe_megatron.cli_methods import compare, methods
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.unfinished import STATUS
 
@@ -244,6 +245,10 @@ def _show(path: Path) -> None:
     from ramoe_megatron.method.inspect import describe
 
     Console().print(describe(path))
+
+
+main.add_command(compare)
+main.add_command(methods)
 
 
 if __name__ == "__main__":

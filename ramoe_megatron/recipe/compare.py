@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.files import read_json
 from ramoe_megatron.recipe.load import load_recipe
 from ramoe_megatron.recipe.manifest import Manifest
 from ramoe_megatron.recipe.plan import make_plan
@@ -32,7 +33,7 @@ def compare_recipe(
         seeds: fine-tuning seeds 1 to N; the recipe's when left out.
         bases: seeds of the data and the base model; the recipe's one when left out.
         out: folder of the runs, comparison.json and comparison.html; runs/NAME by default.
-        document: Markdown file of the comparison, beside them by default (experiment.md).
+        document: where to write the Markdown document too; it is experiment.md in that folder.
 
     Raises:
         RamoeError: as `run_recipe`; no method `sft` to compare with; several bases of a recipe that trains none.
@@ -55,11 +56,15 @@ def compare_recipe(
     if waiting := [folder.name for folder, own in folders.items() if not _done(path, own, folder)]:
         console.print(f"{', '.join(waiting)}: submitted; give the same command again when its jobs have ended", highlight=False)
         return
+    from ramoe_megatron.method.catalogue import METHODS
     from ramoe_megatron.report.comparison import write_comparison  # matplotlib
+    from ramoe_megatron.report.comparison_document import write_document
 
     words = ["ramoe", "compare", path.name, *(["--seeds", str(seeds)] if seeds else [])]
     words += ["--bases", ",".join(map(str, bases))] if bases else []
-    page = write_comparison(list(folders), root, document or root / "experiment.md", shlex.join(words))
+    page = write_comparison(list(folders), root, presets=tuple(METHODS), command=shlex.join(words))
+    if document is not None:
+        write_document(read_json(root / "comparison.json"), document)
     console.print(f"comparison: {page}", soft_wrap=True, highlight=False)
     console.print(f"document: {document or root / 'experiment.md'}", soft_wrap=True, highlight=False)
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.divergence import parse_layers
+from ramoe_megatron.method.layers import parse_layers
 from ramoe_megatron.report.contrasts import Row, correct, direction, spread
 from ramoe_megatron.report.inputs import RunInputs
 from ramoe_megatron.report.pairing import pooled
