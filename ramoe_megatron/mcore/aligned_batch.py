@@ -82,8 +82,13 @@ class AlignmentContext:
             if len(chosen_B) % 2:
                 raise RamoeError(f"routing_batch: {len(chosen_B)} samples in a micro-batch; the target paired needs an even number")
             chosen_B = chosen_B & chosen_B[self.partner_B]
-        self.weight_B = batch["ramoe_weight"].float() * chosen_B
-        self.ci_B = batch["ramoe_ci"].bool() if "ramoe_ci" in batch else self.weight_B > 0
+        refresh = alignment.metrics.refresh
+        weight_B = batch["ramoe_weight"].float() if refresh is None else refresh.weight(batch["example"])
+        self.weight_B = weight_B * chosen_B
+        if refresh is not None:
+            self.ci_B = refresh.is_ci(batch["example"])
+        else:
+            self.ci_B = batch["ramoe_ci"].bool() if "ramoe_ci" in batch else self.weight_B > 0
         self.task_B = batch["ramoe_task"].clamp(min=0)
         self.has_task_B = (batch["ramoe_task"] >= 0) & chosen_B
         self.target_BZE = batch.get("ramoe_target")

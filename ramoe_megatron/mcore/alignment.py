@@ -82,6 +82,7 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
         layer_weight=layer_weights(config, layers, len(numbers)),
         coefficient=coefficient,
     )
+    alignment.metrics.chunks = [unwrapped(chunk) for chunk in chunks(model)]
     observe_routers(model)
     for chunk in chunks(model):
         local = {router.ramoe_layer for router in local_routers(chunk)}

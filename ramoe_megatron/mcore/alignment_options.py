@@ -73,6 +73,13 @@ class RoutingAlignmentConfig:
     normalize: Literal["samples", "ci"] = "samples"
     """What the sum over aligned samples is divided by: samples (all of the global batch) or ci (the aligned ones alone)."""
 
+    refresh_interval: int | None = None
+    """Every so many iterations, score a sample of the training examples anew with the current weights: those that have become right
+    leave the aligned set, new ci ones enter it (our own option; off by default)."""
+
+    refresh_examples: int = 512
+    """Examples (ids, each in all its languages) of such a sample."""
+
     shuffle_targets: int | None = None
     """Control, not a method: seed of a permutation of the English targets among the examples of one task."""
 
@@ -89,6 +96,8 @@ class RoutingAlignmentConfig:
             value = getattr(self, name)
             if get_origin(kind) is Literal and value not in get_args(kind):  # argparse checks flags, nobody a keyword
                 raise RamoeError(f"--ramoe-{name} {value!r}: expected one of {', '.join(get_args(kind))}")
+        if (self.refresh_interval is not None and self.refresh_interval < 1) or self.refresh_examples < 1:
+            raise RamoeError("--ramoe-refresh-interval and --ramoe-refresh-examples: expected whole numbers of at least 1")
         if self.coeff_warmup_iters < 0:
             raise RamoeError(f"--ramoe-coeff-warmup-iters {self.coeff_warmup_iters}: expected a number of iterations, 0 or more")
         if self.coeff == 0:
@@ -127,6 +136,15 @@ class RoutingAlignmentConfig:
             )
         if self.reverse and self.target != "paired":
             raise RamoeError("--ramoe-reverse aligns English views, which only --ramoe-target paired runs: give that too")
+        if self.refresh_interval is not None:
+            for flag, on, way_out in (
+                ("--ramoe-examples all", self.examples == "all", "which examples are right then changes nothing: remove one of the two"),
+                ("--ramoe-normalize ci", self.normalize == "ci", "it needs to know them beforehand: use --ramoe-normalize samples"),
+                ("--ramoe-target paired", self.target == "paired", "use --ramoe-target example"),
+                ("--ramoe-shuffle-targets", self.shuffle_targets is not None, "remove one of the two"),
+            ):
+                if on:
+                    raise RamoeError(f"--ramoe-refresh-interval does not go with {flag}: {way_out}")
         if self.target != "paired":
             return
         for flag, on, way_out in (

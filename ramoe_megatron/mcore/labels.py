@@ -23,7 +23,8 @@ class ExampleLabels:
     """Whether each example's routing is aligned, and to what: read from the artefacts, checked against each other and the data.
 
     Attributes: `aligned` bool [examples], `task` int64 [examples] (row of the expert file; -1 when the task is not in it), `category`
-    (cc, ci, ic or ii of each example, "" where it has none).
+    (cc, ci, ic or ii of each example, "" where it has none), `may_align` bool [examples] (what it needs to be aligned, whatever its
+    category: another language than the anchor, and a target).
     """
 
     def __init__(self, examples: Sequence[Example], config: RoutingAlignmentConfig, anchor: str) -> None:
@@ -41,13 +42,17 @@ class ExampleLabels:
         self.category = np.array(categories(examples, config.taxonomy, anchor))
         self.aligned = aligned_examples(examples, self.category, config, anchor)
         self._refuse_unknown_tasks(examples, experts)
+        self.may_align = np.array([example.language != anchor for example in examples], dtype=bool) & (self.task >= 0)
+        if config.target == "profile":
+            has_pattern = experts.english_pattern[config.tokens].any(dim=-1).any(dim=-1).numpy()
+            self.may_align &= has_pattern[self.task.clip(min=0)]
         self.priors = self._load_priors(examples, experts) if config.target == "example" else None
         self.target_ids = shuffled_ids(examples, self.aligned, config.shuffle_targets)
 
     def target(self, index: int) -> Tensor:
         """English routing that an example is pulled to in the aligned layers; zeros where it is not aligned. [Z, E]"""
         assert self.priors is not None
-        if not self.aligned[index]:
+        if not (self.aligned if self.config.refresh_interval is None else self.may_align)[index]:
             return torch.zeros(len(self.layers), self.priors.shape.num_experts)
         return self.priors.rows([self.target_ids[index]])[0, list(self.layers)].float()
 
@@ -74,8 +79,10 @@ class ExampleLabels:
         priors.check_model(shape.num_moe_layers, shape.num_experts, shape.topk, shape.score_function)
         known = set(priors.ids)
         missing = sorted({e.id for e, on in zip(examples, self.aligned, strict=True) if on} - known)
+        has_prior = np.array([example.id in known for example in examples], dtype=bool)
+        self.may_align &= has_prior
         if self.config.missing_priors == "skip":
-            self.aligned &= np.array([example.id in known for example in examples], dtype=bool)
+            self.aligned &= has_prior
         elif missing:
             raise RamoeError(
                 f"--ramoe-priors {self.config.priors}: no English routing for {len(missing)} aligned examples, first "

@@ -19,6 +19,7 @@ from megatron.core.transformer.moe import moe_logging
 from torch import Tensor
 
 from ramoe_megatron.mcore.coefficient import Coefficient
+from ramoe_megatron.mcore.refresh import TaxonomyRefresh
 
 COLUMNS = ("loss", "unit", "aligned", "samples", "ci_mass", "ci", "other_mass", "other")
 LOSS, SHARE = "routing_alignment_loss", "ramoe/aligned_share"
@@ -44,9 +45,12 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
 
     def __init__(self, layer_numbers: Sequence[int], device: Any, coefficient: Coefficient | None = None) -> None:
         """`layer_numbers`: Megatron's layer number (1-based) of each MoE layer of the whole model; `coefficient` is told the losses
-        while it measures its unit, and is in the log while it changes."""
+        while it measures its unit, and is in the log while it changes. `refresh` is told of each step, where it is set; `chunks`: this
+        rank's model chunks, unwrapped."""
         super().__init__()
         self.coefficient = coefficient
+        self.refresh: TaxonomyRefresh | None = None
+        self.chunks: list[Any] = []
         self.lm_2 = torch.zeros(2, dtype=torch.float64, device=device)
         self.layer_numbers = tuple(layer_numbers)
         self.sums_LM = torch.zeros(len(layer_numbers), len(COLUMNS), dtype=torch.float32, device=device)
@@ -59,7 +63,7 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         """Make our tracker Megatron's; what stock losses have recorded so far goes on in it. A second model chunk gets the same one."""
         current = moe_logging.get_moe_metrics_tracker()
         if isinstance(current, cls) and current.layer_numbers == tuple(layer_numbers):
-            current.coefficient = coefficient
+            current.coefficient, current.refresh = coefficient, None
             return current
         tracker = cls(layer_numbers, device, coefficient)
         tracker._metrics = current.metrics
@@ -131,6 +135,8 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
                 self._log_scalars({COEFFICIENT: acted}, iteration, writer, wandb_writer)
         if total_loss_dict is not None:
             self._print(totals_LM.sum(dim=0), total_loss_dict)
+        if self.refresh is not None:
+            self.refresh.step(iteration)
         return log
 
     def _write(self, totals_LM: Tensor, per_layer_logging: bool, iteration: int, writer: Any, wandb_writer: Any) -> None:

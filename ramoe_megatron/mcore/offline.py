@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -57,16 +57,28 @@ class OfflineModel:
         Raises:
             RamoeError: there is no checkpoint, it does not fit the flags, or the layout is one that offline jobs do not run.
         """
-        from megatron.core import parallel_state
-        from megatron.core.utils import get_model_config
-        from megatron.training import get_tokenizer
         from megatron.training.initialize import initialize_megatron
 
         refuse_layout(args)
         require_checkpoint(args.load, "--load")
         initialize_megatron()
+        self._adopt(_load(args), args, batch_tokens)
+
+    @classmethod
+    def around(cls, chunks: Sequence[Any], args: Any, batch_tokens: int) -> Self:
+        """The unwrapped chunks of a model that is being trained; the caller sets evaluation mode. Raises as `refuse_layout`."""
+        refuse_layout(args)
+        model = cls.__new__(cls)
+        model._adopt(list(chunks), args, batch_tokens)
+        return model
+
+    def _adopt(self, chunks: list[Any], args: Any, batch_tokens: int) -> None:
+        from megatron.core import parallel_state
+        from megatron.core.utils import get_model_config
+        from megatron.training import get_tokenizer
+
         self.args, self.tokenizer, self.batch_tokens = args, get_tokenizer(), batch_tokens
-        self.chunks = _load(args)
+        self.chunks = chunks
         observe_routers(self.chunks)
         self.layer_numbers = moe_layer_numbers(self.chunks)
         self.config = get_model_config(self.chunks[0])

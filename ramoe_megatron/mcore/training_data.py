@@ -11,7 +11,9 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.labels import AlignedDataset, ExampleLabels
+from ramoe_megatron.mcore.metrics import AlignmentMetrics
 from ramoe_megatron.mcore.options import options_from_args
+from ramoe_megatron.mcore.refresh import TaxonomyRefresh, refuse_refresh
 from ramoe_megatron.mcore.startup import samples_block
 
 
@@ -65,6 +67,7 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
     Raises:
         RamoeError: as `check_data`.
     """
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.training import get_args, print_rank_0
 
     args = get_args()
@@ -80,6 +83,11 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
     if alignment.coeff > 0:
         train = AlignedDataset(train, alignment, options.anchor, args.global_batch_size, args.calculate_per_token_loss)
         labels = train.labels
+        if alignment.refresh_interval is not None:
+            tracker = get_moe_metrics_tracker()
+            assert isinstance(tracker, AlignmentMetrics)  # attached before the data are read
+            anchors = _examples(options, options.split, [options.anchor])
+            tracker.refresh = TaxonomyRefresh(tracker.chunks, labels, train.dataset.examples, anchors, args)
         print_rank_0(samples_block(train.dataset.examples, labels.category, labels.aligned, drawn, options.anchor))
     else:
         print_rank_0(f"ramoe: {len(train.examples)} training examples, {len(drawn)} draws")
@@ -124,6 +132,8 @@ def _refuse_batches(args: Any, options: DataOptions, alignment: RoutingAlignment
         f"--dataloader-type {args.dataloader_type}": args.dataloader_type not in (None, "single"),
     }
     found = [flag for flag, on in changing.items() if on]
+    if alignment.coeff > 0 and alignment.refresh_interval is not None:
+        refuse_refresh(args)
     if alignment.coeff > 0 and alignment.target == "paired":
         _refuse_pairs(args, options, [flag for flag in found if "dataloader" in flag])
     if found and (ci or options.pack):
