@@ -25,7 +25,7 @@ JOBS = ("taxonomy", "profile", "evaluate", "steer")
 KILLS = 3
 OUTPUTS = {
     "taxonomy": {"taxonomy.jsonl", "taxonomy.json"},
-    "profile": {"experts.safetensors", "divergence.csv", "priors.safetensors"},
+    "profile": {"experts.safetensors", "divergence.csv", "priors.safetensors", "usage.safetensors"},
     "evaluate": {"base.json", "base.jsonl"},
     "steer": {"steering.json"},
 }
@@ -33,7 +33,7 @@ OUTPUTS = {
 
 def argv(folder: Path, job: str, output: str, *more: str) -> list[str]:
     if job == "profile":
-        return profile_flags(folder, output, *LAYOUT, *more)
+        return profile_flags(folder, output, "--ramoe-save-usage", *LAYOUT, *more)
     experts = ["--ramoe-experts", str(folder / "profile-whole/experts.safetensors")] if job in ("evaluate", "steer") else []
     if job == "steer":  # 13 settings
         experts += "--ramoe-taus file --ramoe-zones 1-2 0-3 2-3 --ramoe-strengths 0.25 0.5 1.0 --ramoe-languages es".split()

@@ -2,13 +2,13 @@
 
     python -m torch.distributed.run --nproc-per-node N tests/worker.py TABLE.json OUT
 
-Each row: {"name", "job", "argv"}: a job of `ramoe_megatron.jobs`, or a script, run as from the command line; with "lm": 0 the
-language-model loss is multiplied by 0; with "everything": true, the weights before the first step, the gradients of all weights, and
-the elements in gradient buffers and in the optimizer's state are recorded too. A row runs in a fork of its rank, which has imported Megatron
-and done nothing else: imports are paid once, and no row sees what another left. Recorded per row and rank, in OUT/NAME.RANK.safetensors:
-the router gradients of the first step after `finalize_model_grads` (before clipping), and the weights at the end; in OUT/NAME.json
-(rank 0): the figures that each step logged ("steps"; "first" and "figures" are the first and the last of them) and the seconds that the
-row took, or the error.
+Each row: {"name", "job", "argv"}: a job of `ramoe_megatron.jobs`, or a script, run as from the command line; with "lm": 0 the language-
+model loss is multiplied by 0; with "everything": true, the weights before the first step, the gradients of all weights, and the elements
+in gradient buffers and in the optimizer's state are recorded too. A row runs in a fork of its rank, which has imported Megatron and done
+nothing else: imports are paid once, and no row sees what another left. Recorded per row and rank, in OUT/NAME.RANK.safetensors: the
+router gradients of the first step after `finalize_model_grads` (before clipping), and the weights at the end; in OUT/NAME.json (rank 0):
+the figures that each step logged ("steps"; "first" and "figures" are the first and the last of them) and the seconds that the row took,
+or the error.
 """
 
 import importlib

@@ -3,7 +3,7 @@
 Frozen weights stay bit-for-bit: weight decay, clipping and the distributed optimizer never see them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.router import chunks, moe_layer_numbers, unwrapped
 from ramoe_megatron.mcore.selection import Selection
+from ramoe_megatron.mcore.selective_optimizer import holding_to_selection
 from ramoe_megatron.mcore.startup import selection_block
 
 
@@ -21,7 +22,7 @@ def prepare(model_config: Any, selection: Selection) -> None:
     from megatron.training import training
 
     model_config.pre_wrap_hooks.append(partial(select_trainable, selection=selection))
-    training.get_megatron_optimizer = _without_stub_optimizers(training.get_megatron_optimizer)
+    training.get_megatron_optimizer = holding_to_selection(training.get_megatron_optimizer)
 
 
 def select_trainable(model: Any, selection: Selection) -> Any:
@@ -123,18 +124,3 @@ def _tell(selection: Selection, numbers: list[int], trained: int, total: int) ->
         trained, total = sums.tolist()
     if not distributed or torch.distributed.get_rank() == 0:
         print(selection_block(selection, numbers, trained, total), flush=True)
-
-
-def _without_stub_optimizers(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's `get_megatron_optimizer`, without the optimizers that have no weight on any rank.
-
-    Where only experts are trained, Megatron chains an empty optimizer of the dense weights, whose state it cannot save. It
-    is empty on every rank alike, so the others meet in the same collectives without it.
-    """
-
-    def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
-        optimizer = make(*args, **kwargs)
-        optimizer.chained_optimizers = [one for one in optimizer.chained_optimizers if not getattr(one, "is_stub_optimizer", False)]
-        return optimizer
-
-    return get_megatron_optimizer

@@ -1,0 +1,100 @@
+"""Megatron's optimizer where only some weights are trained: built, saved and resumed although a rank, or the whole model, has none of a kind.
+
+Three things of Megatron 0.19 do not hold then, and are mended around its own functions:
+- An optimizer of no weight at all (the dense weights, where only experts are trained) cannot say its state: it is left out.
+- The state of a weight is saved as a piece of a tensor over all layers and experts, which has to be whole: each is saved by itself.
+- The step is saved by the first rank, which may have no weight that counts steps: the ranks tell each other.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+
+def holding_to_selection(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's `get_megatron_optimizer` for a model of which some weights are frozen."""
+
+    def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
+        optimizer = make(*args, **kwargs)
+        # Megatron gives all ranks the same parameter groups: what is a stub here is one everywhere, and no collective waits for it.
+        optimizer.chained_optimizers = [one for one in optimizer.chained_optimizers if not getattr(one, "is_stub_optimizer", False)]
+        sharded_state_dict = optimizer.sharded_state_dict
+
+        def with_steps(*args: Any, **kwargs: Any) -> Any:
+            from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+
+            step = _agreed_step(optimizer)
+            for one in optimizer.chained_optimizers:
+                if not _has_weights(one) and "gbuf_ranges" in vars(one):
+                    one.state_dict = lambda one=one: _state_without_weights(one, step)
+            state = sharded_state_dict(*args, **kwargs)
+            parts = [state] if len(optimizer.chained_optimizers) == 1 else state.values()
+            for one, part in zip(optimizer.chained_optimizers, parts, strict=True):
+                _tell_step(part, step, counted_by_weight=isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW))
+            return dict_list_map_outplace(_by_itself, state)
+
+        optimizer.sharded_state_dict = with_steps
+        return optimizer
+
+    return get_megatron_optimizer
+
+
+def _has_weights(one: Any) -> bool:
+    return any(group["params"] for group in one.optimizer.param_groups)
+
+
+def _agreed_step(optimizer: Any) -> int | None:
+    """Steps that the optimizer has taken, from the ranks that have weights; None before the first. All ranks call."""
+    own = [
+        int(step)
+        for one in optimizer.chained_optimizers
+        for holder in [*one.optimizer.state.values(), *(group for group in one.optimizer.param_groups if group["params"])]
+        if (step := holder.get("step")) is not None  # of each weight in torch's Adam, of each group in transformer-engine's
+    ]
+    told: list[int | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, max(own, default=None))
+    return max((step for step in told if step is not None), default=None)
+
+
+def _state_without_weights(one: Any, step: int | None) -> dict[str, Any]:
+    """`DistributedOptimizer.state_dict` on a rank without weights, where Megatron's asks a weight for the step."""
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in one.optimizer.state_dict()["param_groups"]]
+    state: dict[str, Any] = {"optimizer": {"param_groups": [group | {"step": step or 0} for group in groups]}}
+    return state | ({"grad_scaler": one.grad_scaler.state_dict()} if one.grad_scaler else {})
+
+
+def _tell_step(part: dict[str, Any], step: int | None, counted_by_weight: bool) -> None:
+    """Put the step where an optimizer with weights would have put it, into what the first rank saves for all."""
+    inner = part.get("optimizer", part)
+    if step is None or not isinstance(inner, dict):  # the distributed optimizer's usual format: each rank saves its own
+        return
+    if not counted_by_weight:
+        for group in inner["param_groups"]:
+            group.setdefault("step", step)
+    elif "state" in inner:
+        inner["state"].setdefault("common_step", torch.tensor(float(step)))
+
+
+def _by_itself(entry: Any) -> Any:
+    """A piece of a tensor over layers and experts as a tensor of its own, named by its place among them; anything else as it is."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    if isinstance(entry, ShardedTensorFactory):
+        from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+
+        build = entry.build_fn
+        return replace(entry, build_fn=lambda *args: dict_list_map_outplace(_by_itself, build(*args)))
+    if not isinstance(entry, ShardedTensor) or not entry.prepend_axis_num:
+        return entry
+    axes = entry.prepend_axis_num
+    place = ".".join(str(offset) for offset in entry.global_offset[:axes])
+    return replace(
+        entry,
+        key=f"{entry.key}.{place}",
+        global_shape=entry.global_shape[axes:],
+        global_offset=entry.global_offset[axes:],
+        axis_fragmentations=entry.axis_fragmentations[axes:],
+        prepend_axis_num=0,
+    )
