@@ -1,12 +1,13 @@
 """A job for the tests: likelihoods, answers and top-k shares of every example, unsteered and under several steerings."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from ramoe_megatron.data.encode import encode
+from ramoe_megatron.jobs.evaluate import EvaluateOptions
 from ramoe_megatron.jobs.offline import examples_with_anchor, offline_job
 from ramoe_megatron.mcore.arguments import options_from_args
 from ramoe_megatron.method.artefacts import ExpertFile
@@ -16,22 +17,14 @@ from ramoe_megatron.method.steering import Steering
 LAYERS = (1, 2)
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of the test's job."""
-
-    experts: str | None = None
-    """experts.safetensors."""
-
-
 def main() -> None:
-    with offline_job(Options) as (args, data, options):
+    with offline_job(EvaluateOptions) as (args, data, options):
         from ramoe_megatron.mcore.offline import OfflineModel
         from ramoe_megatron.mcore.routing import sequence_routing
         from ramoe_megatron.mcore.scoring import greedy, log_likelihoods
         from ramoe_megatron.mcore.steering import steering_contexts
 
-        file = ExpertFile.load(str(options_from_args(Options, args).experts))
+        file = ExpertFile.load(str(options_from_args(EvaluateOptions, args).experts))
         two, three = (replace(file, expert_mask=TopM(m).choose(file.delta)) for m in (2, 3))
         soft, hard = Steering("soft", 0.5, None, LAYERS), Steering("hard", None, None, LAYERS)
         cases = {

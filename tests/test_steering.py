@@ -111,7 +111,8 @@ DELTA[0, 1, 0], DELTA[0, 2, 5], DELTA[1, 2, 3], DELTA[1, 3, 3] = 0.45, 0.35, 0.2
 def expert_file() -> ExpertFile:
     return ExpertFile(
         tasks=("even", "odd"), shape=ModelShape(4, 6, 2, "softmax", 8), expert_mask=DELTA > 0.4, delta=DELTA, task_frequency=DELTA,
-        general_frequency=DELTA[0], english_pattern={}, layer_number=torch.arange(1, 5), rule={"name": "tau", "tau": 0.4}, zone=Zone(1, 2, "auto", "floor"),
+        general_frequency=DELTA[0], english_pattern={}, layer_number=torch.arange(1, 5), rule={"name": "tau", "tau": 0.4},
+        zone=Zone(1, 2, "auto", "floor"),
         checkpoint="base", path=Path("experts.safetensors"),
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ EVALUATIONS: dict[str, tuple[str, ...]] = {
 }
 REFUSED = {
     "base-name": ("evaluate", "--ramoe-steer hard --ramoe-steer-layers 1-2", "--ramoe-method base names the base model as it is"),
-    "twice": ("evaluate", "--ramoe-method x --ramoe-steering s.json --ramoe-steer soft --ramoe-steer-tau 0.3", "--ramoe-steer, --ramoe-steer-tau"),
+    "twice": ("evaluate", "--ramoe-method x --ramoe-steering s.json --ramoe-steer soft --ramoe-steer-tau 0.3", "--ramoe-steer, --ramoe-st"),
     "alone": ("evaluate", "--ramoe-method x --ramoe-steer-tau 0.3", "--ramoe-steer-tau without --ramoe-steer"),
     "no-experts": ("evaluate", "--ramoe-method x --ramoe-steer soft --ramoe-experts", "--ramoe-experts is missing"),
     "hard-strength": ("evaluate", "--ramoe-method x --ramoe-steer hard --ramoe-steer-strength 1", "hard, which takes none"),
