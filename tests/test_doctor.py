@@ -96,10 +96,11 @@ FATAL: dict[str, tuple[str, str, int, str, list[str]]] = {
     "foreign": ("aligned", "--ramoe-experts {world}/foreign.safetensors", 1, "expert file", ["num_moe_layers is 6", "4 in the model"]),
     "frequency": ("aligned", "--moe-layer-freq [1,0,1,0]", 1, "expert file", ["num_moe_layers is 4", "2 in the model"]),
     "evaluation": ("evaluate", "--ramoe-experts {world}/foreign.safetensors", 1, "expert file", ["num_moe_layers is 6"]),
-    "steering": ("evaluate", "--ramoe-steer soft", 1, "steering", ["--ramoe-method base names"]),
-    "steering file": ("evaluate", "--ramoe-method x --ramoe-steering {world}/no.json --ramoe-experts {world}/experts.safetensors",
-                      1, "steering", ["no.json"]),
-    "settings": ("steer", "--ramoe-experts {world}/experts.safetensors --ramoe-taus best", 1, "settings", ["'best'"]),
+    "steering": ("evaluate", "--ramoe-steer soft", 1, "steering", ["--ramoe-experts is missing"]),
+    "steering file": (
+        "evaluate", "--ramoe-method x --ramoe-steering no.json --ramoe-experts {world}/experts.safetensors", 1, "steering", ["no.json"]
+    ),
+    "settings": ("steer", "--ramoe-taus best", 1, "settings", ["'best'"]),
     "steer foreign": ("steer", "--ramoe-experts {world}/foreign.safetensors", 1, "expert file", ["num_moe_layers is 6"]),
     "zone": ("aligned", "--ramoe-experts {world}/zoneless.safetensors", 1, "expert file", ["--ramoe-layers auto", "the curve is flat"]),
     "layers": ("aligned", "--ramoe-layers 2-7", 1, "expert file", ["2-7", "0 to 3"]),
@@ -110,7 +111,7 @@ FATAL: dict[str, tuple[str, str, int, str, list[str]]] = {
     "taxonomy": ("profile", "--ramoe-taxonomy {world}/general.jsonl", 1, "taxonomy", ["general.jsonl:1"]),
     "divergence": ("predict", "", 1, "divergence", ["--ramoe-divergence-file is missing"]),
 }  # fmt: skip
-SOUND = {"finetune": 2, "aligned": 1, "taxonomy": 2, "profile": 1, "evaluate": 1}
+SOUND = {"finetune": 2, "aligned": 1, "taxonomy": 2, "profile": 1, "evaluate": 1, "steer": 1}
 
 
 def line(name: str, kind: str, more: list[str], ranks: int, world: Path) -> Line:
@@ -118,6 +119,7 @@ def line(name: str, kind: str, more: list[str], ranks: int, world: Path) -> Line
         "finetune": lambda: training_flags(world, *load_flags(world), *more),
         "aligned": lambda: training_flags(world, *alignment(world), *more),
         "profile": lambda: profile_flags(world, "out", *more),
+        "steer": lambda: offline_flags(world, "out", "--ramoe-experts", str(world / "experts.safetensors"), "--ramoe-taus", "file", *more),
     }.get(kind, lambda: offline_flags(world, "out", *more))()
     return Line(name, "finetune" if kind == "aligned" else kind, flags, ranks)
 
