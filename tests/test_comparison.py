@@ -248,7 +248,7 @@ def test_a_coefficient_of_zero_must_be_equal_in_answers_and_weights(tmp_path: Pa
     assert "did NOT leave training as it was (one seed 2, 0 answers and the weights; one seed 3, 1 answer)" in findings(c)[-1]
     assert c["ablation"] == []
     fine = compare([write_run(tmp_path / "two", plain("sft", "coeff-zero"))])
-    assert "answers in all 5 runs" in findings(fine)[-1]
+    assert "gave the answers of SFT in all 5 runs; no digest" in findings(fine)[-1]
 
 
 def test_further_methods_are_listed_with_what_they_change(tmp_path: Path) -> None:

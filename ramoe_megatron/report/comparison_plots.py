@@ -39,25 +39,28 @@ def forest(c: Mapping[str, Any]) -> "Figure | None":
     rows = [row for row in c["headline"] if row["against"] is not None]
     if not rows:
         return None
-    figure, (axis,) = panels(1, 8.0, 1.3 + 0.36 * len(rows))
+    figure, (axis,) = panels(1, 8.0, 1.3 + 0.4 * len(rows))
+    axis.use_sticky_edges = False  # a band that reaches furthest is not to end at the frame
     names = [base["base"] for base in c["bases"]]
+    several = len(names) > 1
+    marks: dict[str, dict[str, Any]] = {
+        name: {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)], "ms": 4.5} for at, name in enumerate(names)
+    }
     for place, row in enumerate(rows):
         found, examples = row["against"], row["against"]["by_example"]
         if examples["low"] is not None:
-            width = 100 * (examples["high"] - examples["low"])
-            axis.barh(
-                place, width, left=100 * examples["low"], height=0.62, color="#DDDDDD", zorder=1, label="over examples, 95 %" * (place == 0)
-            )
+            low, high = 100 * examples["low"], 100 * examples["high"]
+            axis.barh(place + 0.1, high - low, left=low, height=0.76, color="#DDDDDD", zorder=1)
         if found["low"] is not None:
             axis.plot([100 * found["low"], 100 * found["high"]], [place, place], color="black", lw=1.6, zorder=2)
-        axis.plot(100 * found["change"], place, "D", color="black", ms=5, zorder=4, label="mean over seeds, 95 %" * (place == 0))
-        for base in found["by_base"] if len(names) > 1 else []:
-            at = names.index(base["base"])
-            height = place + 0.22 * (1 if at % 2 else -1)
-            colour, marker = COLOURS[at % len(COLOURS)], MARKERS[at % len(MARKERS)]
-            axis.plot(100 * base["change"], height, marker, color=colour, ms=4.5, zorder=3)
-    for at, name in enumerate(names if len(names) > 1 else []):  # each once, whichever methods it has
-        axis.plot([], [], MARKERS[at % len(MARKERS)], color=COLOURS[at % len(COLOURS)], ms=4.5, label=plain(name))
+        axis.plot(100 * found["change"], place, "D", color="black", ms=5, zorder=4)
+        for base in found["by_base"] if several else []:
+            height = place + 0.17 + 0.21 * names.index(base["base"]) / (len(names) - 1)  # below the line, apart from it
+            axis.plot(100 * base["change"], height, ls="", zorder=3, **marks[base["base"]])
+    axis.plot([], [], "D-", color="black", ms=5, lw=1.6, label="mean over seeds, 95 %")
+    axis.plot([], [], color="#DDDDDD", lw=7, label="over examples, 95 %")
+    for name in names if several else []:
+        axis.plot([], [], ls="", label=plain(name), **marks[name])
     axis.axvline(0, color="#555555", lw=0.9, zorder=1)
     axis.set_yticks(range(len(rows)), [plain(label(row["method"])) for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)

@@ -14,6 +14,8 @@ LIMITS = (
     "of new seeds for these base models, not of another base model. Read each base model's own difference.",
     "The interval over examples is clustered by example and speaks of new examples for these seeds and base models. Neither interval "
     "covers other data or other languages.",
+    "A method that trains nothing has one outcome a base model, which is set beside every seed of {reference}: the spread of its "
+    "difference is that of {reference} alone.",
     "Three families are corrected, each by itself: the methods against {reference}, the claims, and all cells of method, task and "
     "language. A result that was sought elsewhere in this document is not corrected.",
     "An interval that holds zero shows no difference; it does not show that there is none. Its width says how large one may be.",
@@ -126,9 +128,13 @@ def claim(row: Mapping[str, Any]) -> str:
 
 
 def _english(c: Comparison) -> list[str]:
-    rows = [(label(row["method"]), row["from_base"]) for row in c["english"] if row["from_base"]]
-    kept = [f"{name} {interval(change, 'change', 'low', 'high', signed=True)}" for name, change in rows]
-    return [f"The anchor language ({c['anchor']}), change from the base model in points: {'; '.join(kept)}."] if kept else []
+    rows = {row["method"]: row for row in c["english"]}
+    kept = [f"{label(m)} {points(rows[m]['from_base'])}" for m in (c["reference"], c["main"]) if m in rows and rows[m]["from_base"]]
+    if not kept:
+        return []
+    against = rows.get(c["main"], {}).get("against")
+    beside = f"; {label(c['main'])} minus {label(c['reference'])} {points(against)}" if against else ""
+    return [f"The anchor language ({c['anchor']}), change from the base model: {', '.join(kept)}{beside}."]
 
 
 def _hits(c: Comparison) -> list[str]:
@@ -186,4 +192,5 @@ def _zero(c: Comparison) -> list[str]:
         )
         return [f"A coefficient of zero did NOT leave training as it was ({told}): explain that before trusting any other figure here."]
     weighed = sum(row["weights_equal"] is True for row in rows)
-    return [f"A coefficient of zero gave the reference's answers in all {len(rows)} runs, and the same weights in {weighed} with a digest."]
+    weights = f"the same weights in {weighed} of them" if weighed else "no digest of the weights was recorded"
+    return [f"A coefficient of zero gave the answers of {label(c['reference'])} in all {count(len(rows), 'run')}; {weights}."]
