@@ -335,13 +335,14 @@ def test_page_and_json_are_written_and_shown(tmp_path: Path) -> None:
         ("predict.json", "predict"),
         ("evaluations/base.json", "evaluate/base"),
         ("evaluations/ra-moe-seed3.json", "evaluate/ra-moe-seed3"),
+        ("evaluations/steering-soft.json", "evaluate/steering-soft"),
         ("manifest.json", "data"),
     ],
 )
 def test_a_missing_file_is_named_with_its_stage(tmp_path: Path, name: str, stage: str) -> None:
-    folder = write_run(tmp_path / "one", rising())
+    folder = write_run(tmp_path / "one", {**rising(), ("steering-soft", None): {}})
     (folder / name).unlink()
-    with pytest.raises(RamoeError, match=rf"one/{re.escape(name)}: stage {stage}$"):
+    with pytest.raises(RamoeError, match=rf"1 file is missing(?s:.*)one/{re.escape(name)}: stage {stage}$"):
         compare([folder])
 
 

@@ -143,9 +143,12 @@ def _complete(folder: Path, label: str, reference: str) -> RunInputs:
             f"{run.root / 'recipe.yaml'}: found methods {', '.join(methods) or 'none'}, expected {reference} among them, which "
             "the others are compared with; add it and run the recipe again"
         )
+    started = (run.manifest or {}).get("stages", {})
     for seed in run.recipe.get("seeds") or [1]:
-        for name in [m for m in methods if (m, None) not in found and (m, seed) not in found]:
-            missing.append((f"evaluations/{name}-seed{seed}.json", f"evaluate/{name}-seed{seed}"))
+        for method in [m for m in methods if (m, None) not in found and (m, seed) not in found]:
+            name = method if f"evaluate/{method}" in started else f"{method}-seed{seed}"  # without a seed: nothing is trained
+            missing.append((f"evaluations/{name}.json", f"evaluate/{name}"))
+    missing = list(dict.fromkeys(missing))
     if missing:
         told = "\n".join(f"  {run.root / name}: stage {stage}" for name, stage in missing)
         raise RamoeError(
