@@ -93,6 +93,15 @@ def test_soft_moves_and_scales_with_the_logits(case: tuple[torch.Tensor, ...], s
     torch.testing.assert_close(steer("soft", z * scale, mask, strength, NONE), moved * scale)
 
 
+@given(cases(), st.sampled_from(KINDS), st.floats(-2, 2))
+def test_reduced_precision_is_float32_rounded_once(case: tuple[torch.Tensor, ...], kind: str, strength: float) -> None:
+    z, mask, noise = case[0].bfloat16(), case[1], case[2] * 100  # so that the next number above decides nothing
+    expected = steer(kind, z.float(), mask, strength, noise).bfloat16()
+    largest = z.amax(dim=-1, keepdim=True)
+    rounded_away = (expected <= largest) & mask if kind == "hard" else torch.zeros_like(mask)
+    assert torch.equal(steer(kind, z, mask, strength, noise)[~rounded_away], expected[~rounded_away])
+
+
 def test_noise_is_the_same_every_time_and_of_the_stated_size() -> None:
     torch.manual_seed(5)
     noise = steering_noise(40, 128)
