@@ -85,6 +85,11 @@ def training_flags(folder: Path, *more: str, losses: tuple[str, ...] = STOCK) ->
     return cpu_command_line([*model_flags(folder), *losses, *flags.split(), *waits, *data, *more])[0]
 
 
+def bases_argv(folder: Path) -> list[str]:
+    """Training of the base model, saved to folder/base."""
+    return training_flags(folder, "--train-iters", "4", "--save", str(folder / "base"), "--save-interval", "4")
+
+
 def load_flags(folder: Path, base: str = "base") -> list[str]:
     return ["--pretrained-checkpoint", str(folder / base), "--finetune", "--no-load-optim", "--no-load-rng"]
 

@@ -18,6 +18,7 @@ from ramoe_megatron.mcore.arguments import (
     arguments_with,
 )
 from ramoe_megatron.mcore.options import options_from_args
+from ramoe_megatron.mcore.selective_options import SelectiveOptions
 
 ON: dict[str, Any] = {"coeff": 1.0, "experts": "e.safetensors", "taxonomy": "t.jsonl"}
 
@@ -34,6 +35,7 @@ def test_without_flags_alignment_is_off() -> None:
     assert RoutingAlignmentConfig.from_args(args) == RoutingAlignmentConfig()
     assert RoutingAlignmentConfig().coeff == 0
     assert options_from_args(DataOptions, args) == DataOptions()
+    assert options_from_args(SelectiveOptions, args) == SelectiveOptions()
 
 
 def test_every_flag_reaches_its_field() -> None:
@@ -52,13 +54,17 @@ def test_every_flag_reaches_its_field() -> None:
     )  # fmt: skip
     data = options_from_args(DataOptions, args)
     assert data == DataOptions(["a.jsonl", "b"], "dev", ["en", "tr"], "eng", ["prompt=text"], ["*/en=0.4", "*=0.6"])
+    words = "--ramoe-train rise --ramoe-usage u --ramoe-train-budget 12"
+    assert options_from_args(SelectiveOptions, parse(*words.split())) == SelectiveOptions("rise", "u", 12)
+    words = "--ramoe-train esft-gate --ramoe-usage u --ramoe-train-top-p 0.2"
+    assert options_from_args(SelectiveOptions, parse(*words.split())) == SelectiveOptions("esft-gate", "u", None, 0.2)
     assert data.column_mapping() == {"prompt": "text"}
     assert data.weight_mapping() == {"*/en": 0.4, "*": 0.6}
 
 
 @pytest.mark.parametrize("job", [(), (EvaluateOptions,), (ProfileOptions,), (PredictOptions,)])
 def test_every_field_has_a_help_text_that_prints(job: tuple[type, ...]) -> None:
-    groups = (DataOptions, OfflineOptions, *job) if job else (RoutingAlignmentConfig, DataOptions)
+    groups = (DataOptions, OfflineOptions, *job) if job else (RoutingAlignmentConfig, DataOptions, SelectiveOptions)
     parser = arguments_with(*groups)(argparse.ArgumentParser())  # of ours alone: Megatron 0.19 cannot print all of its own help
     told = parser.format_help()
     helps = {action.dest: action.help for action in parser._actions}

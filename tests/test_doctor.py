@@ -17,7 +17,7 @@ from small_run import LANGUAGES, load_flags, model_flags, offline_flags, profile
 
 from ramoe_megatron.cli import main
 from ramoe_megatron.findings import Finding, Line
-from ramoe_megatron.method.artefacts import ExpertFile, ModelShape
+from ramoe_megatron.method.artefacts import ExpertFile, ModelShape, UsageFile
 from ramoe_megatron.method.divergence import NoZone, Zone
 from ramoe_megatron.recipe import doctor, doctor_environment
 from ramoe_megatron.recipe.doctor_environment import environment_findings, folder_findings
@@ -60,6 +60,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_experts(folder / "experts.safetensors")
     save_experts(folder / "foreign.safetensors", layers=6)
     save_experts(folder / "zoneless.safetensors", NoZone("the curve is flat"))
+    shape, used = ModelShape(6, 8, 2, "softmax", 32), torch.full((1, 6, 8), 0.25)
+    UsageFile(("en",), shape, torch.tensor([9]), used, used, torch.arange(1, 7), "base@1").save(folder / "usage.safetensors")
     rows = (folder / "parallel.jsonl").read_text().splitlines()
     (folder / "broken.jsonl").write_text("\n".join([*rows[:4], rows[4][:-9], *rows[5:]]) + "\n")
     (folder / "short.jsonl").write_text("\n".join((folder / "taxonomy.jsonl").read_text().splitlines()[:6]) + "\n")
@@ -106,6 +108,11 @@ FATAL: dict[str, tuple[str, str, int, str, list[str]]] = {
     "layers": ("aligned", "--ramoe-layers 2-7", 1, "expert file", ["2-7", "0 to 3"]),
     "labels": ("aligned", "--ramoe-taxonomy {world}/short.jsonl", 1, "labels", ["have no category"]),
     "forced": ("aligned", "--moe-router-force-load-balancing", 1, "alignment", ["--moe-router-force-load-balancing"]),
+    "usage": ("finetune", "--ramoe-train esft-gate --ramoe-train-top-p 0.3 --ramoe-usage {world}/no.safetensors", 1, "selection",
+              ["no.safetensors", "no such file"]),
+    "usage of another": ("finetune", "--ramoe-train rise --ramoe-train-budget 3 --ramoe-usage {world}/usage.safetensors", 1, "selection",
+                         ["num_moe_layers is 6", "4 in the model"]),
+    "budget": ("finetune", "--ramoe-train rise", 1, "flags", ["without --ramoe-usage"]),
     "rule": ("profile", "--ramoe-select best", 1, "expert rule", ["'best'"]),
     "general": ("profile", "--ramoe-general {world}/absent.jsonl", 1, "general text", ["absent.jsonl"]),
     "taxonomy": ("profile", "--ramoe-taxonomy {world}/general.jsonl", 1, "taxonomy", ["general.jsonl:1"]),

@@ -15,6 +15,7 @@ from ramoe_megatron.method.artefacts import (
     ExpertFile,
     ModelShape,
     Priors,
+    UsageFile,
     save_document,
     write_divergence,
     write_taxonomy,
@@ -82,6 +83,15 @@ def test_priors(tmp_path: Path) -> None:
     ids = [f"x{i}" for i in range(7)]
     Priors.save(path, ids, torch.full((7, 3, 4), 0.25), tokens="last", shape=SHAPE, checkpoint="base", data=DATA)
     contains(shown(path), "ramoe-priors", "7, first x0, x1, x2, x3, x4", "tokens last", "top-2")
+
+
+def test_usage(tmp_path: Path) -> None:
+    path = tmp_path / "usage.safetensors"
+    frequency = torch.zeros(2, 3, 4)
+    frequency[:, :, 1], frequency[1, 2, 3] = 0.75, 0.875
+    UsageFile(("en", "tr"), SHAPE, torch.tensor([40, 50]), frequency, frequency / 2, torch.tensor([2, 4, 6]), "base@9", DATA).save(path)
+    contains(shown(path), "ramoe-usage", "en 40, tr 50", "base@9", "top-2", "experts used most: tr")
+    contains(shown(path), "2 6 2 3 (0.88, 0.44), 1 (0.75, 0.38), 0 (0.00, 0.00)")
 
 
 def test_taxonomy_lines_and_document_show_the_same_pairs(tmp_path: Path) -> None:
@@ -178,7 +188,7 @@ def test_what_is_no_artefact_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(RamoeError, match=rf"{name}.*{message}"):
             describe(path)
     save_file({"w": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    with pytest.raises(RamoeError, match=r"weights\.safetensors: .*expected ramoe-experts or ramoe-priors"):
+    with pytest.raises(RamoeError, match=r"weights\.safetensors: .*expected ramoe-experts, ramoe-priors or ramoe-usage"):
         describe(tmp_path / "weights.safetensors")
     body = {**results(), "rows": [{"method": "sft"}]}
     save_document(tmp_path / "results.json", "ramoe-results", body)

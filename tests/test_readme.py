@@ -19,12 +19,14 @@ from ramoe_megatron.jobs.profile import ProfileOptions
 from ramoe_megatron.jobs.steer import SteerOptions
 from ramoe_megatron.jobs.steering import SteeringOptions
 from ramoe_megatron.mcore.arguments import DataOptions, RoutingAlignmentConfig
+from ramoe_megatron.mcore.selective_options import SelectiveOptions
 from ramoe_megatron.recipe.load import validate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPTIONS = [
-    RoutingAlignmentConfig, DataOptions, OfflineOptions, ProfileOptions, EvaluateOptions, SteeringOptions, SteerOptions, PredictOptions,
+    RoutingAlignmentConfig, DataOptions, SelectiveOptions, OfflineOptions, ProfileOptions, EvaluateOptions, SteeringOptions, SteerOptions,
+    PredictOptions,
 ]  # fmt: skip
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from data_rows import SmallTokenizer
 from layout_rows import EP, ETP1, FULL, PP, TP
 from safetensors.torch import load_file
 from small_run import alignment_flags, load_flags, profile_flags, run_table, training_flags, write_world
@@ -250,7 +251,7 @@ def test_usage_is_that_of_the_tokens(runs: Path) -> None:
     torch.testing.assert_close(usage.frequency.sum(-1), torch.full((3, 4), 2.0))
     torch.testing.assert_close(usage.gate.sum(-1), torch.ones(3, 4))  # softmax over the chosen two: Megatron's default
     assert ((usage.gate > 0) == (usage.frequency > 0)).all()
-    tokenizer = train_or_load(runs)
+    tokenizer = SmallTokenizer((runs / "tokenizer.model").read_bytes())
     rows = load_examples([str(runs / "parallel.jsonl")], split="train,test")
     for place, language in enumerate(usage.languages):
         own = [encode(row, tokenizer) for row in rows if row.language == language]

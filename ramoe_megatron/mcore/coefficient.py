@@ -52,11 +52,12 @@ class Coefficient:
             return
         self.parity = lm / aligned
         args = _training_args()
+        measured = {"parity": self.parity, "lm_loss": lm, "iteration": args.curr_iteration}
         if torch.distributed.get_rank() == 0:
             told = f"LM loss {lm:.4g}, alignment loss {aligned:.4g}: coefficient {self.config.coeff:g} x {self.parity:.4g}"
             print(f"ramoe: {told}", flush=True)
             if args.save:
-                atomic_write_text(Path(args.save) / FILE, json.dumps({"parity": self.parity, "iteration": args.curr_iteration}) + "\n")
+                atomic_write_text(Path(args.save) / FILE, json.dumps(measured) + "\n")
 
     def _resume(self, args: Any) -> None:
         if self.parity is not None or args.curr_iteration == 0:

@@ -1,4 +1,4 @@
-"""Megatron's optimizer where only some weights are trained: built, saved and resumed although a rank, or the whole model, has none of a kind.
+"""Megatron's optimizer where only some weights train: built, saved and resumed although a rank, or the whole model, has none of a kind.
 
 Three things of Megatron 0.19 do not hold then, and are mended around its own functions:
 - An optimizer of no weight at all (the dense weights, where only experts are trained) cannot say its state: it is left out.

@@ -1,0 +1,177 @@
+"""All methods of one recipe on real Megatron: each stage's own command line, on one rank, under PP 2, and under TP 2 x EP 2.
+
+A step that measures the unit of a coefficient, and one that refreshes the taxonomy, are runs beside them.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_run import aligned_flags, bases_argv, gradients, outcome, run_table, weights, write_world
+
+from ramoe_megatron.mcore.cpu import cpu_command_line
+from ramoe_megatron.method.artefacts import read_taxonomy
+from ramoe_megatron.method.catalogue import METHODS
+from ramoe_megatron.recipe.load import validate
+from ramoe_megatron.recipe.plan import make_plan
+from ramoe_megatron.recipe.schema import Recipe
+from ramoe_megatron.recipe.stage import Stage
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "pp": (2, {"pipeline-model-parallel-size": 2}),
+    "tp-ep": (4, {"tensor-model-parallel-size": 2, "sequence-parallel": True, "expert-model-parallel-size": 2}),
+}
+TRAINED = [name for name, entry in METHODS.items() if not entry.steering]
+STEERED = [name for name, entry in METHODS.items() if entry.steering]
+COMBINED = {"name": "aligned-experts", "preset": ["ra-moe", "esft-token"]}
+MADE = ("taxonomy.jsonl", "taxonomy.json", "experts.safetensors", "divergence.csv", "priors.safetensors", "priors-all.safetensors")
+REFRESH = ("--ramoe-refresh-interval", "2", "--ramoe-refresh-examples", "10", "--train-iters", "6")
+
+
+def recipe(folder: Path, layout: str) -> Recipe:
+    ranks, parallel = LAYOUTS[layout]
+    model: dict[str, Any] = {
+        "num-layers": 4, "hidden-size": 32, "init-method-std": 0.1, "num-attention-heads": 4, "seq-length": 32,
+        "max-position-embeddings": 48, "num-experts": 8, "moe-router-topk": 2, "moe-ffn-hidden-size": 32, "ffn-hidden-size": 32,
+        "position-embedding-type": "rope", "normalization": "RMSNorm", "swiglu": True, "disable-bias-linear": True,
+        "attention-dropout": 0, "hidden-dropout": 0, "moe-token-dispatcher-type": "alltoall", "make-vocab-size-divisible-by": 64,
+        "moe-router-load-balancing-type": "aux_loss", "moe-aux-loss-coeff": 0.01,
+    }  # fmt: skip
+    train = {
+        "train-iters": 2, "micro-batch-size": 4, "global-batch-size": 16, "lr": 1e-3, "eval-iters": 0, "eval-interval": 1000,
+        "num-workers": 0, "log-interval": 1, "weight-decay": 0.1, "save-interval": 100,
+    }  # fmt: skip
+    return validate(
+        {
+            "name": "small", "model": model, "train": train, "parallel": parallel, "checkpoint": str(folder / "base"),
+            "tokenizer": {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": str(folder / "tokenizer.model")},
+            "data": {"files": [str(folder / "parallel.jsonl")], "general": [str(folder / "general.jsonl")], "languages": ["es", "tr"]},
+            "taxonomy": {"max-new-tokens": 4}, "profile": {"select": "top-m=3", "layers": "1-2"},
+            "alignment": {"coeff": 20, "target": "example"}, "selection": {"budget": 9, "top-p": 0.5},
+            "methods": [*METHODS, COMBINED], "launch": {"ranks-per-node": ranks, "batch-tokens": 256},
+        },
+        "recipe",
+    )  # fmt: skip
+
+
+def stages(folder: Path, layout: str) -> dict[str, Stage]:
+    return {stage.name: stage for stage in make_plan(recipe(folder, layout), folder / f"run-{layout}", folder)}
+
+
+def row(name: str, stage: Stage) -> dict[str, Any]:
+    module, *words = stage.arguments()
+    timeout = ["--distributed-timeout-minutes", "3"]
+    return {"name": name, "job": module.rpartition(".")[2], "argv": cpu_command_line([*words, *timeout])[0]}
+
+
+def rows(folder: Path, layout: str, *kinds: str) -> list[dict[str, Any]]:
+    return [
+        row(f"{layout}-{stage.name.replace('/', '-')}", stage) for stage in stages(folder, layout).values() if stage.kind in kinds
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    write_world(folder)
+    run_table(1, [{"name": "base", "job": "finetune", "argv": bases_argv(folder)}], folder, "base")
+    run_table(1, [*rows(folder, "one", "taxonomy", "profile"), *rows(folder, "one", "finetune", "evaluate"), *beside(folder)], folder)
+    for layout in ("pp", "tp-ep"):
+        (folder / f"run-{layout}").mkdir()
+        for name in (*MADE, "usage.safetensors"):
+            shutil.copy(folder / "run-one" / name, folder / f"run-{layout}" / name)
+        run_table(LAYOUTS[layout][0], [*rows(folder, layout, "finetune"), *steered(folder, layout)], folder, layout)
+    return folder
+
+
+def steered(folder: Path, layout: str) -> list[dict[str, Any]]:
+    return [row for row in rows(folder, layout, "evaluate") if "steering" in row["name"]]
+
+
+def beside(folder: Path) -> list[dict[str, Any]]:
+    """Runs from the shared profile whose flags no method has."""
+    made = folder / "run-one"
+    (folder / "profile").symlink_to(made)
+    parity = ["--ramoe-coeff", "1", "--ramoe-coeff-unit", "lm-loss", "--train-iters", "3", "--save", str(folder / "parity")]
+    refresh = ["--save", str(folder / "refresh"), "--save-interval", "3", *REFRESH]
+    resumed = ["--load", str(folder / "refresh"), "--ckpt-step", "3", *REFRESH]
+    alone = [flag for flag in aligned_flags(folder) if flag not in ("--finetune", "--no-load-optim", "--no-load-rng")]
+    place = alone.index("--pretrained-checkpoint")
+    table = {
+        "parity": aligned_flags(folder, *parity),
+        "refresh": aligned_flags(folder, *refresh),
+        "refresh-resumed": [*alone[:place], *alone[place + 2 :], *resumed],
+        "refresh-none": aligned_flags(folder, "--train-iters", "6"),
+    }
+    return [{"name": name, "job": "finetune", "argv": cpu_command_line(words)[0]} for name, words in table.items()]
+
+
+@pytest.mark.parametrize("layout", ["pp", "tp-ep"])
+@pytest.mark.parametrize("method", [*TRAINED, COMBINED["name"]])
+def test_each_method_gives_the_gradients_and_figures_of_one_rank(runs: Path, layout: str, method: str) -> None:
+    one, other = (outcome(runs, f"{name}-finetune-{method}-seed1")["first"] for name in ("one", layout))
+    assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+    expected, found = (gradients(runs, f"{name}-finetune-{method}-seed1") for name in ("one", layout))
+    assert found.keys() == expected.keys()
+    for layer, gradient in expected.items():
+        assert (found[layer] - gradient).norm() <= 2e-5 * gradient.norm(), layer
+
+
+@pytest.mark.parametrize("layout", ["pp", "tp-ep"])
+@pytest.mark.parametrize("method", STEERED)
+def test_steering_answers_as_on_one_rank(runs: Path, layout: str, method: str) -> None:
+    one, other = ((runs / f"run-{name}/evaluations/{method}.jsonl").read_text() for name in ("one", layout))
+    assert one == other
+
+
+def test_coefficient_zero_ends_with_the_weights_of_sft(runs: Path) -> None:
+    zero, sft, aligned = (weights(runs, f"one-finetune-{name}-seed1") for name in ("coeff-zero", "sft", "ra-moe"))
+    assert zero.keys() == sft.keys()
+    assert all(torch.equal(zero[name], weight) for name, weight in sft.items())
+    assert any(not torch.equal(aligned[name], weight) for name, weight in sft.items())
+    digests = {n: json.loads((runs / f"run-one/evaluations/{n}-seed1.json").read_text())["weights_sha256"] for n in ("coeff-zero", "sft")}
+    assert digests["coeff-zero"] == digests["sft"]
+
+
+def test_no_two_methods_train_the_same(runs: Path) -> None:
+    ends = {method: weights(runs, f"one-finetune-{method}-seed1") for method in TRAINED if method != "coeff-zero"}
+    names = [name for name in ends["sft"] if "router" in name or "experts" in name]
+    for number, method in enumerate(ends):
+        for other in list(ends)[:number]:
+            assert any(not torch.equal(ends[method][name], ends[other][name]) for name in names), (method, other)
+
+
+def test_parity_makes_the_term_as_large_as_the_language_model_loss(runs: Path) -> None:
+    steps = outcome(runs, "parity")["steps"]
+    measured = json.loads((runs / "parity/ramoe-parity.json").read_text())
+    figures = outcome(runs, "parity")["first"]
+    assert measured["iteration"] == 0
+    assert measured["parity"] > 0
+    assert steps
+    assert measured["parity"] * figures["routing_alignment_loss"] == pytest.approx(measured["lm_loss"], rel=1e-5)
+
+
+def test_a_refresh_moves_examples_between_the_categories(runs: Path) -> None:
+    files = sorted((runs / "refresh/ramoe-refresh").glob("*.jsonl"))
+    assert [int(path.stem) for path in files] == [2, 4]
+    before = {(row.id, row.language): row.category for row in read_taxonomy(runs / "taxonomy.jsonl")}
+    refreshed = [row for path in files for row in read_taxonomy(path)]
+    assert {row.language for row in refreshed} == {"es", "tr"}
+    assert len({row.id for row in read_taxonomy(files[0])}) == 10
+    assert any(before[row.id, row.language] != row.category for row in refreshed)
+    plain, moved = weights(runs, "refresh-none"), weights(runs, "refresh")
+    assert any(not torch.equal(moved[name], weight) for name, weight in plain.items())
+
+
+def test_a_run_that_resumes_has_the_categories_that_it_had(runs: Path) -> None:
+    through, resumed = weights(runs, "refresh"), weights(runs, "refresh-resumed")
+    assert all(torch.equal(resumed[name], weight) for name, weight in through.items())
+
+
+def test_before_the_first_refresh_nothing_differs(runs: Path) -> None:
+    plain, refreshed = (gradients(runs, name) for name in ("refresh-none", "refresh"))
+    assert all(torch.equal(refreshed[layer], gradient) for layer, gradient in plain.items())
