@@ -6,14 +6,12 @@ from typing import Any
 
 import click
 
+from ramoe_megatron.cli_files import EXISTING, FILE, FILE_COMMANDS, FOLDER, wide_console
 from ramoe_megatron.cli_methods import compare, methods
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.unfinished import STATUS
 
 PASS_THROUGH = {"ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
-FILE = click.Path(path_type=Path)
-FOLDER = click.Path(path_type=Path, file_okay=False)
-EXISTING = click.Path(path_type=Path, file_okay=False, exists=True)
 
 
 class RamoeGroup(click.Group):
@@ -112,7 +110,7 @@ def doctor(changes: tuple[str, ...], out: Path | None, ranks: int | None, nodes:
         found = recipe_findings(Path(target), changes, out, os.environ)
     sound = healthy(found)
     if not sound or os.environ.get("SLURM_NODEID", "0") == "0":  # of many nodes, the first speaks for those that are well
-        _wide_console().print(table(found))
+        wide_console().print(table(found))
     sys.exit(0 if sound else 1)
 
 
@@ -203,52 +201,8 @@ def _plain_job(name: str, *arguments: str) -> None:
         sys.exit(launch(python_command((f"ramoe_megatron.jobs.{name}", *arguments), ranks=0), os.environ).status)
 
 
-@main.command()
-@click.argument("run_folder", metavar="RUN", type=EXISTING)
-def status(run_folder: Path) -> None:
-    """How far each stage of RUN is: state, Slurm job and nodes, last iteration, last line of its log."""
-    from ramoe_megatron.recipe.status import run_status, status_table
-
-    _wide_console().print(status_table(run_status(run_folder.resolve())))
-
-
-@main.command()
-@click.argument("run_folder", metavar="RUN", type=EXISTING)
-def predict(run_folder: Path) -> None:
-    """Go or no-go before any training: ci share, divergence and the transplant test of RUN."""
-    path = run_folder / "predict.json"
-    if not path.exists():
-        raise RamoeError(f"{path} does not exist: `ramoe run RECIPE --until predict --out {run_folder}` writes it")
-    _show(path)
-
-
-@main.command()
-@click.argument("file", type=FILE)
-def inspect(file: Path) -> None:
-    """Show any artefact readably: taxonomy, experts, priors, divergence, evaluation, steering, prediction, results."""
-    _show(file)
-
-
-def _wide_console() -> Any:
-    """A console for tables that 80 columns would cut; a terminal and COLUMNS keep their own width."""
-    import os
-
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal or os.environ.get("COLUMNS") else Console(width=200)
-
-
-def _show(path: Path) -> None:
-    from rich.console import Console
-
-    from ramoe_megatron.method.inspect import describe
-
-    Console().print(describe(path))
-
-
-main.add_command(compare)
-main.add_command(methods)
+for _command in (*FILE_COMMANDS, compare, methods):
+    main.add_command(_command)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import click
 
-FILE = click.Path(path_type=Path)
-FOLDER = click.Path(path_type=Path, file_okay=False)
+from ramoe_megatron.cli_files import FILE, FOLDER, wide_console
 
 
 def _numbers(_context: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:
@@ -43,9 +42,6 @@ def compare(
 @click.command()
 def methods() -> None:
     """What each method trains and adds to the loss, its source, and what of it is our reading."""
-    import os
-
-    from rich.console import Console
     from rich.table import Table
 
     from ramoe_megatron.method.catalogue import METHODS
@@ -53,6 +49,4 @@ def methods() -> None:
     table = Table("method", "trains", "adds to the loss", "source", "our reading", show_lines=True)
     for name, entry in METHODS.items():
         table.add_row(name if entry.kind == "method" else f"{name} (control)", entry.trains, entry.adds, entry.source, entry.reading)
-    console = Console()
-    wide = console if console.is_terminal or os.environ.get("COLUMNS") else Console(width=160)
-    wide.print(table)
+    wide_console().print(table)

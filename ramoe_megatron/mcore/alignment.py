@@ -22,6 +22,7 @@ from ramoe_megatron.mcore.startup import alignment_block
 from ramoe_megatron.method.artefacts import ExpertFile, read_divergence
 from ramoe_megatron.method.divergence import mean_curve
 from ramoe_megatron.method.experts import random_experts
+from ramoe_megatron.method.layer_weights import divergence_weights
 from ramoe_megatron.method.layers import chosen_layers, span
 
 
@@ -133,8 +134,6 @@ def layer_weights(config: RoutingAlignmentConfig, layers: tuple[int, ...], num_m
     """
     if config.layer_weights is None:
         return dict.fromkeys(layers, 1.0)
-    from ramoe_megatron.method.layer_weights import divergence_weights
-
     with _naming("--ramoe-layer-weights"):
         curve_L = mean_curve(read_divergence(config.layer_weights))
         if len(curve_L) != num_moe_layers:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ramoe_megatron.method.experts import rule_from
 from ramoe_megatron.report.inputs import RunInputs
 from ramoe_megatron.report.tables import correlation_text, interval, label
 
@@ -157,9 +158,7 @@ def caption(name: str, run: RunInputs, results: Mapping[str, Any], split: str) -
     zone, rule, layers = "No zone is shaded: none was found, or no profile was made.", "", "of the model"
     numbers = ""
     if run.experts is not None:
-        rule = " = ".join(
-            str(run.experts.rule.get(key, "")) for key in ("name", *(k for k in run.experts.rule if k != "name"))
-        )
+        rule = str(rule_from(run.experts.rule)).replace("=", " = ")
         numbers = _layer_numbers([int(number) for number in run.experts.layer_number])
         zone = f"No alignment zone: {run.experts.zone.reason}."
     if run.zone is not None:

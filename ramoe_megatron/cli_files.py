@@ -1,0 +1,104 @@
+"""Commands of `ramoe` that read files and start nothing: show them, and make new ones of them. Heavy imports stand inside."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ramoe_megatron.errors import RamoeError
+
+if TYPE_CHECKING:
+    from ramoe_megatron.method.expert_file import ExpertFile
+
+FILE = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+EXISTING = click.Path(path_type=Path, file_okay=False, exists=True)
+
+
+@click.command()
+@click.argument("run_folder", metavar="RUN", type=EXISTING)
+def status(run_folder: Path) -> None:
+    """How far each stage of RUN is: state, Slurm job and nodes, last iteration, last line of its log."""
+    from ramoe_megatron.recipe.status import run_status, status_table
+
+    wide_console().print(status_table(run_status(run_folder.resolve())))
+
+
+@click.command()
+@click.argument("run_folder", metavar="RUN", type=EXISTING)
+def predict(run_folder: Path) -> None:
+    """Go or no-go before any training: ci share, divergence and the transplant test of RUN."""
+    path = run_folder / "predict.json"
+    if not path.exists():
+        raise RamoeError(f"{path} does not exist: `ramoe run RECIPE --until predict --out {run_folder}` writes it")
+    _show(path)
+
+
+@click.command()
+@click.argument("file", type=FILE)
+def inspect(file: Path) -> None:
+    """Show any artefact readably: taxonomy, experts, priors, anchors, divergence, evaluation, steering, prediction, results."""
+    _show(file)
+
+
+@click.group()
+def experts() -> None:
+    """Make one expert file of several that were profiled on one model, with other languages or data."""
+
+
+@experts.command()
+@click.argument("files", metavar="FILE FILE...", type=FILE, nargs=-1, required=True)
+@click.option("--out", type=FILE, required=True, help="Expert file to write; must not exist.")
+def merge(files: tuple[Path, ...], out: Path) -> None:
+    """The experts that any of the FILEs chose, for the tasks of any."""
+    from ramoe_megatron.method.expert_sets import merge
+
+    _combine(merge, files, out)
+
+
+@experts.command()
+@click.argument("files", metavar="FILE FILE...", type=FILE, nargs=-1, required=True)
+@click.option("--out", type=FILE, required=True, help="Expert file to write; must not exist.")
+def intersect(files: tuple[Path, ...], out: Path) -> None:
+    """The experts that all FILEs chose, for the tasks that all have."""
+    from ramoe_megatron.method.expert_sets import intersect
+
+    _combine(intersect, files, out)
+
+
+def _combine(how: "Callable[[Sequence[ExpertFile]], ExpertFile]", files: tuple[Path, ...], out: Path) -> None:
+    from ramoe_megatron.method.divergence import NoZone
+    from ramoe_megatron.method.expert_file import ExpertFile
+    from ramoe_megatron.method.experts import describe_empty, rule_from
+
+    if out.exists():
+        raise RamoeError(f"--out {out}: exists already; give another name, or move it away")
+    made = how([ExpertFile.load(file) for file in files])
+    made.save(out)
+    zone = f"none ({made.zone.reason})" if isinstance(made.zone, NoZone) else f"MoE layers {made.zone.first} to {made.zone.last}"
+    click.echo(f"{out}: tasks {', '.join(made.tasks)}; {int(made.expert_mask.sum())} task experts; zone {zone}")
+    for sentence in describe_empty(made.expert_mask, made.tasks, rule_from(made.rule)):
+        click.echo(sentence)
+
+
+FILE_COMMANDS = (status, predict, inspect, experts)
+"""Added to `ramoe` by `cli.py`."""
+
+
+def wide_console() -> Any:
+    """A console for tables that 80 columns would cut; a terminal and COLUMNS keep their own width."""
+    import os
+
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal or os.environ.get("COLUMNS") else Console(width=200)
+
+
+def _show(path: Path) -> None:
+    from rich.console import Console
+
+    from ramoe_megatron.method.inspect import describe
+
+    Console().print(describe(path))
