@@ -79,7 +79,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
     write_world(folder)
     run_table(1, [{"name": "base", "job": "finetune", "argv": bases_argv(folder)}], folder, "base")
-    run_table(1, [*rows(folder, "one", "taxonomy", "profile"), *rows(folder, "one", "finetune", "evaluate"), *beside(folder)], folder)
+    evaluated = [row for row in rows(folder, "one", "evaluate") if any(name in row["name"] for name in ("-sft-", "coeff-zero", "steering"))]
+    run_table(1, [*rows(folder, "one", "taxonomy", "profile", "finetune"), *evaluated, *beside(folder)], folder)
     for layout in ("pp", "tp-ep"):
         (folder / f"run-{layout}").mkdir()
         for name in (*MADE, "usage.safetensors"):
