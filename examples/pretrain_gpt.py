@@ -46,6 +46,7 @@ def main():
     # (3) routing alignment on the model that Megatron builds
     alignment = ramoe_megatron.RoutingAlignmentConfig.from_args(args)
     model.pre_wrap_hooks.append(partial(ramoe_megatron.attach, config=alignment))
+    ramoe_megatron.train_selected(args, model)  # all weights unless --ramoe-train says otherwise
     # (4) parallel data
     dataset_provider = ramoe_megatron.dataset_provider
     container = pretrain_cfg_container_from_args(args, model)

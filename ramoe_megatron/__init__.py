@@ -7,6 +7,7 @@ What a user's own training script needs, each imported from Megatron's side only
     check_data           reads the data and the files of alignment, and tells what is wrong before any model is built
     dataset_provider     Megatron's datasets provider for parallel data
     packed_seq_params    the model's argument of that name, for batches of packed samples
+    train_selected       training of what --ramoe-train selects, on a model configuration before `pretrain()`
     routing_batch        context around the model call of a `forward_step`
     RoutingAlignmentConfig   the alignment, as a dataclass
     cpu_backend          Megatron on a machine without a CUDA device
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
     from ramoe_megatron.mcore.compat import skip_helper_compilation
     from ramoe_megatron.mcore.cpu import cpu_backend, cpu_command_line
+    from ramoe_megatron.mcore.selective import train_selected
     from ramoe_megatron.mcore.training import packed_seq_params
     from ramoe_megatron.mcore.training_data import check_data, dataset_provider
 
@@ -39,6 +41,7 @@ _HOMES = {
     "packed_seq_params": "ramoe_megatron.mcore.training",
     "routing_batch": "ramoe_megatron.mcore.aligned_batch",
     "skip_helper_compilation": "ramoe_megatron.mcore.compat",
+    "train_selected": "ramoe_megatron.mcore.selective",
 }
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "packed_seq_params",
     "routing_batch",
     "skip_helper_compilation",
+    "train_selected",
 ]
 
 

@@ -97,7 +97,8 @@ def beside(folder: Path) -> list[dict[str, Any]]:
     """Runs from the shared profile whose flags no method has."""
     made = folder / "run-one"
     (folder / "profile").symlink_to(made)
-    parity = ["--ramoe-coeff", "1", "--ramoe-coeff-unit", "lm-loss", "--train-iters", "3", "--save", str(folder / "parity"), "--save-interval", "3"]
+    parity = ["--ramoe-coeff", "1", "--ramoe-coeff-unit", "lm-loss", "--train-iters", "3"]
+    parity += ["--save", str(folder / "parity"), "--save-interval", "3"]
     refresh = ["--save", str(folder / "refresh"), "--save-interval", "3", *REFRESH]
     resumed = ["--load", str(folder / "refresh"), "--ckpt-step", "3", *REFRESH]
     alone = [flag for flag in aligned_flags(folder) if flag not in ("--finetune", "--no-load-optim", "--no-load-rng")]

@@ -20,18 +20,15 @@ def main() -> None:
         from megatron.training import pretrain
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-        from ramoe_megatron.mcore.selection import selection_from_args
-        from ramoe_megatron.mcore.selective import prepare
+        from ramoe_megatron.mcore.selective import train_selected
         from ramoe_megatron.mcore.training import forward_step
-        from ramoe_megatron.mcore.training_data import check_data, dataset_provider, training_languages
+        from ramoe_megatron.mcore.training_data import check_data, dataset_provider
 
         alignment = RoutingAlignmentConfig.from_args(args)
         check_data(args)
         model_config = compat.model_config_from_args(args)
-        selection = selection_from_args(args, model_config.transformer, training_languages(args))
         model_config.pre_wrap_hooks.append(partial(attach, config=alignment))
-        if selection is not None:
-            prepare(model_config, selection)
+        train_selected(args, model_config)
         with explained_mismatch(starting_checkpoint(args)), told_when_unfinished(args):
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),

@@ -12,17 +12,28 @@ from torch import Tensor
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.router import chunks, moe_layer_numbers, unwrapped
-from ramoe_megatron.mcore.selection import Selection
+from ramoe_megatron.mcore.selection import Selection, selection_from_args
 from ramoe_megatron.mcore.selective_optimizer import holding_to_selection
 from ramoe_megatron.mcore.startup import selection_block
+from ramoe_megatron.mcore.training_data import training_languages
 
 
-def prepare(model_config: Any, selection: Selection) -> None:
-    """Have the model that `pretrain()` builds from a model configuration, and its optimizer, hold to a selection."""
+def train_selected(args: Any, model_config: Any) -> None:
+    """Have the model that `pretrain()` builds from a model configuration, and its optimizer, hold to what `--ramoe-train` selects.
+
+    Args:
+        args: Megatron's parsed arguments with ours.
+        model_config: a `GPTModelConfig` or `HybridModelConfig`, not yet built.
+
+    Raises:
+        RamoeError: as `selection_from_args`.
+    """
     from megatron.training import training
 
-    model_config.pre_wrap_hooks.append(partial(select_trainable, selection=selection))
-    training.get_megatron_optimizer = holding_to_selection(training.get_megatron_optimizer)
+    selection = selection_from_args(args, model_config.transformer, training_languages(args))
+    if selection is not None:
+        model_config.pre_wrap_hooks.append(partial(select_trainable, selection=selection))
+        training.get_megatron_optimizer = holding_to_selection(training.get_megatron_optimizer)
 
 
 def select_trainable(model: Any, selection: Selection) -> Any:

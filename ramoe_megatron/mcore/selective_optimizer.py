@@ -38,6 +38,7 @@ def holding_to_selection(make: Callable[..., Any]) -> Callable[..., Any]:
         optimizer.sharded_state_dict = with_steps
         return optimizer
 
+    get_megatron_optimizer.holds_to_selection = True  # type: ignore[attr-defined]
     return get_megatron_optimizer
 
 

@@ -68,9 +68,14 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
         RamoeError: as `check_data`.
     """
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-    from megatron.training import get_args, print_rank_0
+    from megatron.training import get_args, print_rank_0, training
 
     args = get_args()
+    if getattr(args, "ramoe_train", "all") != "all" and not hasattr(training.get_megatron_optimizer, "holds_to_selection"):
+        raise RamoeError(
+            f"--ramoe-train {args.ramoe_train}: this script trains all weights; call ramoe_megatron.train_selected(args, model_config) "
+            "before pretrain(), or remove the flag"
+        )
     options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
     _refuse_batches(args, options, alignment)
     # One batch more than is drawn: Megatron's sampler refuses to resume a run that has drawn all there is.
