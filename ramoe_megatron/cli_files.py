@@ -82,7 +82,36 @@ def _combine(how: "Callable[[Sequence[ExpertFile]], ExpertFile]", files: tuple[P
         click.echo(sentence)
 
 
-FILE_COMMANDS = (status, predict, inspect, experts)
+@click.command()
+@click.option("--taxonomy", type=FILE, required=True, help="taxonomy.jsonl with the other anchors among its target languages.")
+@click.option("--anchor", required=True, help="The language that `english_correct` of the taxonomy is about.")
+@click.option(
+    "--priors",
+    "named",
+    multiple=True,
+    required=True,
+    metavar="LANGUAGE=FILE",
+    help="An anchor and its priors.safetensors (ramoe profile --ramoe-save-priors). Repeatable; the preferred anchor first.",
+)
+@click.option("--out", type=FOLDER, required=True, help="Folder for taxonomy.jsonl, taxonomy.json, priors.safetensors and anchors.json.")
+def anchors(taxonomy: Path, anchor: str, named: tuple[str, ...], out: Path) -> None:
+    """Pull each example to the first of several anchor languages that the model answers it correctly in.
+
+    Fine-tune with the files in --out as --ramoe-taxonomy and --ramoe-priors (--ramoe-target example).
+    """
+    from ramoe_megatron.method.anchors import write_anchors
+
+    priors: dict[str, Path] = {}
+    for text in named:
+        language, _, file = text.partition("=")
+        if not language or not file or language in priors:
+            raise RamoeError(f"--priors {text}: expected LANGUAGE=FILE, each language once, as in en=priors.safetensors")
+        priors[language] = Path(file)
+    write_anchors(taxonomy, anchor, priors, out)
+    _show(out / "anchors.json")
+
+
+FILE_COMMANDS = (status, predict, inspect, experts, anchors)
 """Added to `ramoe` by `cli.py`."""
 
 

@@ -1,191 +1,201 @@
-"""Several anchor languages: each example aligned to the first of them in which the model answers it correctly (our reading).
+"""Several anchor languages: each example is pulled to the routing of the first anchor that the model answers correctly (our own).
 
-RA-MoE (arXiv 2605.28306) aligns to the successful English routing. Where English fails and Chinese succeeds, the Chinese routing is the
-successful one. A ci row is wrong in its own language, so that language is never the chosen anchor of its example. Rows of another category
-may be given their own language: they matter only where the alignment takes in more than ci examples.
+The paper has one anchor, English (arXiv 2605.28306). Here a second one teaches the examples that the first gets wrong. The results are a
+taxonomy and a prior file of the usual formats, so that fine-tuning reads them as they are: its "English" is then any other anchor.
 
 N examples, L MoE layers, E routed experts.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.artefacts import digests, load_document, package_version, read_taxonomy, save_document, write_taxonomy
-from ramoe_megatron.method.priors import Priors
+from ramoe_megatron.method.artefacts import (
+    Priors,
+    digests,
+    load_document,
+    package_version,
+    read_taxonomy,
+    save_document,
+    write_taxonomy,
+)
 from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
 
 OUTPUTS = ("taxonomy.jsonl", "taxonomy.json", "priors.safetensors", "anchors.json")
 
 
-def outcomes(rows: Sequence[TaxonomyRow], scored: str, anchors: Sequence[str]) -> dict[str, dict[str, bool]]:
-    """By example id, whether the model answers it correctly in each of the anchors, in their order.
+def answered(rows: Sequence[TaxonomyRow], anchor: str, anchors: Sequence[str]) -> dict[str, dict[str, bool]]:
+    """Which anchor languages the model answers each example correctly in: id -> anchor -> right, both in the order given.
 
     Args:
-        rows: the taxonomy of one checkpoint.
-        scored: the anchor that the taxonomy was scored with: ``english_correct`` speaks of it.
-        anchors: the anchor languages; each but ``scored`` is a target language of the taxonomy.
+        rows: a taxonomy whose ``english_correct`` is about the language ``anchor``.
+        anchor: that language; the others are target languages of the taxonomy.
+        anchors: the anchor languages, the preferred one first.
 
     Raises:
-        RamoeError: an anchor without rows, ``scored`` as a target language, an example that lacks a row in an anchor, or rows of one
-            example that disagree on its task, split or English outcome.
+        RamoeError: an anchor twice or not in the taxonomy, rows of ``anchor`` itself, an example whose rows disagree about it, or one
+            without a row in an anchor language (how many, the first five).
     """
-    languages = sorted({row.language for row in rows})
-    absent = [anchor for anchor in anchors if anchor != scored and anchor not in languages]
+    if not anchors or len(set(anchors)) != len(anchors):
+        raise RamoeError(f"anchors: found {', '.join(anchors) or 'none'}, expected languages, each once")
+    known = {anchor, *(row.language for row in rows)}
+    absent = [name for name in anchors if name not in known]
     if absent:
-        raise RamoeError(f"anchors: no rows in {', '.join(absent)}, expected among {', '.join((scored, *languages))}; score them too")
-    if scored in languages:
-        raise RamoeError(f"anchors: {scored} is a target language here; give the anchor that the taxonomy was scored with")
-    facts: dict[str, set[tuple[str, str, bool]]] = {}
-    for row in rows:
-        facts.setdefault(row.id, set()).add((row.task, row.split, row.english_correct))
-    _refuse((id_ for id_, found in facts.items() if len(found) > 1), len(facts), "have rows that differ in task, split or English outcome")
-    right = {(row.id, row.language): row.target_correct for row in rows}
-    right |= {(row.id, scored): row.english_correct for row in rows}
-    for anchor in anchors:
-        _refuse((id_ for id_ in facts if (id_, anchor) not in right), len(facts), f"have no row in the anchor {anchor}")
-    return {id_: {anchor: right[id_, anchor] for anchor in anchors} for id_ in facts}
-
-
-def _refuse(ids: Iterable[str], of: int, what: str) -> None:
-    if found := list(ids):
         raise RamoeError(
-            f"anchors: {len(found)} of {of} examples {what}, first {', '.join(found[:5])}; score the same examples in every anchor"
+            f"anchors: {len(absent)} of {len(anchors)} not in the taxonomy: {', '.join(absent[:5])}; it has {', '.join(sorted(known))}. "
+            "Score the examples in these languages (ramoe taxonomy)"
         )
+    own = [row.id for row in rows if row.language == anchor]
+    _refuse(own, f"have rows in {anchor!r} itself, which is no anchor of this taxonomy; give the one that it was scored with")
+    right: dict[str, dict[str, bool]] = {}
+    by_anchor = {row.id: row.english_correct for row in rows}
+    _refuse([row.id for row in rows if row.english_correct != by_anchor[row.id]], f"are right and wrong in {anchor!r}; score them again")
+    by_target = {(row.id, row.language): row.target_correct for row in rows}
+    for name in anchors:
+        lacking = [id_ for id_ in by_anchor if name != anchor and (id_, name) not in by_target]
+        _refuse(lacking, f"have no row in the anchor {name!r}; score them in it (ramoe taxonomy), or leave it out")
+        for id_, correct in by_anchor.items():
+            right.setdefault(id_, {})[name] = correct if name == anchor else by_target[id_, name]
+    return right
 
 
-def choose(right: Mapping[str, bool]) -> str:
-    """The first anchor that is right; the first of all when none is."""
-    return next((anchor for anchor, correct in right.items() if correct), next(iter(right)))
+def anchored(rows: Sequence[TaxonomyRow], right: Mapping[str, Mapping[str, bool]]) -> list[TaxonomyRow]:
+    """The taxonomy against several anchors: ``english_correct`` now says whether an anchor other than the row's own language is right.
 
+    With more anchors the ci rows can only become more. A ci row is wrong in its own language, so the anchor that `choose` gives it is
+    right and another language. A row whose own language is chosen is right itself (cc or ic).
 
-def anchored(rows: Sequence[TaxonomyRow], outcome: Mapping[str, Mapping[str, bool]]) -> list[TaxonomyRow]:
-    """The rows with ``english_correct`` true where some anchor other than the row's own language is right, in the same order.
-
-    More anchors never take a row out of ci.
+    Args:
+        rows: the taxonomy.
+        right: what `answered` gave for these rows.
     """
-    return [
-        replace(row, english_correct=any(correct for anchor, correct in outcome[row.id].items() if anchor != row.language)) for row in rows
-    ]
+    return [replace(row, english_correct=any(ok for name, ok in right[row.id].items() if name != row.language)) for row in rows]
 
 
-def best_priors(outcome: Mapping[str, Mapping[str, bool]], priors: Mapping[str, Priors]) -> tuple[list[str], Tensor]:
+def choose(right: Mapping[str, Mapping[str, bool]]) -> dict[str, str]:
+    """The anchor of each example: the first that is right, or the first of all where none is; id -> anchor."""
+    return {id_: next((name for name, ok in found.items() if ok), next(iter(found))) for id_, found in right.items()}
+
+
+def gather(priors: Mapping[str, Priors], chosen: Mapping[str, str]) -> tuple[list[str], Tensor]:
     """The routing of each example in its chosen anchor.
 
     Args:
-        outcome: of `outcomes`.
-        priors: the file of each anchor, in their order.
+        priors: each anchor's file, the preferred one first.
+        chosen: id -> anchor.
 
     Returns:
-        Ids, those of the first anchor's file first and in its order, and their rows, float32 [N, L, E]. An example of that file which
-        the taxonomy does not have was never scored: it keeps its row.
+        The ids, those of the first file in its order and then the others, and their rows, float32 [N, L, E]. An id that nothing is chosen
+        for keeps the row of the first file.
 
     Raises:
-        RamoeError: files of different model shape, tokens or checkpoint, or without a row that is asked of them.
+        RamoeError: files of different tokens, checkpoint or model, or without the examples chosen for them (how many, the first five).
     """
     first, *others = priors.values()
     for other in others:
-        differences = [
-            f"{name} is {getattr(first, name)!r} and {getattr(other, name)!r}"
-            for name in ("shape", "tokens", "checkpoint")
-            if getattr(first, name) != getattr(other, name)
-        ]
+        mine, theirs = ({**asdict(p.shape), "tokens": p.tokens, "checkpoint": p.checkpoint} for p in (first, other))
+        differences = [f"{key} is {mine[key]!r} and {theirs[key]!r}" for key in mine if mine[key] != theirs[key]]
         if differences:
-            raise RamoeError(f"{first.path} and {other.path}: {'; '.join(differences)}. Profile the anchors alike, on one checkpoint")
+            raise RamoeError(f"{first.path} and {other.path}: {'; '.join(differences)}; profile both anchors alike")
     default = next(iter(priors))
-    chosen = {id_: choose(outcome[id_]) if id_ in outcome else default for id_ in dict.fromkeys((*first.ids, *outcome))}
-    ids = list(chosen)
-    made = torch.empty(len(ids), first.shape.num_moe_layers, first.shape.num_experts)
-    for anchor, file in priors.items():
-        places = [place for place, id_ in enumerate(ids) if chosen[id_] == anchor]
-        made[places] = file.rows([ids[place] for place in places])
-    return ids, made
+    ids = list(dict.fromkeys([*first.ids, *chosen]))
+    rows = torch.empty(len(ids), first.shape.num_moe_layers, first.shape.num_experts)
+    for name, file in priors.items():
+        places = [place for place, id_ in enumerate(ids) if chosen.get(id_, default) == name]
+        wanted, known = [ids[place] for place in places], set(file.ids)
+        lacking = [id_ for id_ in wanted if id_ not in known]
+        _refuse(lacking, f"have no routing in {name!r}, their chosen anchor; profile them (--ramoe-save-priors)", file.path)
+        if places:
+            rows[places] = file.rows(wanted)
+    return ids, rows
 
 
-@dataclass(frozen=True, slots=True)
-class AnchorCount:
-    """One task and split: an entry of ``rows`` in ``anchors.json``."""
-
-    task: str
-    split: str
-    n: int
-    """Examples."""
-    chosen: Mapping[str, int]
-    """Examples by chosen anchor, in the order of the anchors; those that no anchor answers stand with the first."""
-    none_right: int
-    """Examples that no anchor answers."""
-    ci_first: int
-    """ci rows (an example in a language) with the first anchor alone."""
-    ci: int
-    """ci rows with all anchors."""
-    ci_gained: int
-    """Their difference."""
-
-
-def count(rows: Sequence[TaxonomyRow], outcome: Mapping[str, Mapping[str, bool]]) -> list[AnchorCount]:
-    """What the anchors change, for every (task, split) that occurs, in sorted order."""
-    alone = {id_: dict([next(iter(right.items()))]) for id_, right in outcome.items()}
-    ci_first, ci = (
-        Counter((row.task, row.split) for row in anchored(rows, which) if row.category == "ci") for which in (alone, outcome)
-    )
-    by_group: dict[tuple[str, str], set[str]] = {}
-    for row in rows:
-        by_group.setdefault((row.task, row.split), set()).add(row.id)
-    counts = []
-    for key, ids in sorted(by_group.items()):
-        chosen = Counter(choose(outcome[id_]) for id_ in ids)
-        in_order = {anchor: chosen[anchor] for anchor in next(iter(outcome.values()))}
-        none_right = sum(not any(outcome[id_].values()) for id_ in ids)
-        counts.append(AnchorCount(*key, len(ids), in_order, none_right, ci_first[key], ci[key], ci[key] - ci_first[key]))
-    return counts
+def counts(rows: Sequence[TaxonomyRow], right: Mapping[str, Mapping[str, bool]]) -> list[dict[str, Any]]:
+    """By task: examples, how many chose each anchor, how many are right in none, ci rows with the first anchor alone and with all."""
+    anchors = list(next(iter(right.values())))
+    first = {id_: {anchors[0]: found[anchors[0]]} for id_, found in right.items()}
+    before, after = _ci(anchored(rows, first)), _ci(anchored(rows, right))
+    chosen, task_of = choose(right), {row.id: row.task for row in rows}
+    told = []
+    for task in sorted(set(task_of.values())):
+        ids = [id_ for id_, name in task_of.items() if name == task]
+        by_anchor = Counter(chosen[id_] for id_ in ids)
+        told.append(
+            {
+                "task": task,
+                "examples": len(ids),
+                "chosen": {name: by_anchor[name] for name in anchors},
+                "none_right": sum(not any(right[id_].values()) for id_ in ids),
+                "ci_first": before[task],
+                "ci": after[task],
+                "ci_gained": after[task] - before[task],
+            }
+        )
+    return told
 
 
-def write_anchors(taxonomy: Path, scored: str, files: Mapping[str, Path], out: Path) -> list[AnchorCount]:
-    """Write the taxonomy and the priors of several anchors to a folder: `OUTPUTS`, the first three as the jobs write them.
+def write_anchors(taxonomy: Path, anchor: str, priors: Mapping[str, Path], out: Path) -> list[dict[str, Any]]:
+    """Write taxonomy.jsonl, taxonomy.json, priors.safetensors and anchors.json (`OUTPUTS`) to ``out``, and give the `counts`.
 
     Args:
-        taxonomy: ``taxonomy.jsonl``; a ``taxonomy.json`` beside it must name the same anchor, and the checkpoint of the priors.
-        scored: the anchor that it was scored with; one of ``files``.
-        files: ``priors.safetensors`` of each anchor, in order of preference.
-        out: the folder; what it holds of `OUTPUTS` is never overwritten.
+        taxonomy: taxonomy.jsonl; a taxonomy.json beside it has to be of the same anchor and checkpoint.
+        anchor: the language that its ``english_correct`` is about.
+        priors: each anchor's priors.safetensors, the preferred one first.
+        out: a folder; nothing in it is overwritten.
 
     Raises:
-        RamoeError: as `outcomes` and `best_priors`, or an output that exists.
+        RamoeError: as `answered` and `gather`, files that stand in ``out``, or a taxonomy.json that disagrees. Nothing is written then.
     """
-    there = [name for name in OUTPUTS if (out / name).exists()]
-    if there:
-        raise RamoeError(f"--out {out}: holds {', '.join(there)} already; give another folder, or move them away")
-    if scored not in files:
-        raise RamoeError(f"--priors: none of {scored}, the anchor of the taxonomy; add --priors {scored}=FILE")
-    rows, priors = read_taxonomy(taxonomy), {anchor: Priors.load(path) for anchor, path in files.items()}
-    checkpoint, tokens = priors[scored].checkpoint, priors[scored].tokens
-    _check_document(taxonomy.with_name("taxonomy.json"), scored, checkpoint)
-    try:
-        outcome = outcomes(rows, scored, list(files))
-    except RamoeError as error:
-        raise RamoeError(f"{taxonomy}: {error}") from error
-    ids, made = best_priors(outcome, priors)
-    best, counts = anchored(rows, outcome), count(rows, outcome)
-    read = digests([taxonomy, *files.values()])
-    body = {"checkpoint": checkpoint, "data": read, "package_version": package_version()}
-    Priors.save(out / "priors.safetensors", ids, made, tokens=tokens, shape=priors[scored].shape, checkpoint=checkpoint, data=read)
-    write_taxonomy(out / "taxonomy.jsonl", best)
-    pairs = [asdict(pair) for pair in summarise(best)]
-    save_document(out / "taxonomy.json", "ramoe-taxonomy", {"anchor": ", ".join(files), **body, "pairs": pairs})
-    told = {"anchors": list(files), "tokens": tokens, **body, "rows": [asdict(entry) for entry in counts]}
-    save_document(out / "anchors.json", "ramoe-anchors", told)
-    return counts
+    standing = [str(out / name) for name in OUTPUTS if (out / name).exists()]
+    if standing:
+        raise RamoeError(f"--out {out}: {', '.join(standing)} exist already; give another folder, or move them away")
+    rows = read_taxonomy(taxonomy)
+    right = answered(rows, anchor, list(priors))
+    opened = {name: Priors(path) for name, path in priors.items()}
+    ids, gathered = gather(opened, choose(right))
+    first = next(iter(opened.values()))
+    _check_beside(taxonomy, anchor, first)
+    made, told = anchored(rows, right), counts(rows, right)
+    data = tuple({(entry["path"], entry["sha256"]): entry for file in opened.values() for entry in file.data}.values())
+    body = {
+        "anchor": anchor, "anchors": list(priors), "checkpoint": first.checkpoint, "data": digests([taxonomy, *priors.values()]),
+        "package_version": package_version(),
+    }  # fmt: skip
+    Priors.save(
+        out / "priors.safetensors", ids, gathered, tokens=first.tokens, shape=first.shape, checkpoint=first.checkpoint, data=data
+    )
+    write_taxonomy(out / "taxonomy.jsonl", made)
+    save_document(out / "taxonomy.json", "ramoe-taxonomy", {**body, "pairs": [asdict(pair) for pair in summarise(made)]})
+    save_document(out / "anchors.json", "ramoe-anchors", {**body, "tasks": told})
+    return told
 
 
-def _check_document(path: Path, scored: str, checkpoint: str) -> None:
+def _check_beside(taxonomy: Path, anchor: str, priors: Priors) -> None:
+    """The document that a taxonomy job writes beside its lines knows what the lines do not."""
+    path = taxonomy.with_suffix(".json")
     if not path.exists():
         return
     document = load_document(path, "ramoe-taxonomy")
-    for key, expected in (("anchor", scored), ("checkpoint", checkpoint)):
-        if document[key] != expected:
-            raise RamoeError(f"{path}: {key} is {document[key]!r}, expected {expected!r}; give the taxonomy and the priors of one checkpoint")
+    if document["anchor"] != anchor:
+        raise RamoeError(f"--anchor {anchor}: {path} is of the anchor {document['anchor']!r}; give that one")
+    if document["checkpoint"] != priors.checkpoint:
+        raise RamoeError(
+            f"{path} is of the checkpoint {document['checkpoint']!r}, {priors.path} of {priors.checkpoint!r}; score and profile one"
+        )
+
+
+def _ci(rows: Sequence[TaxonomyRow]) -> Counter[str]:
+    """ci rows by task."""
+    return Counter(row.task for row in rows if row.category == "ci")
+
+
+def _refuse(ids: Collection[str], what: str, where: Path | str = "anchors") -> None:
+    found = list(dict.fromkeys(ids))
+    if found:
+        raise RamoeError(f"{where}: {len(found)} examples, first {', '.join(found[:5])}, {what}")

@@ -15,10 +15,24 @@ from ramoe_megatron.method.taxonomy import CATEGORIES
 def taxonomy(path: Path, document: Mapping[str, Any]) -> RenderableType:
     """Counts and ci share by task, language and split."""
     told = {"anchor": document["anchor"], "checkpoint": document["checkpoint"], "data": data(document["data"])}
+    if "anchors" in document:
+        told["anchors"] = ", ".join(document["anchors"])
     return Group(
         facts(path, "ramoe-taxonomy", {**told, "written by": f"ramoe-megatron {document['package_version']}"}),
         taxonomy_pairs("taxonomy by task, target language and split", document["pairs"]),
     )
+
+
+def anchors(path: Path, document: Mapping[str, Any]) -> RenderableType:
+    """Which anchor language the examples of each task are pulled to, and what more than one brings."""
+    names = document["anchors"]
+    told = {"anchors": ", ".join(names), "taxonomy's anchor": document["anchor"], "checkpoint": document["checkpoint"]}
+    told |= {"data": data(document["data"]), "written by": f"ramoe-megatron {document['package_version']}"}
+    keys = ("none_right", "ci_first", "ci", "ci_gained")
+    rows = [[r["task"], r["examples"], *(r["chosen"][name] for name in names), *(r[key] for key in keys)] for r in document["tasks"]]
+    heads = ("task", "examples", *names, "none right", f"ci with {names[0]} alone", "ci", "ci gained")
+    title = "examples by the anchor they are pulled to (the first where none is right), and ci rows of the taxonomy"
+    return Group(facts(path, "ramoe-anchors", told), table(title, heads, rows, left=("task",)))
 
 
 def taxonomy_pairs(title: str, pairs: Iterable[Mapping[str, Any]]) -> RenderableType:

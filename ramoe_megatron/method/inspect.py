@@ -23,7 +23,7 @@ from ramoe_megatron.method.artefacts import (
     read_taxonomy,
 )
 from ramoe_megatron.method.divergence import Zone, mean_curve, zone_from_curve
-from ramoe_megatron.method.documents import comparison, evaluation, prediction, results, steering, taxonomy, taxonomy_pairs
+from ramoe_megatron.method.documents import anchors, comparison, evaluation, prediction, results, steering, taxonomy, taxonomy_pairs
 from ramoe_megatron.method.experts import describe_empty, rule_from
 from ramoe_megatron.method.files import check_document, read_json
 from ramoe_megatron.method.rendering import (
@@ -173,6 +173,7 @@ def _divergence(path: Path) -> RenderableType:
 
 _DESCRIBE: dict[str, Callable[[Path, Mapping[str, Any]], RenderableType]] = {
     "ramoe-taxonomy": taxonomy,
+    "ramoe-anchors": anchors,
     "ramoe-evaluation": evaluation,
     "ramoe-prediction": prediction,
     "ramoe-steering": steering,
