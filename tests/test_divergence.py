@@ -37,6 +37,21 @@ def test_hjs_is_symmetric_in_zero_to_one_and_zero_at_equality(seed: int, experts
     torch.testing.assert_close(hjs(a, a)[0], torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
+@given(seeds, st.integers(2, 9), st.randoms(use_true_random=False))
+def test_hjs_does_not_depend_on_the_order_of_experts_nor_on_unused_ones(seed: int, experts: int, rng: object) -> None:
+    a, b = distributions(2, 4, experts, seed=seed)
+    a[:, 0] = 0.0
+    a = a / a.sum(-1, keepdim=True)
+    order = list(range(experts))
+    rng.shuffle(order)  # type: ignore[attr-defined]
+    torch.testing.assert_close(hjs(a[:, order], b[:, order])[0], hjs(a, b)[0])
+    # An unused expert widens log E alone: the JSD, numerator of both, stays.
+    wider = [torch.cat([q, torch.zeros(4, 1, dtype=q.dtype)], -1) for q in (a, b)]
+    entropy = -(torch.special.xlogy(a, a) + torch.special.xlogy(b, b)).sum(-1) / 2
+    jsd = hjs(a, b)[0] * (math.log(experts) - entropy)
+    torch.testing.assert_close(hjs(*wider)[0] * (math.log(experts + 1) - entropy), jsd)
+
+
 def test_hjs_closed_forms() -> None:
     corner, other, uniform = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])
     assert hjs(corner, other)[0].item() == pytest.approx(1.0)
@@ -142,6 +157,20 @@ def test_small_noise_and_one_odd_layer_move_the_edges_little(layers: int, bottom
     assert abs(found.last - zone.last) <= slack
 
 
+@given(st.integers(6, 64), st.floats(0.3, 0.7), st.floats(0.01, 0.99), seeds)
+def test_noise_too_small_to_carry_a_layer_over_the_level_changes_nothing(layers: int, bottom: float, size: float, seed: int) -> None:
+    """A median moves by no more than the noise, and so does the level, half-way between floor and lower rim."""
+    curve = u_curve(layers, bottom)
+    smooth = torch.cat([curve[:1], curve.unfold(0, 3, 1).median(-1).values, curve[-1:]])
+    floor = smooth.argmin()
+    level = (smooth[floor] + min(smooth[: floor + 1].max(), smooth[floor:].max())) / 2
+    noise = 2 * torch.rand(layers, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
+    zone, found = zone_from_curve(curve), zone_from_curve(curve + size * (smooth - level).abs().min() / 2 * noise)
+    assert isinstance(zone, Zone)
+    assert isinstance(found, Zone)
+    assert (found.first, found.last) == (zone.first, zone.last)
+
+
 @given(st.integers(3, 48), st.floats(0.0, 1.0), seeds)
 def test_a_flat_curve_has_no_zone(layers: int, height: float, seed: int) -> None:
     noise = torch.rand(layers, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -150,9 +179,10 @@ def test_a_flat_curve_has_no_zone(layers: int, height: float, seed: int) -> None
     assert "flat" in found.reason
 
 
-@given(st.integers(5, 48), st.floats(0.45, 0.55))
-def test_an_inverted_curve_has_no_zone(layers: int, top: float) -> None:
-    found = zone_from_curve(0.8 - u_curve(layers, top))
+@given(st.integers(5, 48), st.floats(0.45, 0.55), seeds)
+def test_an_inverted_curve_has_no_zone_noise_or_not(layers: int, top: float, seed: int) -> None:
+    noise = torch.rand(layers, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = zone_from_curve(0.8 - u_curve(layers, top) + 0.01 * noise)
     assert isinstance(found, NoZone)
     assert "inverted" in found.reason
 

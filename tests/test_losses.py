@@ -83,6 +83,35 @@ def test_js_is_symmetric_and_bounded_by_log_2(case: tuple[Tensor, Tensor, Tensor
     assert divergence("js", *disjoint, torch.tensor([True, False])).item() == pytest.approx(math.log(2))
 
 
+@given(routings(zeros=False), st.integers(0, 2**31))
+def test_js_reaches_log_2_where_no_expert_is_shared_and_only_there(case: tuple[Tensor, Tensor, Tensor], seed: int) -> None:
+    q_en, q_tg, mask = case
+    assert (divergence("js", q_en, q_tg, mask) < math.log(2) - 1e-9).all()
+    apart = [q.masked_fill(m, 0.0) / q.masked_fill(m, 0.0).sum(-1, keepdim=True) for q, m in ((q_en, mask), (q_tg, ~mask))]
+    torch.testing.assert_close(divergence("js", *apart, mask), torch.full(mask.shape[:1], math.log(2), dtype=torch.float64))
+
+
+@given(routings(zeros=False))
+def test_the_two_terms_at_their_ends(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Without English mass on the task experts their allocation says nothing; where all experts are task experts there is nothing else."""
+    q_en, q_tg, mask = case
+    outside = q_en.masked_fill(mask, 0.0) / q_en.masked_fill(mask, 0.0).sum(-1, keepdim=True)
+    torch.testing.assert_close(divergence("lumped-kl", outside, q_tg, mask), divergence("mass", outside, q_tg, mask))
+    torch.testing.assert_close(divergence("mass", outside, q_tg, mask), -(1 - mass(q_tg, mask)).log())
+    every = torch.ones_like(mask)
+    torch.testing.assert_close(divergence("lumped-kl", q_en, q_tg, every), divergence("kl", q_en, q_tg, every))
+    torch.testing.assert_close(divergence("mass", q_en, q_tg, every), torch.zeros(len(mask), dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+@given(routings())
+def test_coarser_bins_diverge_less(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Data processing: lumping experts together can only hide differences."""
+    q_en, q_tg, mask = case
+    by_mass, by_expert, by_all = (divergence(name, q_en, q_tg, mask) for name in ("mass", "lumped-kl", "kl"))
+    assert (by_mass <= by_expert + 1e-9).all()
+    assert (by_expert <= by_all + 1e-9).all()
+
+
 @names
 @given(routings(), st.randoms(use_true_random=False))
 def test_the_order_of_experts_does_not_matter(name: str, case: tuple[Tensor, Tensor, Tensor], rng: object) -> None:
