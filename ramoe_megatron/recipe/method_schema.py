@@ -36,6 +36,9 @@ class Alignment(Section):
     pooling: Literal["sequence", "token"] = "sequence"
     examples: Literal["ci", "ci+cc", "all"] = "ci"
     normalize: Literal["samples", "ci"] = "samples"
+    refresh_interval: PositiveInt | None = None
+    """Iterations between two refreshes of the taxonomy; none when left out."""
+    refresh_examples: PositiveInt = 512
     shuffle_targets: bool = False
     """Control: English targets shuffled between the examples of a task."""
     random_experts: bool = False

@@ -32,6 +32,8 @@ class PlanContext:
             )
         self.tokenizer, self.tokenizer_files = self._tokenizer(generated / "tokenizer.model")
         self.base = self._base()
+        given = find_path(recipe.profile.experts, recipe_folder, "profile.experts") if recipe.profile.experts else None
+        self.experts = given or out / "experts.safetensors"
         self.priors = _priors(recipe, out)
 
     def _source(self, name: str, key: str) -> str:

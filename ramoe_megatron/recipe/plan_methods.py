@@ -37,7 +37,7 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
     }
     selection = plan.recipe.selection_of(method)
     if method.aligns:
-        files |= {"experts": [plan.out / "experts.safetensors"], "taxonomy": [plan.out / "taxonomy.jsonl"]}
+        files |= {"experts": [plan.experts], "taxonomy": [plan.out / "taxonomy.jsonl"]}
         files |= {"priors": [plan.priors[alignment.tokens]]} if alignment.target == "example" else {}
         files |= {"layer-weights": [plan.out / "divergence.csv"]} if alignment.layer_weights == "divergence" else {}
         options |= _alignment_options(alignment, seed)
@@ -45,7 +45,7 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
         names = {"budget": "train-budget", "top-p": "train-top-p"}
         options |= {names.get(key, key): value for key, value in selection.model_dump(by_alias=True).items()}
         files |= {"usage": [plan.out / "usage.safetensors"]} if selection.train in ("rise", "esft-gate", "esft-token") else {}
-        files |= {"experts": [plan.out / "experts.safetensors"]} if selection.train == "task-experts" else {}
+        files |= {"experts": [plan.experts]} if selection.train == "task-experts" else {}
     return plan.job(
         f"finetune/{name}",
         "finetune",
@@ -68,7 +68,7 @@ def steer_stage(plan: PlanContext, method: Method) -> Stage:
         "zones": [steering.layers],
         "max-new-tokens": plan.answer_tokens(),
     }
-    files: Files = {"data": plan.parallel, "experts": [plan.out / "experts.safetensors"]}
+    files: Files = {"data": plan.parallel, "experts": [plan.experts]}
     outputs = [plan.out / folder / "steering.json"]
     places = plan.offline(plan.base, folder)
     return plan.job(f"steer/{method.name}", "steer", plan.scoring(), options, files, outputs, places, plan.base)
@@ -87,7 +87,7 @@ def evaluate_stage(
     }
     if any("coeff-zero" in other.presets for other in plan.recipe.methods):  # which has to end with the weights of sft
         options["weights-digest"] = method == "sft" or "coeff-zero" in plan.recipe.presets_of(method)
-    files: Files = {"data": plan.parallel, "experts": [plan.out / "experts.safetensors"]}
+    files: Files = {"data": plan.parallel, "experts": [plan.experts]}
     if steered is not None:
         steering = plan.recipe.steering_of(steered)
         if steering.search:

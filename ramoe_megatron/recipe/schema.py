@@ -83,6 +83,8 @@ class Profile(Section):
     sequence.)"""
     layers: str = "auto"
     """Alignment zone: auto (read off the divergence curve), FIRST-LAST or FRACTION-FRACTION."""
+    experts: str | None = None
+    """Expert file of another run, to align by (and to steer by) in the place of this run's own: transfer between sets of languages."""
     save_priors: bool | None = None
     """Keep each example's English routing; by default exactly when a method's target is `example`."""
 
