@@ -111,7 +111,7 @@ FILES = [
     File("evaluations/e.json", document("ramoe-evaluation"), lambda path: load_run(path.parents[1])),
     *(
         File(f"{name}.json", document(name), lambda path, name=name: load_document(path, name))
-        for name in ("ramoe-taxonomy", "ramoe-prediction", "ramoe-results")
+        for name in ("ramoe-taxonomy", "ramoe-anchors", "ramoe-prediction", "ramoe-results")
     ),
     File("shown/e.safetensors", experts, describe),
     File("shown/d.csv", divergence, describe, True),

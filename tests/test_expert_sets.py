@@ -217,8 +217,8 @@ def test_files_without_a_zone_are_told() -> None:
 
 
 def test_patterns_that_a_file_lacks_are_left_out() -> None:
-    files = expert_file(1, "a", patterns=("prompt", "last")), expert_file(2, "b", patterns=("last", "all"))
-    assert list(merge(files).english_pattern) == ["last"]
+    files = expert_file(1, "a", patterns=("prompt", "last", "response")), expert_file(2, "b", patterns=("last", "all", "prompt"))
+    assert list(merge(files).english_pattern) == ["prompt", "last"]
 
 
 def test_checkpoints_and_data_of_all_files_are_kept() -> None:

@@ -29,7 +29,7 @@ from ramoe_megatron.report.inputs import Evaluation, load_run
 from ramoe_megatron.report.pairing import pair_up, paired_change
 from ramoe_megatron.report.plots import FIGURES
 from ramoe_megatron.report.tables import build, collect, summary_table
-from ramoe_megatron.report.words import summary
+from ramoe_megatron.report.words import caption, summary
 
 HOSTILE = "<script>alert('$x$')</script>"
 TASKS = ("currency", "month arithmetic", HOSTILE)
@@ -280,6 +280,16 @@ def test_page_is_self_contained(reported: Path) -> None:
     page = (reported / "report.html").read_text()
     assert not re.search(r"https?:|[\"'(=]\s*//|@import|<link|<script|url\(|<iframe|<object", page)
     assert page.count("data:image/png;base64,") == len(FIGURES)
+
+
+def test_the_experts_caption_tells_the_rule_of_one_file_and_of_several(reported: Path, results: dict[str, Any]) -> None:
+    run = load_run(reported)
+    assert run.experts is not None
+    assert "chosen by the rule tau = 0.3." in caption("experts", run, results, "test")
+    parts = [{"file": "a.safetensors", "rule": {"name": "tau", "tau": 0.3}}, {"file": "b.safetensors", "rule": {"name": "top-m", "m": 2}}]
+    merged = dataclasses.replace(run, experts=dataclasses.replace(run.experts, rule={"name": "merge", "of": parts}))
+    told = "merge of a.safetensors (tau = 0.3) and b.safetensors (top-m = 2)."
+    assert told in caption("experts", merged, results, "test")
 
 
 def test_figures_are_png_files(reported: Path) -> None:
