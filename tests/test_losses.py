@@ -95,9 +95,9 @@ def test_the_two_terms_at_their_ends(case: tuple[Tensor, Tensor, Tensor]) -> Non
     torch.testing.assert_close(divergence("mass", q_en, q_tg, every), torch.zeros(len(mask), dtype=torch.float64), atol=1e-9, rtol=0)
 
 
-@given(routings())
+@given(routings(zeros=False))
 def test_coarser_bins_diverge_less(case: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Data processing: lumping experts together can only hide differences."""
+    """Data processing: lumping experts together can only hide differences. Not at zeros, where `TINY` stands in."""
     q_en, q_tg, mask = case
     by_mass, by_expert, by_all = (divergence(name, q_en, q_tg, mask) for name in ("mass", "lumped-kl", "kl"))
     assert (by_mass <= by_expert + 1e-9).all()
