@@ -27,6 +27,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 TRAINED = [name for name, entry in METHODS.items() if not entry.steering]
 STEERED = [name for name, entry in METHODS.items() if entry.steering]
+FROZEN_ROUTERS = ("rise", "esft-gate", "esft-token", "aligned-experts")  # tests/test_selective.py looks at their experts
 COMBINED = {"name": "aligned-experts", "preset": ["ra-moe", "esft-token"]}
 MADE = ("taxonomy.jsonl", "taxonomy.json", "experts.safetensors", "divergence.csv", "priors.safetensors", "priors-all.safetensors")
 REFRESH = ("--ramoe-refresh-interval", "2", "--ramoe-refresh-examples", "10", "--train-iters", "6")
@@ -85,7 +86,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"run-{layout}").mkdir()
         for name in (*MADE, "usage.safetensors"):
             shutil.copy(folder / "run-one" / name, folder / f"run-{layout}" / name)
-        run_table(LAYOUTS[layout][0], [*rows(folder, layout, "finetune"), *steered(folder, layout)], folder, layout)
+        table = [*rows(folder, layout, "finetune"), *steered(folder, layout)]
+        if layout == "pp":
+            table.append(parity(folder, "parity-pp", "--pipeline-model-parallel-size", "2"))
+        run_table(LAYOUTS[layout][0], table, folder, layout)
     return folder
 
 
@@ -97,19 +101,23 @@ def beside(folder: Path) -> list[dict[str, Any]]:
     """Runs from the shared profile whose flags no method has."""
     made = folder / "run-one"
     (folder / "profile").symlink_to(made)
-    parity = ["--ramoe-coeff", "1", "--ramoe-coeff-unit", "lm-loss", "--train-iters", "3"]
-    parity += ["--save", str(folder / "parity"), "--save-interval", "3"]
     refresh = ["--save", str(folder / "refresh"), "--save-interval", "3", *REFRESH]
     resumed = ["--load", str(folder / "refresh"), "--ckpt-step", "3", *REFRESH]
     alone = [flag for flag in aligned_flags(folder) if flag not in ("--finetune", "--no-load-optim", "--no-load-rng")]
     place = alone.index("--pretrained-checkpoint")
     table = {
-        "parity": aligned_flags(folder, *parity),
         "refresh": aligned_flags(folder, *refresh),
         "refresh-resumed": [*alone[:place], *alone[place + 2 :], *resumed],
         "refresh-none": aligned_flags(folder, "--train-iters", "6"),
     }
-    return [{"name": name, "job": "finetune", "argv": cpu_command_line(words)[0]} for name, words in table.items()]
+    rows = [{"name": name, "job": "finetune", "argv": cpu_command_line(words)[0]} for name, words in table.items()]
+    return [*rows, parity(folder, "parity")]
+
+
+def parity(folder: Path, name: str, *more: str) -> dict[str, Any]:
+    flags = ["--ramoe-coeff", "1", "--ramoe-coeff-unit", "lm-loss", "--train-iters", "3"]
+    flags += ["--save", str(folder / name), "--save-interval", "3", *more]
+    return {"name": name, "job": "finetune", "argv": cpu_command_line(aligned_flags(folder, *flags))[0]}
 
 
 @pytest.mark.parametrize("layout", ["pp", "tp-ep"])
@@ -119,6 +127,7 @@ def test_each_method_gives_the_gradients_and_figures_of_one_rank(runs: Path, lay
     assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
     expected, found = (gradients(runs, f"{name}-finetune-{method}-seed1") for name in ("one", layout))
     assert found.keys() == expected.keys()
+    assert bool(expected) == (method not in FROZEN_ROUTERS)
     for layer, gradient in expected.items():
         assert (found[layer] - gradient).norm() <= 2e-5 * gradient.norm(), layer
 
@@ -148,13 +157,11 @@ def test_no_two_methods_train_the_same(runs: Path) -> None:
 
 
 def test_parity_makes_the_term_as_large_as_the_language_model_loss(runs: Path) -> None:
-    steps = outcome(runs, "parity")["steps"]
-    measured = json.loads((runs / "parity/ramoe-parity.json").read_text())
-    figures = outcome(runs, "parity")["first"]
+    measured, on_stages = (json.loads((runs / name / "ramoe-parity.json").read_text()) for name in ("parity", "parity-pp"))
     assert measured["iteration"] == 0
-    assert measured["parity"] > 0
-    assert steps
-    assert measured["parity"] * figures["routing_alignment_loss"] == pytest.approx(measured["lm_loss"], rel=1e-5)
+    assert measured["parity"] * outcome(runs, "parity")["first"]["routing_alignment_loss"] == pytest.approx(measured["lm_loss"], rel=1e-5)
+    assert on_stages == pytest.approx(measured, rel=1e-5)
+    assert 3 < measured["lm_loss"] < 7  # about log(384), of a model that knows little
 
 
 def test_a_refresh_moves_examples_between_the_categories(runs: Path) -> None:
