@@ -88,7 +88,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(folder / "run-one" / name, folder / f"run-{layout}" / name)
         table = [*rows(folder, layout, "finetune"), *steered(folder, layout)]
         if layout == "pp":
-            table.append(parity(folder, "parity-pp", "--pipeline-model-parallel-size", "2"))
+            stages = ("--pipeline-model-parallel-size", "2")
+            table += [parity(folder, "parity-pp", *stages), refreshed(folder, "refresh-pp", *stages)]
         run_table(LAYOUTS[layout][0], table, folder, layout)
     return folder
 
@@ -101,17 +102,20 @@ def beside(folder: Path) -> list[dict[str, Any]]:
     """Runs from the shared profile whose flags no method has."""
     made = folder / "run-one"
     (folder / "profile").symlink_to(made)
-    refresh = ["--save", str(folder / "refresh"), "--save-interval", "3", *REFRESH]
     resumed = ["--load", str(folder / "refresh"), "--ckpt-step", "3", *REFRESH]
     alone = [flag for flag in aligned_flags(folder) if flag not in ("--finetune", "--no-load-optim", "--no-load-rng")]
     place = alone.index("--pretrained-checkpoint")
     table = {
-        "refresh": aligned_flags(folder, *refresh),
         "refresh-resumed": [*alone[:place], *alone[place + 2 :], *resumed],
         "refresh-none": aligned_flags(folder, "--train-iters", "6"),
     }
     rows = [{"name": name, "job": "finetune", "argv": cpu_command_line(words)[0]} for name, words in table.items()]
-    return [*rows, parity(folder, "parity")]
+    return [refreshed(folder, "refresh"), *rows, parity(folder, "parity")]
+
+
+def refreshed(folder: Path, name: str, *more: str) -> dict[str, Any]:
+    flags = ["--save", str(folder / name), "--save-interval", "3", *REFRESH, *more]
+    return {"name": name, "job": "finetune", "argv": cpu_command_line(aligned_flags(folder, *flags))[0]}
 
 
 def parity(folder: Path, name: str, *more: str) -> dict[str, Any]:
@@ -174,6 +178,11 @@ def test_a_refresh_moves_examples_between_the_categories(runs: Path) -> None:
     assert any(before[row.id, row.language] != row.category for row in refreshed)
     plain, moved = weights(runs, "refresh-none"), weights(runs, "refresh")
     assert any(not torch.equal(moved[name], weight) for name, weight in plain.items())
+
+
+def test_pipeline_stages_refresh_alike(runs: Path) -> None:
+    for name in ("0000002.jsonl", "0000004.jsonl"):
+        assert (runs / "refresh-pp/ramoe-refresh" / name).read_text() == (runs / "refresh/ramoe-refresh" / name).read_text()
 
 
 def test_a_run_that_resumes_has_the_categories_that_it_had(runs: Path) -> None:
