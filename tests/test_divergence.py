@@ -246,3 +246,11 @@ def test_auto_without_a_zone_says_why_and_asks_for_a_range() -> None:
         parse_layers("auto", 6)
     with pytest.raises(RamoeError, match=r"MoE layers 2 to 9, expected a rising range within 0 to 5"):
         parse_layers("auto", 6, Zone(2, 9, "auto", ""))
+
+
+@pytest.mark.parametrize("odd", [0.05, 0.95])
+@pytest.mark.parametrize("layer", range(1, 7))
+def test_one_odd_layer_makes_no_zone(odd: float, layer: int) -> None:
+    curve = torch.full((8,), 0.5, dtype=torch.float64)
+    curve[layer] = odd
+    assert isinstance(zone_from_curve(curve), NoZone)
