@@ -133,10 +133,7 @@ def _run_at_once(runner: _Runner, stages: list[tuple[int, Stage]], at_once: int)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[future]
                     future.result()
-        except Exception:
-            wait(running)  # what runs beside a failed stage is not lost
-            raise
-        except BaseException:
+        except KeyboardInterrupt:  # a stage that failed is not one: what runs beside it ends by itself as the pool is left
             runner.stop.set()
             raise
 
