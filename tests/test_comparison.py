@@ -146,6 +146,17 @@ def test_claims_are_the_method_minus_its_control(tmp_path: Path) -> None:
     assert "“Direction matters” is supported: RA-MoE (our reading) did better than reversed, by +7.5" in told
 
 
+def test_a_lead_over_a_reference_that_lost_is_told_beside_what_it_lost(tmp_path: Path) -> None:
+    """The base model has 16 of 40 right, SFT 14 (-5 points), one method 15, the other 17."""
+    right = {"sft": 2, "ra-moe": 3, "rise": 5}
+    worse = {(method, seed): {("a", "es"): n} for method, n in right.items() for seed in SEEDS}
+    told = " ".join(findings(compare([write_run(tmp_path / "one", worse)])))
+    assert "SFT stands 5.0 points below the model before fine-tuning (40.0 %)" in told
+    assert "1 of 2 methods stands above that model: rise." in told
+    better = " ".join(findings(compare([write_run(tmp_path / "two", rising())])))
+    assert "below the model before fine-tuning" not in better
+
+
 @pytest.mark.parametrize(
     ("sign", "told"), [(-1, "did worse than SFT: −7.5"), (0, "did not beat SFT, as far as this comparison can tell: +0.0")]
 )

@@ -57,7 +57,8 @@ def setting(c: Comparison) -> list[str]:
 def findings(c: Comparison) -> list[str]:
     """The main method first, then the other methods, claims, English, prediction, ci share, cost and the check of zero."""
     rows = {row["method"]: row for row in c["headline"]}
-    return [*_main(c, rows), *_others(c, rows), *map(claim, c["claims"]), *_english(c), *_hits(c), *_ci(c), *_cost(c), *_zero(c)]
+    told = [*_main(c, rows), *_others(c, rows), *_base(c, rows), *map(claim, c["claims"])]
+    return [*told, *_english(c), *_hits(c), *_ci(c), *_cost(c), *_zero(c)]
 
 
 def _main(c: Comparison, rows: Mapping[str, Any]) -> list[str]:
@@ -109,6 +110,22 @@ def _others(c: Comparison, rows: Mapping[str, Any]) -> list[str]:
     best = max(rows.values(), key=lambda row: row["accuracy"])
     highest = f"{label(best['method'])} has the highest target accuracy, {interval(best, 'accuracy', 'low', 'high')} %."
     return [f"{family} from it after Holm's correction{': ' + told if told else ''}.", highest]
+
+
+def _base(c: Comparison, rows: Mapping[str, Any]) -> list[str]:
+    """Where fine-tuning itself harms, a lead over the reference may be nothing but restraint: that has to be said."""
+    base, reference = rows.get("base"), rows.get(c["reference"])
+    if base is None or reference is None or reference["accuracy"] >= base["accuracy"]:
+        return []
+    others = [row for row in rows.values() if row["method"] not in ("base", c["reference"])]
+    above = [label(row["method"]) for row in others if row["accuracy"] > base["accuracy"]]
+    lost = number(100 * (base["accuracy"] - reference["accuracy"]), ".1f")
+    named = f": {', '.join(above)}" if above else ""
+    return [
+        f"{label(c['reference'])} stands {lost} points below the model before fine-tuning ({number(100 * base['accuracy'], '.1f')} %): it "
+        f"forgets more than it learns here, so a method may lead it by changing less. {len(above)} of {count(len(others), 'method')} "
+        f"{'stands' if len(above) == 1 else 'stand'} above that model{named}."
+    ]
 
 
 def claim(row: Mapping[str, Any]) -> str:
