@@ -29,7 +29,7 @@ TRAINED = [name for name, entry in METHODS.items() if not entry.steering]
 STEERED = [name for name, entry in METHODS.items() if entry.steering]
 FROZEN_ROUTERS = ("rise", "esft-gate", "esft-token", "aligned-experts")  # tests/test_selective.py looks at their experts
 COMBINED = {"name": "aligned-experts", "preset": ["ra-moe", "esft-token"]}
-MADE = ("taxonomy.jsonl", "taxonomy.json", "experts.safetensors", "divergence.csv", "priors.safetensors", "priors-all.safetensors")
+MADE = ("taxonomy.jsonl", "experts.safetensors", "divergence.csv", "priors.safetensors", "priors-all.safetensors")
 REFRESH = ("--ramoe-refresh-interval", "2", "--ramoe-refresh-examples", "10", "--train-iters", "6")
 
 
@@ -81,7 +81,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_world(folder)
     run_table(1, [{"name": "base", "job": "finetune", "argv": bases_argv(folder)}], folder, "base")
     evaluated = [row for row in rows(folder, "one", "evaluate") if any(name in row["name"] for name in ("-sft-", "coeff-zero", "steering"))]
-    run_table(1, [*rows(folder, "one", "taxonomy", "profile", "finetune"), *evaluated, *beside(folder)], folder)
+    (folder / "run-one").mkdir()
+    shutil.copy(folder / "taxonomy.jsonl", folder / "run-one")  # a base model of four steps answers nothing: written by hand
+    run_table(1, [*rows(folder, "one", "profile", "finetune"), *evaluated, *beside(folder)], folder)
     for layout in ("pp", "tp-ep"):
         (folder / f"run-{layout}").mkdir()
         for name in (*MADE, "usage.safetensors"):
