@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ramoe_megatron.method.layers import span
 from ramoe_megatron.method.taxonomy import CATEGORIES
 
 if TYPE_CHECKING:
@@ -166,10 +167,7 @@ def _span(counts: Sequence[int]) -> str:
 
 
 def _numbers(values: Sequence[int]) -> str:
-    """7-9 for a run of numbers, else 2, 4, 6 (the first few)."""
-    if len(values) > 1 and list(values) == list(range(values[0], values[-1] + 1)):
-        return f"{values[0]}-{values[-1]}"
-    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
+    return span(values, most=8)
 
 
 def _notes(model_config: Any) -> Iterable[str]:

@@ -31,11 +31,11 @@ def chosen_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | Non
     return layers
 
 
-def span(layers: Sequence[int]) -> str:
-    """Layers for a reader: 7-9 for a run of them, else 2, 4, 6."""
+def span(layers: Sequence[int], most: int | None = None) -> str:
+    """Layers for a reader: 7-9 for a run of them, else 2, 4, 6 (the first `most`)."""
     if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
-    return ", ".join(map(str, layers))
+    return ", ".join(map(str, layers[:most])) + (", ..." if most is not None and len(layers) > most else "")
 
 
 _RANGE = re.compile(r"\s*(\d+|\d*\.\d+)\s*-\s*(\d+|\d*\.\d+)\s*")

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from ramoe_megatron.method.catalogue import METHODS, merged
-from ramoe_megatron.recipe.section import Flags, FlagValue, Name, Section
+from ramoe_megatron.recipe.section import Flags, Name, Section
 
 
 class Alignment(Section):
@@ -55,6 +55,16 @@ class Selection(Section):
     """rise: number of (layer, expert) pairs (the paper: 128 of Qwen3-30B-A3B's 6144, 16 of Phi-3.5-MoE's 512)."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """esft-gate, esft-token: share of the score that the chosen experts of a layer hold."""
+
+    @property
+    def by_share(self) -> bool:
+        """Whether experts are chosen up to a share of the score."""
+        return self.train in ("esft-gate", "esft-token")
+
+    @property
+    def reads_usage(self) -> bool:
+        """Whether the choice is read off the profile's usage.safetensors."""
+        return self.train == "rise" or self.by_share
 
 
 class Steering(Section):
@@ -97,7 +107,7 @@ class Method(Section):
         for name in self.preset or []:
             if name not in METHODS:
                 raise ValueError(f"method {self.name}: no preset {name!r}; expected names of `ramoe methods`: {', '.join(METHODS)}")
-        if self.presets and self.steered and (len(self.presets) > 1 or self.trained_by_presets):
+        if self.presets and self.steered and (len(self.presets) > 1 or not METHODS[self.presets[0]].steering):
             raise ValueError(f"method {self.name}: steering acts at inference; name the trained method that it acts on by `on`")
         if self.on is not None and not self.steered:
             raise ValueError(f"method {self.name}: only a steering method acts `on` another one")
@@ -111,10 +121,6 @@ class Method(Section):
     def presets(self) -> list[str]:
         """The named methods that this one combines; none for a name of the recipe's own."""
         return self.preset if self.preset is not None else [self.name] if self.name in METHODS else []
-
-    @property
-    def trained_by_presets(self) -> bool:
-        return any(not METHODS[name].steering for name in self.presets)
 
     @property
     def steered(self) -> bool:
@@ -140,7 +146,7 @@ class Method(Section):
         """Likewise which weights train: the recipe's budget and share for the methods that need one."""
         changes = {"train": "all", **(merged(self.presets, "selection") or {})}
         chosen = _changed(given, changes, self.selection)
-        unused = {"budget": chosen.train != "rise", "top_p": chosen.train not in ("esft-gate", "esft-token")}
+        unused = {"budget": chosen.train != "rise", "top_p": not chosen.by_share}
         return chosen.model_copy(update={key: None for key, idle in unused.items() if idle})
 
     @model_serializer(mode="wrap")
@@ -161,8 +167,3 @@ class Method(Section):
 def _changed[Part: Section](given: Part, preset: dict[str, Any], own: Part) -> Part:
     changes = {**preset, **own.model_dump(by_alias=True, exclude_unset=True)}
     return type(given).model_validate({**given.model_dump(by_alias=True), **changes})
-
-
-def options(section: Section) -> dict[str, FlagValue]:
-    """The values of a section by their flags' names."""
-    return section.model_dump(by_alias=True)

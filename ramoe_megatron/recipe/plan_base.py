@@ -3,7 +3,6 @@
 import dataclasses
 
 from ramoe_megatron.recipe.plan_context import Files, PlanContext, weights_option
-from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.section import FlagValue
 from ramoe_megatron.recipe.stage import Stage
 
@@ -39,7 +38,7 @@ def taxonomy_stage(plan: PlanContext) -> Stage:
 
 
 def profile_stage(plan: PlanContext) -> Stage:
-    settings, usage = plan.recipe.profile, _wants_usage(plan.recipe)
+    settings, usage = plan.recipe.profile, any(plan.recipe.selection_of(method).reads_usage for method in plan.recipe.methods)
     options: dict[str, FlagValue] = {
         "split": settings.split,
         "languages": plan.languages(),
@@ -74,7 +73,3 @@ def predict_stage(plan: PlanContext) -> Stage:
     }
     outputs = [plan.out / "predict.json"]
     return plan.job("predict", "predict", plan.scoring(), options, files, outputs, plan.offline(), plan.base)
-
-
-def _wants_usage(recipe: Recipe) -> bool:
-    return any(recipe.selection_of(method).train in ("rise", "esft-gate", "esft-token") for method in recipe.methods)

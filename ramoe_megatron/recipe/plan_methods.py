@@ -44,7 +44,7 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
     if selection.train != "all":
         names = {"budget": "train-budget", "top-p": "train-top-p"}
         options |= {names.get(key, key): value for key, value in selection.model_dump(by_alias=True).items()}
-        files |= {"usage": [plan.out / "usage.safetensors"]} if selection.train in ("rise", "esft-gate", "esft-token") else {}
+        files |= {"usage": [plan.out / "usage.safetensors"]} if selection.reads_usage else {}
         files |= {"experts": [plan.experts]} if selection.train == "task-experts" else {}
     return plan.job(
         f"finetune/{name}",

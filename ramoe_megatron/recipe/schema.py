@@ -165,7 +165,7 @@ class Recipe(Section):
             )
         if selection.train == "rise" and selection.budget is None:
             raise ValueError(f"{told} needs selection.budget: how many (layer, expert) pairs train")
-        if selection.train in ("esft-gate", "esft-token") and selection.top_p is None:
+        if selection.by_share and selection.top_p is None:
             raise ValueError(f"{told} needs selection.top-p: the share of each layer's score that the chosen experts hold")
         if method.on is not None and (method.on not in names or self.method(method.on).steered):
             raise ValueError(f"{told} acts on {method.on!r}, which is no method of this recipe that trains")
