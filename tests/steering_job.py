@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.jobs.evaluate import EvaluateOptions
 from ramoe_megatron.jobs.offline import examples_with_anchor, offline_job
-from ramoe_megatron.mcore.arguments import options_from_args
+from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.method.artefacts import ExpertFile
 from ramoe_megatron.method.experts import TopM
 from ramoe_megatron.method.steering import Steering
