@@ -275,7 +275,30 @@ def test_further_methods_are_listed_with_what_they_change(tmp_path: Path) -> Non
     folder = write_run(tmp_path / "one", plain("sft", "ra-moe", "all-layers", "strong"), commands=commands)
     (found,) = compare([folder])["ablation"]
     assert (found["method"], found["settings"]) == ("strong", ["coeff 90.0 (ra-moe: 50.0)", "pack on (ra-moe: not given)"])
+    assert found["beside"] is None  # no command of sft is told
     assert [r["method"] for r in compare([folder], presets=("strong",))["ablation"]] == []
+
+
+def test_what_alignment_adds_is_told_against_the_same_training_without_it(tmp_path: Path) -> None:
+    """Trained weights and Megatron's flags pair the methods; what concerns alignment and data does not. By hand: 9 - 5 of 40 rows."""
+    commands = {
+        "sft": ["--lr", "0.1", "--ramoe-split", "train"],
+        "ra-moe": ["--lr", "0.1", "--ramoe-coeff", "50"],
+        "routers": ["--lr", "0.1", "--ramoe-train", "routers"],
+        "ra-moe-routers": ["--lr", "0.1", "--ramoe-train", "routers", "--ramoe-coeff", "50", "--ramoe-tokens", "all"],
+        "ra-moe-js": ["--lr", "0.1", "--ramoe-coeff", "1", "--ramoe-divergence", "js"],
+        "ra-moe-slow": ["--lr", "0.01", "--ramoe-coeff", "50"],
+    }
+    routers = {(method, seed): {("a", "es"): right} for method, right in (("routers", 5), ("ra-moe-routers", 9)) for seed in SEEDS}
+    c = compare([write_run(tmp_path / "one", {**plain(*commands), **routers}, commands=commands)])
+    rows = {r["method"]: r for r in c["ablation"]}
+    beside = {"routers": None, "ra-moe-routers": "routers", "ra-moe-js": "sft", "ra-moe-slow": None}
+    assert {name: r["beside"] for name, r in rows.items()} == beside
+    assert rows["ra-moe-js"]["without"] == {k: v for k, v in rows["ra-moe-js"]["against"].items() if k not in ("p_holm", "p_bh")}
+    assert rows["ra-moe-routers"]["without"]["change"] == pytest.approx(4 / 40)
+    assert rows["routers"]["without"] is None
+    line = next(line for line in document(c).splitlines() if line.startswith("| ra-moe-routers") and "(routers)" in line)
+    assert "+10.0 (routers)" in line
 
 
 # ---- documents ----

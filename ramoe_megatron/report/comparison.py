@@ -10,6 +10,7 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.files import atomic_write_text, package_version, save_document
 from ramoe_megatron.report import comparison_relations as relations
 from ramoe_megatron.report import comparison_tables as tables
+from ramoe_megatron.report.comparison_ablation import ablation
 from ramoe_megatron.report.comparison_costs import costs
 from ramoe_megatron.report.inputs import Evaluation, RunInputs, load_run
 
@@ -97,7 +98,7 @@ def compare(
         "ci_gain": relations.ci_gain(study),
         "transplant": relations.transplant(study),
         "coefficient_zero": tables.equality(study, OFF),
-        "ablation": tables.ablation(study, headline, known),
+        "ablation": ablation(study, headline, known),
     }
 
 

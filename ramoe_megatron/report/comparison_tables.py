@@ -1,8 +1,8 @@
-"""Rows of comparison.json that come from evaluations: accuracy, paired differences, English, mass, claims, ablations."""
+"""Rows of comparison.json that come from evaluations: accuracy, paired differences, English, mass, claims."""
 
 import re
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.layers import parse_layers
@@ -16,18 +16,6 @@ if TYPE_CHECKING:
     from ramoe_megatron.report.comparison import Claim
 
 VERDICTS = {"above": "supported", "below": "contradicted", "holds zero": "not shown", "unknown": "not shown"}
-INCIDENTAL = {
-    "save",
-    "load",
-    "tensorboard-dir",
-    "pretrained-checkpoint",
-    "seed",
-    "save-interval",
-    "ramoe-output",
-    "ramoe-method",
-    "ramoe-seed",
-}
-"""Flags that differ between any two stages, and say nothing of the method."""
 
 
 def base_row(name: str, run: RunInputs) -> Row:
@@ -174,48 +162,3 @@ def equality(study: Study, off: str) -> list[Row]:
             }
         )
     return rows
-
-
-def ablation(study: Study, found: Sequence[Row], known: Collection[str]) -> list[Row]:
-    """The recipe's further methods: what each changes, and its change against the reference (p as in the headline)."""
-    rows = []
-    for row in found:
-        if row["method"] not in known:
-            runs = [run for run in study.runs.values() if row["method"] in run.methods]
-            rows.append({"method": row["method"], "settings": _settings(study, runs[0], row["method"]), "against": row["against"]})
-    return rows
-
-
-def _settings(study: Study, run: RunInputs, method: str) -> list[str]:
-    """Flags of the stage that differ from the main method's, as run: `coeff 20 (ra-moe: 50)`."""
-    stages = (run.manifest or {}).get("stages", {})
-    own, beside = (_stage_flags(stages, f"finetune/{name}-seed") for name in (method, study.main))
-    other = study.main
-    if own is None:  # nothing is trained: what the evaluation was told
-        own, beside, other = _stage_flags(stages, f"evaluate/{method}"), _stage_flags(stages, "evaluate/base"), "base"
-    if own is None or beside is None:
-        return []
-    told = []
-    for name in dict.fromkeys([*own, *beside]):
-        if own.get(name) != beside.get(name):
-            there = f"{other}: {beside.get(name, 'not given')}"
-            told.append(f"{name.removeprefix('ramoe-')} {own.get(name, 'not given')} ({there})")
-    return told
-
-
-def _stage_flags(stages: dict[str, Any], prefix: str) -> dict[str, str] | None:
-    """Flags of the first stage of that name, without paths and what differs between any two stages."""
-    name = next((name for name in sorted(stages) if re.fullmatch(re.escape(prefix) + r"\d*", name)), None)
-    if name is None:
-        return None
-    flags: dict[str, list[str]] = {}
-    for word in stages[name].get("command", [])[1:]:
-        if word.startswith("--"):
-            flags[word[2:]] = []
-        elif flags:
-            flags[next(reversed(flags))].append(word)
-    return {
-        name: " ".join(values) or "on"
-        for name, values in flags.items()
-        if name not in INCIDENTAL and not any("/" in value for value in values)
-    }

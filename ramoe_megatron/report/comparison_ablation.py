@@ -1,0 +1,95 @@
+"""Rows of comparison.json for the recipe's further methods: what each changes, and what comes of it."""
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from ramoe_megatron.report.contrasts import Row
+from ramoe_megatron.report.inputs import RunInputs
+from ramoe_megatron.report.study import Study
+
+INCIDENTAL = {
+    "save",
+    "load",
+    "tensorboard-dir",
+    "pretrained-checkpoint",
+    "seed",
+    "save-interval",
+    "ramoe-output",
+    "ramoe-method",
+    "ramoe-seed",
+}
+"""Flags that differ between any two stages, and say nothing of the method."""
+COEFF = "ramoe-coeff"
+"""The flag of every method that aligns."""
+
+
+def ablation(study: Study, found: Sequence[Row], known: Collection[str]) -> list[Row]:
+    """The recipe's further methods: what each changes, its change against the reference (p as in the headline), against the model before
+    fine-tuning, and, of a method that aligns, against the method that trains likewise without (`without`, whose name is `beside`)."""
+    rows = []
+    for row in found:
+        method = row["method"]
+        if method not in known:
+            run = next(run for run in study.runs.values() if method in run.methods)
+            beside = _without_alignment(study, run, method)
+            rows.append(
+                {
+                    "method": method,
+                    "settings": _settings(study, run, method),
+                    "against": row["against"],
+                    "from_base": study.against(method, "base", study.target_keys),
+                    "beside": beside,
+                    "without": beside and study.against(method, beside, study.target_keys),
+                }
+            )
+    return rows
+
+
+def _without_alignment(study: Study, run: RunInputs, method: str) -> str | None:
+    """The method that trains the same weights by the same flags of Megatron and aligns nothing; None of one that aligns nothing itself."""
+    stages = (run.manifest or {}).get("stages", {})
+    found = {name: _stage_flags(stages, f"finetune/{name}-seed") for name in study.by_method}
+    training = {
+        name: {flag: value for flag, value in flags.items() if not flag.startswith("ramoe-") or flag.startswith("ramoe-train")}
+        for name, flags in found.items()
+        if flags is not None
+    }
+    if COEFF not in (found.get(method) or {}):
+        return None
+    return next((name for name, own in training.items() if own == training[method] and COEFF not in (found[name] or {})), None)
+
+
+def _settings(study: Study, run: RunInputs, method: str) -> list[str]:
+    """Flags of the stage that differ from the main method's, as run: `coeff 20 (ra-moe: 50)`."""
+    stages = (run.manifest or {}).get("stages", {})
+    own, beside = (_stage_flags(stages, f"finetune/{name}-seed") for name in (method, study.main))
+    other = study.main
+    if own is None:  # nothing is trained: what the evaluation was told
+        own, beside, other = _stage_flags(stages, f"evaluate/{method}"), _stage_flags(stages, "evaluate/base"), "base"
+    if own is None or beside is None:
+        return []
+    told = []
+    for name in dict.fromkeys([*own, *beside]):
+        if own.get(name) != beside.get(name):
+            there = f"{other}: {beside.get(name, 'not given')}"
+            told.append(f"{name.removeprefix('ramoe-')} {own.get(name, 'not given')} ({there})")
+    return told
+
+
+def _stage_flags(stages: dict[str, Any], prefix: str) -> dict[str, str] | None:
+    """Flags of the first stage of that name, without paths and what differs between any two stages."""
+    name = next((name for name in sorted(stages) if re.fullmatch(re.escape(prefix) + r"\d*", name)), None)
+    if name is None:
+        return None
+    flags: dict[str, list[str]] = {}
+    for word in stages[name].get("command", [])[1:]:
+        if word.startswith("--"):
+            flags[word[2:]] = []
+        elif flags:
+            flags[next(reversed(flags))].append(word)
+    return {
+        name: " ".join(values) or "on"
+        for name, values in flags.items()
+        if name not in INCIDENTAL and not any("/" in value for value in values)
+    }
