@@ -197,6 +197,17 @@ def test_transplant_hits_worked_by_hand(tmp_path: Path) -> None:
     assert [(u["base"], u["outcome"], u["gain"]) for u in found["bases"]] == [("one", "up_up", pytest.approx(0.1))]
 
 
+def test_each_base_model_is_told_with_what_it_left_to_gain(tmp_path: Path) -> None:
+    """ci 1 + 3 + 0 + 5 of 40 rows, and 2 of each 10."""
+    ci = {("a", "es"): 1, ("a", "tr"): 3, ("b", "es"): 0, ("b", "tr"): 5}
+    one = write_run(tmp_path / "one", rising(), ci=ci, transplant=dict.fromkeys(CELLS, -0.02))
+    two = write_run(tmp_path / "two", rising(), ci=dict.fromkeys(ci, 2))
+    c = compare([one, two])
+    assert [base["ci_share"] for base in c["bases"]] == pytest.approx([0.225, 0.2])
+    told = next(sentence for sentence in findings(c) if sentence.startswith("By base model"))
+    assert "one +7.5 [+2.6, +12.4] points, 5 seeds (ci share 22.5 %, transplant test −2.0 points); two +7.5" in told
+
+
 def test_hits_without_a_sign_have_no_rate() -> None:
     assert hits([{"outcome": "ties"}]) == {
         **dict.fromkeys(("up_up", "up_down", "down_up", "down_down", "hits", "n"), 0),

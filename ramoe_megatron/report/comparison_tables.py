@@ -11,6 +11,7 @@ from ramoe_megatron.report.inputs import RunInputs
 from ramoe_megatron.report.pairing import pooled
 from ramoe_megatron.report.study import Study, Values, matched
 from ramoe_megatron.report.style import average
+from ramoe_megatron.report.tables import ci_counts
 
 if TYPE_CHECKING:
     from ramoe_megatron.report.comparison import Claim
@@ -19,10 +20,11 @@ VERDICTS = {"above": "supported", "below": "contradicted", "holds zero": "not sh
 
 
 def base_row(name: str, run: RunInputs) -> Row:
-    """What one base model was: its recipe, size, zone, seeds, steps and evaluated examples."""
+    """What one base model was: its recipe, size, zone, seeds, steps, evaluated examples and the share of ci among them."""
     train = run.recipe.get("train") or {}
     base = next(e for e in run.evaluations if e.method == "base")
     shape = run.experts.shape if run.experts is not None else None
+    counts = list(ci_counts(run).values())
     command = re.match(r"# Written by `(.*)`", run.recipe_text)
     return {
         "base": name,
@@ -33,6 +35,7 @@ def base_row(name: str, run: RunInputs) -> Row:
         "batch": train.get("global-batch-size"),
         "target_examples": sum(row["n"] for row in base.rows if row["language"] != run.anchor),
         "anchor_examples": sum(row["n"] for row in base.rows if row["language"] == run.anchor),
+        "ci_share": sum(ci for ci, _ in counts) / sum(n for _, n in counts) if counts else None,
         "layers": shape.num_moe_layers if shape else None,
         "experts": shape.num_experts if shape else None,
         "topk": shape.topk if shape else None,

@@ -87,9 +87,18 @@ def _main(c: Comparison, rows: Mapping[str, Any]) -> list[str]:
         word = {"above": "lies above zero", "below": "lies below zero", "holds zero": "holds zero", "unknown": "cannot be given"}[examples]
         told.append(f"The interval over examples, for the seeds that were run, {word}: {shown} points.")
     if len(found["by_base"]) > 1:
-        own = "; ".join(f"{row['base']} {points(row)}, {count(row['n'], 'seed')}" for row in found["by_base"])
+        own = "; ".join(f"{row['base']} {points(row)}, {count(row['n'], 'seed')}{_room(c, row['base'])}" for row in found["by_base"])
         told.append(f"By base model: {own}.")
     return told
+
+
+def _room(c: Comparison, base: str) -> str:
+    """What a base model left to gain: its ci share, and what the transplant test promised."""
+    share = next((row["ci_share"] for row in c["bases"] if row["base"] == base), None)
+    test = next((row["transplant"] for row in c["transplant"]["bases"] if row["base"] == base), None)
+    told = [] if share is None else [f"ci share {number(100 * share, '.1f')} %"]
+    told += [] if test is None else [f"transplant test {number(100 * test, '+.1f')} points"]
+    return f" ({', '.join(told)})" if told else ""
 
 
 def _family(c: Comparison) -> int:

@@ -110,16 +110,20 @@ def _comparisons(by_method: Mapping[str, list[Evaluation]], anchor: str) -> list
     return rows
 
 
-def ci_shares(run: RunInputs) -> dict[tuple[str, str], float]:
-    """ci share of each (task, target language) on the evaluated split; on all splits when that one was not scored."""
+def ci_counts(run: RunInputs) -> dict[tuple[str, str], tuple[int, int]]:
+    """ci examples and all examples of each (task, target language) on the evaluated split; on all splits when that one was not scored."""
     pairs = [p for p in (run.taxonomy or {}).get("pairs", []) if p["language"] != run.anchor]
     chosen = [p for p in pairs if p["split"] == run.evaluated_split()] or pairs
-    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    counts: dict[tuple[str, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
     for pair in chosen:
-        count = counts[pair["task"], pair["language"]]
-        count[0] += pair["ci"]
-        count[1] += pair["n"]
-    return {key: ci / n for key, (ci, n) in counts.items() if n}
+        ci, n = counts[pair["task"], pair["language"]]
+        counts[pair["task"], pair["language"]] = ci + pair["ci"], n + pair["n"]
+    return {key: count for key, count in counts.items() if count[1]}
+
+
+def ci_shares(run: RunInputs) -> dict[tuple[str, str], float]:
+    """ci share of each (task, target language), of the same examples."""
+    return {key: ci / n for key, (ci, n) in ci_counts(run).items()}
 
 
 def _ci_gain(by_pair: list[dict[str, Any]], run: RunInputs) -> dict[str, Any]:
