@@ -273,9 +273,9 @@ def test_an_unknown_megatron_flag_is_told_with_the_nearest() -> None:
     assert str(caught.value) == told
 
 
-@pytest.mark.parametrize("name", ["demo", "sib200"])
-def test_the_examples_are_valid_and_fit_their_own_launch(name: str) -> None:
-    found = load_recipe(EXAMPLES / f"{name}.yaml")
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_examples_are_valid_and_fit_their_own_launch(path: Path) -> None:
+    found = load_recipe(path)
     check_layout(found, None)
     assert {"sft", "ra-moe"} <= {method.name for method in found.methods}
 
@@ -285,3 +285,11 @@ def test_yaml_values_are_read_as_they_were_written_and_a_time_limit_is_text(valu
     assert yaml.load(yaml.safe_dump(value), Loader=RecipeLoader) == value
     for text in ("12:00:00", "1:30", "190:20:30.15", "-1:05"):
         assert yaml.load(f"time: {text}", Loader=RecipeLoader) == {"time": text}
+    for text in ("on", "off", "no", "NO", "yes", "y"):  # a key of methods, a language
+        assert yaml.load(f"{text}: [{text}]", Loader=RecipeLoader) == {text: [text]}
+    assert yaml.load("[true, False, TRUE]", Loader=RecipeLoader) == [True, False, True]
+
+
+def test_a_flag_that_would_be_a_boolean_elsewhere_is_refused() -> None:
+    for word in ("yes", "Off"):
+        assert f"model: swiglu is '{word}'; write true for a bare flag" in refusal(model={"swiglu": word})

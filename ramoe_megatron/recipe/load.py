@@ -19,18 +19,20 @@ SCALAR = (str, int, float)
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML without numbers in base 60: a time limit of 12:00:00 is the text that it looks like, not 43200."""
+    """YAML without its surprises: 12:00:00 is a text and not 43200; only true and false are booleans, so that the key `on` and the
+    language `no` are themselves."""
 
 
 _INTEGER = r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)"
 _FLOAT = r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_BOOLEAN = "true|True|TRUE|false|False|FALSE"
+_READ = {f"tag:yaml.org,2002:{kind}": pattern for kind, pattern in (("int", _INTEGER), ("float", _FLOAT), ("bool", _BOOLEAN))}
 RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _READ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-for _tag, _pattern in zip(_NUMBERS, (_INTEGER, _FLOAT), strict=True):
-    RecipeLoader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list("-+0123456789."))
+for _tag, _pattern in _READ.items():
+    RecipeLoader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list("-+0123456789.tTfF"))
 
 
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:

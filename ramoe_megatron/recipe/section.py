@@ -40,6 +40,8 @@ def _flags(flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
             raise ValueError(f"{name} is set by the plan itself; use the recipe's data, taxonomy, profile or alignment section")
         if value == []:
             raise ValueError(f"{name} is an empty list; use null to leave the flag out")
+        if str(value).lower() in ("yes", "no", "on", "off"):
+            raise ValueError(f"{name} is {value!r}; write true for a bare flag, false to leave it out")
     return flags
 
 
