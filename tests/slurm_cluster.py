@@ -157,7 +157,7 @@ class SlurmCluster:
         """The job's state, such as RUNNING."""
         return self.job(number)["JobState"]
 
-    def wait(self, *numbers: int, seconds: float = 300) -> list[str]:
+    def wait(self, *numbers: int, seconds: float = 900) -> list[str]:
         """Wait until the jobs have ended; their states."""
         wait_for(lambda: all(self.state(number) in ENDED for number in numbers), seconds, f"the end of jobs {numbers}", self.log)
         return [self.state(number) for number in numbers]

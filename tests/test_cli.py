@@ -47,6 +47,12 @@ print([name for name in ("torch", "megatron", "datasets", "pydantic", "scipy", "
     assert done.stdout.strip() == "[]"
 
 
+def test_what_the_checkpoint_writer_imports_again_is_light() -> None:
+    code = "import sys, ramoe_megatron.jobs.finetune; print([name for name in ('torch', 'megatron', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_an_error_is_a_text_on_stderr_and_status_2() -> None:
     done = subprocess.run([sys.executable, "-m", "ramoe_megatron.cli", "run", "absent.yaml"], capture_output=True, text=True, check=False)
     assert done.returncode == 2

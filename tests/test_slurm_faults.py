@@ -161,20 +161,20 @@ def test_a_warned_training_saves_goes_back_into_the_queue_and_survives_a_lost_no
 ) -> None:
     """The warning as Slurm sends it before a time limit; then a node dies with all it runs, and a spare one takes its place."""
     job, out = submit(cluster, slurm_world, "warned")
-    wait_for(at_iteration(out, 3), 240, "the first iterations", cluster.log)
+    wait_for(at_iteration(out, 3), 900, "the first iterations", cluster.log)
     cluster.call("scancel", "--signal=USR1", str(job))
-    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 120, "the job's way back into the queue", lambda: out.read_text()[-3000:])
+    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 900, "the job's way back into the queue", lambda: out.read_text()[-3000:])
     text = out.read_text()
     stopped = re.search(r"stopped after iteration (\d+) of 60", text)
     assert stopped, text[-3000:]
     assert int(stopped[1]) == max(losses(text)), "what was trained is saved, to the iteration"
-    wait_for(at_iteration(out, int(stopped[1]) + 1, attempt=2), 240, "the second attempt", cluster.log)
+    wait_for(at_iteration(out, int(stopped[1]) + 1, attempt=2), 900, "the second attempt", cluster.log)
     second = out.read_text().split(START)[2]
     assert min(losses(second)) == int(stopped[1]) + 1, "goes on with the next iteration"
     lost = NODES[1]
     assert cluster.job(job)["NodeList"] == "0x7f[000002-000003]"
     cluster.kill_node(lost)
-    wait_for(lambda: cluster.job(job)["Restarts"] == "2", 90, "Slurm's notice of the lost node", cluster.log)
+    wait_for(lambda: cluster.job(job)["Restarts"] == "2", 900, "Slurm's notice of the lost node", cluster.log)
     assert cluster.wait(job) == ["COMPLETED"], out.read_text()[-3000:]
     assert lost not in cluster.call("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]), "it ended on the spare node"
     assert_same(losses(out.read_text()), reference)
@@ -186,7 +186,7 @@ def test_killed_ranks_end_the_job_and_the_next_one_goes_on_from_the_last_whole_c
     cluster: SlurmCluster, slurm_world: Path, reference: Losses
 ) -> None:
     job, out = submit(cluster, slurm_world, "killed")
-    wait_for(at_iteration(out, INTERVAL + 3), 240, "an iteration after the first checkpoint", cluster.log)
+    wait_for(at_iteration(out, INTERVAL + 3), 900, "an iteration after the first checkpoint", cluster.log)
     os.kill(ranks_of(job)[1], signal.SIGKILL)
     assert cluster.wait(job, seconds=60) == ["FAILED"], "at once, not at the collectives' time limit"
     text = out.read_text()
@@ -194,7 +194,7 @@ def test_killed_ranks_end_the_job_and_the_next_one_goes_on_from_the_last_whole_c
     job, out = submit(cluster, slurm_world, "killed")
     saved = slurm_world / "run/checkpoints/killed"
     tracker, half = saved / "latest_checkpointed_iteration.txt", saved / f"iter_{2 * INTERVAL:07d}"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while not half.exists() or not any(half.iterdir()):
         assert time.monotonic() < deadline, out.read_text()[-3000:]
         time.sleep(0.002)

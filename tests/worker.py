@@ -11,6 +11,8 @@ the figures that each step logged ("steps"; "first" and "figures" are the first 
 or the error.
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import json
@@ -23,10 +25,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from ramoe_megatron.errors import RamoeError
+
+if __name__ != "__mp_main__":  # Megatron's checkpoint writer starts a process that imports this file again, and needs nothing of it
+    import torch
+    from safetensors.torch import save_file
 
 IMPORTED = (  # by most rows
     "megatron.core.models.mimo",

@@ -1,20 +1,21 @@
 """Fine-tune (or train from scratch) with Megatron's own `pretrain()`, routing alignment beside its losses.
 
     torchrun --nproc-per-node N -m ramoe_megatron.jobs.finetune MEGATRON_FLAGS --ramoe-data FILE --ramoe-coeff X ...
+
+Nothing is imported before it is needed: each rank's first checkpoint starts a process of Megatron's that imports this module again.
 """
-
-from functools import partial
-
-from ramoe_megatron.mcore.launch import is_rank_0, megatron_arguments, memory_peak, run_job
 
 
 def main() -> None:
     """Parse, build, train, save: all of it Megatron's."""
+    from functools import partial
+
     from ramoe_megatron.mcore import compat
     from ramoe_megatron.mcore.alignment import attach
     from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
     from ramoe_megatron.mcore.arguments import add_arguments
     from ramoe_megatron.mcore.checkpoint import explained_mismatch, starting_checkpoint, told_when_unfinished
+    from ramoe_megatron.mcore.launch import is_rank_0, megatron_arguments, memory_peak
 
     with megatron_arguments(add_arguments) as args:
         from megatron.training import pretrain
@@ -41,4 +42,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from ramoe_megatron.mcore.launch import run_job
+
     run_job(main)
