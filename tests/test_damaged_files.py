@@ -29,6 +29,7 @@ from ramoe_megatron.method.divergence import DivergenceRow, NoZone
 from ramoe_megatron.method.files import FORMATS
 from ramoe_megatron.method.inspect import describe
 from ramoe_megatron.method.taxonomy import TaxonomyRow
+from ramoe_megatron.method.usage import UsageFile
 from ramoe_megatron.recipe.manifest import Manifest
 from ramoe_megatron.report.inputs import load_run
 
@@ -53,6 +54,11 @@ def experts(path: Path) -> None:
         english_pattern={"last": random.softmax(-1)}, layer_number=torch.arange(3), rule={"name": "tau", "tau": 0.3},
         zone=NoZone("flat"), checkpoint="base",
     ).save(path)  # fmt: skip
+
+
+def usage(path: Path) -> None:
+    share = torch.full((2, 3, 4), 0.5)
+    UsageFile(("en", "tr"), SHAPE, torch.tensor([7, 9]), share, share / 2, torch.arange(3), "base").save(path)
 
 
 def priors(path: Path) -> None:
@@ -94,9 +100,11 @@ def go_on(path: Path) -> None:
 
 
 KEY = hashlib.sha256(b'{"key": "a"}').hexdigest()[:16]
+DOCUMENTS = [name for name, (_, keys) in FORMATS.items() if keys and name not in ("ramoe-evaluation", "ramoe-shard")]
 FILES = [
     File("experts.safetensors", experts, ExpertFile.load),
     File("priors.safetensors", priors, Priors.load),
+    File("usage.safetensors", usage, UsageFile.load),
     File("taxonomy.jsonl", lambda path: write_taxonomy(path, [TaxonomyRow("a", "t", "tr", "train", True, False)]), read_taxonomy, True),
     File("examples.jsonl", lines({**EXAMPLE, "correct": True}), read_examples, True),
     File(
@@ -111,7 +119,7 @@ FILES = [
     File("evaluations/e.json", document("ramoe-evaluation"), lambda path: load_run(path.parents[1])),
     *(
         File(f"{name}.json", document(name), lambda path, name=name: load_document(path, name))
-        for name in ("ramoe-taxonomy", "ramoe-anchors", "ramoe-prediction", "ramoe-results")
+        for name in DOCUMENTS
     ),
     File("shown/e.safetensors", experts, describe),
     File("shown/d.csv", divergence, describe, True),
