@@ -299,15 +299,18 @@ def test_what_alignment_adds_is_told_against_the_same_training_without_it(tmp_pa
         "ra-moe-routers": ["--lr", "0.1", "--ramoe-train", "routers", "--ramoe-coeff", "50", "--ramoe-tokens", "all"],
         "ra-moe-js": ["--lr", "0.1", "--ramoe-coeff", "1", "--ramoe-divergence", "js"],
         "ra-moe-slow": ["--lr", "0.01", "--ramoe-coeff", "50"],
+        "ra-moe-curve": ["--lr", "0.1", "--ramoe-coeff", "50", "--ramoe-layer-weights", "/run/divergence.csv", "--ramoe-data", "/x"],
     }
     routers = {(method, seed): {("a", "es"): right} for method, right in (("routers", 5), ("ra-moe-routers", 9)) for seed in SEEDS}
     c = compare([write_run(tmp_path / "one", {**plain(*commands), **routers}, commands=commands)])
     rows = {r["method"]: r for r in c["ablation"]}
-    beside = {"routers": None, "ra-moe-routers": "routers", "ra-moe-js": "sft", "ra-moe-slow": None}
+    beside = {"routers": None, "ra-moe-routers": "routers", "ra-moe-js": "sft", "ra-moe-slow": None, "ra-moe-curve": "sft"}
     assert {name: r["beside"] for name, r in rows.items()} == beside
     assert rows["ra-moe-js"]["without"] == {k: v for k, v in rows["ra-moe-js"]["against"].items() if k not in ("p_holm", "p_bh")}
     assert rows["ra-moe-routers"]["without"]["change"] == pytest.approx(4 / 40)
     assert rows["routers"]["without"] is None
+    assert rows["routers"]["settings"] == ["train routers (sft: not given)", "split not given (sft: train)"]
+    assert rows["ra-moe-curve"]["settings"] == ["layer-weights divergence.csv (ra-moe: not given)"]
     line = next(line for line in document(c).splitlines() if line.startswith("| ra-moe-routers") and "(routers)" in line)
     assert "+10.0 (routers)" in line
 

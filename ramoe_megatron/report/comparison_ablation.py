@@ -20,6 +20,8 @@ INCIDENTAL = {
     "ramoe-seed",
 }
 """Flags that differ between any two stages, and say nothing of the method."""
+CHOSEN_FILES = ("ramoe-layer-weights", "ramoe-steering")
+"""Files that are a choice of the method's; the others follow from its other flags."""
 COEFF = "ramoe-coeff"
 """The flag of every method that aligns."""
 
@@ -49,7 +51,7 @@ def ablation(study: Study, found: Sequence[Row], known: Collection[str]) -> list
 def _without_alignment(study: Study, run: RunInputs, method: str) -> str | None:
     """The method that trains the same weights by the same flags of Megatron and aligns nothing; None of one that aligns nothing itself."""
     stages = (run.manifest or {}).get("stages", {})
-    found = {name: _stage_flags(stages, f"finetune/{name}-seed") for name in study.by_method}
+    found = {name: _stage_flags(stages, "finetune", name) for name in study.by_method}
     training = {
         name: {flag: value for flag, value in flags.items() if not flag.startswith("ramoe-") or flag.startswith("ramoe-train")}
         for name, flags in found.items()
@@ -61,12 +63,14 @@ def _without_alignment(study: Study, run: RunInputs, method: str) -> str | None:
 
 
 def _settings(study: Study, run: RunInputs, method: str) -> list[str]:
-    """Flags of the stage that differ from the main method's, as run: `coeff 20 (ra-moe: 50)`."""
+    """Flags of the stage that differ from those of the main method (of the reference where nothing is aligned, of the base model's
+    evaluation where nothing is trained), as run: `coeff 20 (ra-moe: 50)`."""
     stages = (run.manifest or {}).get("stages", {})
-    own, beside = (_stage_flags(stages, f"finetune/{name}-seed") for name in (method, study.main))
-    other = study.main
-    if own is None:  # nothing is trained: what the evaluation was told
-        own, beside, other = _stage_flags(stages, f"evaluate/{method}"), _stage_flags(stages, "evaluate/base"), "base"
+    own = _stage_flags(stages, "finetune", method)
+    other = study.main if COEFF in (own or {}) else study.reference
+    beside = _stage_flags(stages, "finetune", other)
+    if own is None:
+        own, beside, other = _stage_flags(stages, "evaluate", method), _stage_flags(stages, "evaluate", "base"), "base"
     if own is None or beside is None:
         return []
     told = []
@@ -77,9 +81,9 @@ def _settings(study: Study, run: RunInputs, method: str) -> list[str]:
     return told
 
 
-def _stage_flags(stages: dict[str, Any], prefix: str) -> dict[str, str] | None:
-    """Flags of the first stage of that name, without paths and what differs between any two stages."""
-    name = next((name for name in sorted(stages) if re.fullmatch(re.escape(prefix) + r"\d*", name)), None)
+def _stage_flags(stages: dict[str, Any], kind: str, method: str) -> dict[str, str] | None:
+    """Flags of the method's first stage of a kind, without what differs between any two stages; of files, those of `CHOSEN_FILES`."""
+    name = next((name for name in sorted(stages) if re.fullmatch(rf"{kind}/{re.escape(method)}(-seed\d+)?", name)), None)
     if name is None:
         return None
     flags: dict[str, list[str]] = {}
@@ -89,7 +93,7 @@ def _stage_flags(stages: dict[str, Any], prefix: str) -> dict[str, str] | None:
         elif flags:
             flags[next(reversed(flags))].append(word)
     return {
-        name: " ".join(values) or "on"
+        name: " ".join(value.rpartition("/")[2] for value in values) or "on"
         for name, values in flags.items()
-        if name not in INCIDENTAL and not any("/" in value for value in values)
+        if name not in INCIDENTAL and (name in CHOSEN_FILES or not any("/" in value for value in values))
     }
