@@ -131,14 +131,12 @@ class OfflineModel:
         sequences: Sequence[Encoded],
         group: Sequence[int],
         read: Callable[[MicroBatch, Tensor], None] | None,
-        labels: bool,
         context: ContextMaker | None = None,
     ) -> None:
         """One forward pass of a group of `sequences`, as `groups` made it.
 
         Args:
-            read: called on the last stage with each micro-batch and the model's output: token losses [B, S] with `labels`, else this
-                tensor-parallel rank's logits [B, S, V / tp].
+            read: called on the last stage with each micro-batch and this tensor-parallel rank's logits [B, S, V / tp].
             context: makes the routing context of a micro-batch, on every stage.
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -150,9 +148,8 @@ class OfflineModel:
         def forward_step(data: Any, model: Any) -> tuple[Tensor, Callable]:
             micro = next(data)
             batch = micro.batch
-            extra = {"labels": batch["labels"]} if labels else {}
             with routing_context(context(micro) if context else None):
-                output = model(batch["tokens"], batch["position_ids"], None, **extra)
+                output = model(batch["tokens"], batch["position_ids"], None)
             return output, partial(_collect, micro, read)
 
         iterators = [iter(batches) for _ in self.chunks]

@@ -50,7 +50,7 @@ def sequence_routing(
         return _Listen(micro, buffers, speaks=model.tp_rank == 0, steered=steered(micro) if steered else None)
 
     for group in model.groups([len(sequence.ids) for sequence in encoded]):
-        model.run(encoded, group, None, labels=True, context=context)
+        model.run(encoded, group, None, context=context)
     for buffer in buffers.values():
         model.share(buffer)
     tokens_N = torch.tensor([len(sequence.ids) - 1 for sequence in encoded], device=model.device)
@@ -96,7 +96,7 @@ def last_prompt_logits(model: OfflineModel, encoded: Sequence[Encoded]) -> Tenso
         return _CaptureLogits(micro, logits_NLE, speaks=model.tp_rank == 0)
 
     for group in model.groups([len(sequence.ids) for sequence in encoded]):
-        model.run(encoded, group, None, labels=True, context=context)
+        model.run(encoded, group, None, context=context)
     return model.share(logits_NLE)
 
 

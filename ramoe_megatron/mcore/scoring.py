@@ -60,16 +60,23 @@ def log_likelihoods(
     progress: Progress | None = None,
 ) -> Tensor:
     """Natural log-likelihood of each response given its prompt, end token included. [N], float64, on every rank"""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
     scores = torch.zeros(len(encoded), dtype=torch.float64, device=model.device)
 
-    def read(micro: MicroBatch, losses: Tensor) -> None:
+    def read(micro: MicroBatch, logits: Tensor) -> None:
+        # of the response's positions alone: a softmax over the vocabulary at every token of the prompt costs more than the model
+        row, column = micro.batch["loss_mask"].nonzero(as_tuple=True)
+        whole = gather_from_tensor_model_parallel_region(logits[row, column])
         if model.reports:
-            sums = -(losses.double() * micro.batch["loss_mask"]).sum(dim=1)
+            label = micro.batch["labels"][row, column].unsqueeze(1)
+            terms = whole.float().log_softmax(dim=-1).gather(1, label).squeeze(1).double()
+            sums = torch.zeros(len(logits), dtype=torch.float64, device=model.device).index_add_(0, row, terms)
             scores[micro.places[micro.real]] = sums[micro.real]
 
     _refuse_long(model, [len(sequence.ids) - 1 for sequence in encoded])
     for group in model.groups([len(sequence.ids) for sequence in encoded]):
-        model.run(encoded, group, read, labels=True, context=context)
+        model.run(encoded, group, read, context=context)
         if progress:
             progress(len(group))
     return model.share(scores)
@@ -126,7 +133,7 @@ def _next_tokens(
         return context(MicroBatch(micro.batch, places)) if context else None
 
     for part in model.groups([len(sequence.ids) for sequence in sequences]):
-        model.run(sequences, part, read, labels=False, context=with_owner if context else None)  # type: ignore[arg-type]
+        model.run(sequences, part, read, context=with_owner if context else None)  # type: ignore[arg-type]
     return model.share(tokens).tolist()
 
 
