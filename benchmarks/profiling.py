@@ -66,7 +66,7 @@ class Passes:
 
     def _forward(self) -> None:
         for group in self.model.groups([len(sequence.ids) for sequence in self.encoded]):
-            self.model.run(self.encoded, group, None, labels=True)
+            self.model.run(self.encoded, group, None)
 
 
 @contextmanager
