@@ -20,7 +20,7 @@ LIMITS = (
     "language. A result that was sought elsewhere in this document is not corrected.",
     "An interval that holds zero shows no difference; it does not show that there is none. Its width says how large one may be.",
     "This is RA-MoE as we read it (arXiv 2605.28306); the choices that the paper leaves open are settings of the recipe. What a "
-    "small model on generated data shows need not hold for a large one, and nothing here reproduces, or fails to reproduce, the "
+    "small model shows need not hold for a large one, and nothing here reproduces, or fails to reproduce, the "
     "paper's numbers.",
     "The pairs of the transplant table and of the ci share share their models and examples: they are fewer independent ones than "
     "they count, so those p-values and intervals are optimistic.",
