@@ -32,10 +32,11 @@ time.sleep(120)
 """
 # Runs a launch in a process of its own, as `ramoe` does, so that it can be interrupted from outside.
 DRIVER = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from ramoe_megatron.recipe.launch import launch, python_command, rank_environment
 from ramoe_megatron.recipe.processes import stop_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell runs in the background would inherit that it is ignored
 with stop_signals():
     command = python_command(("ranks", sys.argv[1], sys.argv[2]), 2)
     launch(command, rank_environment(2, os.environ), Path(sys.argv[1]) / "log", grace=2)

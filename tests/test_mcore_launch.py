@@ -34,3 +34,18 @@ def test_every_rank_tells_its_error(rank: str, body: str, status: int, told: str
     # a failed rank leaves at once: what Python does on its way out may wait for ranks that wait for it
     assert ("waited for others" in done.stdout) == (status == 0)
     assert done.stderr.endswith(told) if status == 2 else told in done.stderr
+
+
+def test_what_the_checkpoint_writers_report_through_is_forked_and_works() -> None:
+    """Megatron's own queue, which the first save would otherwise spawn: a spawned process imports torch again."""
+    code = """
+import multiprocessing
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+from ramoe_megatron.mcore.launch import fork_writer_queue
+fork_writer_queue()
+queue = get_write_results_queue()
+queue.put({"a": 1})
+print(queue.get(timeout=60), [type(child).__name__ for child in multiprocessing.active_children()])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "{'a': 1} ['ForkProcess']"

@@ -35,7 +35,20 @@ def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = 
             if left_out and is_rank_0():
                 print(f"ramoe: the CPU backend leaves out {', '.join(left_out)}", flush=True)
             args = parse_and_validate_args(extra_args_provider=extra_args_provider, args_defaults={})
+        if on_cpu and args.save:
+            fork_writer_queue()
         yield args
+
+
+def fork_writer_queue() -> None:
+    """Start the small process through which Megatron's checkpoint writers report, by a fork, as Megatron does for its persistent writer.
+
+    Its first save would otherwise spawn one a rank, which imports torch again: three seconds of a core, as long as a small run trains.
+    Called before there are process groups, hence threads. Not where there is a GPU: a fork must not inherit a CUDA context.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
+    get_write_results_queue(mp_mode="fork")
 
 
 @contextlib.contextmanager

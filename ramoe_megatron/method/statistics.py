@@ -3,8 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from scipy import stats
+from typing import Any
 
 from ramoe_megatron.errors import RamoeError
 
@@ -51,7 +50,7 @@ def wilson(correct: int, n: int, confidence: float = CONFIDENCE) -> tuple[float,
         raise RamoeError(f"proportion: found {correct} of {n}, expected 0 <= correct <= n")
     if n == 0:
         return 0.0, 1.0
-    interval = stats.binomtest(correct, n).proportion_ci(confidence, method="wilson")
+    interval = _stats().binomtest(correct, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -64,7 +63,7 @@ def pearson(x: Sequence[float], y: Sequence[float], confidence: float = CONFIDEN
     _same_length(x, y)
     if len(x) < 3 or max(x) == min(x) or max(y) == min(y):
         return None
-    result = stats.pearsonr(x, y)
+    result = _stats().pearsonr(x, y)
     r = min(1.0, max(-1.0, float(result.statistic)))
     low, high = (float(end) for end in result.confidence_interval(confidence)) if len(x) > 3 else (-1.0, 1.0)
     # At |r| = 1 Fisher's z is infinite and the interval shrinks to the point itself.
@@ -91,7 +90,7 @@ def paired_difference(after: Sequence[float], before: Sequence[float], confidenc
         return Difference(0.0, 0.0, 0.0, 1.0, n)
     if n == 1 or math.isclose(min(differences), max(differences), rel_tol=1e-9):
         return Difference(change, None, None, None, n)
-    result = stats.ttest_1samp(differences, 0.0)
+    result = _stats().ttest_1samp(differences, 0.0)
     low, high = (float(end) for end in result.confidence_interval(confidence))
     return Difference(change, low, high, float(result.pvalue), n)
 
@@ -116,8 +115,8 @@ def clustered_difference(clusters: Mapping[str, Sequence[float]], confidence: fl
     error = math.sqrt(len(groups) / (len(groups) - 1) * squares) / n
     if error <= 1e-9 * abs(change):
         return Difference(0.0, 0.0, 0.0, 1.0, n) if change == 0 else Difference(change, None, None, None, n)
-    half = float(stats.t.ppf((1 + confidence) / 2, len(groups) - 1)) * error
-    p = float(2 * stats.t.sf(abs(change) / error, len(groups) - 1))
+    half = float(_stats().t.ppf((1 + confidence) / 2, len(groups) - 1)) * error
+    p = float(2 * _stats().t.sf(abs(change) / error, len(groups) - 1))
     return Difference(change, change - half, change + half, p, n)
 
 
@@ -138,8 +137,8 @@ def paired_proportions(after: Sequence[bool], before: Sequence[bool], confidence
     lost = sum(bool(b) and not a for a, b in zip(after, before, strict=True))
     centre = (gained - lost) / (n + 2)
     variance = ((gained + lost + 1) / (n + 2) - centre**2) / (n + 2)
-    half = float(stats.norm.ppf((1 + confidence) / 2)) * math.sqrt(variance)
-    p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    half = float(_stats().norm.ppf((1 + confidence) / 2)) * math.sqrt(variance)
+    p = float(_stats().binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return Difference((gained - lost) / n, max(-1.0, centre - half), min(1.0, centre + half), p, n)
 
 
@@ -158,7 +157,14 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def false_discovery(p: Sequence[float]) -> list[float]:
     """Benjamini and Hochberg's adjusted p-values, in the order given: the expected share of false rejections among all."""
-    return [float(value) for value in stats.false_discovery_control(p)] if p else []
+    return [float(value) for value in _stats().false_discovery_control(p)] if p else []
+
+
+def _stats() -> Any:
+    """scipy.stats, imported when it is needed: every job reads artefacts, few compute an interval, and the import costs a second."""
+    from scipy import stats
+
+    return stats
 
 
 def _same_length(x: Sequence[float], y: Sequence[float]) -> None:
