@@ -116,7 +116,7 @@ def test_two_agents_of_torchrun_train_as_one_does(slurm_world: Path, reference: 
 @pytest.mark.slurm
 def test_slurm_warns_by_its_clock_and_status_75_goes_back_into_the_queue(cluster: SlurmCluster, tmp_path: Path) -> None:
     """What the scripts build on: the warning reaches the tasks and not the batch script, before the limit; and only 75 is run again."""
-    task = 'trap "exit 75" USR1; if [[ ${SLURM_RESTART_COUNT:-0} == 1 ]]; then exit $THEN; fi; for _ in {1..600}; do sleep 0.1; done'
+    task = 'trap "exit 75" USR1 TERM; if [[ ${SLURM_RESTART_COUNT:-0} == 1 ]]; then exit $THEN; fi; for _ in {1..600}; do sleep 0.1; done'
     script = tmp_path / "clock.sbatch"
     script.write_text(f"#!/bin/bash\nset -euo pipefail\nsource {ROOT}/slurm/common.sh\nramoe_run bash -c {shlex.quote(task)}\n")
     words = ["--nodes=2", "--time=1", "--signal=USR1@45", "--requeue", "--open-mode=append", f"--output={tmp_path}/%j.out", str(script)]

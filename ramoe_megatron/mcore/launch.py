@@ -1,12 +1,15 @@
 """How a job starts: one place that turns the CPU backend on, parses Megatron's arguments, and prints our errors."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +44,24 @@ def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = 
 
 
 def fork_writer_queue() -> None:
-    """Start the small process through which Megatron's checkpoint writers report, by a fork, as Megatron does for its persistent writer.
+    """Fork the small process through which Megatron's checkpoint writers report.
 
     Its first save would otherwise spawn one a rank, which imports torch again: three seconds of a core, as long as a small run trains.
     Called before there are process groups, hence threads. Not where there is a GPU: a fork must not inherit a CUDA context.
     """
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    get_write_results_queue(mp_mode="fork")
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(_live_as_long_as, (os.getpid(),))
+    filesystem_async._results_queue = manager.Queue()  # what get_write_results_queue() returns from now on
+
+
+def _live_as_long_as(rank: int) -> None:
+    """In the forked process: a SIGTERM to the whole group asks the rank to save, which needs this process; its end is the rank's."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != rank:
+        os._exit(1)
 
 
 @contextlib.contextmanager
