@@ -194,11 +194,13 @@ def test_killed_ranks_end_the_job_and_the_next_one_goes_on_from_the_last_whole_c
     job, out = submit(cluster, slurm_world, "killed")
     saved = slurm_world / "run/checkpoints/killed"
     tracker, half = saved / "latest_checkpointed_iteration.txt", saved / f"iter_{2 * INTERVAL:07d}"
+    wait_for(at_iteration(out, INTERVAL + 2), 900, "an iteration after the first checkpoint", cluster.log)
+    rank = ranks_of(job)[0]  # found beforehand: a save takes a tenth of a second
     deadline = time.monotonic() + 900
     while not half.exists() or not any(half.iterdir()):
         assert time.monotonic() < deadline, out.read_text()[-3000:]
         time.sleep(0.002)
-    os.kill(ranks_of(job)[0], signal.SIGKILL)
+    os.kill(rank, signal.SIGKILL)
     assert tracker.read_text().strip() == str(INTERVAL), "it was killed while it saved"
     assert cluster.wait(job, seconds=60) == ["FAILED"]
     assert tracker.read_text().strip() == str(INTERVAL), "the half checkpoint is not the latest"
