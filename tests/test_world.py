@@ -136,6 +136,14 @@ def test_weights_give_the_stated_mixture(built: tuple[Path, WorldStats], pretrai
         assert abs(groups.count(group) / len(groups) - share) < 0.02
 
 
+def test_a_world_that_shows_targets_no_task_can_be_drawn_from(tmp_path: Path) -> None:
+    build_world(WorldConfig(target_shares={"sw": 0.0}), tmp_path)
+    shown = load_examples([str(tmp_path / "pretrain.jsonl")])
+    weights = json.loads((tmp_path / "weights.json").read_text())
+    drawn = {f"{shown[i].task}/{shown[i].language}" for i in order(shown, 500, 1, weights)}
+    assert drawn == {*(f"{task}/en" for task in TASKS), "names/en", "names/sw", "lists/en", "lists/sw"}
+
+
 def test_general_text_is_english_without_the_tasks(built: tuple[Path, WorldStats]) -> None:
     found = load_examples([str(built[0] / "general.jsonl")])
     assert len(found) == CONFIG.general_rows

@@ -120,7 +120,7 @@ def build_world(config: WorldConfig, out: Path) -> WorldStats:
         "names/*": config.weight_names,
         "lists/*": config.weight_lists,
         f"*/{ANCHOR}": config.weight_english,
-        "*": config.weight_target,
+        **({"*": config.weight_target} if any(r["task"] in TASKS and r["language"] != ANCHOR for r in pretrain) else {}),
     }
     atomic_write_text(out / "weights.json", json.dumps(weights, indent=1) + "\n")
     with atomic_write(out / "tokenizer.model") as temporary:
