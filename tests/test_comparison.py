@@ -262,6 +262,18 @@ def test_cost_is_a_ratio_over_paired_seeds(tmp_path: Path) -> None:
     assert found["memory"] == {"median": 512.5, "ratio": None}
 
 
+def test_hours_count_stages_side_by_side_once_and_breaks_not_at_all(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "one", {("sft", 1): {}, ("ra-moe", 1): {}})
+    manifest = json.loads((run / "manifest.json").read_text())
+    spans = {"a": ("12:00", "13:00"), "b": ("12:10", "12:20"), "c": ("12:30", "13:30"), "d": ("15:00", "15:15")}
+    manifest["stages"] = {
+        name: {"state": "done", "started": f"2026-01-01T{start}:00+00:00", "ended": f"2026-01-01T{end}:00+00:00", "command": []}
+        for name, (start, end) in spans.items()
+    } | {"failed": {"state": "failed", "started": "2026-01-01T16:00:00+00:00", "ended": "2026-01-01T20:00:00+00:00", "command": []}}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert compare([run])["bases"][0]["hours"] == pytest.approx(1.75)
+
+
 # ---- zero, ablations ----
 
 

@@ -40,7 +40,7 @@ def compare_recipe(
         StageFailed: a stage failed.
     """
     console = console or Console()
-    changes = [*changes, *([f"seeds={seeds}"] if seeds is not None else [])]
+    given, changes = changes, [*changes, *([f"seeds={seeds}"] if seeds is not None else [])]
     recipe = load_recipe(path, changes)
     if "sft" not in [method.name for method in recipe.methods]:
         raise RamoeError(f"{path}: methods has no sft, which all others are compared with: add it")
@@ -60,8 +60,9 @@ def compare_recipe(
     from ramoe_megatron.report.comparison import write_comparison  # matplotlib
     from ramoe_megatron.report.comparison_document import write_document
 
-    words = ["ramoe", "compare", path.name, *(["--seeds", str(seeds)] if seeds else [])]
+    words = ["ramoe", "compare", path.name if path.is_absolute() else str(path), *(["--seeds", str(seeds)] if seeds else [])]
     words += ["--bases", ",".join(map(str, bases))] if bases else []
+    words += [word for change in given for word in ("--set", change)]
     page = write_comparison(list(folders), root, presets=tuple(METHODS), command=shlex.join(words))
     if document is not None:
         write_document(read_json(root / "comparison.json"), document)

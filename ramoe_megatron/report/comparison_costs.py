@@ -4,7 +4,7 @@ import datetime
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,32 @@ def _measured(study: Study, of: Callable[[RunInputs, str], float | None]) -> dic
     return found
 
 
-def _wall(run: RunInputs, name: str) -> float | None:
-    entry = ((run.manifest or {}).get("stages") or {}).get(f"finetune/{name}") or {}
+def hours(run: RunInputs) -> float | None:
+    """Time in which at least one stage was at work; breaks between two calls do not count, stages side by side count once."""
+    spans = sorted(span for name in _stages(run) if (span := _span(run, name)))
+    if not spans:
+        return None
+    worked, until = datetime.timedelta(0), spans[0][0]
+    for started, ended in spans:
+        worked += max(datetime.timedelta(0), ended - max(started, until))
+        until = max(until, ended)
+    return worked.total_seconds() / 3600
+
+
+def _stages(run: RunInputs) -> Mapping[str, Any]:
+    return (run.manifest or {}).get("stages") or {}
+
+
+def _span(run: RunInputs, name: str) -> tuple[datetime.datetime, datetime.datetime] | None:
+    entry = _stages(run).get(name) or {}
     if entry.get("state") != "done" or not entry.get("started") or not entry.get("ended"):
         return None
-    started, ended = (datetime.datetime.fromisoformat(entry[key]) for key in ("started", "ended"))
-    return (ended - started).total_seconds()
+    return datetime.datetime.fromisoformat(entry["started"]), datetime.datetime.fromisoformat(entry["ended"])
+
+
+def _wall(run: RunInputs, name: str) -> float | None:
+    span = _span(run, f"finetune/{name}")
+    return (span[1] - span[0]).total_seconds() if span else None
 
 
 def _log(run: RunInputs, name: str) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.layers import parse_layers
+from ramoe_megatron.report.comparison_costs import hours
 from ramoe_megatron.report.contrasts import Row, correct, direction, spread
 from ramoe_megatron.report.inputs import RunInputs
 from ramoe_megatron.report.pairing import pooled
@@ -40,6 +41,7 @@ def base_row(name: str, run: RunInputs) -> Row:
         "experts": shape.num_experts if shape else None,
         "topk": shape.topk if shape else None,
         "zone": zone_of(run),
+        "hours": hours(run),
         "package_version": (run.manifest or {}).get("package_version"),
     }
 

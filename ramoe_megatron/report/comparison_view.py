@@ -36,9 +36,13 @@ def _bases(c: Comparison) -> Table:
         zone = NONE if b["zone"] is None else f"{b['zone'][0]} to {b['zone'][1]}"
         seeds = ", ".join(map(str, b["seeds"])) or NONE
         told = (b["base"], b["recipe"], model, zone, seeds, b["steps"], b["batch"], b["target_examples"], b["anchor_examples"])
-        rows.append([text(value) for value in (*told, b["package_version"])])
-    columns = ("base model", "recipe", "model", "zone", "seeds", "steps", "batch", "target examples", "anchor examples", "package")
-    note = "Zone: the aligned MoE layers, from 0. Examples: evaluated rows, each in one language."
+        hours = None if b["hours"] is None else f"{b['hours']:.2f}"
+        rows.append([text(value) for value in (*told, hours, b["package_version"])])
+    columns = ("base model", "recipe", "model", "zone", "seeds", "steps", "batch", "target examples", "anchor examples", "hours", "package")
+    note = (
+        "Zone: the aligned MoE layers, from 0. Examples: evaluated rows, each in one language. Hours: those in which a stage of the run "
+        "was at work, from the data to the last evaluation."
+    )
     return Table(columns, rows, note, 4)
 
 
