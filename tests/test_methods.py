@@ -49,13 +49,20 @@ def test_every_method_has_a_meaning_in_one_recipe(tmp_path: Path) -> None:
 
 
 def test_the_published_settings_are_not_the_recipes(tmp_path: Path) -> None:
-    found = stages(tmp_path, "sara", "xlr", alignment={"coeff": 50, "divergence": "mass", "tokens": "prompt", "layers": "0-1"})
+    given = {"coeff": 50, "divergence": "mass", "tokens": "prompt", "layers": "0-1"}
+    found = stages(tmp_path, "sara", "xlr", alignment=given)
     sara, xlr = flags(found["finetune/sara-seed1"]), flags(found["finetune/xlr-seed1"])
     assert (sara["--ramoe-coeff"], sara["--ramoe-divergence"], sara["--ramoe-tokens"]) == (["1.5"], ["js"], ["all"])
     assert (sara["--ramoe-examples"], sara["--ramoe-missing-priors"]) == (["ci+cc"], ["skip"])
     assert (xlr["--ramoe-coeff"], xlr["--ramoe-coeff-unit"], xlr["--ramoe-target"]) == (["1.0"], ["lm-loss"], ["paired"])
     assert "--ramoe-priors" not in xlr
     assert sara["--ramoe-layers"] == xlr["--ramoe-layers"] == ["0-1"]
+    scheduled = {"coeff-unit": "lm-loss", "coeff-decay": "cosine", "coeff-warmup-iters": 3, "layer-weights": "divergence"}
+    scheduled |= {"missing-priors": "skip", "refresh-interval": 4}
+    again = stages(tmp_path, "ra-moe", "sara", "xlr", alignment={**given, **scheduled})
+    assert flags(again["finetune/ra-moe-seed1"])["--ramoe-coeff-unit"] == ["lm-loss"]
+    assert flags(again["finetune/sara-seed1"]) == sara
+    assert flags(again["finetune/xlr-seed1"]) == xlr
 
 
 def test_paired_views_double_the_batch_and_nothing_else_does(tmp_path: Path) -> None:
@@ -63,6 +70,12 @@ def test_paired_views_double_the_batch_and_nothing_else_does(tmp_path: Path) -> 
     sizes = {name: option(found[f"finetune/{name}-seed1"], "--global-batch-size") for name in ("sft", "ra-moe", "xlr", "reversed")}
     assert sizes == {"sft": ["8"], "ra-moe": ["8"], "xlr": ["16"], "reversed": ["16"]}
     assert option(found["finetune/xlr-seed1"], "--micro-batch-size") == ["4"]
+
+
+def test_coefficient_zero_has_the_batch_of_sft_whatever_the_target(tmp_path: Path) -> None:
+    found = stages(tmp_path, "ra-moe", "coeff-zero", alignment={"coeff": 1, "target": "paired"})
+    sizes = [option(found[f"finetune/{name}-seed1"], "--global-batch-size") for name in ("sft", "coeff-zero", "ra-moe")]
+    assert sizes == [["8"], ["8"], ["16"]]
 
 
 def test_sft_has_no_flag_of_alignment_and_coefficient_zero_has_all(tmp_path: Path) -> None:
@@ -89,7 +102,9 @@ def test_selection_takes_what_its_method_needs(tmp_path: Path) -> None:
     found = stages(tmp_path, "rise", "esft-gate", "router-only")
     rise, esft, routers = (flags(found[f"finetune/{name}-seed1"]) for name in ("rise", "esft-gate", "router-only"))
     assert (rise["--ramoe-train"], rise["--ramoe-train-budget"]) == (["rise"], ["5"])
-    assert "--ramoe-train-top-p" not in rise
+    assert not {"--ramoe-train-top-p", "--ramoe-train-split"} & set(rise)
+    split = {"name": "split", "preset": ["rise"], "selection": {"budget": 6, "split": [1, 2, 3]}}
+    assert flags(stages(tmp_path, split)["finetune/split-seed1"])["--ramoe-train-split"] == ["1", "2", "3"]
     assert (esft["--ramoe-train"], esft["--ramoe-train-top-p"]) == (["esft-gate"], ["0.4"])
     assert routers["--ramoe-train"] == ["routers"]
     assert "--ramoe-usage" not in routers
@@ -115,6 +130,18 @@ def test_steering_is_evaluated_on_the_base_model_or_on_a_trained_one(tmp_path: P
     found = stages(tmp_path, "steering-soft", steering={"search": True})
     assert option(found["steer/steering-soft"], "--ramoe-split") == ["validation"]
     assert option(found["evaluate/steering-soft"], "--ramoe-steering") == [str(tmp_path / "steering/steering-soft/steering.json")]
+    assert option(found["steer/steering-soft"], "--ramoe-zones") == ["auto"]
+
+
+def test_a_search_on_a_trained_method_is_on_its_own_checkpoints(tmp_path: Path) -> None:
+    searched = {"name": "sought", "preset": ["steering-soft"], "on": "sft", "steering": {"search": True, "zones": ["auto", "0-1"]}}
+    found = stages(tmp_path, searched)
+    for seed in (1, 2):
+        search, evaluation = found[f"steer/sought-seed{seed}"], found[f"evaluate/sought-seed{seed}"]
+        assert option(search, "--load") == option(evaluation, "--load") == [str(tmp_path / f"checkpoints/sft-seed{seed}")]
+        assert option(evaluation, "--ramoe-steering") == [str(path) for path in search.outputs]
+        assert option(search, "--ramoe-zones") == ["auto", "0-1"]
+    assert list(found).index("finetune/sft-seed2") < list(found).index("steer/sought-seed1")
 
 
 def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
@@ -129,6 +156,18 @@ def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
     ("methods", "changes", "told"),
     [
         ([{"name": "x", "preset": ["sara", "xlr"]}], {}, "do not combine"),
+        ([{"name": "x", "preset": ["ra-moe", "sara"]}], {}, "each is a loss of its own"),
+        ([{"name": "x", "preset": ["sft", "rise"]}], {}, "it combines with nothing"),
+        ([{"name": "x", "alignment": {"coeff": 5}, "steering": {"kind": "soft"}}], {}, "so alignment has no meaning"),
+        ([{"name": "x", "preset": ["steering-hard"], "selection": {"train": "routers"}}], {}, "so selection has no meaning"),
+        ([{"name": "x", "preset": ["steering-hard"], "steering": {"strength": 1}}], {}, "steering.strength is read by soft"),
+        ([{"name": "x", "preset": ["steering-soft"], "steering": {"search": True, "tau": 0.3}}], {}, "steering.tau is read by"),
+        ([{"name": "x", "preset": ["steering-soft"], "steering": {"zones": ["0-1"]}}], {}, "set steering.search"),
+        ([{"name": "x", "preset": ["router-only"], "selection": {"budget": 3}}], {}, "selection.budget is read by"),
+        ([{"name": "x", "preset": ["rise"], "selection": {"split": [1, 1, 1]}}], {}, "sums to 3, not to the budget 5"),
+        ([], {"selection": {"train": "routers"}}, "belong to a method"),
+        ([], {"steering": {"kind": "soft"}}, "belong to a method"),
+        (["outside-zone"], {"alignment": {"coeff": 1, "layers": "all"}}, "takes the layers outside alignment.layers"),
         ([{"name": "x", "preset": ["rise", "esft-gate"]}], {}, "do not combine"),
         ([{"name": "x", "preset": ["ra-moe", "steering-soft"]}], {}, "steering acts at inference"),
         ([{"name": "x", "preset": ["nothing"]}], {}, "no preset 'nothing'"),

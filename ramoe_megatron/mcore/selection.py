@@ -88,7 +88,7 @@ def select(
                 f"--ramoe-train-budget {options.train_budget}: the model has {none_LE.numel()} (layer, expert) pairs "
                 f"({layers} MoE layers x {config.num_moe_experts} experts); give at most that"
             )
-        mask_LE = rise(usage.frequency, usage.places(targets), options.train_budget or 0)
+        mask_LE = rise(usage.frequency, usage.places(targets), options.train_budget or 0, options.train_split)
         return Selection(kind, False, mask_LE, f"for {', '.join(targets)}, of {options.train_budget} (layer, expert) pairs")
     score, told = ("gate", "gate weight") if kind == "esft-gate" else ("frequency", "tokens")
     mask_LE = esft(usage.mean(score, languages), options.train_top_p or 0.0)

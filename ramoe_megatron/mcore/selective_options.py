@@ -24,6 +24,10 @@ class SelectiveOptions:
     train_budget: int | None = None
     """rise: (layer, expert) pairs to train, over all MoE layers."""
 
+    train_split: list[int] | None = None
+    """rise: how many of them are shallow, middle and deep, three numbers (the paper: 44 32 52 of 128); by the layers of each zone when
+    left out."""
+
     train_top_p: float | None = None
     """esft: in each layer, the fewest experts whose share of the total score reaches this, above 0 and at most 1."""
 
@@ -43,6 +47,8 @@ class SelectiveOptions:
                 raise RamoeError(f"--ramoe-train {self.train} without --ramoe-{flag}: expected {what}{made}")
             if value is not None and not used:
                 raise RamoeError(f"--ramoe-{flag} {value} with --ramoe-train {self.train}: only {by} reads it; remove one of the flags")
+        if self.train_split is not None and self.train != "rise":
+            raise RamoeError(f"--ramoe-train-split with --ramoe-train {self.train}: only rise reads it; remove one of the flags")
         if self.train_budget is not None and self.train_budget < 1:
             raise RamoeError(f"--ramoe-train-budget {self.train_budget}: expected a number of (layer, expert) pairs, at least 1")
         if self.train_top_p is not None and not 0 < self.train_top_p <= 1:

@@ -27,6 +27,10 @@ class MethodEntry:
     """Changes to `steering`; a method that has any is not trained."""
 
 
+PLAIN: dict[str, Any] = {
+    "coeff-unit": "absolute", "coeff-decay": "constant", "coeff-warmup-iters": 0, "layer-weights": "equal", "refresh-interval": None,
+}  # fmt: skip
+"""What no paper has: a published coefficient would change its meaning under a recipe's own schedule."""
 ALL = "all weights"
 RA_MOE = "coefficient x divergence of the ci examples' routing from the English one, middle layers"
 METHODS: dict[str, MethodEntry] = {
@@ -37,11 +41,12 @@ METHODS: dict[str, MethodEntry] = {
     ),
     "sara": MethodEntry(
         "method", ALL, "1.5 x JS(anchor prior || pooled routing), mean over the zone", "arXiv 2606.25821",
-        "stated: symmetric JS, 1.5, prompt and response pooled, constant anchor priors, anchor-correct examples; ours: normalised over all "
-        "samples of the batch, so that those without a prior count 0",
+        "stated: symmetric JS, 1.5, prompt and response pooled, constant anchor priors, data of anchor-correct examples; ours: those "
+        "alone are aligned while all train, as in the other methods, and the mean is over all samples of the batch, so that one without "
+        "a prior counts 0",
         {
             "coeff": 1.5, "divergence": "js", "target": "example", "tokens": "all", "pooling": "sequence", "examples": "ci+cc",
-            "normalize": "samples", "missing-priors": "skip",
+            "normalize": "samples", "missing-priors": "skip", **PLAIN,
         },
     ),
     "xlr": MethodEntry(
@@ -50,8 +55,8 @@ METHODS: dict[str, MethodEntry] = {
         "stated: KL, gradient through the target side only, middle layers, start at parity; ours: the direction of the KL, the English "
         "view run beside each sample without a loss of its own (twice the batch), parity measured in the first iteration",
         {
-            "coeff": 1, "coeff-unit": "lm-loss", "divergence": "kl", "target": "paired", "tokens": "all", "pooling": "sequence",
-            "examples": "all", "normalize": "samples",
+            "coeff": 1, "divergence": "kl", "target": "paired", "tokens": "all", "pooling": "sequence", "examples": "all",
+            "normalize": "samples", "missing-priors": "refuse", **PLAIN, "coeff-unit": "lm-loss",
         },
     ),
     "steering-soft": MethodEntry(
@@ -60,11 +65,14 @@ METHODS: dict[str, MethodEntry] = {
     ),
     "steering-hard": MethodEntry(
         "method", "nothing", "at inference: task experts' logits above the largest", "arXiv 2510.04694, eq. 5",
-        "the noise is drawn once per layer and expert, and only upwards, so that the layout changes nothing", steering={"kind": "hard"},
+        "the noise is drawn once per layer and expert, and only upwards, so that the layout changes nothing; refused for routers that "
+        "choose by more than the order of the logits (sigmoid scores, expert biases, groups), which the paper does not have",
+        steering={"kind": "hard"},
     ),
     "rise": MethodEntry(
         "method", "experts chosen by specificity (shallow, deep) and overlap (middle)", "nothing", "arXiv 2604.03592",
-        "several target languages: the mean of their specificity; the budget's split over depth, by the layers of each zone",
+        "several target languages: the mean of their specificity; the anchor is among the languages of the means; a layer whose middle "
+        "lies on a border is of the middle zone; the budget's split over depth, by the layers of each zone unless it is given",
         selection={"train": "rise"},
     ),
     "esft-gate": MethodEntry(

@@ -15,7 +15,9 @@ from pydantic import (
 )
 
 from ramoe_megatron.method.catalogue import METHODS, merged
-from ramoe_megatron.recipe.section import Flags, Name, Section
+from ramoe_megatron.recipe.section import Flags, Name, Names, Section
+
+BY_SHARE = ("esft-gate", "esft-token")
 
 
 class Alignment(Section):
@@ -53,13 +55,15 @@ class Selection(Section):
     train: Literal["all", "routers", "task-experts", "rise", "esft-gate", "esft-token"] = "all"
     budget: PositiveInt | None = None
     """rise: number of (layer, expert) pairs (the paper: 128 of Qwen3-30B-A3B's 6144, 16 of Phi-3.5-MoE's 512)."""
+    split: Annotated[list[NonNegativeInt], Field(min_length=3, max_length=3)] | None = None
+    """rise: how many of them are shallow, middle and deep (the paper: 44, 32, 52 and 2, 11, 3); by the layers of each when left out."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """esft-gate, esft-token: share of the score that the chosen experts of a layer hold."""
 
     @property
     def by_share(self) -> bool:
         """Whether experts are chosen up to a share of the score."""
-        return self.train in ("esft-gate", "esft-token")
+        return self.train in BY_SHARE
 
     @property
     def reads_usage(self) -> bool:
@@ -77,7 +81,15 @@ class Steering(Section):
     tau: Annotated[float, Field(ge=-1, lt=1)] | None = None
     """Task experts anew, by this threshold; the profile's own when left out."""
     search: bool = False
-    """Search tau, strength and layers on the validation split instead."""
+    """Search tau, strength and the layers (those of `zones`) on the validation split instead."""
+    zones: Names | None = None
+    """search: ranges of layers to try, such as [auto, 0.25-0.75]; `layers` alone when left out."""
+
+    @model_validator(mode="after")
+    def _searched(self) -> Self:
+        if self.zones and not self.search:
+            raise ValueError("steering.zones are what a search tries: set steering.search, or give layers")
+        return self
 
 
 class Method(Section):
@@ -111,11 +123,34 @@ class Method(Section):
             raise ValueError(f"method {self.name}: steering acts at inference; name the trained method that it acts on by `on`")
         if self.on is not None and not self.steered:
             raise ValueError(f"method {self.name}: only a steering method acts `on` another one")
-        if self.steered and self.train:
-            raise ValueError(f"method {self.name}: steering trains nothing, so `train` has no meaning")
-        if self.selection_of(Selection()).train == "all" and (set(self.selection.model_fields_set) - {"train"}):
-            raise ValueError(f"method {self.name}: selection.budget and top-p need selection.train: rise, esft-gate or esft-token")
+        if self.steered and (found := {"train", "alignment", "selection"} & self.model_fields_set):
+            raise ValueError(f"method {self.name}: steering trains nothing, so {', '.join(sorted(found))} has no meaning")
+        self._refuse_absorbed()
+        self._refuse_unread()
         return self
+
+    def _refuse_absorbed(self) -> None:
+        """Of two losses, or of all weights and some, one would be dropped without a word."""
+        losses = [name for name in self.presets if METHODS[name].kind == "method" and METHODS[name].alignment is not None]
+        if len(losses) > 1:
+            raise ValueError(f"method {self.name}: {' and '.join(losses)} do not combine: each is a loss of its own")
+        if "sft" in self.presets and len(self.presets) > 1:
+            raise ValueError(f"method {self.name}: sft is all weights and no further loss, so it combines with nothing: leave it out")
+
+    def _refuse_unread(self) -> None:
+        """Raise ValueError for a key of this method that nothing would read."""
+        train, steering = self.selection_of(Selection()).train, self.steering_of(Steering())
+        share = train in BY_SHARE
+        unread = {
+            "selection.budget": ("budget", self.selection, train != "rise", "selection.train: rise"),
+            "selection.split": ("split", self.selection, train != "rise", "selection.train: rise"),
+            "selection.top-p": ("top_p", self.selection, not share, f"selection.train: {' or '.join(BY_SHARE)}"),
+            "steering.strength": ("strength", self.steering, steering.kind == "hard" or steering.search, "soft steering without a search"),
+            "steering.tau": ("tau", self.steering, steering.search, "steering without a search"),
+        }
+        for key, (field, section, unused, by) in unread.items():
+            if unused and field in section.model_fields_set:
+                raise ValueError(f"method {self.name}: {key} is read by {by} alone: remove it")
 
     @property
     def presets(self) -> list[str]:
@@ -146,7 +181,7 @@ class Method(Section):
         """Likewise which weights train: the recipe's budget and share for the methods that need one."""
         changes = {"train": "all", **(merged(self.presets, "selection") or {})}
         chosen = _changed(given, changes, self.selection)
-        unused = {"budget": chosen.train != "rise", "top_p": not chosen.by_share}
+        unused = {"budget": chosen.train != "rise", "split": chosen.train != "rise", "top_p": not chosen.by_share}
         return chosen.model_copy(update={key: None for key, idle in unused.items() if idle})
 
     @model_serializer(mode="wrap")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ramoe_megatron.recipe.plan_base import predict_stage, pretrain_stage, profile_stage, taxonomy_stage
 from ramoe_megatron.recipe.plan_context import PlanContext
-from ramoe_megatron.recipe.plan_methods import evaluate_stage, evaluated, fine_tunings, finetune_stage, steer_stage
+from ramoe_megatron.recipe.plan_methods import evaluate_stage, evaluated, fine_tunings, finetune_stage, searches
 from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.sources import data_stage
 from ramoe_megatron.recipe.stage import JOBS, Stage
@@ -21,10 +21,9 @@ def make_plan(recipe: Recipe, out: Path, recipe_folder: Path) -> list[Stage]:
     generated = [data_stage(recipe, plan.out, recipe_folder)] if recipe.data.files is None else []
     pretraining = [pretrain_stage(plan)] if recipe.pretrain is not None else []
     offline = [taxonomy_stage(plan), profile_stage(plan), evaluate_stage(plan, "base", None, plan.base), predict_stage(plan)]
-    searches = [steer_stage(plan, method) for method in recipe.methods if method.steered and recipe.steering_of(method).search]
     tunings = [finetune_stage(plan, method, seed) for method, seed in fine_tunings(plan)]
     evaluations = [evaluate_stage(plan, *run) for run in evaluated(plan)]
-    return [*generated, *pretraining, *offline, *searches, *tunings, *evaluations, _results(plan), _report(plan)]
+    return [*generated, *pretraining, *offline, *tunings, *searches(plan), *evaluations, _results(plan), _report(plan)]
 
 
 def _evaluations(plan: PlanContext) -> list[Path]:

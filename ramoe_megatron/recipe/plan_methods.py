@@ -42,7 +42,7 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
         files |= {"layer-weights": [plan.out / "divergence.csv"]} if alignment.layer_weights == "divergence" else {}
         options |= _alignment_options(alignment, seed)
     if selection.train != "all":
-        names = {"budget": "train-budget", "top-p": "train-top-p"}
+        names = {"budget": "train-budget", "split": "train-split", "top-p": "train-top-p"}
         options |= {names.get(key, key): value for key, value in selection.model_dump(by_alias=True).items()}
         files |= {"usage": [plan.out / "usage.safetensors"]} if selection.reads_usage else {}
         files |= {"experts": [plan.experts]} if selection.train == "task-experts" else {}
@@ -59,25 +59,39 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
     )
 
 
-def steer_stage(plan: PlanContext, method: Method) -> Stage:
-    steering, folder = plan.recipe.steering_of(method), f"steering/{method.name}"
+def searches(plan: PlanContext) -> list[Stage]:
+    """A search for each checkpoint that a searching method acts on."""
+    return [
+        steer_stage(plan, method, name, checkpoint)
+        for name, seed, checkpoint, method in evaluated(plan)
+        if method is not None and plan.recipe.steering_of(method).search
+        for name in [_run_name(name, seed)]
+    ]
+
+
+def _run_name(method: str, seed: int | None) -> str:
+    return method if seed is None else f"{method}-seed{seed}"
+
+
+def steer_stage(plan: PlanContext, method: Method, name: str, checkpoint: Path) -> Stage:
+    steering, folder = plan.recipe.steering_of(method), f"steering/{name}"
     options: dict[str, FlagValue] = {
         "split": "validation",
         "languages": plan.languages(),
         "kinds": [steering.kind],
-        "zones": [steering.layers],
+        "zones": [*(steering.zones or [steering.layers])],
         "max-new-tokens": plan.answer_tokens(),
     }
     files: Files = {"data": plan.parallel, "experts": [plan.experts]}
     outputs = [plan.out / folder / "steering.json"]
-    places = plan.offline(plan.base, folder)
-    return plan.job(f"steer/{method.name}", "steer", plan.scoring(), options, files, outputs, places, plan.base)
+    places = plan.offline(checkpoint, folder)
+    return plan.job(f"steer/{name}", "steer", plan.scoring(), options, files, outputs, places, checkpoint)
 
 
 def evaluate_stage(
     plan: PlanContext, method: str, seed: int | None, checkpoint: Path, steered: Method | None = None
 ) -> Stage:
-    name = method if seed is None else f"{method}-seed{seed}"
+    name = _run_name(method, seed)
     options: dict[str, FlagValue] = {
         "split": plan.recipe.evaluate.split,
         "languages": plan.languages(),
@@ -91,7 +105,7 @@ def evaluate_stage(
     if steered is not None:
         steering = plan.recipe.steering_of(steered)
         if steering.search:
-            files |= {"steering": [plan.out / "steering" / steered.name / "steering.json"]}
+            files |= {"steering": [plan.out / "steering" / name / "steering.json"]}
         else:
             options |= {"steer": steering.kind, "steer-layers": steering.layers, "steer-tau": steering.tau}
             options |= {"steer-strength": steering.strength} if steering.kind == "soft" else {}

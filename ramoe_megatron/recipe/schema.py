@@ -145,6 +145,10 @@ class Recipe(Section):
                 raise ValueError(f"{what} names one twice: {', '.join(map(str, values))}")
         if self.launch.at_once > 1 and (self.launch.nodes > 1 or self.train.get("exit-signal-handler")):
             raise ValueError("launch.at-once is for one node, and without exit-signal-handler: set it to 1")
+        if self.selection.train != "all" or self.steering.kind != "none":
+            raise ValueError(
+                "selection.train and steering.kind belong to a method: name it (router-only, steering-soft), or give them in a method's section"
+            )
         names = [method.name for method in self.methods]
         for method in self.methods:
             self._check_method(method, names)
@@ -163,8 +167,16 @@ class Recipe(Section):
                 f"{told} aligns the tokens {alignment.tokens!r} to priors that pool {self.profile.tokens!r}: leave profile.tokens out, or "
                 "set it to the same"
             )
+        if alignment.layers.startswith(("outside:all", "outside:outside")):
+            raise ValueError(
+                f"{told} takes the layers outside alignment.layers, which is {alignment.layers.removeprefix('outside:')!r}: give auto or a "
+                "range there"
+            )
         if selection.train == "rise" and selection.budget is None:
             raise ValueError(f"{told} needs selection.budget: how many (layer, expert) pairs train")
+        if selection.split is not None and sum(selection.split) != selection.budget:
+            total = sum(selection.split)
+            raise ValueError(f"{told}: selection.split {selection.split} sums to {total}, not to the budget {selection.budget}")
         if selection.by_share and selection.top_p is None:
             raise ValueError(f"{told} needs selection.top-p: the share of each layer's score that the chosen experts hold")
         if method.on is not None and (method.on not in names or self.method(method.on).steered):
@@ -194,9 +206,11 @@ class Recipe(Section):
         """The recipe's training flags with the method's own changes.
 
         For the target paired both batch sizes are doubled: half of the places are views, so every method trains on the same samples.
+        With coefficient 0 nothing is paired.
         """
         flags = {**self.train, **method.train}
-        if self.alignment_of(method).target == "paired":
+        alignment = self.alignment_of(method)
+        if alignment.target == "paired" and alignment.coeff > 0:
             for name in ("micro-batch-size", "global-batch-size"):
                 if isinstance(flags.get(name), int):
                     flags[name] = 2 * flags[name]  # type: ignore[operator]
