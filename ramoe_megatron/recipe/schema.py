@@ -147,7 +147,8 @@ class Recipe(Section):
             raise ValueError("launch.at-once is for one node, and without exit-signal-handler: set it to 1")
         if self.selection.train != "all" or self.steering.kind != "none":
             raise ValueError(
-                "selection.train and steering.kind belong to a method: name it (router-only, steering-soft), or give them in a method's section"
+                "selection.train and steering.kind belong to a method: name one that has them (router-only, steering-soft), or give them "
+                "in its own section"
             )
         names = [method.name for method in self.methods]
         for method in self.methods:
