@@ -126,8 +126,6 @@ def wide_console() -> Any:
 
 
 def _show(path: Path) -> None:
-    from rich.console import Console
-
     from ramoe_megatron.method.inspect import describe
 
-    Console().print(describe(path))
+    wide_console().print(describe(path))

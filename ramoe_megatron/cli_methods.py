@@ -9,9 +9,12 @@ from ramoe_megatron.cli_files import FILE, FOLDER, wide_console
 
 def _numbers(_context: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:
     try:
-        return [int(part) for part in value.split(",")] if value else []
+        found = [int(part) for part in value.split(",")] if value else []
     except ValueError as error:
         raise click.BadParameter(f"{value!r}: expected whole numbers, such as 1,2", param=parameter) from error
+    if len(set(found)) < len(found):
+        raise click.BadParameter(f"{value!r}: names one twice; give each once", param=parameter)
+    return found
 
 
 @click.command()

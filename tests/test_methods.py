@@ -171,6 +171,10 @@ def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
         ([{"name": "x", "preset": ["rise", "esft-gate"]}], {}, "do not combine"),
         ([{"name": "x", "preset": ["ra-moe", "steering-soft"]}], {}, "steering acts at inference"),
         ([{"name": "x", "preset": ["nothing"]}], {}, "no preset 'nothing'"),
+        (["esft-tokn"], {}, "did you mean esft-token?"),
+        (["mine"], {}, "or a method of your own with a preset or a section"),
+        ([], {"seeds": [1, 0]}, "seeds: found 0"),
+        ([], {"seeds": 0}, "seeds: found 0"),
         ([{"name": "x", "preset": ["steering-soft"], "on": "mine"}], {}, "no method of this recipe that trains"),
         ([{"name": "x", "on": "sft"}], {}, "only a steering method acts `on`"),
         ([{"name": "x", "preset": ["steering-soft"], "train": {"lr": 1}}], {}, "steering trains nothing"),
@@ -203,6 +207,7 @@ def test_compare_needs_sft_and_a_base_model_to_train(tmp_path: Path) -> None:
         compare_recipe(path, ["methods=[ra-moe]"], out=tmp_path)
     with pytest.raises(RamoeError, match="--bases asks for 2"):
         compare_recipe(path, ["pretrain=null", "checkpoint=x"], bases=[1, 2], out=tmp_path)
-    shown = CliRunner().invoke(main, ["compare", str(path), "--bases", "1,x"])
-    assert shown.exit_code == 2
-    assert "expected whole numbers" in shown.output
+    for bases, told in (("1,x", "expected whole numbers"), ("1,1", "names one twice")):
+        shown = CliRunner().invoke(main, ["compare", str(path), "--bases", bases])
+        assert shown.exit_code == 2
+        assert told in shown.output

@@ -1,5 +1,6 @@
 """What a recipe may say of its methods: the alignment loss, which weights train, steering at inference, and their combinations."""
 
+import difflib
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -96,7 +97,7 @@ class Method(Section):
     """A run to compare: a name, and what it changes in the recipe's sections."""
 
     name: Name
-    """A name of `ramoe methods` has its meaning; any other is the recipe's alignment with the changes given here."""
+    """A name of `ramoe methods` has its meaning; any other, with at least one change, is the recipe's alignment with the changes."""
     preset: list[str] | None = None
     """Named methods that this one combines, such as [ra-moe, esft-token]; by default its own name."""
     alignment: Alignment = Alignment()
@@ -119,6 +120,11 @@ class Method(Section):
         for name in self.preset or []:
             if name not in METHODS:
                 raise ValueError(f"method {self.name}: no preset {name!r}; expected names of `ramoe methods`: {', '.join(METHODS)}")
+        if self.model_fields_set == {"name"} and not self.presets:
+            near = difflib.get_close_matches(self.name, METHODS, n=1)
+            own = f"expected {', '.join(METHODS)}, or a method of your own with a preset or a section"
+            meant = f"did you mean {near[0]}?" if near else own
+            raise ValueError(f"methods: {self.name!r} is no name of `ramoe methods`, and it changes nothing: {meant}")
         if self.presets and self.steered and (len(self.presets) > 1 or not METHODS[self.presets[0]].steering):
             raise ValueError(f"method {self.name}: steering acts at inference; name the trained method that it acts on by `on`")
         if self.on is not None and not self.steered:

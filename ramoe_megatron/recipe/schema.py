@@ -15,7 +15,7 @@ from ramoe_megatron.recipe.section import Flags, FlagValue, Name, Names, Section
 
 
 def _count_to_seeds(value: Any) -> Any:
-    return list(range(1, value + 1)) if isinstance(value, int) and not isinstance(value, bool) else value
+    return list(range(1, value + 1)) or [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class Data(Section):
@@ -150,6 +150,8 @@ class Recipe(Section):
                 "selection.train and steering.kind belong to a method: name one that has them (router-only, steering-soft), or give them "
                 "in its own section"
             )
+        if low := [seed for seed in self.seeds if seed < 1]:
+            raise ValueError(f"seeds: found {low[0]}, expected whole numbers from 1: Megatron takes no others")
         names = [method.name for method in self.methods]
         for method in self.methods:
             self._check_method(method, names)
