@@ -102,6 +102,13 @@ FATAL: dict[str, tuple[str, str, int, str, list[str]]] = {
     "steering file": (
         "evaluate", "--ramoe-method x --ramoe-steering no.json --ramoe-experts {world}/experts.safetensors", 1, "steering", ["no.json"]
     ),
+    "steering hard": (
+        "evaluate", "--ramoe-method x --ramoe-steer hard --ramoe-experts {world}/later.safetensors --moe-router-score-function sigmoid", 1,
+        "steering", ["--moe-router-score-function sigmoid", "--ramoe-steer soft"],
+    ),
+    "search hard": (
+        "steer", "--moe-router-num-groups 4 --moe-router-group-topk 2", 1, "settings", ["--moe-router-group-topk 2", "--ramoe-kinds soft"]
+    ),
     "settings": ("steer", "--ramoe-taus best", 1, "settings", ["'best'"]),
     "steer foreign": ("steer", "--ramoe-experts {world}/foreign.safetensors", 1, "expert file", ["num_moe_layers is 6"]),
     "zone": ("aligned", "--ramoe-experts {world}/zoneless.safetensors", 1, "expert file", ["--ramoe-layers auto", "the curve is flat"]),
@@ -128,7 +135,8 @@ def line(name: str, kind: str, more: list[str], ranks: int, world: Path) -> Line
         "profile": lambda: profile_flags(world, "out", *more),
         "steer": lambda: offline_flags(world, "out", "--ramoe-experts", str(world / "experts.safetensors"), "--ramoe-taus", "file", *more),
     }.get(kind, lambda: offline_flags(world, "out", *more))()
-    return Line(name, "finetune" if kind == "aligned" else kind, flags, ranks)
+    coming = {str(world / "later.safetensors"): "earlier"}
+    return Line(name, "finetune" if kind == "aligned" else kind, flags, ranks, coming=coming)
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,21 @@
 """Laws of routing steering (arXiv 2510.04694, eq. 4-5) and of the search for its setting."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.refusals import refuse_hard_steering
 from ramoe_megatron.method.artefacts import ExpertFile, ModelShape
 from ramoe_megatron.method.divergence import Zone
 from ramoe_megatron.method.statistics import clustered_difference, paired_proportions
-from ramoe_megatron.method.steering import KINDS, NO_STEERING, NOISE_VARIANCE, Steering, steer, steering_noise
+from ramoe_megatron.method.steering import KINDS, LEAST_RISE, NO_STEERING, NOISE_VARIANCE, Steering, steer, steering_noise
 from ramoe_megatron.method.steering_search import Answer, Candidate, best, candidates, parse_tau, table
 
 TYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -65,6 +69,75 @@ def test_hard_puts_every_steered_expert_above_all_others_and_into_the_top_k_whil
         assert (steered_experts <= top) if len(steered_experts) <= k else (top <= steered_experts)
 
 
+SCORES = {
+    "softmax-after": {"score_function": "softmax", "use_pre_softmax": False},
+    "softmax-before": {"score_function": "softmax", "use_pre_softmax": True},
+    "sqrtsoftplus": {"score_function": "sqrtsoftplus"},
+}
+WIDE = torch.randn(256, 16, generator=torch.Generator().manual_seed(0)) * 8
+STEERED = torch.rand(256, 16, generator=torch.Generator().manual_seed(1)).argsort(-1) < 4  # four of each token
+
+
+def chosen_by_megatron(z: torch.Tensor, mask: torch.Tensor, noise: torch.Tensor, k: int, **settings: Any) -> torch.Tensor:
+    """Megatron's top-k of the steered logits; bool [T, E]"""
+    return topk_routing_with_score_function(steer("hard", z, mask, 0.0, noise), k, **settings)[1]
+
+
+@pytest.mark.parametrize("scores", SCORES)
+@given(
+    seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), experts=st.integers(2, 64),
+    scale=st.sampled_from([1e-3, 1.0, 8.0, 50.0, 1e3, 1e4, 1e6]), offset=st.sampled_from([0.0, -60.0, 20.0, 200.0]), k=st.integers(1, 12),
+    steered=st.integers(1, 12), eps=st.sampled_from([0.0, 1e-9, 1e-6, 1.0]),
+)  # fmt: skip
+def test_hard_fills_the_top_k_of_megatrons_router(
+    scores: str, seed: int, dtype: torch.dtype, experts: int, scale: float, offset: float, k: int, steered: int, eps: float
+) -> None:
+    """With as many steered experts as places too, where one tie with an unsteered expert would take a place."""
+    generator = torch.Generator().manual_seed(seed)
+    k, steered = min(k, experts), min(steered, experts)
+    z = torch.randn(32, experts, generator=generator) * scale + offset
+    z[:, 0].clamp_(min=-80.0)  # sqrt(softplus) of nothing but large negative numbers is 0
+    mask = torch.rand(z.shape, generator=generator).argsort(-1) < steered
+    noise = torch.randn(experts, generator=generator) * NOISE_VARIANCE**0.5 * eps
+    chosen = chosen_by_megatron(z.to(dtype), mask, noise, k, **SCORES[scores])
+    assert (chosen.sum(-1) == k).all()
+    assert not (mask & ~chosen if steered <= k else chosen & ~mask).any()
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "settings"),
+    [
+        ({"moe_router_score_function": "sigmoid"}, "score-function sigmoid: large logits", {"score_function": "sigmoid"}),
+        (
+            {"moe_router_score_function": "sqrtsoftplus", "moe_router_enable_expert_bias": True},
+            "enable-expert-bias: experts are chosen by",
+            {"score_function": "sqrtsoftplus", "expert_bias": torch.arange(16) * 0.05},
+        ),
+        ({"moe_router_num_groups": 4, "moe_router_group_topk": 2}, "group-topk 2: an expert outside", {"num_groups": 4, "group_topk": 2}),
+        ({"moe_router_topk_limited_devices": 2}, "topk-limited-devices 2: an expert outside", {"num_groups": 4, "group_topk": 2}),
+    ],
+)  # fmt: skip
+def test_hard_is_refused_where_megatrons_router_leaves_steered_experts_out(
+    config: dict[str, Any], words: str, settings: dict[str, Any]
+) -> None:
+    chosen = chosen_by_megatron(WIDE, STEERED, torch.zeros(16), 4, **settings)
+    assert (STEERED & ~chosen).any(-1).float().mean() > 0.1
+    with pytest.raises(RamoeError, match=rf"^hard steering .*--moe-router-{words}.*Steer soft"):
+        refuse_hard_steering(SimpleNamespace(**config))
+
+
+@pytest.mark.parametrize("balancing", ["sinkhorn", "quantile_balancing", ["aux_loss", "sinkhorn"]])
+def test_hard_is_refused_where_balancing_chooses(balancing: str | list[str]) -> None:
+    with pytest.raises(RamoeError, match=r"--moe-router-load-balancing-type \w+: it chooses experts"):
+        refuse_hard_steering(SimpleNamespace(moe_router_load_balancing_type=balancing))
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sqrtsoftplus"])
+def test_hard_is_let_through_where_the_largest_logits_are_chosen(scores: str) -> None:
+    absent = {"moe_router_enable_expert_bias": False, "moe_router_num_groups": 4, "moe_router_group_topk": None}
+    refuse_hard_steering(SimpleNamespace(moe_router_score_function=scores, moe_router_load_balancing_type=["aux_loss"], **absent))
+
+
 def test_soft_and_hard_by_hand() -> None:
     z = torch.tensor([[1.0, 2.0, 3.0, 6.0]])  # mean 3, squares 4 + 1 + 0 + 9 = 14
     mask = torch.tensor([True, False, True, False])
@@ -72,8 +145,7 @@ def test_soft_and_hard_by_hand() -> None:
     assert steer("soft", z, mask, -1.0, NONE)[0].tolist() == pytest.approx([1 - 3.5**0.5, 2, 3 - 3.5**0.5, 6])
     noise = torch.tensor([-0.25, 9.0, 0.0, 9.0])
     found = steer("hard", z, mask, 0.0, noise)[0]
-    assert found.tolist() == pytest.approx([6.25, 2, 6, 6])
-    assert found[2] == torch.nextafter(torch.tensor(6.0), torch.tensor(7.0))
+    assert found.tolist() == [6.25, 2, 6 + 6 * LEAST_RISE, 6]
     assert steer("hard", z.bfloat16(), mask, 0.0, noise / 1000)[0].tolist() == [6.03125, 2, 6.03125, 6]  # 8 bits: steps of 1/32
 
 

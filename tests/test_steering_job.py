@@ -20,6 +20,7 @@ LAYOUTS = {
     "ep": ("--expert-model-parallel-size", "2"),
     "pp": ("--pipeline-model-parallel-size", "2"),
 }
+GROUPS = ("--moe-router-num-groups", "4", "--moe-router-group-topk", "2")
 CASES = ("none", "soft-0", "empty", "other-tasks", "one-task", "soft", "minus", "hard", "full")
 EVALUATIONS: dict[str, tuple[str, ...]] = {
     "soft": ("--ramoe-steer", "soft", "--ramoe-steer-layers", "1-2"),
@@ -27,6 +28,7 @@ EVALUATIONS: dict[str, tuple[str, ...]] = {
     "hard": ("--ramoe-steer", "hard", "--ramoe-steer-layers", "1-2"),
     "zero": ("--ramoe-steer", "soft", "--ramoe-steer-layers", "1-2", "--ramoe-steer-strength", "0"),
     "best": ("--ramoe-steering", "{folder}/search/steering.json"),
+    "groups": ("--ramoe-steer", "soft", "--ramoe-steer-layers", "1-2", *GROUPS),
 }
 REFUSED = {
     "base-name": ("evaluate", "--ramoe-steer hard --ramoe-steer-layers 1-2", "--ramoe-method base names the base model as it is"),
@@ -34,11 +36,13 @@ REFUSED = {
     "alone": ("evaluate", "--ramoe-method x --ramoe-steer-tau 0.3", "--ramoe-steer-tau without --ramoe-steer"),
     "no-experts": ("evaluate", "--ramoe-method x --ramoe-steer soft --ramoe-experts", "--ramoe-experts is missing"),
     "hard-strength": ("evaluate", "--ramoe-method x --ramoe-steer hard --ramoe-steer-strength 1", "hard, which takes none"),
+    "hard-groups": ("evaluate", f"--ramoe-method x --ramoe-steer hard {' '.join(GROUPS)}", "--moe-router-group-topk 2: an expert outside"),
     "no-expert": ("evaluate", "--ramoe-method x --ramoe-steer soft --ramoe-steer-layers 1-2 --ramoe-steer-tau 0.99", "no expert to steer"),
     "wide": ("evaluate", "--ramoe-method x --ramoe-steer soft --ramoe-steer-layers 1-9", "'1-9' means MoE layers 1 to 9"),
     "anchor-alone": ("steer", "--ramoe-split validation --ramoe-languages en", "only 'en' examples"),
     "split": ("steer", "--ramoe-split dev", "empty split 'dev'"),
     "nothing": ("steer", "--ramoe-split validation --ramoe-taus 0.99 --ramoe-zones 1-2", "nothing to try"),
+    "search-groups": ("steer", f"--ramoe-split validation {' '.join(GROUPS)}", "hard steering does not run with --moe-router-group-topk 2"),
     "tau": ("steer", "--ramoe-split validation --ramoe-taus most", "--ramoe-taus: found 'most'"),
 }  # fmt: skip
 
@@ -198,6 +202,10 @@ def test_inspect_shows_both_files(runs: Path) -> None:
     for words in ("no steering", "soft 4, the file's experts, MoE layers 1-2", "tau=0.99 in MoE layers 1-2: no expert"):
         assert words in text
     assert "hard, the file's experts, MoE layers 1-2" in text.split("ramoe-evaluation")[1]
+
+
+def test_soft_runs_on_the_routers_that_hard_is_refused_for(runs: Path) -> None:
+    assert evaluation(runs, "groups")["steering"]["kind"] == "soft"
 
 
 @pytest.mark.parametrize("name", REFUSED)

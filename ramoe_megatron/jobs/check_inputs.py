@@ -197,10 +197,10 @@ def _evaluate(trying: "Trial") -> list[Finding]:
     own, steer = options_from_args(EvaluateOptions, trying.args), options_from_args(SteeringOptions, trying.args)
 
     def steering() -> str:
-        check_steering(own, steer)
+        check_steering(own, steer, trying.args)
         if written := trying.written_by(own.experts, steer.steering):
             return written
-        return str(steer.setting(ExpertFile.load(str(own.experts))) or "none is best")
+        return str(steer.setting(ExpertFile.load(str(own.experts)), trying.args) or "none is best")
 
     found = [attempt("expert file", lambda: _fits(trying, own.experts), _FILE)] if own.experts else []
     asked = steer != SteeringOptions()
@@ -211,6 +211,7 @@ def _steer(trying: "Trial") -> list[Finding]:
     own, data = options_from_args(SteerOptions, trying.args), options_from_args(DataOptions, trying.args)
 
     def settings() -> str:
+        own.check(trying.args)
         if written := trying.written_by(own.experts, *data.data):
             return written
         _, tried, skipped = own.to_try(_offline_examples(trying), data.anchor)

@@ -59,10 +59,10 @@ def main() -> None:
         from ramoe_megatron.mcore.steering import steering_contexts
 
         own, steer = options_from_args(EvaluateOptions, args), options_from_args(SteeringOptions, args)
-        check_steering(own, steer)
+        check_steering(own, steer, args)
         examples = examples_with_anchor(data)
         experts = ExpertFile.load(own.experts) if own.experts else None
-        steering = steer.setting(experts) if experts else None
+        steering = steer.setting(experts, args) if experts else None
         model = OfflineModel(args, options.batch_tokens)
         if experts is not None:
             model.check(experts)
@@ -123,9 +123,9 @@ def groups_of_tasks(examples: Sequence[Example], tasks: Sequence[str]) -> dict[t
     return dict(sorted(groups.items()))
 
 
-def check_steering(own: EvaluateOptions, steer: SteeringOptions) -> None:
+def check_steering(own: EvaluateOptions, steer: SteeringOptions, args: Any) -> None:
     """Raise RamoeError for steering flags that do not go together, or a steered result under the name of the unsteered base model."""
-    steer.check(own.experts)
+    steer.check(own.experts, args)
     if steer.on and (own.method, own.seed) == (EvaluateOptions.method, None):
         raise RamoeError(
             f"--ramoe-method {own.method} names the base model as it is; a steered evaluation would take its place: give it another name"

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
@@ -26,6 +26,7 @@ from ramoe_megatron.jobs.offline import (
 from ramoe_megatron.jobs.shards import Shards, depends_on
 from ramoe_megatron.mcore.launch import is_rank_0, run_job
 from ramoe_megatron.mcore.options import options_from_args
+from ramoe_megatron.mcore.refusals import refuse_hard_steering
 from ramoe_megatron.method.artefacts import ExpertFile, digests, package_version, save_document
 from ramoe_megatron.method.steering_search import Answer, Candidate, best, candidates, parse_tau, table
 
@@ -47,7 +48,12 @@ class SteerOptions:
     """Steered layers: auto (the zone in the expert file), FIRST-LAST or FRACTION-FRACTION."""
 
     kinds: list[Literal["soft", "hard"]] = dataclasses.field(default_factory=lambda: ["soft", "hard"])
-    """soft (by a strength), hard (above all other experts), or both."""
+    """soft (by a strength), hard (above all other experts; needs a router whose top-k are the largest logits), or both."""
+
+    def check(self, args: Any) -> None:
+        """Raise RamoeError for a kind that the router of the validated arguments cannot be steered by."""
+        if "hard" in self.kinds:
+            refuse_hard_steering(args)
 
     def to_try(self, examples: Sequence[Example], anchor: str) -> tuple[ExpertFile, list[Candidate], list[str]]:
         """The expert file, the settings to try on the targets among the examples, and what is left out.
@@ -78,8 +84,10 @@ def main() -> None:
         from ramoe_megatron.mcore.scoring import score
         from ramoe_megatron.mcore.steering import steering_contexts
 
+        own = options_from_args(SteerOptions, args)
+        own.check(args)
         examples = examples_with_anchor(data)
-        experts, tried, skipped = options_from_args(SteerOptions, args).to_try(examples, data.anchor)
+        experts, tried, skipped = own.to_try(examples, data.anchor)
         model = OfflineModel(args, options.batch_tokens)
         model.check(experts)
         if is_rank_0():

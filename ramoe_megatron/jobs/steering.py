@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.refusals import refuse_hard_steering
 from ramoe_megatron.method.artefacts import ExpertFile, load_document
 from ramoe_megatron.method.layers import parse_layers
 from ramoe_megatron.method.steering import Steering
@@ -15,7 +16,7 @@ class SteeringOptions:
 
     steer: Literal["soft", "hard"] | None = None
     """Raise the router logits of the task experts at every token: soft (by --ramoe-steer-strength standard deviations) or hard (above all
-    others). Needs --ramoe-experts. Without it, nothing is steered."""
+    others; needs a router whose top-k are the largest logits). Needs --ramoe-experts. Without it, nothing is steered."""
 
     steer_strength: float = 0.5
     """Strength of soft steering, in standard deviations of a token's router logits."""
@@ -34,8 +35,8 @@ class SteeringOptions:
         """Whether steering is asked for (the best setting of a search may still be to steer nothing)."""
         return self.steer is not None or self.steering is not None
 
-    def check(self, experts: str | None) -> None:
-        """Raise RamoeError for flags that do not go together. `experts`: the value of --ramoe-experts."""
+    def check(self, experts: str | None, args: Any) -> None:
+        """Raise RamoeError for flags that do not go together. `experts`: the value of --ramoe-experts; `args`: all validated ones."""
         single = [
             f"--ramoe-{flag}"
             for flag, given in (
@@ -54,15 +55,20 @@ class SteeringOptions:
             raise RamoeError("--ramoe-steer-strength with --ramoe-steer hard, which takes none; leave it out, or steer soft")
         if self.on and experts is None:
             raise RamoeError("--ramoe-experts is missing: steering needs the expert file that `ramoe profile` wrote")
+        if self.steer == "hard":
+            refuse_hard_steering(args)
 
-    def setting(self, experts: ExpertFile) -> Steering | None:
+    def setting(self, experts: ExpertFile, args: Any) -> Steering | None:
         """The setting; None where nothing is to be steered.
 
         Raises:
-            RamoeError: a bad value or file, or a tau that chooses no expert in these layers.
+            RamoeError: a bad value or file, a tau that chooses no expert in these layers, or a file whose best is hard steering and a
+                router that cannot be steered so.
         """
         if self.steering is not None:
             found = best_of(self.steering)
+            if found is not None and found.kind == "hard":
+                refuse_hard_steering(args)
         elif self.steer is not None:
             layers = parse_layers(self.steer_layers, experts.shape.num_moe_layers, experts.zone)
             found = Steering(self.steer, self.steer_strength if self.steer == "soft" else None, self.steer_tau, layers)

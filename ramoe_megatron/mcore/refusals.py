@@ -1,4 +1,4 @@
-"""Settings under which routing alignment would be silently wrong or silently absent: refused by name, before training starts."""
+"""Settings under which routing alignment or hard steering would be silently wrong or absent: refused by name, before a job starts."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +15,22 @@ def refuse_unsupported(config: Any) -> None:
     found = [f"{flag}: {reason}" for flag, reason, on in _unsupported(config) if on]
     if found:
         raise RamoeError(f"routing alignment does not run with {'; '.join(found)}. Remove the flag, or set --ramoe-coeff 0")
+
+
+def refuse_hard_steering(config: Any) -> None:
+    """Raise RamoeError, naming every flag and why, where Megatron may leave out of the top-k an expert with one of the largest logits.
+
+    The paper (arXiv 2510.04694) has softmax routers alone; that hard steering needs the largest logits to be the top-k is our reading.
+
+    Args:
+        config: a `TransformerConfig`, or validated arguments; a setting that it lacks is taken as off.
+    """
+    found = [f"{flag}: {reason}" for flag, reason, on in _not_the_largest_logits(config) if on]
+    if found:
+        raise RamoeError(
+            f"hard steering does not run with {'; '.join(found)}. Expected: a router whose top-k are the largest logits. "
+            "Steer soft: --ramoe-steer soft, for a search --ramoe-kinds soft, in a recipe steering.kind soft"
+        )
 
 
 def refuse_foreign_routers(model_chunks: Iterable[Any]) -> None:
@@ -41,7 +57,6 @@ def _unsupported(config: Any) -> list[tuple[str, str, bool]]:
     granularity, recomputed = setting("recompute_granularity"), setting("recompute_modules") or ()
     recomputed_routers = granularity == "full" or (granularity == "selective" and "moe" in recomputed)
     low_precision = next((name for name in ("fp8", "fp4") if setting(name)), None)
-    balancing = setting("moe_router_load_balancing_type") or ()
     return [
         (
             "--overlap-moe-expert-parallel-comm",
@@ -72,7 +87,7 @@ def _unsupported(config: Any) -> list[tuple[str, str, bool]]:
         (
             "--moe-router-load-balancing-type sinkhorn",
             "it chooses experts by the balance of the whole micro-batch, not by the scores that would be aligned",
-            "sinkhorn" in ([balancing] if isinstance(balancing, str) else balancing),
+            "sinkhorn" in _balancing(config),
         ),
         (
             "--moe-router-force-load-balancing",
@@ -85,3 +100,36 @@ def _unsupported(config: Any) -> list[tuple[str, str, bool]]:
             setting("moe_router_force_biased") is not None,
         ),
     ]
+
+
+def _not_the_largest_logits(config: Any) -> list[tuple[str, str, bool]]:
+    def setting(name: str) -> Any:
+        return getattr(config, name, None)
+
+    groups = next((name for name in ("group_topk", "topk_limited_devices") if setting(f"moe_router_{name}")), "group_topk")
+    return [
+        (
+            "--moe-router-score-function sigmoid",
+            "large logits have equal scores in float32, and which of them are chosen is left to chance",
+            setting("moe_router_score_function") == "sigmoid",
+        ),
+        (
+            "--moe-router-enable-expert-bias",
+            "experts are chosen by score plus bias, not by the logits that are raised",
+            bool(setting("moe_router_enable_expert_bias")),
+        ),
+        (
+            f"--moe-router-{groups.replace('_', '-')} {setting(f'moe_router_{groups}')}",
+            "an expert outside of the chosen groups is left out, however large its logit is",
+            bool(setting(f"moe_router_{groups}")),
+        ),
+        *(
+            (f"--moe-router-load-balancing-type {kind}", "it chooses experts by scores of its own", kind in _balancing(config))
+            for kind in ("sinkhorn", "quantile_balancing")
+        ),
+    ]
+
+
+def _balancing(config: Any) -> list[str]:
+    kinds = getattr(config, "moe_router_load_balancing_type", None) or []
+    return [kinds] if isinstance(kinds, str) else list(kinds)

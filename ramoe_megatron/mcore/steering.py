@@ -19,7 +19,8 @@ from ramoe_megatron.method.steering import Steering, steer, steering_noise
 class Steer:
     """Raises the logits of each sequence's task experts, at all of its tokens, in the chosen layers.
 
-    What Megatron's router does next is its own: with group-limited routing or an expert bias, the largest logits need not be the top-k.
+    What Megatron's router does next is its own: hard steering is for those whose top-k are the largest logits, and the jobs refuse it
+    for others (`refusals.refuse_hard_steering`).
     """
 
     def __init__(self, steering: Steering, mask_BLE: Tensor, noise_LE: Tensor) -> None:

@@ -20,6 +20,8 @@ Kind = Literal["soft", "hard"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NOISE_VARIANCE = 1e-6
 """Of `eps ~ N(0, 1e-6)` in hard steering. The paper does not say whether 1e-6 is the variance or the deviation: variance is our reading."""
+LEAST_RISE = 2.0**-19
+"""Of hard steering, for a largest logit of up to 1 in size, and in proportion above: the least that float32 scores still tell apart."""
 NO_STEERING = {"kind": "none", "strength": None, "tau": None, "layers": None}
 """How the files write that nothing is steered."""
 
@@ -28,9 +30,11 @@ def steer(kind: Kind, logits: Tensor, expert_mask: Tensor, strength: float, nois
     """Router logits with those of the chosen experts raised, before the softmax (arXiv 2510.04694, eq. 4-5).
 
     soft: ``z_k += strength * std_E(z)``, the standard deviation of the token's logits over all E experts as a population (our reading:
-    the paper does not say population or sample); a negative strength deactivates. hard: ``z_k = max(z) + |eps|``, and at least the next
-    number above ``max(z)`` in the logits' own precision, so that each chosen expert stands above every other one (our reading: with
-    the sign of eps left to chance, half of them would not).
+    the paper does not say population or sample); a negative strength deactivates. hard: ``z_k = max(z) + |eps|``, and at least
+    ``LEAST_RISE`` and the next number in the logits' own precision above ``max(z)``, so that each chosen expert stands above every other
+    one, also after a softmax in float32, or a sqrt(softplus) that does not underflow (``max(z)`` above -87). Our reading: with the sign
+    of eps left to chance, half of them would not.
+    For other routers see `mcore.refusals.refuse_hard_steering`.
 
     Args:
         logits: [..., E]
@@ -50,7 +54,8 @@ def steer(kind: Kind, logits: Tensor, expert_mask: Tensor, strength: float, nois
     else:
         largest = z.amax(dim=-1, keepdim=True)
         above = torch.nextafter(largest.to(logits.dtype), torch.full_like(largest, math.inf, dtype=logits.dtype))
-        raised = torch.maximum((largest + noise.abs().to(z.dtype)).to(logits.dtype), above)
+        rise = torch.maximum(noise.abs().to(z.dtype), LEAST_RISE * largest.abs().clamp(min=1))
+        raised = torch.maximum((largest + rise).to(logits.dtype), above)
     return torch.where(expert_mask, raised, logits)
 
 
