@@ -63,7 +63,7 @@ def run(
     """Run a recipe: data, base model, taxonomy, profile, fine-tuning, evaluation, report.
 
     A second run skips what stands; a changed setting reruns what depends on it. STAGE is data, pretrain, taxonomy,
-    profile, predict, finetune, evaluate, results or report, or one such as finetune/sft-seed1.
+    profile, priors, anchors, predict, finetune, steer, evaluate, results or report, or one such as finetune/sft-seed1.
     """
     from ramoe_megatron.recipe.runner import run_recipe
     from ramoe_megatron.recipe.stages import StageFailed

@@ -93,8 +93,10 @@ def _combine(how: "Callable[[Sequence[ExpertFile]], ExpertFile]", files: tuple[P
     metavar="LANGUAGE=FILE",
     help="An anchor and its priors.safetensors (ramoe profile --ramoe-save-priors). Repeatable; the preferred anchor first.",
 )
+@click.option("--split", default="", help="Splits of the taxonomy to take, separated by commas.  [default: all]")
 @click.option("--out", type=FOLDER, required=True, help="Folder for taxonomy.jsonl, taxonomy.json, priors.safetensors and anchors.json.")
-def anchors(taxonomy: Path, anchor: str, named: tuple[str, ...], out: Path) -> None:
+@click.option("--replace", is_flag=True, help="Overwrite those files in --out.")
+def anchors(taxonomy: Path, anchor: str, named: tuple[str, ...], split: str, out: Path, replace: bool) -> None:
     """Pull each example to the first of several anchor languages that the model answers it correctly in.
 
     Fine-tune with the files in --out as --ramoe-taxonomy and --ramoe-priors (--ramoe-target example).
@@ -107,7 +109,8 @@ def anchors(taxonomy: Path, anchor: str, named: tuple[str, ...], out: Path) -> N
         if not language or not file or language in priors:
             raise RamoeError(f"--priors {text}: expected LANGUAGE=FILE, each language once, as in en=priors.safetensors")
         priors[language] = Path(file)
-    write_anchors(taxonomy, anchor, priors, out)
+    splits = [name.strip() for name in split.split(",") if name.strip()]
+    write_anchors(taxonomy, anchor, priors, out, splits, replace)
     _show(out / "anchors.json")
 
 

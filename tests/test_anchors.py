@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from ramoe_megatron.cli import main
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.anchors import OUTPUTS, anchored, answered, choose, counts, gather, write_anchors
+from ramoe_megatron.method.anchors import anchored, answered, check_anchor, choose, counts, gather, write_anchors
 from ramoe_megatron.method.artefacts import Priors, load_document, read_taxonomy, save_document, write_taxonomy
+from ramoe_megatron.method.files import ANCHOR_FILES
 from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
 from ramoe_megatron.method.tensors import ModelShape
 
@@ -170,9 +171,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ramoe(folder: Path, *words: str, anchor: str = "en") -> Result:
-    named = [word for name in words for word in ("--priors", name if "=" in name or not name else f"{name}={folder / name}.safetensors")]
-    given = ["--taxonomy", str(folder / "taxonomy.jsonl"), "--anchor", anchor, *named, "--out", str(folder / "out")]
+def ramoe(folder: Path, *words: str, split: str = "") -> Result:
+    flags, names = [word for word in words if word.startswith("--")], [word for word in words if not word.startswith("--")]
+    named = [word for name in names for word in ("--priors", name if "=" in name or not name else f"{name}={folder / name}.safetensors")]
+    given = ["--taxonomy", str(folder / "taxonomy.jsonl"), "--anchor", "en", *named, "--out", str(folder / "out"), "--split", split, *flags]
     return CliRunner().invoke(main, ["anchors", *given])
 
 
@@ -197,12 +199,32 @@ def test_one_anchor_gives_back_the_files(tmp_path: Path, rows: list[TaxonomyRow]
         assert (folder / "out" / name).read_bytes() == (folder / name).read_bytes(), name
 
 
+def test_of_a_taxonomy_the_named_splits_are_taken(folder: Path) -> None:
+    """Priors need hold no example of the others."""
+    other = [TaxonomyRow("later", "t", language, "test", True, False) for language in ("zh", "sw")]
+    write_taxonomy(folder / "taxonomy.jsonl", [*other, *by_hand()])
+    assert "first later, have no routing in 'en'" in ramoe(folder, "en", "zh").stderr
+    assert "no row of the split 'tset'; it has test, train" in ramoe(folder, "en", "zh", split="train,tset").stderr
+    assert ramoe(folder, "en", "zh", split="train").exit_code == 0
+    assert read_taxonomy(folder / "out/taxonomy.jsonl") == anchored(by_hand(), answered(by_hand(), "en", ["en", "zh"]))
+
+
+def test_replace_overwrites_what_an_earlier_call_wrote(folder: Path) -> None:
+    assert ramoe(folder, "en", "zh").exit_code == 0
+    written = {name: (folder / "out" / name).read_bytes() for name in ANCHOR_FILES}
+    (folder / "out/anchors.json").unlink()
+    (folder / "out/priors.safetensors").write_bytes(b"cut short")
+    assert "--replace" in ramoe(folder, "en", "zh").stderr
+    assert ramoe(folder, "en", "zh", "--replace").exit_code == 0
+    assert {name: (folder / "out" / name).read_bytes() for name in ANCHOR_FILES} == written
+
+
 def test_the_command_writes_what_fine_tuning_reads_and_shows_the_counts(folder: Path) -> None:
     beside(folder, "en", "base")
     done = ramoe(folder, "en", "zh")
     assert done.exit_code == 0, done.output
     out, right = folder / "out", answered(by_hand(), "en", ["en", "zh"])
-    assert sorted(path.name for path in out.iterdir()) == sorted(OUTPUTS)
+    assert sorted(path.name for path in out.iterdir()) == sorted(ANCHOR_FILES)
     rows = read_taxonomy(out / "taxonomy.jsonl")
     assert rows == anchored(by_hand(), right)
     assert load_document(out / "taxonomy.json", "ramoe-taxonomy")["pairs"] == [asdict(pair) for pair in summarise(rows)]
@@ -218,7 +240,7 @@ def test_the_command_writes_what_fine_tuning_reads_and_shows_the_counts(folder: 
     assert "en, zh" in CliRunner().invoke(main, ["inspect", str(out / "taxonomy.json")]).output
 
 
-@pytest.mark.parametrize("standing", OUTPUTS)
+@pytest.mark.parametrize("standing", ANCHOR_FILES)
 def test_nothing_is_overwritten(folder: Path, standing: str) -> None:
     (folder / "out").mkdir()
     (folder / "out" / standing).write_text("mine")
@@ -251,3 +273,15 @@ def test_a_taxonomy_document_that_disagrees_is_refused(folder: Path) -> None:
     beside(folder, "en", "later")
     assert "is of the checkpoint 'later'" in ramoe(folder, "en", "zh").stderr
     assert not (folder / "out").exists()
+
+
+def test_a_taxonomy_against_another_anchor_or_several_is_no_single_anchors(folder: Path) -> None:
+    assert check_anchor(folder / "taxonomy.jsonl", "en") is None, "without a document nothing is known"
+    beside(folder, "en", "base")
+    assert check_anchor(folder / "taxonomy.jsonl", "en") == load_document(folder / "taxonomy.json", "ramoe-taxonomy")
+    with pytest.raises(RamoeError, match=r"taxonomy\.json is of the anchor 'en', expected 'zh'"):
+        check_anchor(folder / "taxonomy.jsonl", "zh")
+    assert ramoe(folder, "en", "zh").exit_code == 0
+    for anchor in ("en", "zh"):
+        with pytest.raises(RamoeError, match=rf"is of the anchor 'en', 'zh', expected '{anchor}'"):
+            check_anchor(folder / "out/taxonomy.jsonl", anchor)

@@ -122,6 +122,17 @@ def test_expert_file_round_trip(tmp_path: Path, zone: Zone | NoZone) -> None:
     assert load_file(path)["expert_mask"].dtype == torch.uint8
 
 
+def test_the_anchor_is_kept_and_older_files_have_none(tmp_path: Path) -> None:
+    path = tmp_path / "experts.safetensors"
+    replace(expert_file(), anchor="zh").save(path)
+    assert ExpertFile.load(path).anchor == "zh"
+    with safe_open(path, framework="pt") as handle:
+        tensors, meta = {name: handle.get_tensor(name) for name in handle.keys()}, json.loads(handle.metadata()["ramoe"])  # noqa: SIM118
+    del meta["anchor"]
+    save_file(tensors, path, {"ramoe": json.dumps(meta)})
+    assert ExpertFile.load(path).anchor is None
+
+
 def test_the_same_experts_give_the_same_bytes(tmp_path: Path) -> None:
     expert_file().save(tmp_path / "a")
     expert_file().save(tmp_path / "b")

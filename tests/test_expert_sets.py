@@ -150,6 +150,16 @@ def by_hand() -> tuple[ExpertFile, ExpertFile]:
     return first, second
 
 
+@both
+def test_files_of_different_anchors_are_refused_and_one_anchor_is_kept(combine: Combine) -> None:
+    files = [expert_file(seed, "a", "b") for seed in (1, 2)]
+    english, chinese = ([replace(file, anchor=anchor) for file in files] for anchor in ("en", "zh"))
+    assert combine(chinese).anchor == "zh"
+    assert combine([english[0], files[1]]).anchor is None, "an older file does not say whose pattern it holds"
+    with pytest.raises(RamoeError, match=r"1\.safetensors 'en', 2\.safetensors 'zh'\. Give files profiled against one anchor"):
+        combine([english[0], chinese[1]])
+
+
 def test_merge_by_hand() -> None:
     made = merge(by_hand())
     assert made.tasks == ("a", "b", "c")

@@ -1,6 +1,7 @@
 """What a job reads, checked as the job itself would check it: data, checkpoint, the files of earlier jobs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from ramoe_megatron.mcore.router import configured_moe_layer_numbers
 from ramoe_megatron.mcore.selection import selection_from_args
 from ramoe_megatron.mcore.selective_options import SelectiveOptions
 from ramoe_megatron.mcore.training_data import check_examples, check_labels, training_languages
+from ramoe_megatron.method.anchors import check_anchor
 from ramoe_megatron.method.artefacts import ExpertFile, read_divergence, read_taxonomy
 from ramoe_megatron.method.experts import parse_rule
 from ramoe_megatron.method.layers import parse_layers, span
@@ -147,18 +149,25 @@ def _offline_data(trying: "Trial") -> str:
     if written := trying.written_by(*data.data):
         return written
     examples = _offline_examples(trying)
-    # the evaluation alone compares no languages
-    if trying.line.job != "evaluate" and not pair_with_anchor(examples, data.anchor):
+    # an evaluation compares no languages, nor do priors
+    compares = trying.line.job != "evaluate" and not _priors_alone(trying)
+    if compares and not pair_with_anchor(examples, data.anchor):
         raise RamoeError(f"{', '.join(data.data)}: only {data.anchor!r} rows in split {data.split!r}; nothing to compare")
     return f"{len(examples)} examples of split {data.split}"
 
 
 def _offline_examples(trying: "Trial") -> list[Example]:
     data, _ = offline_options(trying.args)
+    if _priors_alone(trying):
+        data = replace(data, languages=[])  # as `ProfileOptions.examples`
     key = repr((data.data, data.split, data.languages, data.anchor, data.columns))
     if key not in trying.read:
         trying.read[key] = examples_with_anchor(data)
     return trying.read[key]
+
+
+def _priors_alone(trying: "Trial") -> bool:
+    return trying.line.job == "profile" and options_from_args(ProfileOptions, trying.args).priors_alone
 
 
 def _profile(trying: "Trial") -> list[Finding]:
@@ -177,10 +186,22 @@ def _profile(trying: "Trial") -> list[Finding]:
             return written
         return f"{len(load_examples(own.general, languages=[data.anchor]))} texts"
 
+    def taxonomy() -> str:
+        told = _read(trying, own.taxonomy, "taxonomy", read_taxonomy)
+        if trying.written_by(own.taxonomy) is None:
+            check_anchor(str(own.taxonomy), data.anchor)
+        return told
+
+    def priors() -> str:
+        own.check()
+        return f"alone, of {data.anchor!r}"
+
+    if own.priors_alone:
+        return [attempt("priors", priors, "correct the flag")]
     return [
         attempt("expert rule", rule, "correct --ramoe-select or --ramoe-layers"),
         attempt("general text", general, _DATA),
-        attempt("taxonomy", lambda: _read(trying, own.taxonomy, "taxonomy", read_taxonomy), _FILE),
+        attempt("taxonomy", taxonomy, _FILE),
     ]
 
 

@@ -6,6 +6,7 @@ taxonomy and a prior file of the usual formats, so that fine-tuning reads them a
 N examples, L MoE layers, E routed experts.
 """
 
+import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -25,9 +26,8 @@ from ramoe_megatron.method.artefacts import (
     save_document,
     write_taxonomy,
 )
+from ramoe_megatron.method.files import ANCHOR_FILES
 from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
-
-OUTPUTS = ("taxonomy.jsonl", "taxonomy.json", "priors.safetensors", "anchors.json")
 
 
 def answered(rows: Sequence[TaxonomyRow], anchor: str, anchors: Sequence[str]) -> dict[str, dict[str, bool]]:
@@ -140,22 +140,27 @@ def counts(rows: Sequence[TaxonomyRow], right: Mapping[str, Mapping[str, bool]])
     return told
 
 
-def write_anchors(taxonomy: Path, anchor: str, priors: Mapping[str, Path], out: Path) -> list[dict[str, Any]]:
-    """Write taxonomy.jsonl, taxonomy.json, priors.safetensors and anchors.json (`OUTPUTS`) to ``out``, and give the `counts`.
+def write_anchors(
+    taxonomy: Path, anchor: str, priors: Mapping[str, Path], out: Path, splits: Sequence[str] = (), replacing: bool = False
+) -> list[dict[str, Any]]:
+    """Write taxonomy.jsonl, taxonomy.json, priors.safetensors and anchors.json (`ANCHOR_FILES`) to ``out``, and give the `counts`.
 
     Args:
         taxonomy: taxonomy.jsonl; a taxonomy.json beside it has to be of the same anchor and checkpoint.
         anchor: the language that its ``english_correct`` is about.
         priors: each anchor's priors.safetensors, the preferred one first.
-        out: a folder; nothing in it is overwritten.
+        out: a folder.
+        splits: splits of the taxonomy to take, those that the priors hold; all when empty.
+        replacing: overwrite what stands in ``out``, which is else refused.
 
     Raises:
-        RamoeError: as `answered` and `gather`, files that stand in ``out``, or a taxonomy.json that disagrees. Nothing is written then.
+        RamoeError: as `answered` and `gather`, a split without rows, files that stand in ``out``, or a taxonomy.json that disagrees.
+            Nothing is written then.
     """
-    standing = [str(out / name) for name in OUTPUTS if (out / name).exists()]
+    standing = [] if replacing else [str(out / name) for name in ANCHOR_FILES if (out / name).exists()]
     if standing:
-        raise RamoeError(f"--out {out}: {', '.join(standing)} exist already; give another folder, or move them away")
-    rows = read_taxonomy(taxonomy)
+        raise RamoeError(f"--out {out}: {', '.join(standing)} exist already; give another folder, or --replace")
+    rows = _of_splits(taxonomy, splits)
     right = answered(rows, anchor, list(priors))
     opened = {name: Priors(path) for name, path in priors.items()}
     ids, gathered = gather(opened, choose(right))
@@ -176,18 +181,42 @@ def write_anchors(taxonomy: Path, anchor: str, priors: Mapping[str, Path], out: 
     return told
 
 
-def _check_beside(taxonomy: Path, anchor: str, priors: Priors) -> None:
-    """The document that a taxonomy job writes beside its lines knows what the lines do not."""
-    path = taxonomy.with_suffix(".json")
+def check_anchor(taxonomy: str | os.PathLike[str], anchor: str) -> dict[str, Any] | None:
+    """The taxonomy.json beside a taxonomy.jsonl, which knows what the lines do not; None where there is none.
+
+    Raises:
+        RamoeError: it says that the lines are against another anchor than ``anchor``, or against several.
+    """
+    path = Path(taxonomy).with_suffix(".json")
     if not path.exists():
-        return
+        return None
     document = load_document(path, "ramoe-taxonomy")
-    if document["anchor"] != anchor:
-        raise RamoeError(f"--anchor {anchor}: {path} is of the anchor {document['anchor']!r}; give that one")
-    if document["checkpoint"] != priors.checkpoint:
+    found = document.get("anchors", [document["anchor"]])
+    if found != [anchor]:
+        told = ", ".join(map(repr, found))
+        raise RamoeError(
+            f"{path} is of the anchor {told}, expected {anchor!r}: give the taxonomy against {anchor!r} alone (ramoe taxonomy writes it), "
+            "or another anchor"
+        )
+    return document
+
+
+def _check_beside(taxonomy: Path, anchor: str, priors: Priors) -> None:
+    document, path = check_anchor(taxonomy, anchor), taxonomy.with_suffix(".json")
+    if document is not None and document["checkpoint"] != priors.checkpoint:
         raise RamoeError(
             f"{path} is of the checkpoint {document['checkpoint']!r}, {priors.path} of {priors.checkpoint!r}; score and profile one"
         )
+
+
+def _of_splits(taxonomy: Path, splits: Sequence[str]) -> list[TaxonomyRow]:
+    """The rows of these splits, all of them when none is named."""
+    rows = read_taxonomy(taxonomy)
+    known = dict.fromkeys(row.split for row in rows)
+    empty = [name for name in splits if name not in known]
+    if empty:
+        raise RamoeError(f"{taxonomy}: no row of the split {empty[0]!r}; it has {', '.join(known)}. Name one of these, or score that one")
+    return [row for row in rows if row.split in (splits or known)]
 
 
 def _ci(rows: Sequence[TaxonomyRow]) -> Counter[str]:

@@ -58,6 +58,8 @@ class ExpertFile:
     """Path and sha256 of every file profiled."""
     sequences: Mapping[str, Any] = field(default_factory=dict)
     """Numbers of sequences behind the means."""
+    anchor: str | None = None
+    """The language that "English" stands for here; None in a file that does not say (older ones do not)."""
     package_version: str = field(default_factory=package_version)
     path: Path | None = None
     """Where it was loaded from, for messages; not written."""
@@ -83,6 +85,7 @@ class ExpertFile:
             "checkpoint": self.checkpoint,
             "data": [dict(entry) for entry in self.data],
             "sequences": dict(self.sequences),
+            "anchor": self.anchor,
             "package_version": self.package_version,
         }
         # Cloned: the format refuses tensors that share memory, and a caller's means may well be views of one sum.
@@ -110,6 +113,7 @@ class ExpertFile:
                 checkpoint=meta["checkpoint"],
                 data=tuple(meta["data"]),
                 sequences=meta["sequences"],
+                anchor=meta.get("anchor"),
                 package_version=meta["package_version"],
                 path=path,
                 **{name: tensors[name].bool() if name == "expert_mask" else tensors[name] for name in _TENSORS},

@@ -30,7 +30,8 @@ def merge(files: Sequence[ExpertFile]) -> ExpertFile:
     once, but sequences profiled in two different files count twice.
 
     Raises:
-        RamoeError: fewer than two files, models that differ in shape or layer numbers, or a file without its numbers of sequences.
+        RamoeError: fewer than two files, models that differ in shape or layer numbers, files that say different anchors, or a file
+            without its numbers of sequences.
     """
     return _combine("merge", files)
 
@@ -51,6 +52,7 @@ def _combine(name: str, files: Sequence[ExpertFile]) -> ExpertFile:
         raise RamoeError(f"{name}: found {len(files)} expert file, expected two or more")
     for file in files[1:]:
         _check_same_model(files[0], file)
+    anchor = _anchor(files)
     files = _distinct(files)
     tasks = _tasks(name, files)
     with_task = [[file for file in files if task in file.tasks] for task in tasks]
@@ -96,6 +98,7 @@ def _combine(name: str, files: Sequence[ExpertFile]) -> ExpertFile:
         checkpoint=" + ".join(dict.fromkeys(file.checkpoint for file in files)),
         data=tuple({(entry["path"], entry["sha256"]): entry for file in files for entry in file.data}.values()),
         sequences=sequences,
+        anchor=anchor,
     )
 
 
@@ -108,6 +111,15 @@ def _check_same_model(first: ExpertFile, other: ExpertFile) -> None:
         )
 
 
+def _anchor(files: Sequence[ExpertFile]) -> str | None:
+    """The files' one anchor; None where some do not say theirs."""
+    by_anchor = {file.anchor: file.path for file in files}
+    if len(said := [(path, anchor) for anchor, path in by_anchor.items() if anchor is not None]) > 1:
+        told = ", ".join(f"{path} {anchor!r}" for path, anchor in said)
+        raise RamoeError(f"patterns of different anchor languages are no mean of one: {told}. Give files profiled against one anchor")
+    return files[0].anchor if len(by_anchor) == 1 else None
+
+
 def _distinct(files: Sequence[ExpertFile]) -> list[ExpertFile]:
     """The files without repeats: a profile says no more for being given twice."""
     kept: list[ExpertFile] = []
@@ -118,7 +130,7 @@ def _distinct(files: Sequence[ExpertFile]) -> list[ExpertFile]:
 
 
 def _same(a: ExpertFile, b: ExpertFile) -> bool:
-    facts = ("tasks", "rule", "zone", "checkpoint", "sequences")
+    facts = ("tasks", "rule", "zone", "checkpoint", "sequences", "anchor")
     if any(getattr(a, key) != getattr(b, key) for key in facts) or list(a.data) != list(b.data):
         return False
     if set(a.english_pattern) != set(b.english_pattern):

@@ -155,6 +155,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+ANCHOR_FILES = ("taxonomy.jsonl", "taxonomy.json", "priors.safetensors", "anchors.json")
+"""What `ramoe anchors` writes."""
+
+
 def priors_files(tokens: Sequence[str]) -> dict[str, str]:
     """The file of the priors that pool each of these token choices."""
     return {choice: "priors.safetensors" if choice == tokens[0] else f"priors-{choice}.safetensors" for choice in tokens}

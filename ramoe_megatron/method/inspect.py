@@ -81,6 +81,7 @@ def _experts(path: Path, _document: Mapping[str, Any]) -> RenderableType:
                 "checkpoint": experts.checkpoint,
                 "rule": f"{rule} on delta = task frequency - general frequency",
                 "zone": zone(experts.zone, experts.layer_number.tolist()),
+                "anchor": experts.anchor or "not recorded",
                 "English patterns": ", ".join(experts.english_pattern) or "none",
                 "sequences": flat(experts.sequences),
                 "data": data(experts.data),

@@ -8,7 +8,9 @@ from pydantic import AfterValidator, PositiveInt, field_validator, model_validat
 from ramoe_megatron.recipe.section import FlagValue, Names, Section
 
 WARNING_SECONDS = 300  # between the warning signal and the time limit: time for a checkpoint
-KINDS = ("data", "pretrain", "taxonomy", "profile", "predict", "steer", "finetune", "evaluate", "results", "report")
+KINDS = (
+    "data", "pretrain", "taxonomy", "profile", "priors", "anchors", "predict", "steer", "finetune", "evaluate", "results", "report",
+)  # fmt: skip
 # Options of sbatch that a stage's job sets itself; each with what is meant instead.
 _OWN = "leave it out"
 RESERVED_SBATCH = {

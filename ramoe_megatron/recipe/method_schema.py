@@ -48,6 +48,18 @@ class Alignment(Section):
     """Control: random experts in the place of the task experts."""
     reverse: bool = False
     """Control: the English view is pulled to the target language's routing."""
+    anchors: Names = []
+    """Further anchor languages after data.anchor, in this order: each example is pulled to the first that the model answers it correctly in
+    (target: example; our own)."""
+
+    @field_validator("anchors")
+    @classmethod
+    def _name_folders(cls, anchors: list[str]) -> list[str]:
+        if len(set(anchors)) < len(anchors):
+            raise ValueError(f"names one twice: {', '.join(anchors)}")
+        if odd := [name for name in anchors if not re.fullmatch(r"\w[\w.-]*", name)]:
+            raise ValueError(f"{odd[0]!r} would name a folder of the run: expected letters, digits, _, . and -")
+        return anchors
 
 
 class Selection(Section):

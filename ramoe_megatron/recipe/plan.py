@@ -1,12 +1,13 @@
 """From a recipe to its ordered stages: which command, what it reads, what it writes.
 
-Order: data, pretrain, taxonomy, profile, evaluate/base, predict, finetune/METHOD-seedK, evaluate/METHOD-seedK,
-results, report: what the base model can do, and whether alignment has anything to gain, is known before anything is
-fine-tuned. Methods that steer at inference have an evaluation and no fine-tune.
+Order: data, pretrain, taxonomy, profile, with several anchors priors/LANGUAGE and anchors/LANGUAGES-TOKENS, evaluate/base,
+predict, finetune/METHOD-seedK, evaluate/METHOD-seedK, results, report: what the base model can do, and whether alignment
+has anything to gain, is known before anything is fine-tuned. Methods that steer at inference have an evaluation and no fine-tune.
 """
 
 from pathlib import Path
 
+from ramoe_megatron.recipe.plan_anchors import anchors_stages
 from ramoe_megatron.recipe.plan_base import predict_stage, pretrain_stage, profile_stage, taxonomy_stage
 from ramoe_megatron.recipe.plan_context import PlanContext
 from ramoe_megatron.recipe.plan_methods import evaluate_stage, evaluated, fine_tunings, finetune_stage, searches
@@ -20,7 +21,8 @@ def make_plan(recipe: Recipe, out: Path, recipe_folder: Path) -> list[Stage]:
     plan = PlanContext(recipe, out.resolve(), recipe_folder)
     generated = [data_stage(recipe, plan.out, recipe_folder)] if recipe.data.files is None else []
     pretraining = [pretrain_stage(plan)] if recipe.pretrain is not None else []
-    offline = [taxonomy_stage(plan), profile_stage(plan), evaluate_stage(plan, "base", None, plan.base), predict_stage(plan)]
+    profiling = [taxonomy_stage(plan), profile_stage(plan), *anchors_stages(plan)]
+    offline = [*profiling, evaluate_stage(plan, "base", None, plan.base), predict_stage(plan)]
     tunings = [finetune_stage(plan, method, seed) for method, seed in fine_tunings(plan)]
     evaluations = [evaluate_stage(plan, *run) for run in evaluated(plan)]
     return [*generated, *pretraining, *offline, *tunings, *searches(plan), *evaluations, _results(plan), _report(plan)]

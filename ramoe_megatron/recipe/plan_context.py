@@ -139,7 +139,7 @@ class PlanContext:
 
 def _priors(recipe: Recipe, out: Path) -> dict[str, Path]:
     """By token choice, the file of the priors that pool it: those that the methods need, or that the recipe asks for."""
-    needed = [a.tokens for a in map(recipe.alignment_of, recipe.methods) if a.target == "example" and a.coeff]
+    needed = [a.tokens for a in map(recipe.alignment_of, recipe.methods) if a.target == "example"]
     if recipe.profile.save_priors is False:
         return {}
     tokens = list(dict.fromkeys([*([recipe.profile.tokens or "last"] if recipe.profile.save_priors else []), *needed]))

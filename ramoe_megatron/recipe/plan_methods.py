@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ramoe_megatron.recipe.method_schema import Alignment, Method
+from ramoe_megatron.recipe.plan_anchors import labels_of
 from ramoe_megatron.recipe.plan_context import Files, PlanContext, weights_option
 from ramoe_megatron.recipe.section import FlagValue
 from ramoe_megatron.recipe.stage import Stage
@@ -37,8 +38,7 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
     }
     selection = plan.recipe.selection_of(method)
     if method.aligns:
-        files |= {"experts": [plan.experts], "taxonomy": [plan.out / "taxonomy.jsonl"]}
-        files |= {"priors": [plan.priors[alignment.tokens]]} if alignment.target == "example" else {}
+        files |= {"experts": [plan.experts], **labels_of(plan, alignment)}
         files |= {"layer-weights": [plan.out / "divergence.csv"]} if alignment.layer_weights == "divergence" else {}
         options |= _alignment_options(alignment, seed)
     if selection.train != "all":
@@ -118,4 +118,4 @@ def _alignment_options(alignment: Alignment, seed: int) -> dict[str, FlagValue]:
     """The flags of an alignment; its controls draw by the seed of the run."""
     controls: dict[str, FlagValue] = {"shuffle-targets": seed if alignment.shuffle_targets else None, "layer-weights": None}
     controls["random-experts"] = seed if alignment.random_experts else None
-    return {**alignment.model_dump(by_alias=True), **controls}
+    return {**alignment.model_dump(by_alias=True, exclude={"anchors"}), **controls}

@@ -170,6 +170,10 @@ class Recipe(Section):
                 f"{told} aligns the tokens {alignment.tokens!r} to priors that pool {self.profile.tokens!r}: leave profile.tokens out, or "
                 "set it to the same"
             )
+        if alignment.target == "example" and self.profile.save_priors is False:
+            raise ValueError(f"{told} aligns to per-example targets, which are the priors: leave profile.save-priors out")
+        if alignment.anchors:
+            self._check_anchors(alignment, told)
         if alignment.layers.startswith(("outside:all", "outside:outside")):
             raise ValueError(
                 f"{told} takes the layers outside alignment.layers, which is {alignment.layers.removeprefix('outside:')!r}: give auto or a "
@@ -184,6 +188,28 @@ class Recipe(Section):
             raise ValueError(f"{told} needs selection.top-p: the share of each layer's score that the chosen experts hold")
         if method.on is not None and (method.on not in names or self.method(method.on).steered):
             raise ValueError(f"{told} acts on {method.on!r}, which is no method of this recipe that trains")
+
+    def _check_anchors(self, alignment: Alignment, told: str) -> None:
+        anchor, names = self.data.anchor_language, ", ".join(alignment.anchors)
+        if alignment.target != "example":
+            one = {"profile": "the profile has one pattern a task", "paired": "a sample has one view beside it"}[alignment.target]
+            raise ValueError(
+                f"{told} aligns to several anchors ({names}), but {one}, that of {anchor!r}: set alignment.target to example, or give "
+                "alignment.anchors in the sections of other methods"
+            )
+        if alignment.refresh_interval is not None:
+            raise ValueError(
+                f"{told} aligns to several anchors ({names}), but a refresh scores {anchor!r} alone: leave out alignment.anchors or "
+                "alignment.refresh-interval"
+            )
+        if anchor in alignment.anchors:
+            raise ValueError(f"{told}: alignment.anchors follow data.anchor, which is {anchor!r}: leave it out of them")
+        absent = [name for name in alignment.anchors if self.data.languages and name not in self.data.languages]
+        if absent:
+            raise ValueError(
+                f"{told}: alignment.anchors {', '.join(absent)} not in data.languages ({', '.join(self.data.languages or [])}), so no "
+                "example is scored in them: add them there"
+            )
 
     def method(self, name: str) -> Method:
         """The method of this name."""

@@ -45,6 +45,13 @@ def data_stage(recipe: Recipe, out: Path, recipe_folder: Path) -> Stage:
     )
 
 
+def generated_languages(recipe: Recipe) -> list[str] | None:
+    """The target languages that generated data will hold; None where that shows in the data alone."""
+    if recipe.data.world is not None:
+        return [*_world(recipe)["target_shares"]]
+    return [*(recipe.data.sib200 or {}).get("languages", [])] or None
+
+
 def _world(recipe: Recipe) -> dict[str, Any]:
     from ramoe_megatron.data.world import WorldConfig
 
