@@ -30,7 +30,7 @@ def compare(
 ) -> None:
     """Run a recipe's methods over seeds and base models, and compare all with sft: comparison.json, .html and experiment.md.
 
-    The same data, steps, seeds and layout for each. A second call goes on where the first stopped.
+    The same data, seeds and layout for each; the same steps unless a method says otherwise. A second call goes on where the first stopped.
     """
     from ramoe_megatron.recipe.compare import compare_recipe
     from ramoe_megatron.recipe.stages import StageFailed

@@ -23,7 +23,27 @@ N = 10
 Right = Mapping[tuple[str, str], int]
 """Right answers of N by (task, language): the first so many examples are right. 4 where nothing is said."""
 
+SEEDS = (1, 2, 3, 4, 5)
+Outcomes = dict[tuple[str, int | None], Right]
+"""Right answers by (method, seed)."""
+
 MASS = {"base": 0.2, "sft": 0.3, "ra-moe": 0.5}
+
+
+def plain(*methods: str) -> Outcomes:
+    """Every method 4 right of 10 in every cell, for every seed."""
+    return {(method, seed): {} for seed in SEEDS for method in methods}
+
+
+def rising(method: str = "ra-moe", sign: int = 1) -> Outcomes:
+    """Seed s has s more (or fewer) right answers than SFT's 5, in one cell of four: differences of s / 40."""
+    start = {("sft", seed): {("a", "es"): 5} for seed in SEEDS}
+    return {**start, **{(method, seed): {("a", "es"): 5 + sign * seed} for seed in SEEDS}}
+
+
+def row(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+    (found,) = (r for r in rows if all(r[key] == value for key, value in wanted.items()))
+    return found
 
 
 def write_run(root: Path, outcomes: Mapping[tuple[str, int | None], Right], **extra: Any) -> Path:

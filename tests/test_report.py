@@ -26,7 +26,7 @@ from ramoe_megatron.method.taxonomy import TaxonomyPair, TaxonomyRow, summarise
 from ramoe_megatron.method.tensors import ModelShape
 from ramoe_megatron.report.html import write_report
 from ramoe_megatron.report.inputs import Evaluation, load_run
-from ramoe_megatron.report.pairing import pair_up, paired_change
+from ramoe_megatron.report.pairing import pair_up, paired_change, pooled
 from ramoe_megatron.report.plots import FIGURES
 from ramoe_megatron.report.tables import build, collect, summary_table
 from ramoe_megatron.report.words import caption, summary
@@ -157,12 +157,12 @@ def results(reported: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("table", ["by_language", "by_pair"])
 def test_pooled_counts_are_the_sums_of_the_rows(results: dict[str, Any], table: str) -> None:
     keys = ("method", "language", "task") if table == "by_pair" else ("method", "language")
-    for pooled in results[table]:
-        rows = [row for row in results["rows"] if all(row[key] == pooled[key] for key in keys)]
-        assert pooled["n"] == sum(row["n"] for row in rows)
-        assert pooled["correct"] == sum(row["correct"] for row in rows)
-        assert pooled["seeds"] == len({row["seed"] for row in rows})
-        assert pooled["low"] <= pooled["accuracy"] <= pooled["high"]
+    for found in results[table]:
+        rows = [row for row in results["rows"] if all(row[key] == found[key] for key in keys)]
+        assert found["n"] == sum(row["n"] for row in rows)
+        assert found["correct"] == sum(row["correct"] for row in rows)
+        assert found["seeds"] == len({row["seed"] for row in rows})
+        assert found["low"] <= found["accuracy"] <= found["high"]
 
 
 def test_summary_splits_all_examples_into_english_and_target(results: dict[str, Any]) -> None:
@@ -226,6 +226,15 @@ def test_parallel_rows_of_one_example_add_no_certainty() -> None:
     assert (half.change, half.low, half.high) == pytest.approx((whole.change, whole.low, whole.high))
     assert half.low is not None
     assert half.low < half.change == 0.5
+
+
+def test_parallel_rows_of_one_example_do_not_narrow_an_accuracy_either() -> None:
+    right = {(str(place), language): place < 3 for place in range(8) for language in ("es", "tr", "en")}
+    one, both = (pooled([evaluation("a", seed, right) for seed in (1, 2)], languages) for languages in ("es", {"es", "tr"}))
+    assert one is not None
+    assert both is not None
+    assert (both["n"], both["accuracy"]) == (2 * one["n"], one["accuracy"])
+    assert (both["low"], both["high"], both["effective"]) == pytest.approx((one["low"], one["high"], 8))
 
 
 def test_only_pairs_that_both_answered_count() -> None:

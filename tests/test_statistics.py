@@ -6,15 +6,18 @@ import random
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from scipy import stats
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.statistics import (
     clustered_difference,
+    effective_size,
     false_discovery,
+    fisher,
     holm,
-    paired_difference,
     paired_proportions,
     pearson,
+    stratified_difference,
     wilson,
 )
 
@@ -33,6 +36,35 @@ def test_wilson_holds_the_share_mirrors_and_solves_its_equation(correct: int, n:
     assert wilson(n - correct, n) == pytest.approx((1 - high, 1 - low))
     for end in (low, high):  # the ends are where |share - end| is 1.96 standard errors of the end itself
         assert (share - end) ** 2 == pytest.approx(Z**2 * end * (1 - end) / n, abs=1e-9)
+
+
+answers = st.lists(st.integers(0, 1), min_size=2, max_size=30)
+
+
+@given(answers, st.integers(2, 6), st.integers(1, 3))
+def test_facts_answered_alike_in_all_languages_are_as_many_as_in_one(right: list[int], languages: int, seeds: int) -> None:
+    one = effective_size([{str(i): [value] for i, value in enumerate(right)}] * seeds)
+    alike = effective_size([{str(i): [value] * languages for i, value in enumerate(right)}] * seeds)
+    assert one == pytest.approx(len(right))
+    assert alike == pytest.approx(len(right) if len(set(right)) > 1 else len(right) * languages)
+
+
+def test_independent_answers_leave_an_interval_close_to_wilsons_and_never_narrower() -> None:
+    draw = random.Random(0)
+    sizes = []
+    for _ in range(40):
+        run = {str(i): [draw.randint(0, 1) for _ in range(6)] for i in range(300)}
+        sizes.append(effective_size([run]))
+    assert max(sizes) <= 1800
+    assert sum(sizes) / len(sizes) > 0.93 * 1800
+    opposed = {str(i): [0, 1] for i in range(10)}  # each fact right in one language of two: no variance is left, and still 20 rows
+    assert effective_size([opposed]) == 20
+    assert effective_size([]) == 0
+
+
+def test_effective_size_worked_by_hand() -> None:
+    """Facts right in (2, 1, 0) of 2 languages: p = 1/2; clustered variance (1 + 0 + 1) / 36, independent (1/4) / 6."""
+    assert effective_size([{"a": [1, 1], "b": [1, 0], "c": [0, 0]}]) == pytest.approx(6 * (1 / 24) / (2 / 36))
 
 
 def test_wilson_narrows_with_n_knows_nothing_at_zero_and_refuses_the_impossible() -> None:
@@ -72,12 +104,39 @@ def test_pearson_of_a_line_is_one_and_of_too_little_is_none() -> None:
         pearson([1.0, 2.0, 3.0], [1.0, 2.0])
 
 
+def test_pearson_within_groups_worked_by_hand_and_blind_to_what_sets_groups_apart() -> None:
+    """Set off from the groups' means: x -1 0 1 -1 0 1, y -1 1 0 -1 0 1: r = 3 / 4; six points less two groups leave z a 1 / sqrt(2)."""
+    x, y, groups = [1.0, 2.0, 3.0, 11.0, 12.0, 13.0], [0.0, 2.0, 1.0, 40.0, 41.0, 42.0], ["a"] * 3 + ["b"] * 3
+    found = pearson(x, y, groups)
+    assert found is not None
+    half = Z / math.sqrt(2)
+    assert (found.r, found.n) == (pytest.approx(0.75), 6)
+    assert (found.low, found.high) == pytest.approx((math.tanh(math.atanh(0.75) - half), math.tanh(math.atanh(0.75) + half)))
+    assert found.p == pytest.approx(0.144, abs=1e-3)  # t = 0.75 sqrt(3 / (1 - 0.75^2)) = 1.964 with 3 degrees of freedom
+    moved = pearson([v + 100 * (g == "b") for v, g in zip(x, groups, strict=True)], y, groups)
+    assert moved is not None
+    assert (moved.r, moved.low, moved.p) == pytest.approx((found.r, found.low, found.p))
+    assert pearson(x, y, ["a"] * 6) == pearson(x, y)
+    assert pearson([1.0, 1.0, 2.0, 2.0, 2.0], [1.0, 2.0, 3.0, 4.0, 5.0], ["a", "a", "b", "b", "b"]) is None
+
+
+def test_pearson_of_one_group_is_scipys() -> None:
+    draw = random.Random(1)
+    x, y = ([draw.gauss(0, 1) for _ in range(12)] for _ in range(2))
+    found, expected = pearson(x, y), stats.pearsonr(x, y)
+    assert found is not None
+    assert (found.r, found.p) == pytest.approx((expected.statistic, expected.pvalue))
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
+
+
+def pairs(x: list[float], y: list[float]) -> dict[str, list[float]]:
+    return {"": [a - b for a, b in zip(x, y, strict=True)]}
+
+
 @given(values, st.data())
-def test_paired_difference_turns_with_its_sides_and_ignores_what_pairs_share(x: list[float], data: st.DataObject) -> None:
+def test_a_difference_turns_with_its_sides(x: list[float], data: st.DataObject) -> None:
     y = data.draw(st.lists(st.integers(-50, 50).map(float), min_size=len(x), max_size=len(x)))
-    there, back = paired_difference(x, y), paired_difference(y, x)
-    shifted = paired_difference([v + i for i, v in enumerate(x)], [v + i for i, v in enumerate(y)])
-    assert shifted == there
+    there, back = stratified_difference(pairs(x, y)), stratified_difference(pairs(y, x))
     assert there.change == pytest.approx(sum(x) / len(x) - sum(y) / len(y), abs=1e-9)
     assert back.change == -there.change
     if there.low is not None and there.high is not None and back.low is not None:
@@ -88,29 +147,68 @@ def test_paired_difference_turns_with_its_sides_and_ignores_what_pairs_share(x: 
             assert (there.p < 0.05) == (there.low > 0 or there.high < 0)
 
 
-def test_paired_difference_of_five_seeds_worked_by_hand() -> None:
-    found = paired_difference([2.0, 4.0, 6.0, 8.0, 10.0], [1.0, 2.0, 3.0, 4.0, 5.0])
+def test_a_difference_of_five_seeds_worked_by_hand() -> None:
+    found = stratified_difference({"base": [1.0, 2.0, 3.0, 4.0, 5.0]})
     half = 2.776445 * math.sqrt(2.5 / 5)
     assert (found.change, found.low, found.high) == pytest.approx((3.0, 3.0 - half, 3.0 + half), abs=1e-5)
 
 
+@given(values)
+def test_one_stratum_is_the_paired_t_test(x: list[float]) -> None:
+    found = stratified_difference({"base": x})
+    if len(set(x)) == 1:
+        assert found.low is None or x[0] == found.low == 0
+        return
+    expected = stats.ttest_1samp(x, 0.0)
+    interval = expected.confidence_interval()
+    assert (found.p, found.low, found.high) == pytest.approx((expected.pvalue, interval.low, interval.high), abs=1e-9)
+
+
+@given(values, values, st.integers(-50, 50))
+def test_what_strata_differ_by_moves_the_mean_and_not_its_width(x: list[float], y: list[float], apart: int) -> None:
+    found = stratified_difference({"one": x, "two": y})
+    moved = stratified_difference({"one": x, "two": [value + apart for value in y]})
+    assert moved.change == pytest.approx(found.change + apart * len(y) / (len(x) + len(y)), abs=1e-9)
+    if len(set(x)) > 1:
+        assert found.low is not None
+        assert moved.low is not None
+        assert moved.change - moved.low == pytest.approx(found.change - found.low)
+
+
+def test_two_strata_worked_by_hand() -> None:
+    """Deviations -1 1 and -2 0 2 about the strata's own means: squares 10, 5 - 2 degrees of freedom, Student's 3.182."""
+    found = stratified_difference({"one": [0.0, 2.0], "two": [8.0, 10.0, 12.0]})
+    half = 3.182446 * math.sqrt(10 / 3 / 5)
+    assert (found.change, found.low, found.high, found.n) == pytest.approx((6.4, 6.4 - half, 6.4 + half, 5), abs=1e-5)
+
+
 def test_too_little_to_judge_gives_no_interval_and_equality_gives_zero() -> None:
-    assert paired_difference([1.0], [0.0]).low is None
-    assert paired_difference([1.0, 2.0], [0.0, 1.0]).p is None
-    same = paired_difference([0.1, 0.2], [0.1, 0.2])
+    assert stratified_difference({"one": [1.0]}).low is None
+    assert stratified_difference({"one": [1.0], "two": [5.0]}).low is None
+    assert stratified_difference({"one": [1.0, 1.0]}).p is None
+    assert stratified_difference({"one": [0.1, 0.1, 0.1], "two": [0.7, 0.7]}).p is None
+    same = stratified_difference({"one": [0.0, 0.0], "two": [0.0]})
     assert (same.change, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
     assert clustered_difference({"a": [0.5, 0.7]}).low is None
-    for refused in (paired_difference, paired_proportions):
-        with pytest.raises(RamoeError, match="found no pairs"):
-            refused([], [])
     with pytest.raises(RamoeError, match="found no pairs"):
-        clustered_difference({"a": []})
+        paired_proportions([], [])
+    for refused in (stratified_difference, clustered_difference):
+        with pytest.raises(RamoeError, match="found no pairs"):
+            refused({"a": []})
+
+
+def test_fisher_worked_by_hand_and_none_without_a_margin() -> None:
+    """Margins 4 and 2, 3 and 3: the table is one of 4 in 20, and so is its mirror."""
+    assert fisher([[3, 1], [0, 2]]) == pytest.approx(8 / 20)
+    assert fisher([[10, 0], [0, 0]]) is None
+    assert fisher([[5, 3], [0, 0]]) is None
+    assert fisher([[5, 0], [3, 0]]) is None
 
 
 @given(values, st.data())
 def test_clusters_of_one_are_plain_pairs_and_copies_add_no_certainty(x: list[float], data: st.DataObject) -> None:
     y = data.draw(st.lists(st.integers(-50, 50).map(float), min_size=len(x), max_size=len(x)))
-    plain = paired_difference(x, y)
+    plain = stratified_difference(pairs(x, y))
     single = clustered_difference({str(i): [a - b] for i, (a, b) in enumerate(zip(x, y, strict=True))})
     tripled = clustered_difference({str(i): [a - b] * 3 for i, (a, b) in enumerate(zip(x, y, strict=True))})
     assert tripled.n == 3 * plain.n

@@ -18,7 +18,7 @@ FORMATS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ramoe-prediction": (1, ("rows", "verdict", "limits")),
     "ramoe-steering": (1, ("anchor", "checkpoint", "split", "data", "experts", "package_version", "settings", "skipped", "best")),
     "ramoe-results": (1, ("recipe", "anchor", "methods", "seeds", "rows", "summary", "mass", "ci_gain")),
-    "ramoe-comparison": (1, ("bases", "methods", "reference", "headline", "claims", "cells", "english", "cost", "mass", "transplant")),
+    "ramoe-comparison": (2, ("bases", "methods", "reference", "headline", "claims", "cells", "english", "cost", "mass", "transplant")),
     "ramoe-stage": (1, ("recipe", "stage")),
     "ramoe-slurm": (1, ("recipe", "jobs")),
     "ramoe-experts": (1, ()),

@@ -1,8 +1,10 @@
 """Intervals and tests for the numbers that the artefacts report. All intervals are two-sided, 95 % unless said."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 from ramoe_megatron.errors import RamoeError
@@ -16,9 +18,9 @@ class Correlation:
 
     r: float
     low: float
-    """Lower end of the Fisher-z interval; -1 with three points, where that interval says nothing."""
+    """Lower end of the Fisher-z interval; -1 where too few points are left for that interval to say anything."""
     high: float
-    """Upper end; +1 with three points."""
+    """Upper end; +1 likewise."""
     p: float
     """Two-sided, against no correlation."""
     n: int
@@ -31,7 +33,7 @@ class Difference:
     change: float
     """Mean of after - before."""
     low: float | None
-    """Lower end of the interval; None where the data cannot give one (a single pair, or no spread)."""
+    """Lower end of the interval; None where the data cannot give one (too few pairs, or no spread)."""
     high: float | None
     """Upper end, None likewise."""
     p: float | None
@@ -40,66 +42,102 @@ class Difference:
     """Number of pairs."""
 
 
-def wilson(correct: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson score interval of a proportion; (0, 1) when nothing was counted.
+def wilson(correct: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson score interval of a proportion (JASA 22, 1927); (0, 1) when nothing was counted.
+
+    The counts need not be whole: an effective sample size seldom is.
 
     Raises:
         RamoeError: unless 0 <= correct <= n.
     """
     if not 0 <= correct <= n:
-        raise RamoeError(f"proportion: found {correct} of {n}, expected 0 <= correct <= n")
+        raise RamoeError(f"proportion: found {correct:g} of {n:g}, expected 0 <= correct <= n")
     if n == 0:
         return 0.0, 1.0
-    interval = _stats().binomtest(correct, n).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    z, share = NormalDist().inv_cdf((1 + confidence) / 2), correct / n
+    centre, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    low, high = ((centre + side * half) / (1 + z**2 / n) for side in (-1, 1))
+    return (0.0 if correct == 0 else low), (1.0 if correct == n else high)  # free of rounding where the ends are known
 
 
-def pearson(x: Sequence[float], y: Sequence[float], confidence: float = CONFIDENCE) -> Correlation | None:
-    """Pearson correlation with its Fisher-z interval; None with fewer than three points or when one side is constant.
+def effective_size(runs: Iterable[Mapping[str, Sequence[float]]]) -> float:
+    """Number of independent rows that say as much of a proportion as one run's rows do, which come in clusters.
+
+    p (1 - p) over the variance of p that is clustered by key, with p and variance of each run, both summed over runs
+    (Kott and Carr, Journal of Official Statistics 13, 1997; Korn and Graubard, Survey Methodology 24, 1998). So that
+    one row a cluster gives the number of rows, the variance has no correction for few clusters. It is the mean number
+    of rows where the variance is 0, and never above.
+
+    Args:
+        runs: for each run (a seed, say) its outcomes, 0 or 1, by cluster: one example in several languages.
+    """
+    sizes, variances, clustered_variances = [], [], []
+    for clusters in runs:
+        n = sum(map(len, clusters.values()))
+        p = sum(map(sum, clusters.values())) / n
+        sizes.append(n)
+        variances.append(p * (1 - p) / n)
+        clustered_variances.append(math.fsum((sum(values) - len(values) * p) ** 2 for values in clusters.values()) / n**2)
+    rows = sum(sizes) / len(sizes) if sizes else 0.0
+    independent, clustered = math.fsum(variances), math.fsum(clustered_variances)
+    return rows * independent / clustered if clustered > independent else rows
+
+
+def pearson(
+    x: Sequence[float], y: Sequence[float], groups: Sequence[str] | None = None, confidence: float = CONFIDENCE
+) -> Correlation | None:
+    """Pearson correlation with its Fisher-z interval; None where a side is constant or fewer than three points are left.
+
+    With `groups`, the correlation within groups: points are set off from their group's mean, and each group but one
+    costs a degree of freedom, as in the partial correlation given the group. A single group changes nothing.
 
     Raises:
-        RamoeError: when the two sides differ in length.
+        RamoeError: when the sides differ in length.
     """
     _same_length(x, y)
-    if len(x) < 3 or max(x) == min(x) or max(y) == min(y):
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, group in enumerate(groups if groups is not None else [""] * len(x)):
+        places[group].append(place)
+    degrees = len(x) - len(places) - 1
+    sides = [[[side[place] for place in own] for own in places.values()] for side in (x, y)]
+    if degrees < 1 or any(_constant(side) for side in sides):
         return None
-    result = _stats().pearsonr(x, y)
-    r = min(1.0, max(-1.0, float(result.statistic)))
-    low, high = (float(end) for end in result.confidence_interval(confidence)) if len(x) > 3 else (-1.0, 1.0)
-    # At |r| = 1 Fisher's z is infinite and the interval shrinks to the point itself.
-    low, high = (r if math.isnan(low) else low), (r if math.isnan(high) else high)
-    return Correlation(r=r, low=low, high=high, p=float(result.pvalue), n=len(x))
+    r = float(_stats().pearsonr(*([value for own in side for value in _centred(own)] for side in sides)).statistic)
+    r = min(1.0, max(-1.0, r))
+    if abs(r) == 1:  # Fisher's z is infinite, and the interval shrinks to the point itself
+        return Correlation(r=r, low=r if degrees > 1 else -1.0, high=r if degrees > 1 else 1.0, p=0.0, n=len(x))
+    half = NormalDist().inv_cdf((1 + confidence) / 2) / math.sqrt(degrees - 1) if degrees > 1 else math.inf
+    p = float(2 * _stats().t.sf(abs(r) * math.sqrt(degrees / (1 - r**2)), degrees))
+    return Correlation(r=r, low=math.tanh(math.atanh(r) - half), high=math.tanh(math.atanh(r) + half), p=p, n=len(x))
 
 
-def paired_difference(after: Sequence[float], before: Sequence[float], confidence: float = CONFIDENCE) -> Difference:
-    """Mean difference of paired measurements (one pair a seed, say), with Student's t interval and test.
+def stratified_difference(strata: Mapping[str, Sequence[float]], confidence: float = CONFIDENCE) -> Difference:
+    """Mean over all paired differences, with Student's t by the spread within strata (seeds within a base model, say).
 
-    Pairs that all differ by the same non-zero amount have no spread to judge by: no interval is given, rather than one
-    of width zero. Pairs that do not differ at all give (0, 0) and p = 1.
+    The strata are taken as fixed: that they differ from each other is no error of the mean. The deviation is pooled
+    over them, with as many degrees of freedom as there are pairs less strata. One stratum: the paired t-test.
+
+    Pairs that differ equally within every stratum have no spread to judge by: no interval is given, rather than one of
+    width zero, and none where each stratum has a single pair. Pairs that do not differ at all give (0, 0) and p = 1.
 
     Raises:
-        RamoeError: without pairs, or when the two sides differ in length.
+        RamoeError: without pairs.
     """
-    _same_length(after, before)
-    differences = [a - b for a, b in zip(after, before, strict=True)]
-    n = len(differences)
+    groups = [list(values) for values in strata.values() if values]
+    values = [value for own in groups for value in own]
+    n, degrees = len(values), len(values) - len(groups)
     if n == 0:
         raise RamoeError("paired difference: found no pairs, expected at least one")
-    change = sum(differences) / n
-    if not any(differences) and n > 1:
-        return Difference(0.0, 0.0, 0.0, 1.0, n)
-    if n == 1 or math.isclose(min(differences), max(differences), rel_tol=1e-9):
-        return Difference(change, None, None, None, n)
-    result = _stats().ttest_1samp(differences, 0.0)
-    low, high = (float(end) for end in result.confidence_interval(confidence))
-    return Difference(change, low, high, float(result.pvalue), n)
+    squares = math.fsum(value**2 for own in groups for value in _centred(own))
+    error = math.sqrt(squares / degrees / n) if degrees else 0.0
+    return _student(math.fsum(values) / n, error, degrees, n, max(map(abs, values)), confidence)
 
 
 def clustered_difference(clusters: Mapping[str, Sequence[float]], confidence: float = CONFIDENCE) -> Difference:
     """Mean of paired differences that come in clusters (one example in several languages or seeds, say).
 
     Student's t with the standard error clustered by key and one degree of freedom less than there are clusters. With
-    one value a cluster it is `paired_difference`, whose rules for data without spread hold here too.
+    one value a cluster it is `stratified_difference` of one stratum, whose rules for data without spread hold here too.
 
     Raises:
         RamoeError: without any difference.
@@ -109,15 +147,9 @@ def clustered_difference(clusters: Mapping[str, Sequence[float]], confidence: fl
     if n == 0:
         raise RamoeError("clustered difference: found no pairs, expected at least one")
     change = math.fsum(value for values in groups for value in values) / n
-    if len(groups) == 1:
-        return Difference(change, None, None, None, n)
     squares = math.fsum(math.fsum(value - change for value in values) ** 2 for values in groups)
-    error = math.sqrt(len(groups) / (len(groups) - 1) * squares) / n
-    if error <= 1e-9 * abs(change):
-        return Difference(0.0, 0.0, 0.0, 1.0, n) if change == 0 else Difference(change, None, None, None, n)
-    half = float(_stats().t.ppf((1 + confidence) / 2, len(groups) - 1)) * error
-    p = float(2 * _stats().t.sf(abs(change) / error, len(groups) - 1))
-    return Difference(change, change - half, change + half, p, n)
+    error = math.sqrt(len(groups) / (len(groups) - 1) * squares) / n if len(groups) > 1 else 0.0
+    return _student(change, error, len(groups) - 1, n, abs(change), confidence)
 
 
 def paired_proportions(after: Sequence[bool], before: Sequence[bool], confidence: float = CONFIDENCE) -> Difference:
@@ -158,6 +190,32 @@ def holm(p: Sequence[float]) -> list[float]:
 def false_discovery(p: Sequence[float]) -> list[float]:
     """Benjamini and Hochberg's adjusted p-values, in the order given: the expected share of false rejections among all."""
     return [float(value) for value in _stats().false_discovery_control(p)] if p else []
+
+
+def fisher(table: Sequence[Sequence[int]]) -> float | None:
+    """Two-sided p of Fisher's exact test that rows and columns of a 2 x 2 table go together; None where a margin is 0."""
+    margins = [*map(sum, table), *map(sum, zip(*table, strict=True))]
+    return float(_stats().fisher_exact(table).pvalue) if all(margins) else None
+
+
+def _student(change: float, error: float, degrees: int, n: int, scale: float, confidence: float) -> Difference:
+    """Student's interval and test; without an interval where there are no degrees of freedom, or no spread beside `scale`."""
+    if degrees and scale == error == 0:
+        return Difference(0.0, 0.0, 0.0, 1.0, n)
+    if not degrees or error <= 1e-9 * scale:
+        return Difference(change, None, None, None, n)
+    half = float(_stats().t.ppf((1 + confidence) / 2, degrees)) * error
+    return Difference(change, change - half, change + half, float(2 * _stats().t.sf(abs(change) / error, degrees)), n)
+
+
+def _centred(values: Sequence[float]) -> list[float]:
+    mean = math.fsum(values) / len(values)
+    return [value - mean for value in values]
+
+
+def _constant(groups: Sequence[Sequence[float]]) -> bool:
+    """Whether no group has a spread but that of rounding."""
+    return all(max(own) - min(own) <= 1e-12 * max(map(abs, own)) for own in groups)
 
 
 def _stats() -> Any:

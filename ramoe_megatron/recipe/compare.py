@@ -26,7 +26,8 @@ def compare_recipe(
 ) -> None:
     """Run the recipe once for each base model into OUT/baseSEED, each as `ramoe run` does, and compare all of them.
 
-    Every method has the same seeds, data, steps and layout. A second call goes on where the first stopped.
+    Every method has the same data, seeds and layout, and the recipe's training flags (steps, batch, learning rate) unless the method's
+    `train` says otherwise, which the documents tell. A second call goes on where the first stopped.
 
     Args:
         changes: of the recipe, as `--set` gives them.

@@ -40,7 +40,7 @@ def ablation(study: Study, found: Sequence[Row], known: Collection[str]) -> list
                     "method": method,
                     "settings": _settings(study, run, method),
                     "against": row["against"],
-                    "from_base": study.against(method, "base", study.target_keys),
+                    "from_base": row["from_base"],
                     "beside": beside,
                     "without": beside and study.against(method, beside, study.target_keys),
                 }

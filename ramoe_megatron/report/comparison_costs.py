@@ -36,11 +36,11 @@ def costs(study: Study) -> list[Row]:
 
 
 def _ratio(own: Values, other: Values) -> Row | None:
-    """Ratio of geometric means: Student's t on the logarithms of the paired ratios."""
+    """Ratio of geometric means: Student's t on the logarithms of the paired ratios, by their spread within base models."""
     pairs = matched(own, other)
     if not pairs:
         return None
-    found = spread([math.log(a / b) for a, b in pairs])
+    found = spread({base: [math.log(a / b) for a, b in own] for base, own in pairs.items()})
     ends: dict[str, Any] = {name: None if found[name] is None else math.exp(found[name]) for name in ("low", "high")}
     return {"ratio": math.exp(found["change"]), **ends, "p": found["p"], "n": found["n"]}
 

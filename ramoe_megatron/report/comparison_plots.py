@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ramoe_megatron.report.comparison_words import marked
 from ramoe_megatron.report.contrasts import ALPHA
 from ramoe_megatron.report.outcome_plots import scatter
 from ramoe_megatron.report.plots import save_all
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
 CAPTIONS = {
     "forest": (
-        "Change of target accuracy against {reference}. Black: mean over pairs of base model and seed with Student's 95 % interval; grey "
-        "band: the interval over examples, for these seeds; small marks: the mean of each base model."
+        "Change of target accuracy against {reference}. Black: mean over pairs of base model and seed with Student's 95 % interval by the "
+        "spread within base models; grey band: the interval over examples, for these seeds; small marks: the mean of each base model. "
+        "‡: trains nothing, and the spread is that of {reference} alone."
     ),
     "cells": (
         "{main} minus {reference}, points, by task and target language: mean over base models and seeds. A star: p at most 0.05 "
@@ -25,7 +27,7 @@ CAPTIONS = {
     ),
     "ci": (
         "Each point is a task and target language of one base model; the gain is accuracy after minus before, mean over seeds. Where the "
-        "ci share is large there is more room for any training: what {main} shares with {reference} is headroom."
+        "ci share is large there is more room for any training: what {main} shares with {reference} is headroom. r is within base models."
     ),
 }
 
@@ -62,7 +64,7 @@ def forest(c: Mapping[str, Any]) -> "Figure | None":
     for name in names if several else []:
         axis.plot([], [], ls="", label=plain(name), **marks[name])
     axis.axvline(0, color="#555555", lw=0.9, zorder=1)
-    axis.set_yticks(range(len(rows)), [plain(label(row["method"])) for row in rows])
+    axis.set_yticks(range(len(rows)), [plain(marked(row, label(row["method"]))) for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlabel(f"target accuracy minus {plain(label(c['reference']))}, points")
     axis.grid(axis="x", alpha=0.3)

@@ -4,9 +4,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from scipy import stats
-
-from ramoe_megatron.method.statistics import pearson, wilson
+from ramoe_megatron.method.statistics import fisher, pearson, wilson
 from ramoe_megatron.report.contrasts import Row
 from ramoe_megatron.report.study import Cell, Study
 from ramoe_megatron.report.tables import ci_shares
@@ -17,7 +15,8 @@ SIGNS = {1: "up", -1: "down"}
 def ci_gain(study: Study) -> Row:
     """Points of (base, task, language), and Pearson's r of ci share with each method's gain over base and over the reference.
 
-    The reference's own gain over base has a row too: the part of r that is headroom, which any training would fill.
+    The reference's own gain over base has a row too: the part of r that is headroom, which any training would fill. `base` None: r
+    within base models, so that what sets one base model apart from another is not in it.
     """
     points: list[Row] = []
     for name, run in study.runs.items():
@@ -32,7 +31,8 @@ def ci_gain(study: Study) -> Row:
         for over in ("base", "reference") if method != study.reference else ("base",):
             for base in [None, *study.runs]:
                 usable = [p for p in points if p["method"] == method and p[f"over_{over}"] is not None and base in (None, p["base"])]
-                found = pearson([p["ci_share"] for p in usable], [p[f"over_{over}"] for p in usable])
+                x, y = ([p[side] for p in usable] for side in ("ci_share", f"over_{over}"))
+                found = pearson(x, y, [p["base"] for p in usable])
                 numbers = dataclasses.asdict(found) if found else dict.fromkeys(("r", "low", "high", "p")) | {"n": len(usable)}
                 correlations.append({"method": method, "over": over, "base": base, **numbers})
     return {"correlations": correlations, "points": points}
@@ -80,8 +80,9 @@ def transplant(study: Study) -> Row:
 def hits(units: Iterable[Row]) -> Row:
     """Counts of predicted/observed signs; ties are left out of n and counted.
 
-    rate with Wilson's interval, p of the exact binomial test against 1/2, and `expected`: the rate that the margins
-    alone would give, since where nearly all signs agree with each other, guessing is often right too.
+    rate with Wilson's interval; `expected`: the rate that the margins alone would give, since where nearly all signs
+    agree with each other, guessing is often right too; and p of Fisher's exact test that the two signs go together,
+    which holds the margins fixed: None where one of them is zero, as then nothing can be told.
     """
     counts = dict.fromkeys(("up_up", "up_down", "down_up", "down_down", "ties"), 0)
     for unit in units:
@@ -93,7 +94,7 @@ def hits(units: Iterable[Row]) -> Row:
     low, high = wilson(right, n)
     predicted, observed = counts["up_up"] + counts["up_down"], counts["up_up"] + counts["down_up"]
     expected = (predicted * observed + (n - predicted) * (n - observed)) / n**2
-    p = float(stats.binomtest(right, n).pvalue)
+    p = fisher([[counts["up_up"], counts["up_down"]], [counts["down_up"], counts["down_down"]]])
     return {**counts, "n": n, "hits": right, "rate": right / n, "low": low, "high": high, "p": p, "expected": expected}
 
 

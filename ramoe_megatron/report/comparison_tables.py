@@ -1,13 +1,13 @@
 """Rows of comparison.json that come from evaluations: accuracy, paired differences, English, mass, claims."""
 
 import re
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.layers import parse_layers
 from ramoe_megatron.report.comparison_costs import hours
-from ramoe_megatron.report.contrasts import Row, correct, direction, spread
+from ramoe_megatron.report.contrasts import ALPHA, Row, correct, direction, spread
 from ramoe_megatron.report.inputs import RunInputs
 from ramoe_megatron.report.pairing import pooled
 from ramoe_megatron.report.study import Study, Values, matched
@@ -17,7 +17,8 @@ from ramoe_megatron.report.tables import ci_counts
 if TYPE_CHECKING:
     from ramoe_megatron.report.comparison import Claim
 
-VERDICTS = {"above": "supported", "below": "contradicted", "holds zero": "not shown", "unknown": "not shown"}
+VERDICTS = {"above": "supported", "below": "contradicted"}
+UNCORRECTED = " before correction only"
 
 
 def base_row(name: str, run: RunInputs) -> Row:
@@ -41,6 +42,7 @@ def base_row(name: str, run: RunInputs) -> Row:
         "experts": shape.num_experts if shape else None,
         "topk": shape.topk if shape else None,
         "zone": zone_of(run),
+        "uniform_mass": _uniform_mass(run),
         "hours": hours(run),
         "package_version": (run.manifest or {}).get("package_version"),
     }
@@ -58,7 +60,8 @@ def zone_of(run: RunInputs) -> tuple[int, int] | None:
 
 
 def headline(study: Study) -> list[Row]:
-    """A row a method: target accuracy, and `against` the reference; p corrected over all methods compared with it."""
+    """A row a method: target accuracy, `from_base`, its change from the model before fine-tuning, and `against` the reference; p of
+    the latter corrected over all methods compared with it."""
     rows = []
     for method, evaluations in study.by_method.items():
         counts = _accuracy(study, method, set(study.targets))
@@ -67,13 +70,14 @@ def headline(study: Study) -> list[Row]:
         seeds = {e.seed for e in evaluations if e.seed is not None}
         bases = {e.base for e in evaluations}
         against = None if method == "base" else study.against(method, study.reference, study.target_keys)
-        rows.append({"method": method, "bases": len(bases), "seeds": len(seeds), **counts, "against": against})
+        row = {"method": method, "bases": len(bases), "seeds": len(seeds), **counts}
+        rows.append({**row, "from_base": study.against(method, "base", study.target_keys), "against": against})
     correct([row["against"] for row in rows if row["against"] is not None])
     return rows
 
 
 def _accuracy(study: Study, method: str, languages: Collection[str], task: str | None = None) -> Row | None:
-    """Mean over base models and seeds; Wilson's interval at the examples of one of them."""
+    """Mean over base models and seeds; Wilson's interval at the effective examples of one of them."""
     found = pooled(study.by_method[method], languages, task)
     return found and {"outcomes": found.pop("seeds"), **found}
 
@@ -113,13 +117,22 @@ def mass(study: Study) -> list[Row]:
     for method, own in values.items():
         if not own:
             continue
-        pairs = [] if method == study.reference else matched(own, values.get(study.reference, {}))
-        against = spread([a - b for a, b in pairs]) if pairs else None
+        pairs = {} if method == study.reference else matched(own, values.get(study.reference, {}))
+        against = spread({base: [a - b for a, b in both] for base, both in pairs.items()}) if pairs else None
         there = list(_masses(study, method, anchor=True).values())
         rows.append(
             {"method": method, "mass": average(list(own.values())), "anchor": average(there) if there else None, "against": against}
         )
     return rows
+
+
+def _uniform_mass(run: RunInputs) -> float | None:
+    """What `mass` would be if every expert had the same probability: the share of the experts that are task experts."""
+    tasks = {task for e in run.evaluations for task in e.tasks.values()}
+    if run.experts is None or not (own := [place for place, task in enumerate(run.experts.tasks) if task in tasks]):
+        return None
+    first, last = zone_of(run) or (0, -1)
+    return float(run.experts.expert_mask[own][:, first : last + 1 or None].float().mean())
 
 
 def _masses(study: Study, method: str, anchor: bool) -> Values:
@@ -133,15 +146,22 @@ def _masses(study: Study, method: str, anchor: bool) -> Values:
 
 
 def claims(study: Study, asked: "Sequence[Claim]") -> list[Row]:
-    """The method minus its control, for every control that was run; the verdict is the interval's, p is corrected beside it."""
+    """The method minus its control, for every control that was run; p is corrected over them, and the verdict needs both."""
     rows = []
     for claim in asked:
         found = study.against(claim.method, claim.control, study.target_keys)
         if found is not None:
-            row = {"claim": claim.claim, "method": claim.method, "control": claim.control, **found}
-            rows.append({**row, "verdict": VERDICTS[direction(found)]})
+            rows.append({"claim": claim.claim, "method": claim.method, "control": claim.control, **found})
     correct(rows)
-    return rows
+    return [{**row, "verdict": verdict(row)} for row in rows]
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """What a claim's interval and corrected p come to: supported, contradicted, either before correction only, or not shown."""
+    word = VERDICTS.get(direction(row))
+    if word is None:
+        return "not shown"
+    return word if row["p_holm"] is not None and row["p_holm"] <= ALPHA else word + UNCORRECTED
 
 
 def equality(study: Study, off: str) -> list[Row]:

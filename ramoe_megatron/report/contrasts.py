@@ -1,7 +1,8 @@
 """One method against another over several base models and seeds: what is the unit, and which interval says what.
 
-- By seed: one difference per (base model, seed), Student's t over them. It speaks of new seeds for these base models; that
-  the base models are few is not in it, so each base model's own difference stands beside it. p comes from here.
+- By seed: one difference per (base model, seed), Student's t over them by their spread within base models. It speaks of new
+  seeds for these base models and says nothing of a new one, for which each base model's own difference stands beside it. p
+  comes from here.
 - By example: the same differences example by example, the standard error clustered by example id over languages, seeds and
   base models, which all answer the same facts. It speaks of new examples for these seeds and base models.
 """
@@ -11,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from ramoe_megatron.method.statistics import Difference, clustered_difference, false_discovery, holm, paired_difference
+from ramoe_megatron.method.statistics import clustered_difference, false_discovery, holm, stratified_difference
 from ramoe_megatron.report.inputs import Evaluation, ExampleKey
 from ramoe_megatron.report.pairing import Pair, pair_up
 
@@ -23,7 +24,7 @@ ALPHA = 0.05
 def contrast(pairs: Sequence[Pair], keys: Collection[ExampleKey]) -> Row | None:
     """Mean difference over `pairs` on the examples `keys`, all in [-1, 1]; None where nothing is shared.
 
-    Keys: change, low, high, p, n (by seed), seeds_higher, seeds_lower, by_example (change, low, high, n), by_base.
+    Keys: change, low, high, p, n, bases (by seed), seeds_higher, seeds_lower, by_example (change, low, high, n), by_base.
     """
     seeds: list[tuple[str, int | None, float]] = []
     clusters: dict[str, list[float]] = defaultdict(list)
@@ -43,19 +44,23 @@ def contrast(pairs: Sequence[Pair], keys: Collection[ExampleKey]) -> Row | None:
         by_base[base].append(mean)
     values = [mean for _, _, mean in seeds]
     return {
-        **spread(values),
+        **spread(by_base),
         "seeds_higher": sum(value > 0 for value in values),
         "seeds_lower": sum(value < 0 for value in values),
         "by_example": {name: getattr(examples, name) for name in ("change", "low", "high", "n")},
-        "by_base": [{"base": base, **spread(own)} for base, own in by_base.items()],
+        "by_base": [{"base": base, **spread({base: own})} for base, own in by_base.items()],
         "by_seed": [{"base": base, "seed": seed, "change": mean} for base, seed, mean in seeds],
     }
 
 
-def spread(values: Sequence[float]) -> Row:
-    """Mean of differences that are one a seed, with Student's t: change, low, high, p, n."""
-    found: Difference = paired_difference(values, [0.0] * len(values))
-    return dataclasses.asdict(found)
+def spread(by_base: Mapping[str, Sequence[float]]) -> Row:
+    """Mean of differences that are one a base model and seed, Student's t within base models: change, low, high, p, n, bases."""
+    return {**dataclasses.asdict(stratified_difference(by_base)), "bases": len(by_base)}
+
+
+def unknown(row: Mapping[str, Any]) -> str:
+    """Why a row of `spread` has no interval."""
+    return "no spread over seeds, so no interval" if row["n"] > row["bases"] else "too few seeds for an interval"
 
 
 def against(method: Sequence[Evaluation], reference: Sequence[Evaluation], keys: Collection[ExampleKey]) -> Row | None:

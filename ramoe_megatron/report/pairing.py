@@ -1,7 +1,8 @@
 """Pooled accuracies and paired differences: how seeds and examples are treated.
 
-- An accuracy over several seeds is the mean over seeds. Its interval is Wilson's at the number of examples of one seed,
-  not examples times seeds: seeds answer the same examples, so they do not add independent ones.
+- An accuracy over several seeds is the mean over seeds. Its interval is Wilson's at the effective number of examples of
+  one seed: seeds answer the same examples, so they do not add independent ones, and the parallel rows of one example in
+  several languages are a cluster.
 - A difference between two methods is paired: per seed and example, right minus right. Its interval is Student's t with
   the standard error clustered by example id, so that parallel rows and repeated seeds of one example count as one draw.
   It speaks of new examples for the seeds at hand; how many seeds agree in sign is given beside it.
@@ -12,7 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ramoe_megatron.method.statistics import clustered_difference, wilson
+from ramoe_megatron.method.statistics import clustered_difference, effective_size, wilson
 from ramoe_megatron.report.inputs import Evaluation, ExampleKey
 
 
@@ -81,18 +82,23 @@ def paired_change(
 def pooled(
     evaluations: Iterable[Evaluation], language: str | Collection[str], task: str | None = None
 ) -> dict[str, Any] | None:
-    """Counts summed over seeds and rows, accuracy = correct / n, Wilson's interval at the examples of one seed.
+    """Counts summed over seeds and rows, accuracy = correct / n, Wilson's interval at the effective examples of one seed.
 
-    `language` is one or several, `task` None for all; None when nothing of it was evaluated.
+    `language` is one or several, `task` None for all; None when nothing of it was evaluated. `effective`: how many
+    independent examples would say as much as the rows of one seed, which are clustered by example id.
     """
     languages = {language} if isinstance(language, str) else language
-    n = correct = seeds = 0
+    runs: list[dict[str, list[bool]]] = []
     for evaluation in evaluations:
-        rows = [row for row in evaluation.rows if row["language"] in languages and task in (None, row["task"])]
-        n += sum(row["n"] for row in rows)
-        correct += sum(row["correct"] for row in rows)
-        seeds += bool(rows)
-    if n == 0:
+        clusters: dict[str, list[bool]] = defaultdict(list)
+        for key, right in evaluation.examples.items():
+            if key[1] in languages and (task is None or evaluation.tasks[key] == task):
+                clusters[key[0]].append(right)
+        runs += [clusters] * bool(clusters)
+    if not runs:
         return None
-    low, high = wilson(round(correct / seeds), round(n / seeds))
-    return {"n": n, "correct": correct, "seeds": seeds, "accuracy": correct / n, "low": low, "high": high}
+    n, correct = (sum(of(own) for run in runs for own in run.values()) for of in (len, sum))
+    effective = effective_size(runs)
+    low, high = wilson(effective * correct / n, effective)
+    counts = {"n": n, "correct": correct, "seeds": len(runs), "accuracy": correct / n}
+    return {**counts, "low": low, "high": high, "effective": effective}

@@ -77,11 +77,14 @@ class Study:
         return None if method == other else contrast(self.pairs(method, other), keys)
 
 
-def matched(own: Values, other: Values) -> list[tuple[float, float]]:
-    """Numbers of the same base model and seed, in their order; one without a seed goes with every seed of the other."""
+def matched(own: Values, other: Values) -> dict[str, list[tuple[float, float]]]:
+    """Numbers of the same base model and seed, by base model; one without a seed goes with every seed of the other."""
     found = {}
     for (base, seed), value in own.items():
         for (other_base, other_seed), beside in other.items():
             if base == other_base and (seed == other_seed or None in (seed, other_seed)):
                 found[base, other_seed if seed is None else seed] = value, beside
-    return [found[key] for key in sorted(found, key=lambda key: (key[0], key[1] or 0))]
+    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for base, seed in sorted(found, key=lambda key: (key[0], key[1] or 0)):
+        pairs[base].append(found[base, seed])
+    return pairs
