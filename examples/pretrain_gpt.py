@@ -1,4 +1,4 @@
-"""A team's own pretrain_gpt.py on Megatron-Core 0.19 with routing alignment: the lines marked (1)-(4) are all that is added.
+"""A team's own pretrain_gpt.py on Megatron-Core 0.19 with routing alignment: the lines marked (1)-(5) are all that is added.
 
     torchrun --nproc-per-node 8 examples/pretrain_gpt.py MEGATRON_FLAGS --ramoe-data train.jsonl --ramoe-coeff 1.0 \
         --ramoe-experts experts.safetensors --ramoe-taxonomy taxonomy.jsonl
@@ -19,6 +19,7 @@ def loss_func(loss_mask, losses):
     mask = loss_mask.view(-1).float()
     loss = (losses.view(-1).float() * mask).sum()
     tokens = mask.sum().detach().to(torch.int)
+    ramoe_megatron.record_lm_loss(loss, tokens)  # (5) what --ramoe-coeff-unit lm-loss measures
     return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.float().view(1)])}
 
 

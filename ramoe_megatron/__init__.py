@@ -7,6 +7,7 @@ What a user's own training script needs, each imported from Megatron's side only
     check_data           reads the data and the files of alignment, and tells what is wrong before any model is built
     dataset_provider     Megatron's datasets provider for parallel data
     packed_seq_params    the model's argument of that name, for batches of packed samples
+    record_lm_loss       the language-model loss, told in a loss function: what --ramoe-coeff-unit lm-loss measures
     train_selected       training of what --ramoe-train selects, on a model configuration before `pretrain()`
     routing_batch        context around the model call of a `forward_step`
     RoutingAlignmentConfig   the alignment, as a dataclass
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ramoe_megatron.mcore.compat import skip_helper_compilation
     from ramoe_megatron.mcore.cpu import cpu_backend, cpu_command_line
     from ramoe_megatron.mcore.selective import train_selected
-    from ramoe_megatron.mcore.training import packed_seq_params
+    from ramoe_megatron.mcore.training import packed_seq_params, record_lm_loss
     from ramoe_megatron.mcore.training_data import check_data, dataset_provider
 
 _HOMES = {
@@ -39,6 +40,7 @@ _HOMES = {
     "check_data": "ramoe_megatron.mcore.training_data",
     "dataset_provider": "ramoe_megatron.mcore.training_data",
     "packed_seq_params": "ramoe_megatron.mcore.training",
+    "record_lm_loss": "ramoe_megatron.mcore.training",
     "routing_batch": "ramoe_megatron.mcore.aligned_batch",
     "skip_helper_compilation": "ramoe_megatron.mcore.compat",
     "train_selected": "ramoe_megatron.mcore.selective",
@@ -54,6 +56,7 @@ __all__ = [
     "cpu_command_line",
     "dataset_provider",
     "packed_seq_params",
+    "record_lm_loss",
     "routing_batch",
     "skip_helper_compilation",
     "train_selected",

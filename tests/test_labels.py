@@ -147,6 +147,22 @@ def test_the_shuffle_reaches_the_items(files: dict[str, str]) -> None:
         assert torch.equal(plain[draw]["ramoe_target"], moved[draw]["ramoe_target"]) == (not aligned)
 
 
+def test_ids_that_the_shuffle_cannot_move_are_counted(files: dict[str, str]) -> None:
+    """A task with one aligned id has no other example to take the target of; where all tasks are such, nothing is shuffled."""
+    assert dataset(files).labels.unshuffled == dataset(files, shuffle_targets=5).labels.unshuffled == 0
+
+    def few(*ids: str) -> AlignedDataset:
+        data = SFTDataset([e for e in EXAMPLES if e.id in ids], TOKENIZER, 40, 8, 3)
+        return AlignedDataset(data, config(files, examples="all", taxonomy=None, shuffle_targets=5), "en", 8)
+
+    found = few("currency/0", "currency/1", "sum/1")
+    assert found.labels.unshuffled == 1
+    for e, target, on in zip(found.dataset.examples, found.labels.target_ids, found.labels.aligned, strict=True):
+        assert not on or (target == e.id) == (e.id == "sum/1")
+    with pytest.raises(RamoeError, match=r"--ramoe-shuffle-targets 5 shuffles nothing: each of the 2 aligned ids"):
+        few("currency/0", "sum/1")
+
+
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("batch", [4, 8, 24])
 def test_normalize_ci_averages_to_one_over_each_global_batch(files: dict[str, str], batch: int, per_token: bool) -> None:

@@ -1,6 +1,6 @@
 """All methods of one recipe on real Megatron: each stage's own command line, on one rank, under PP 2, and under TP 2 x EP 2.
 
-A step that measures the unit of a coefficient, and one that refreshes the taxonomy, are runs beside them.
+Beside them are runs that measure the unit of a coefficient, refresh the taxonomy, warm the coefficient up and weigh the layers.
 """
 
 import json
@@ -10,11 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import aligned_flags, bases_argv, gradients, outcome, run_table, weights, write_world
+from small_run import (
+    ALONE,
+    LAYERS,
+    aligned_flags,
+    alignment_flags,
+    bases_argv,
+    gradients,
+    load_flags,
+    outcome,
+    run_table,
+    training_flags,
+    weights,
+    write_world,
+)  # fmt: skip
 
 from ramoe_megatron.mcore.cpu import cpu_command_line
-from ramoe_megatron.method.artefacts import read_taxonomy
+from ramoe_megatron.method.artefacts import read_divergence, read_taxonomy
 from ramoe_megatron.method.catalogue import METHODS
+from ramoe_megatron.method.divergence import mean_curve
+from ramoe_megatron.method.layer_weights import divergence_weights
 from ramoe_megatron.recipe.load import validate
 from ramoe_megatron.recipe.plan import make_plan
 from ramoe_megatron.recipe.schema import Recipe
@@ -30,6 +45,8 @@ STEERED = [name for name, entry in METHODS.items() if entry.steering]
 FROZEN_ROUTERS = ("rise", "esft-gate", "esft-token", "aligned-experts")  # tests/test_selective.py looks at their experts
 COMBINED = {"name": "aligned-experts", "preset": ["ra-moe", "esft-token"]}
 MADE = ("taxonomy.jsonl", "experts.safetensors", "divergence.csv", "priors.safetensors", "priors-all.safetensors")
+SCRIPT = Path(__file__).parents[1] / "examples/pretrain_gpt.py"
+PARITY = ("--ramoe-coeff", "1", "--ramoe-coeff-unit", "lm-loss", "--train-iters", "3")
 REFRESH = ("--ramoe-refresh-interval", "2", "--ramoe-refresh-examples", "10", "--train-iters", "6")
 
 
@@ -91,7 +108,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         table = [*rows(folder, layout, "finetune"), *steered(folder, layout)]
         if layout == "pp":
             stages = ("--pipeline-model-parallel-size", "2")
-            table += [parity(folder, "parity-pp", *stages), refreshed(folder, "refresh-pp", *stages)]
+            table += [parity(folder, "parity-pp", *stages), refreshed(folder, "refresh-pp", *stages), refreshed(folder, "refresh-dp")]
         run_table(LAYOUTS[layout][0], table, folder, layout)
     return folder
 
@@ -104,15 +121,31 @@ def beside(folder: Path) -> list[dict[str, Any]]:
     """Runs from the shared profile whose flags no method has."""
     made = folder / "run-one"
     (folder / "profile").symlink_to(made)
-    resumed = ["--load", str(folder / "refresh"), "--ckpt-step", "3", *REFRESH]
-    alone = [flag for flag in aligned_flags(folder) if flag not in ("--finetune", "--no-load-optim", "--no-load-rng")]
-    place = alone.index("--pretrained-checkpoint")
+    curve = ["--ramoe-layer-weights", str(made / "divergence.csv")]
+    schedule = ["--ramoe-coeff-warmup-iters", "2", "--ramoe-coeff-decay", "cosine", "--train-iters", "4"]
     table = {
-        "refresh-resumed": [*alone[:place], *alone[place + 2 :], *resumed],
+        "refresh-resumed": resumed(folder, "refresh", 3, *REFRESH),
         "refresh-none": aligned_flags(folder, "--train-iters", "6"),
+        "parity-resumed": resumed(folder, "parity", 2, *PARITY),
     }
+    alone = {f"layer-{layer}": ["--ramoe-layers", f"{layer}-{layer}", "--train-iters", "1"] for layer in LAYERS}
+    alone["scheduled"] = [*curve, *schedule]
     rows = [{"name": name, "job": "finetune", "argv": cpu_command_line(words)[0]} for name, words in table.items()]
-    return [refreshed(folder, "refresh"), *rows, parity(folder, "parity")]
+    rows += [{"name": name, "job": "finetune", "argv": alignment_alone(folder, *flags), "lm": 0} for name, flags in alone.items()]
+    script = {"name": "parity-script", "job": str(SCRIPT), "argv": cpu_command_line(aligned_flags(folder, *PARITY))[0]}
+    return [refreshed(folder, "refresh"), parity(folder, "parity"), script, *rows]
+
+
+def alignment_alone(folder: Path, *more: str) -> list[str]:
+    """Alignment beside no other loss at the routers."""
+    return training_flags(folder, *load_flags(folder), *alignment_flags(folder), *more, losses=ALONE)
+
+
+def resumed(folder: Path, name: str, step: int, *more: str) -> list[str]:
+    """The run of that name from its checkpoint at a step, saving nothing."""
+    flags = [flag for flag in aligned_flags(folder) if flag not in ("--finetune", "--no-load-optim", "--no-load-rng")]
+    place = flags.index("--pretrained-checkpoint")
+    return [*flags[:place], *flags[place + 2 :], "--load", str(folder / name), "--ckpt-step", str(step), *more]
 
 
 def refreshed(folder: Path, name: str, *more: str) -> dict[str, Any]:
@@ -121,8 +154,7 @@ def refreshed(folder: Path, name: str, *more: str) -> dict[str, Any]:
 
 
 def parity(folder: Path, name: str, *more: str) -> dict[str, Any]:
-    flags = ["--ramoe-coeff", "1", "--ramoe-coeff-unit", "lm-loss", "--train-iters", "3"]
-    flags += ["--save", str(folder / name), "--save-interval", "3", *more]
+    flags = [*PARITY, "--save", str(folder / name), "--save-interval", "2", *more]
     return {"name": name, "job": "finetune", "argv": cpu_command_line(aligned_flags(folder, *flags))[0]}
 
 
@@ -182,14 +214,43 @@ def test_a_refresh_moves_examples_between_the_categories(runs: Path) -> None:
     assert any(not torch.equal(moved[name], weight) for name, weight in plain.items())
 
 
-def test_pipeline_stages_refresh_alike(runs: Path) -> None:
+@pytest.mark.parametrize("layout", ["pp", "dp"])
+def test_two_ranks_refresh_alike(runs: Path, layout: str) -> None:
     for name in ("0000002.jsonl", "0000004.jsonl"):
-        assert (runs / "refresh-pp/ramoe-refresh" / name).read_text() == (runs / "refresh/ramoe-refresh" / name).read_text()
+        assert (runs / f"refresh-{layout}/ramoe-refresh" / name).read_text() == (runs / "refresh/ramoe-refresh" / name).read_text()
 
 
-def test_a_run_that_resumes_has_the_categories_that_it_had(runs: Path) -> None:
-    through, resumed = weights(runs, "refresh"), weights(runs, "refresh-resumed")
-    assert all(torch.equal(resumed[name], weight) for name, weight in through.items())
+def test_a_users_own_script_measures_the_same_unit(runs: Path) -> None:
+    ours, script = weights(runs, "parity"), weights(runs, "parity-script")
+    assert all(torch.equal(script[key], weight) for key, weight in ours.items())
+    assert outcome(runs, "parity")["steps"] == outcome(runs, "parity-script")["steps"]
+
+
+@pytest.mark.parametrize("name", ["refresh", "parity"])
+def test_a_run_that_resumes_has_the_categories_and_the_unit_that_it_had(runs: Path, name: str) -> None:
+    through, later = weights(runs, name), weights(runs, f"{name}-resumed")
+    assert all(torch.equal(later[key], weight) for key, weight in through.items())
+    assert outcome(runs, name)["figures"] == outcome(runs, f"{name}-resumed")["figures"]
+
+
+def test_layer_weights_and_the_warm_up_scale_the_gradients_of_each_layers_loss(runs: Path) -> None:
+    """Each aligned layer's own loss reaches the routers before it too: the law is about the sum over the layers."""
+    curve = mean_curve(read_divergence(runs / "run-one/divergence.csv"))
+    weight = dict(zip(LAYERS, divergence_weights(curve, tuple(LAYERS)).tolist(), strict=True))
+    assert abs(weight[1] - weight[2]) > 0.1
+    single = {layer: gradients(runs, f"layer-{layer}") for layer in LAYERS}
+    for router, found in gradients(runs, "scheduled").items():
+        expected = sum(weight[layer] * single[layer][router] for layer in LAYERS) / len(LAYERS) / 3  # the first of two of warm-up
+        assert (found - expected).norm() <= 1e-6 + 2e-5 * expected.norm(), router
+
+
+def test_the_log_shows_the_coefficient_of_each_step(runs: Path) -> None:
+    """20 times 1/3 and 2/3 of the warm-up, then half a cosine over two iterations: 1 and 1/2."""
+    steps = [step["ramoe/coefficient"] for step in outcome(runs, "scheduled")["steps"]]
+    assert steps == pytest.approx([20 / 3, 40 / 3, 20, 10], rel=1e-6)
+    first, *later = (step["ramoe/coefficient"] for step in outcome(runs, "parity")["steps"])
+    assert first == 0
+    assert later == pytest.approx([json.loads((runs / "parity/ramoe-parity.json").read_text())["parity"]] * 2, rel=1e-6)
 
 
 def test_before_the_first_refresh_nothing_differs(runs: Path) -> None:

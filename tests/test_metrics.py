@@ -4,6 +4,7 @@ Equality between layouts is the business of the layout tests; here one rank stan
 """
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_logging
 
-from ramoe_megatron.mcore.metrics import CI_MASS, LOSS, OTHER_MASS, SHARE, AlignmentMetrics
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore import coefficient
+from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
+from ramoe_megatron.mcore.coefficient import Coefficient
+from ramoe_megatron.mcore.metrics import CI_MASS, COEFFICIENT, LOSS, OTHER_MASS, SHARE, AlignmentMetrics
 
 NUMBERS = (2, 4, 6, 8)  # a model of 8 layers, every second one of experts
 ZONE = (1, 2)
@@ -159,6 +164,76 @@ def test_skipped_steps_alone_print_no_figure() -> None:
     record(tracker, samples(4, 5))
     report(tracker, 1, table=table)
     assert table == {"advanced iterations": 0, "skipped iterations": 1}
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Megatron's arguments in its loop of six iterations, which counts those that are done."""
+    args = SimpleNamespace(curr_iteration=0, train_iters=6, load=None, save=None)
+    monkeypatch.setattr(coefficient, "_training_args", lambda: args)
+    return args
+
+
+def scheduled(**changes: Any) -> AlignmentMetrics:
+    config = RoutingAlignmentConfig(coeff=8.0, experts="e", taxonomy="t", **changes)
+    return AlignmentMetrics(NUMBERS, "cpu", Coefficient(config))
+
+
+def test_a_coefficient_that_changes_is_written_and_printed(training: SimpleNamespace) -> None:
+    """Two iterations of warm-up (1/3, 2/3), then half a cosine over the other four: cos 0, cos 45, cos 90, cos 135 degrees."""
+    tracker, board, run, table, printed = scheduled(coeff_warmup_iters=2, coeff_decay="cosine"), Writer(), Writer(), {}, []
+    half = 2**-0.5
+    by_hand = [8 / 3, 16 / 3, 8, 4 * (1 + half), 4, 4 * (1 - half)]
+    for step in range(6):
+        training.curr_iteration = step
+        name = "skipped iterations" if step == 4 else "advanced iterations"
+        table[name] = table.get(name, 0) + 1
+        record(tracker, samples(8, step))
+        report(tracker, step + 1, board, run, table=table)
+        if step in (1, 5):
+            printed.append(float(table[COEFFICIENT]) / table["advanced iterations"])
+            table = dict.fromkeys(table, 0) | {LOSS: torch.tensor([0.0])}
+    assert board.seen == run.seen
+    assert [board.seen[step + 1][COEFFICIENT] for step in range(6)] == pytest.approx(by_hand, rel=1e-6)
+    assert printed == pytest.approx([sum(by_hand[:2]) / 2, (by_hand[2] + by_hand[3] + by_hand[5]) / 3], rel=1e-6)
+
+
+def test_a_constant_coefficient_is_no_figure(training: SimpleNamespace) -> None:
+    tracker, board, table = scheduled(), Writer(), {"advanced iterations": 1}
+    record(tracker, samples(8, 1))
+    report(tracker, 1, board, table=table)
+    assert COEFFICIENT not in board.seen[1].keys() | table.keys()
+
+
+def test_a_coefficient_in_parities_is_zero_in_the_step_that_measures_it(training: SimpleNamespace) -> None:
+    """The validation between two steps, and a step without an aligned sample, leave nothing in it."""
+    tracker, board, batch = scheduled(coeff_unit="lm-loss"), Writer(), samples(8, 1)
+    nothing = torch.zeros(8, dtype=torch.bool)
+    for step in range(3):
+        training.curr_iteration = step
+        if step:
+            with torch.no_grad():
+                tracker.record_lm_loss(torch.tensor(900.0), torch.tensor(3))
+        for loss, tokens in ((10.0, 4), (20.0, 6)):
+            tracker.record_lm_loss(torch.tensor(loss * (step + 1)), torch.tensor(tokens))
+        record(tracker, batch | ({"aligned": nothing, "loss": torch.zeros(8)} if step == 0 else {}))
+        report(tracker, step + 1, board)
+    aligned = board.seen[2][LOSS]
+    assert [board.seen[step][COEFFICIENT] for step in (1, 2, 3)] == pytest.approx([0, 0, 8 * 6 / aligned], rel=1e-6)
+
+
+@pytest.mark.parametrize("recorded", [None, (0.0, 4), (float("nan"), 4)])
+def test_a_loss_function_that_tells_no_loss_is_refused_once_a_sample_is_aligned(training: SimpleNamespace, recorded: Any) -> None:
+    tracker, batch = scheduled(coeff_unit="lm-loss"), samples(8, 1)
+    for aligned in (False, True):
+        if recorded is not None:
+            tracker.record_lm_loss(*map(torch.tensor, recorded))
+        record(tracker, batch if aligned else batch | {"loss": torch.zeros(8)})
+        if not aligned:
+            report(tracker, 1)
+            continue
+        with pytest.raises(RamoeError, match=r"--ramoe-coeff-unit lm-loss: .* call ramoe_megatron.record_lm_loss\(loss, tokens\)"):
+            report(tracker, 2)
 
 
 def test_installing_twice_keeps_the_tracker_and_megatrons_entries() -> None:

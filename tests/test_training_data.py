@@ -11,7 +11,7 @@ import torch
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.arguments import DataOptions, RoutingAlignmentConfig
 from ramoe_megatron.mcore.training_data import check_data
-from ramoe_megatron.method.artefacts import ExpertFile, ModelShape, Priors, write_taxonomy
+from ramoe_megatron.method.artefacts import ExpertFile, ModelShape, Priors, save_document, write_taxonomy
 from ramoe_megatron.method.divergence import Zone
 from ramoe_megatron.method.taxonomy import TaxonomyRow
 
@@ -35,6 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).save(path / "experts.safetensors")  # fmt: skip
     Priors.save(path / "priors.safetensors", IDS[:2], even.expand(2, 4, 4).clone(), tokens="last", shape=SHAPE, checkpoint="base@1")
     write_taxonomy(path / "taxonomy.jsonl", [TaxonomyRow(id_, "sum", "tr", "train", True, False) for id_ in IDS])
+    write_taxonomy(path / "several.jsonl", [TaxonomyRow(id_, "sum", "tr", "train", True, False) for id_ in IDS])
+    body = {"anchor": "en", "anchors": ["en", "tr"], "checkpoint": "base@1", "data": [], "package_version": "0", "pairs": []}
+    save_document(path / "several.json", "ramoe-taxonomy", body)
     write_taxonomy(path / "short.jsonl", [TaxonomyRow(IDS[0], "sum", "tr", "train", True, False)])
     return path
 
@@ -46,13 +49,17 @@ def arguments(folder: Path, **changes: Any) -> types.SimpleNamespace:
     options |= {"data": [str(folder / "train.jsonl")], "coeff": 1.0} | {key: str(folder / name) for key, name in files.items()}
     settings = {f"ramoe_{name}": value for name, value in options.items()}
     megatron = {"eval_iters": 0, "full_validation": False, "micro_batch_size": 1, "rampup_batch_size": None, "dataloader_type": "single"}
-    megatron["step_batch_size_schedule"] = None
+    megatron |= {"step_batch_size_schedule": None, "calculate_per_token_loss": False, "context_parallel_size": 1}
+    megatron |= {"overlap_param_gather": False, "moe_input_jitter_eps": None}
     return types.SimpleNamespace(**settings | megatron | changes)
 
 
 def test_data_that_fits_is_let_through(folder: Path) -> None:
     check_data(arguments(folder))
     check_data(arguments(folder, ramoe_pack=True))
+    check_data(arguments(folder, ramoe_refresh_interval=2))
+    check_data(arguments(folder, ramoe_taxonomy=str(folder / "several.jsonl")))
+    check_data(arguments(folder, ramoe_target="paired", ramoe_reverse=True, micro_batch_size=2))
     check_data(arguments(folder, ramoe_coeff=0.0, ramoe_experts=None, micro_batch_size=4, rampup_batch_size=[1, 1, 10]))
 
 
@@ -68,6 +75,10 @@ def test_data_that_fits_is_let_through(folder: Path) -> None:
         ({"ramoe_pack": True, "rampup_batch_size": [1, 1, 10]}, ["--ramoe-pack", "--rampup-batch-size", "leave it out"]),
         ({"ramoe_normalize": "ci", "dataloader_type": "cyclic"}, ["--ramoe-normalize ci", "--dataloader-type"]),
         ({"ramoe_normalize": "ci", "step_batch_size_schedule": "0:8 10:16"}, ["--step-batch-size-schedule", "--ramoe-normalize samples"]),
+        ({"ramoe_target": "paired", "ramoe_reverse": True, "micro_batch_size": 2, "calculate_per_token_loss": True},
+         ["--ramoe-reverse", "--calculate-per-token-loss"]),
+        ({"ramoe_refresh_interval": 2, "moe_input_jitter_eps": 0.01}, ["--ramoe-refresh-interval", "--moe-input-jitter-eps 0.01"]),
+        ({"ramoe_refresh_interval": 2, "ramoe_taxonomy": "several.jsonl"}, ["--ramoe-refresh-interval", "--ramoe-taxonomy", "en, tr"]),
         ({"ramoe_layers": "3-9"}, ["3-9", "0 to 3"]),
         ({"ramoe_taxonomy": "short.jsonl"}, ["short.jsonl", "8 training examples have no category", "sum/1 (tr)"]),
         ({"ramoe_target": "example", "ramoe_priors": "priors.safetensors"},

@@ -83,6 +83,11 @@ class AlignmentContext:
                 raise RamoeError(f"routing_batch: {len(chosen_B)} samples in a micro-batch; the target paired needs an even number")
             chosen_B = chosen_B & chosen_B[self.partner_B]
         refresh = alignment.metrics.refresh
+        if refresh is None and alignment.config.refresh_interval is not None:
+            raise RamoeError(
+                "--ramoe-refresh-interval: nothing scores the examples here. Refreshing needs Megatron's own training loop on the data of "
+                "ramoe_megatron.dataset_provider: use that, or remove the flag"
+            )
         weight_B = batch["ramoe_weight"].float() if refresh is None else refresh.weight(batch["example"])
         self.weight_B = weight_B * chosen_B
         if refresh is not None:

@@ -1,6 +1,7 @@
 """The alignment coefficient at the iteration that runs, and its unit where that is measured (XLR, arXiv 2610.01921)."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,19 @@ class Coefficient:
         return self.parity is None
 
     def measure(self, lm_loss: Tensor, alignment_loss: Tensor) -> None:
-        """Take the unit from the means of one global batch, the same on every rank; without an aligned sample, wait for the next."""
+        """Take the unit from the means of one global batch, the same on every rank; without an aligned sample, wait for the next.
+
+        Raises:
+            RamoeError: the loss function told no language-model loss.
+        """
         lm, aligned = float(lm_loss), float(alignment_loss)
         if aligned <= 0:
             return
+        if not (lm > 0 and math.isfinite(lm)):
+            raise RamoeError(
+                f"--ramoe-coeff-unit lm-loss: the language-model loss of the step is {lm:g}, expected a number above 0. A loss function of "
+                "your own has to tell it: call ramoe_megatron.record_lm_loss(loss, tokens) there, as examples/pretrain_gpt.py does"
+            )
         self.parity = lm / aligned
         args = _training_args()
         measured = {"parity": self.parity, "lm_loss": lm, "iteration": args.curr_iteration}

@@ -24,14 +24,16 @@ class ExampleLabels:
 
     Attributes: `aligned` bool [examples], `task` int64 [examples] (row of the expert file; -1 when the task is not in it), `category`
     (cc, ci, ic or ii of each example, "" where it has none), `may_align` bool [examples] (what it needs to be aligned, whatever its
-    category: another language than the anchor, and a target).
+    category: another language than the anchor, and a target), `unshuffled` (aligned ids that `--ramoe-shuffle-targets` has to leave their
+    own target, the only aligned ones of their tasks).
     """
 
     def __init__(self, examples: Sequence[Example], config: RoutingAlignmentConfig, anchor: str) -> None:
         """
         Raises:
             RamoeError: an artefact that cannot be read or belongs to another model or other data: no zone, examples without a category,
-                aligned examples of a task without experts, or without an English routing (how many, the first five).
+                aligned examples of a task without experts, or without an English routing (how many, the first five); or a control that
+                would shuffle no target.
         """
         assert config.experts is not None
         experts = ExpertFile.load(config.experts)
@@ -48,6 +50,7 @@ class ExampleLabels:
             self.may_align &= has_pattern[self.task.clip(min=0)]
         self.priors = self._load_priors(examples, experts) if config.target == "example" else None
         self.target_ids = shuffled_ids(examples, self.aligned, config.shuffle_targets)
+        self.unshuffled = 0 if config.shuffle_targets is None else self._unshuffled(examples)
 
     def target(self, index: int) -> Tensor:
         """English routing that an example is pulled to in the aligned layers; zeros where it is not aligned. [Z, E]"""
@@ -55,6 +58,15 @@ class ExampleLabels:
         if not (self.aligned if self.config.refresh_interval is None else self.may_align)[index]:
             return torch.zeros(len(self.layers), self.priors.shape.num_experts)
         return self.priors.rows([self.target_ids[index]])[0, list(self.layers)].float()
+
+    def _unshuffled(self, examples: Sequence[Example]) -> int:
+        moved = {e.id: e.id != target for e, target, on in zip(examples, self.target_ids, self.aligned, strict=True) if on}
+        if moved and not any(moved.values()):
+            raise RamoeError(
+                f"--ramoe-shuffle-targets {self.config.shuffle_targets} shuffles nothing: each of the {len(moved)} aligned ids is the only "
+                "one of its task. Give more examples of a task, or remove the flag"
+            )
+        return sum(not other for other in moved.values())
 
     def _refuse_unknown_tasks(self, examples: Sequence[Example], experts: ExpertFile) -> None:
         unknown = sorted({e.task for e, row, on in zip(examples, self.task, self.aligned, strict=True) if on and row < 0})
@@ -114,10 +126,7 @@ class AlignedDataset(torch.utils.data.Dataset):
         Raises:
             RamoeError: as `ExampleLabels`, or English views that are to be aligned under per-token loss, where they weigh nothing.
         """
-        if config.reverse and per_token_loss:
-            raise RamoeError(
-                "--ramoe-reverse aligns views without loss tokens, which weigh nothing under --calculate-per-token-loss: remove that flag"
-            )
+        refuse_weightless_views(config, per_token_loss)
         self.dataset, self.labels = dataset, ExampleLabels(dataset.examples, config, anchor)
         self.weight = self._weights(config.normalize, global_batch_size, per_token_loss)
 
@@ -150,6 +159,14 @@ class AlignedDataset(torch.utils.data.Dataset):
         batch = self.dataset.global_batches(global_batch_size)
         share = np.bincount(batch, aligned * unit) / np.bincount(batch, unit)
         return np.divide(aligned, share[batch], out=np.zeros_like(aligned), where=share[batch] > 0)
+
+
+def refuse_weightless_views(config: RoutingAlignmentConfig, per_token_loss: bool) -> None:
+    """Raise RamoeError where the reversed control aligns samples that weigh nothing."""
+    if config.reverse and per_token_loss:
+        raise RamoeError(
+            "--ramoe-reverse aligns views without loss tokens, which weigh nothing under --calculate-per-token-loss: remove that flag"
+        )
 
 
 def categories(examples: Sequence[Example], taxonomy: str | None, anchor: str) -> list[str]:

@@ -40,6 +40,8 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
     for the aligned layers. As in Megatron's own `moe/NAME_layer_i`, i is Megatron's layer number less one, not the place among the
     MoE layers: the curves of one router stand side by side.
 
+    `ramoe/coefficient`: what the alignment loss was multiplied by, where that changes in training.
+
     `latest` holds the figures of the last step that was reported.
     """
 
@@ -55,6 +57,7 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         self.layer_numbers = tuple(layer_numbers)
         self.sums_LM = torch.zeros(len(layer_numbers), len(COLUMNS), dtype=torch.float32, device=device)
         self.printed_M = torch.zeros(len(COLUMNS), dtype=torch.float64, device=device)
+        self.printed_coefficient = 0.0
         self.advanced = 0
         self.latest: dict[str, Tensor] = {}
 
@@ -89,8 +92,10 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         self.sums_LM[layer] += torch.stack([column.sum().float() for column in columns])
 
     def record_lm_loss(self, loss: Tensor, tokens: Tensor) -> None:
-        """Add a micro-batch's language-model loss, a sum over its loss tokens, while the unit of the coefficient is measured."""
-        if self.coefficient is not None and self.coefficient.measures:
+        """Add a micro-batch's language-model loss, a sum over its loss tokens, while the unit of the coefficient is measured.
+
+        Megatron evaluates without gradients, between the steps: that loss is none of the step's."""
+        if torch.is_grad_enabled() and self.coefficient is not None and self.coefficient.measures:
             self.lm_2 += torch.stack([loss.detach().double(), tokens.double()])
 
     def reduced(self) -> dict[str, Tensor]:
@@ -121,8 +126,8 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         """Megatron's report, then ours: into its loss table, TensorBoard and Weights & Biases."""
         totals_LM = self._totals()  # first: Megatron's report ends in clear()
         self.latest = figures(totals_LM.sum(dim=0))
-        changes = self.coefficient is not None and self.coefficient.config.scheduled
-        acted = self.coefficient.now() if self.coefficient is not None and changes else None
+        if self.coefficient is not None and self.coefficient.config.scheduled:
+            self.latest[COEFFICIENT] = torch.full_like(self.latest[LOSS], self.coefficient.now())  # before the unit of later steps is known
         if self.coefficient is not None and self.coefficient.measures:
             torch.distributed.all_reduce(self.lm_2)  # in the first step alone
             self.coefficient.measure(self.lm_2[0] / self.lm_2[1].clamp(min=1), self.latest[LOSS])
@@ -131,8 +136,6 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         )
         if writer is not None or wandb_writer is not None:
             self._write(totals_LM, per_layer_logging, iteration, writer, wandb_writer)
-            if acted is not None:
-                self._log_scalars({COEFFICIENT: acted}, iteration, writer, wandb_writer)
         if total_loss_dict is not None:
             self._print(totals_LM.sum(dim=0), total_loss_dict)
         if self.refresh is not None:
@@ -155,11 +158,15 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         advanced, skipped = table.get("advanced iterations", 1), table.get("skipped iterations", 0)
         if advanced + skipped <= 1:  # the first step since that line
             self.printed_M.zero_()
-            self.advanced = 0
+            self.printed_coefficient, self.advanced = 0.0, 0
         if advanced > self.advanced:
             self.printed_M += totals_M
+            self.printed_coefficient += float(self.latest.get(COEFFICIENT, 0.0))
         self.advanced = advanced
-        for name, value in figures(self.printed_M).items():
+        shown = figures(self.printed_M)
+        if COEFFICIENT in self.latest:
+            shown[COEFFICIENT] = torch.full_like(shown[LOSS], self.printed_coefficient / max(1, advanced))
+        for name, value in shown.items():
             if advanced > 0:
                 table[name] = value * advanced
             else:  # no step counts yet: no figure, rather than 0

@@ -1,7 +1,7 @@
 """Taxonomy refresh: while training goes on, a sample of its examples is scored anew with the current weights (our own option).
 
 What is found stands in SAVE/ramoe-refresh/ITERATION.jsonl, in the taxonomy's format, so that a run that resumes goes on with the
-categories that it had.
+categories that it had. One that saves elsewhere keeps what it took over there too.
 
 Shape suffixes: N training examples, B samples of a micro-batch.
 """
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ramoe_megatron.data.encode import Tokenizer, encode_choices, encode_prompt, longest_input
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.data.sampler import named_rng
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.artefacts import read_taxonomy, write_taxonomy
+from ramoe_megatron.method.artefacts import load_document, read_taxonomy, write_taxonomy
 from ramoe_megatron.method.taxonomy import CATEGORIES, TaxonomyRow
 
 if TYPE_CHECKING:
@@ -32,11 +33,30 @@ def refuse_refresh(args: Any) -> None:
     """Raise RamoeError for what keeps a model from being scored while it trains, or its samples from being told apart."""
     unsupported = {
         "--overlap-param-gather": args.overlap_param_gather,
+        # Megatron draws it in evaluation mode too: scoring would change the random numbers of the training
+        f"--moe-input-jitter-eps {args.moe_input_jitter_eps}": args.moe_input_jitter_eps is not None,
         "--ramoe-pack": args.ramoe_pack,
         f"--context-parallel-size {args.context_parallel_size}": args.context_parallel_size > 1,
     }
     if found := [flag for flag, on in unsupported.items() if on]:
         raise RamoeError(f"--ramoe-refresh-interval does not go with {', '.join(found)}: remove one of the two")
+
+
+def refuse_other_anchors(taxonomy: str, anchor: str) -> None:
+    """Raise RamoeError for a taxonomy of another anchor language than `anchor`, or of several: a refresh scores "right in English" in
+    `anchor` alone. What stands beside the taxonomy tells; without such a document it is taken to be of `anchor`."""
+    path, kind = Path(taxonomy).with_suffix(".json"), "ramoe-taxonomy"
+    if not path.is_file():
+        path, kind = path.with_name("anchors.json"), "ramoe-anchors"  # beside what `ramoe anchors` wrote
+    if not path.is_file():
+        return
+    document = load_document(path, kind)
+    anchors = document.get("anchors", [document["anchor"]])
+    if anchors != [anchor]:
+        raise RamoeError(
+            f"--ramoe-refresh-interval scores the anchor {anchor} alone (--ramoe-anchor), but --ramoe-taxonomy {taxonomy} is of "
+            f"{', '.join(anchors)} ({path}): give the taxonomy that `ramoe taxonomy` wrote for {anchor}, or remove --ramoe-refresh-interval"
+        )
 
 
 class TaxonomyRefresh:
@@ -58,6 +78,7 @@ class TaxonomyRefresh:
         self.views = {view.id: view for view in views}
         self.config = labels.config
         self.category = list(labels.category)
+        self.scorable = [n for n, (e, may) in enumerate(zip(examples, labels.may_align, strict=True)) if may and e.id in self.views]
         self._resume()
         self._to_device()
 
@@ -68,6 +89,18 @@ class TaxonomyRefresh:
     def is_ci(self, example_B: Tensor) -> Tensor:
         """Whether it is ci now. [B], bool"""
         return self.ci_N[example_B]
+
+    def refuse_long(self, tokenizer: Tokenizer) -> None:
+        """Raise RamoeError for examples that may be scored and whose right answer does not fit the model's positions (how many)."""
+        limit = self.args.max_position_embeddings
+        views = {self.examples[n].id: self.views[self.examples[n].id] for n in self.scorable}
+        lengths = [_scored_length(e, tokenizer) for e in [*views.values(), *(self.examples[n] for n in self.scorable)]]
+        if too_long := [length for length in lengths if length > limit]:
+            raise RamoeError(
+                f"--ramoe-refresh-interval scores training examples, and {len(too_long)} of them are longer than --max-position-embeddings "
+                f"{limit} (the longest: {max(too_long)} tokens with its answer): raise --max-position-embeddings, drop those examples in "
+                "every language, or remove --ramoe-refresh-interval"
+            )
 
     def step(self, iteration: int) -> None:
         """After iteration `iteration` (from 1): refresh where it is due. Every rank calls it."""
@@ -87,11 +120,11 @@ class TaxonomyRefresh:
 
     def _sample(self, iteration: int) -> list[int]:
         """Places of the examples to score: all languages of ids drawn by the seed and the iteration."""
-        ids = sorted({e.id for e, may in zip(self.examples, self.labels.may_align, strict=True) if may and e.id in self.views})
+        ids = sorted({self.examples[n].id for n in self.scorable})
         count = min(len(ids), self.config.refresh_examples)
         drawn = named_rng(self.args.seed, f"refresh {iteration}").choice(len(ids), count, replace=False)
         chosen = {ids[n] for n in drawn}
-        return [n for n, (e, may) in enumerate(zip(self.examples, self.labels.may_align, strict=True)) if may and e.id in chosen]
+        return [n for n in self.scorable if self.examples[n].id in chosen]
 
     def _score(self, sample: Sequence[int]) -> list[TaxonomyRow]:
         """The taxonomy of the sample by the current weights, on every rank."""
@@ -103,8 +136,8 @@ class TaxonomyRefresh:
         targets = [self.examples[n] for n in sample]
         for chunk in self.chunks:
             chunk.eval()
-        longest = max(len(model.tokenizer.tokenize(example.answer)) for example in [*views, *targets]) + 2
-        right = score(model, [*views, *targets], longest)
+        limit = self.args.max_position_embeddings
+        right = score(model, [*views, *targets], [new_tokens(example, model.tokenizer, limit) for example in [*views, *targets]])
         for chunk in self.chunks:
             chunk.train()
         english = {view.id: outcome for view, outcome in zip(views, right, strict=False)}
@@ -134,13 +167,42 @@ class TaxonomyRefresh:
         if not self.args.iteration:
             return
         place = {(example.id, example.language): n for n, example in enumerate(self.examples)}
+        first, interval, foreign = torch.distributed.get_rank() == 0, self.config.refresh_interval, []
+        assert interval is not None
         for path in sorted((Path(self.args.load or "") / FOLDER).glob("*.jsonl")):
             if not path.stem.isdigit() or int(path.stem) > self.args.iteration:
                 continue
-            for row in read_taxonomy(path):
+            if int(path.stem) % interval:
+                foreign.append(path.name)
+                continue
+            rows = read_taxonomy(path)
+            for row in rows:
                 if (row.id, row.language) not in place:
                     raise RamoeError(
                         f"{path}: {row.id} ({row.language}) is no training example: the data changed; train on the same, or from "
                         "the start"
                     )
                 self.category[place[row.id, row.language]] = row.category
+            if first and self.args.save:
+                _keep(rows, path, Path(self.args.save) / FOLDER / path.name)
+        if first and foreign:  # left by an attempt that ended before its first checkpoint, or of a run with another interval
+            told = f"{', '.join(foreign)}: not taken over, since they are no refreshes of --ramoe-refresh-interval {interval}"
+            print(f"ramoe: {self.args.load}/{FOLDER}: {told}", flush=True)
+
+
+def new_tokens(example: Example, tokenizer: Tokenizer, limit: int) -> int:
+    """Tokens to generate: those of the right answer, its end and one more, as far as the `limit` of a sequence goes."""
+    return min(len(tokenizer.tokenize(example.answer)) + 2, limit - len(encode_prompt(example, tokenizer)))
+
+
+def _scored_length(example: Example, tokenizer: Tokenizer) -> int:
+    """Input tokens with which an example can be found right."""
+    if example.choices:
+        return longest_input(encode_choices(example, tokenizer))
+    return len(encode_prompt(example, tokenizer)) + len(tokenizer.tokenize(example.answer))
+
+
+def _keep(rows: Sequence[TaxonomyRow], path: Path, kept: Path) -> None:
+    """Rows read from `path`, in the run's own folder: in place of what an earlier attempt may have left there."""
+    if not kept.is_file() or kept.read_bytes() != path.read_bytes():
+        write_taxonomy(kept, rows)

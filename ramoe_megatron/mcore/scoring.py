@@ -19,11 +19,11 @@ ContextFor = Callable[[Sequence[int]], ContextMaker]
 def score(
     model: OfflineModel,
     examples: Sequence[Example],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     context_for: ContextFor | None = None,
     progress: Progress | None = None,
 ) -> list[bool]:
-    """Whether the model answers each example correctly, on every rank.
+    """Whether the model answers each example correctly, on every rank; `max_new_tokens`: of all, or of each example.
 
     With choices: the choice of the highest log-likelihood as response (sum over its tokens and the end token) is the answer. Without:
     the greedy continuation of the prompt equals the answer after normalising (`data.answers`).
@@ -47,7 +47,8 @@ def score(
     if generated:
         prompts = [encode_prompt(examples[place], model.tokenizer) for place in generated]
         context = context_for(generated) if context_for else None
-        answers = greedy(model, prompts, max_new_tokens, context, progress)
+        most = max_new_tokens if isinstance(max_new_tokens, int) else [max_new_tokens[place] for place in generated]
+        answers = greedy(model, prompts, most, context, progress)
         for place, ids in zip(generated, answers, strict=True):
             correct[place] = is_correct(model.tokenizer.detokenize(ids), examples[place].answer)
     return correct
@@ -85,27 +86,27 @@ def log_likelihoods(
 def greedy(
     model: OfflineModel,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     context: ContextMaker | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt, up to the end token (left out) or `max_new_tokens`, on every rank.
+    """The greedy continuation of each prompt, up to the end token (left out) or `max_new_tokens` (of all, or of each), on every rank.
 
     Each step runs the whole sequence again: right in every layout, and quick where answers are short.
     """
-    _refuse_long(model, [len(prompt) + max_new_tokens for prompt in prompts])
+    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    lengths = [len(prompt) + new for prompt, new in zip(prompts, most, strict=True)]
+    _refuse_long(model, lengths)
     answers: list[list[int]] = [[] for _ in prompts]
-    for group in model.groups([len(prompt) + max_new_tokens for prompt in prompts]):
-        unfinished = list(group)
-        for _ in range(max_new_tokens):
+    for group in model.groups(lengths):
+        unfinished = [place for place in group if most[place] > 0]
+        while unfinished:
             # one id more than is run: the last one is only ever a label
             current = [Encoded([*prompts[p], *answers[p], model.tokenizer.eod], len(prompts[p])) for p in unfinished]
             tokens = _next_tokens(model, current, unfinished, context)
             for place, token in zip(unfinished, tokens, strict=True):
                 answers[place].append(token)
-            unfinished = [place for place in unfinished if answers[place][-1] != model.tokenizer.eod]
-            if not unfinished:
-                break
+            unfinished = [p for p in unfinished if answers[p][-1] != model.tokenizer.eod and len(answers[p]) < most[p]]
         if progress:
             progress(len(group))
     return [[token for token in answer if token != model.tokenizer.eod] for answer in answers]

@@ -75,7 +75,19 @@ def masked_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict
     mask = loss_mask.view(-1).float()
     loss = (losses.view(-1).float() * mask).sum()
     tokens = mask.sum().detach().to(torch.int)
+    record_lm_loss(loss, tokens)
+    return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.float().view(1)])}
+
+
+def record_lm_loss(loss: Tensor, tokens: Tensor) -> None:
+    """Tell a micro-batch's language-model loss, for `--ramoe-coeff-unit lm-loss`: call it in the loss function of a `forward_step`.
+
+    Nothing without alignment, or when the unit is known.
+
+    Args:
+        loss: sum over this rank's loss tokens. []
+        tokens: their number. []
+    """
     tracker = get_moe_metrics_tracker()
     if isinstance(tracker, AlignmentMetrics):
         tracker.record_lm_loss(loss, tokens)
-    return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.float().view(1)])}

@@ -10,10 +10,10 @@ from ramoe_megatron.data.parallel import Example, load_examples, select
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.arguments import DataOptions
-from ramoe_megatron.mcore.labels import AlignedDataset, ExampleLabels
+from ramoe_megatron.mcore.labels import AlignedDataset, ExampleLabels, refuse_weightless_views
 from ramoe_megatron.mcore.metrics import AlignmentMetrics
 from ramoe_megatron.mcore.options import options_from_args
-from ramoe_megatron.mcore.refresh import TaxonomyRefresh, refuse_refresh
+from ramoe_megatron.mcore.refresh import TaxonomyRefresh, refuse_other_anchors, refuse_refresh
 from ramoe_megatron.mcore.startup import samples_block
 
 
@@ -46,9 +46,11 @@ def training_languages(args: Any) -> list[str]:
 
 def check_labels(args: Any, examples: list[Example]) -> None:
     """The part of `check_data` that concerns the files of alignment; nothing without alignment."""
-    alignment = RoutingAlignmentConfig.from_args(args)
-    if alignment.coeff > 0:
-        ExampleLabels(examples, alignment, options_from_args(DataOptions, args).anchor)
+    alignment, anchor = RoutingAlignmentConfig.from_args(args), options_from_args(DataOptions, args).anchor
+    if alignment.coeff == 0:
+        return
+    _refuse_taxonomy(alignment, anchor)
+    ExampleLabels(examples, alignment, anchor)
 
 
 def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
@@ -68,7 +70,7 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
         RamoeError: as `check_data`.
     """
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-    from megatron.training import get_args, print_rank_0, training
+    from megatron.training import get_args, get_tokenizer, print_rank_0, training
 
     args = get_args()
     if getattr(args, "ramoe_train", "all") != "all" and not hasattr(training.get_megatron_optimizer, "holds_to_selection"):
@@ -86,6 +88,7 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
         print_rank_0(f"ramoe: packed: {per_pack:.1f} samples a sequence, {100 * train.fill:.0f} % of its tokens are samples")
     drawn = train.drawn(num_samples[0])
     if alignment.coeff > 0:
+        _refuse_taxonomy(alignment, options.anchor)
         train = AlignedDataset(train, alignment, options.anchor, args.global_batch_size, args.calculate_per_token_loss)
         labels = train.labels
         if alignment.refresh_interval is not None:
@@ -93,7 +96,10 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
             assert isinstance(tracker, AlignmentMetrics)  # attached before the data are read
             anchors = _examples(options, options.split, [options.anchor])
             tracker.refresh = TaxonomyRefresh(tracker.chunks, labels, train.dataset.examples, anchors, args)
+            tracker.refresh.refuse_long(get_tokenizer())
         print_rank_0(samples_block(train.dataset.examples, labels.category, labels.aligned, drawn, options.anchor))
+        if labels.unshuffled:
+            print_rank_0(f"  note: {labels.unshuffled} aligned ids keep their own target: each is the only aligned one of its task")
     else:
         print_rank_0(f"ramoe: {len(train.examples)} training examples, {len(drawn)} draws")
     if not args.eval_iters:
@@ -140,6 +146,7 @@ def _refuse_batches(args: Any, options: DataOptions, alignment: RoutingAlignment
     if alignment.coeff > 0 and alignment.refresh_interval is not None:
         refuse_refresh(args)
     if alignment.coeff > 0 and alignment.target == "paired":
+        refuse_weightless_views(alignment, args.calculate_per_token_loss)
         _refuse_pairs(args, options, [flag for flag in found if "dataloader" in flag])
     if found and (ci or options.pack):
         flag, way_out = ("--ramoe-pack", "leave it out") if options.pack else ("--ramoe-normalize ci", "use --ramoe-normalize samples")
@@ -152,6 +159,11 @@ def _refuse_batches(args: Any, options: DataOptions, alignment: RoutingAlignment
             f"--ramoe-pack with --micro-batch-size {args.micro_batch_size}: a pack is one sequence of --seq-length tokens; give "
             "--micro-batch-size 1 and choose --seq-length for the memory"
         )
+
+
+def _refuse_taxonomy(alignment: RoutingAlignmentConfig, anchor: str) -> None:
+    if alignment.refresh_interval is not None and alignment.taxonomy is not None:
+        refuse_other_anchors(alignment.taxonomy, anchor)
 
 
 def _refuse_pairs(args: Any, options: DataOptions, loader: list[str]) -> None:
