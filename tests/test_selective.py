@@ -1,15 +1,16 @@
 """Selective training on real Megatron: what is frozen stays bit-for-bit, what is selected trains as in a full run, in every layout."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from data_rows import SmallTokenizer
-from layout_rows import EP, ETP1, FULL, PP, TP
+from layout_rows import EP, ETP1, FULL, PP, TP, WORLDS
 from safetensors.torch import load_file
-from small_run import alignment_flags, load_flags, profile_flags, run_table, training_flags, write_world
+from small_run import alignment_flags, load_flags, outcome, profile_flags, run_table, training_flags, write_world
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -19,6 +20,7 @@ from ramoe_megatron.method.artefacts import ExpertFile, UsageFile
 from ramoe_megatron.method.selection import esft, rise
 
 DISTRIBUTED = ("--use-distributed-optimizer",)
+BF16, FP16 = ("--bf16",), ("--fp16", "--initial-loss-scale", "1024")
 BUDGET, TOP_P = 9, 0.5
 FLAGS = {
     "all": (),
@@ -48,6 +50,7 @@ LAYOUTS = {
     "pp": Layout(2, PP, pp=2),
     "pp-full": Layout(2, (*PP, *FULL), pp=2),
     "ep": Layout(2, EP, ep=2),
+    "tp": Layout(2, TP, etp=2),
     "etp1": Layout(2, (*TP, *EP, *ETP1), ep=2),
     "tp-ep": Layout(4, (*TP, *EP), ep=2, etp=2),
     "ep-pp": Layout(4, (*EP, *PP), ep=2, pp=2),
@@ -55,30 +58,31 @@ LAYOUTS = {
 ROWS: dict[str, list[tuple[str, tuple[str, ...]]]] = {  # what is trained, with which flags
     "one": [(kind, ()) for kind in FLAGS] + [("esft-token", DISTRIBUTED)],
     "one-full": [("all", ()), ("esft-token", ()), ("routers", ())],
-    "pp": [("all", ()), ("rise", ()), ("late", ()), ("late", DISTRIBUTED), ("routers", DISTRIBUTED)],
+    "pp": [("all", ()), ("rise", DISTRIBUTED), ("late", ()), ("late", DISTRIBUTED), ("routers", DISTRIBUTED)],
     "pp-full": [("all", ()), ("late", ())],
-    "ep": [("all", ()), ("late", ()), ("early", DISTRIBUTED)],
+    "ep": [("all", ()), ("rise", ()), ("late", ()), ("early", DISTRIBUTED)],
+    "tp": [("all", ()), ("rise", ())],
     "etp1": [("all", ()), ("late", ())],
     "tp-ep": [("all", ()), ("routers", ()), ("rise", ()), ("esft-token", DISTRIBUTED)],
     "ep-pp": [("all", ()), ("late", ()), ("late", DISTRIBUTED)],
 }
-RESUMED = [("pp", "late", ()), ("ep", "early", ()), ("pp", "late", DISTRIBUTED), ("ep", "early", DISTRIBUTED)]
-AFRESH = ("--finetune", "--no-load-optim", "--no-load-rng")
+RESUMED = [(layout, kind, more) for layout, kind in (("pp", "late"), ("ep", "early")) for more in ((), DISTRIBUTED)]
+RESUMED += [("pp", "late", BF16), ("ep", "early", FP16), ("ep-pp", "late", BF16)]
 CASES = [(layout, kind, more) for layout, rows in ROWS.items() for kind, more in rows if kind != "all"]
 
 
 def name(layout: str, kind: str, more: tuple[str, ...] = ()) -> str:
-    return f"{layout}-{kind}{'-distributed' * (more == DISTRIBUTED)}"
+    return "-".join([layout, kind, *{DISTRIBUTED: ["distributed"], BF16: ["bf16"], FP16: ["fp16"]}.get(more, [])])
 
 
-def argv(folder: Path, kind: str, *more: str, steps: int = 3) -> list[str]:
+def argv(folder: Path, kind: str, *more: str, steps: int = 3, from_base: bool = True) -> list[str]:
     flags = list(FLAGS[kind])
     if kind == "task-experts":
         flags += alignment_flags(folder)
     elif flags and kind != "routers":
         flags += ["--ramoe-usage", str(folder / (f"{kind}.safetensors" if kind in ("late", "early") else "profile/usage.safetensors"))]
     trained = ["--train-iters", str(steps), "--weight-decay", "0.1", "--clip-grad", "0.5"]
-    return training_flags(folder, *load_flags(folder), *trained, *flags, *more)
+    return training_flags(folder, *(load_flags(folder) if from_base else ()), *trained, *flags, *more)
 
 
 def table(folder: Path, ranks: int) -> list[dict[str, Any]]:
@@ -91,15 +95,21 @@ def table(folder: Path, ranks: int) -> list[dict[str, Any]]:
     for layout, flags in {"tp": TP, "pp": PP, "ep": EP}.items() if ranks == 2 else ():
         profile = profile_flags(folder, f"profile-{layout}", "--ramoe-save-usage", *flags)
         rows.append({"name": f"profile-{layout}", "job": "profile", "argv": profile})
-    for layout, kind, more in RESUMED if ranks == 2 else ():
+    for kind in ("routers", "late") if ranks == 1 else ():
+        usage = ["--ramoe-usage", str(folder / "sigmoid.safetensors")] if kind == "late" else []
+        flags = argv(folder, kind, *WORLDS["sigmoid"], *usage, steps=1, from_base=False)
+        rows.append({"name": f"bias-{kind}", "job": "finetune", "argv": flags, "everything": True})
+    for layout, kind, more in RESUMED:
+        if LAYOUTS[layout].ranks != ranks:
+            continue
         through = f"through-{name(layout, kind, more)}"
         flags = (*LAYOUTS[layout].flags, *more)
         saved = ["--save", str(folder / through), "--save-interval", "2"]
         rows.append({"name": through, "job": "finetune", "argv": argv(folder, kind, *flags, *saved, steps=4)})
-        if more:
+        if more == DISTRIBUTED:
             continue  # torch's Adam, which the CPU runs, cannot take up what Megatron 0.19's distributed optimizer saves
-        start = ["--load", str(folder / through), "--ckpt-step", "2", "--pretrained-checkpoint", ""]
-        again = [flag for flag in argv(folder, kind, *flags, *start, steps=4) if flag not in AFRESH]
+        start = ["--load", str(folder / through), "--ckpt-step", "2"]
+        again = argv(folder, kind, *flags, *start, steps=4, from_base=False)
         rows.append({"name": f"resumed-{through}", "job": "finetune", "argv": again})
     return rows
 
@@ -128,7 +138,9 @@ def write_usages(folder: Path) -> None:
     for kind, layers, experts in (("late", slice(2, 4), slice(4, 8)), ("early", slice(0, 2), slice(0, 4))):
         used = torch.zeros_like(real.frequency)
         used[:, layers, experts] = 0.25
-        UsageFile(real.languages, real.shape, real.tokens, used, used, real.layer_number, "by hand").save(folder / f"{kind}.safetensors")
+        usage = UsageFile(real.languages, real.shape, real.tokens, used, used, real.layer_number, "by hand")
+        usage.save(folder / f"{kind}.safetensors")
+    replace(usage, shape=replace(real.shape, score_function="sigmoid")).save(folder / "sigmoid.safetensors")
 
 
 def chosen(folder: Path, kind: str) -> torch.Tensor:
@@ -205,7 +217,25 @@ def test_the_selected_have_the_gradients_of_a_full_run(runs: Path, layout: str, 
             torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(("layout", "kind", "more"), [case for case in RESUMED if not case[2]])
+@pytest.mark.parametrize(("layout", "more"), [("pp", DISTRIBUTED), ("ep", ()), ("tp", ()), ("tp-ep", ())])
+def test_the_gradient_norm_is_that_of_one_rank(runs: Path, layout: str, more: tuple[str, ...]) -> None:
+    """The one that Megatron logs and clips by: a sum over the selected weights, each counted once."""
+    one, other = (outcome(runs, row)["gradient_norms"] for row in (name("one", "rise"), name(layout, "rise", more)))
+    assert len(one) == 3
+    assert min(one) > 0.5  # so that the clipping, which the norm acts through, is at work
+    assert other == pytest.approx(one, rel=1e-5)
+
+
+def test_the_expert_bias_of_a_frozen_router_stays_bit_for_bit(runs: Path) -> None:
+    """Megatron starts it at 0 and moves it by the load, not by a gradient; that of a trained router moves."""
+    for kind, moves in (("late", False), ("routers", True)):
+        (tensors,) = recorded(runs, f"bias-{kind}")
+        biases = of(tensors, "bias")
+        assert len(biases) == 4
+        assert all(bool(bias.any()) == moves for bias in biases.values())
+
+
+@pytest.mark.parametrize(("layout", "kind", "more"), [case for case in RESUMED if case[2] != DISTRIBUTED])
 def test_resuming_goes_on_bit_for_bit(runs: Path, layout: str, kind: str, more: tuple[str, ...]) -> None:
     """Where a rank, the first or the last, has nothing to train and so no optimizer state to save."""
     through = f"through-{name(layout, kind, more)}"
@@ -215,7 +245,7 @@ def test_resuming_goes_on_bit_for_bit(runs: Path, layout: str, kind: str, more: 
             assert torch.equal(of(resumed, "weight")[weight], tensor), (rank, weight)
 
 
-@pytest.mark.parametrize(("layout", "kind"), [(layout, kind) for layout, kind, more in RESUMED if more])
+@pytest.mark.parametrize(("layout", "kind"), [(layout, kind) for layout, kind, more in RESUMED if more == DISTRIBUTED])
 def test_the_distributed_optimizer_saves_moments_of_the_selected_alone(runs: Path, layout: str, kind: str) -> None:
     reader = FileSystemReader(runs / f"through-{name(layout, kind, DISTRIBUTED)}" / "iter_0000004")
     entries = reader.read_metadata().state_dict_metadata

@@ -3,18 +3,19 @@
     python -m torch.distributed.run --nproc-per-node N tests/worker.py TABLE.json OUT
 
 Each row: {"name", "job", "argv"}: a job of `ramoe_megatron.jobs`, or a script, run as from the command line; with "lm": 0 the language-
-model loss is multiplied by 0; with "everything": true, the weights before the first step, the gradients of all weights, and the elements
-in gradient buffers and in the optimizer's state are recorded too. A row runs in a fork of its rank, which has imported Megatron and done
-nothing else: imports are paid once, and no row sees what another left. Recorded per row and rank, in OUT/NAME.RANK.safetensors: the
-router gradients of the first step after `finalize_model_grads` (before clipping), and the weights at the end; in OUT/NAME.json (rank 0):
-the figures that each step logged ("steps"; "first" and "figures" are the first and the last of them) and the seconds that the row took,
-or the error.
+model loss is multiplied by 0; with "everything": true, the weights before the first step, the gradients of all weights, the routers'
+expert biases at the end, the elements in gradient buffers and in the optimizer's state, and the gradient norms that were logged are
+recorded too. A row runs in a fork of its rank, which has imported Megatron and done nothing else: imports are paid once, and no row sees
+what another left. Recorded per row and rank, in OUT/NAME.RANK.safetensors: the router gradients of the first step after
+`finalize_model_grads` (before clipping), and the weights at the end; in OUT/NAME.json (rank 0): the figures that each step logged
+("steps"; "first" and "figures" are the first and the last of them) and the seconds that the row took, or the error.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import multiprocessing
 import os
@@ -113,6 +114,7 @@ def run_row(row: dict[str, Any], out: Path) -> None:
         setattr(argument_utils, name, watched(maker))
     if seen["everything"]:
         kept_optimizer(seen)
+        kept_norms(seen)
     if row.get("lm") == 0:
         training.masked_loss = without_loss
     sys.argv = [row["job"], *row["argv"]]
@@ -131,6 +133,7 @@ def run_row(row: dict[str, Any], out: Path) -> None:
         result["error"] = str(error)
     steps = [*seen["steps"], logged()]
     result |= {"first": steps[0], "figures": steps[-1], "steps": steps, "seconds": time.monotonic() - started}
+    result |= {"gradient_norms": seen["norms"]} if seen["everything"] else {}
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     if seen["models"] is not None:
         save_file(tensors(seen), out / f"{row['name']}.{rank}.safetensors")
@@ -194,6 +197,7 @@ def tensors(seen: dict[str, Any]) -> dict[str, torch.Tensor]:
     found = {f"grad.{layer}": grad.contiguous() for layer, grad in (seen["grads"] or {}).items()}
     found |= parameters(seen["models"], "weight") | seen.get("start", {}) | seen.get("all grads", {})
     if seen["everything"]:
+        found |= biases(seen["models"])
         found["elements"] = elements(seen["models"], seen["optimizer"])
     return found
 
@@ -203,6 +207,16 @@ def parameters(models: list[Any], kind: str) -> dict[str, torch.Tensor]:
         f"{kind}.{number}.{name}": parameter.detach().clone().contiguous()
         for number, chunk in enumerate(models)
         for name, parameter in chunk.named_parameters()
+    }
+
+
+def biases(models: list[Any]) -> dict[str, torch.Tensor]:
+    """The routers' expert biases, which are no parameters."""
+    return {
+        f"bias.{number}.{name}": buffer.detach().clone()
+        for number, chunk in enumerate(models)
+        for name, buffer in chunk.named_buffers()
+        if name.endswith(".expert_bias")
     }
 
 
@@ -225,6 +239,20 @@ def kept_optimizer(seen: dict[str, Any]) -> None:
         return seen["optimizer"]
 
     training.get_megatron_optimizer = get_megatron_optimizer
+
+
+def kept_norms(seen: dict[str, Any]) -> None:
+    """Note the gradient norm of each step as Megatron's log is told it."""
+    from megatron.training import training
+
+    log, seen["norms"] = training.training_log, []
+
+    def training_log(*args: Any, **kwargs: Any) -> Any:
+        norm = inspect.signature(log).bind(*args, **kwargs).arguments["grad_norm"]
+        seen["norms"].append(float(norm))
+        return log(*args, **kwargs)
+
+    training.training_log = training_log
 
 
 if __name__ == "__main__":

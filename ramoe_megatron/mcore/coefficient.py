@@ -14,7 +14,7 @@ from ramoe_megatron.method.files import atomic_write_text, read_json
 from ramoe_megatron.method.schedule import coefficient_factor
 
 FILE = "ramoe-parity.json"
-"""Beside the checkpoints of `--save`: the measured unit, for a run that resumes."""
+"""Beside the checkpoints of `--save`: the measured unit, for a run that resumes. That run passes it on to its own `--save`."""
 
 
 class Coefficient:
@@ -72,14 +72,18 @@ class Coefficient:
     def _resume(self, args: Any) -> None:
         if self.parity is not None or args.curr_iteration == 0:
             return
-        path = Path(args.load or "") / FILE
-        if not path.is_file():  # it had seen no aligned sample yet
+        path, first = Path(args.load or "") / FILE, torch.distributed.get_rank() == 0
+        if not path.is_file():
+            if first:  # not always a fault: the run that saved may have seen no aligned sample
+                print(f"ramoe: no {path}: the unit of the coefficient (--ramoe-coeff-unit lm-loss) is measured anew", flush=True)
             return
         found = read_json(path)
         try:
             self.parity = float(found["parity"])
         except (KeyError, TypeError, ValueError) as error:
             raise RamoeError(f"{path}: {error!r}; expected a number under parity: restore it, or train from the start") from error
+        if first and args.save and not (kept := Path(args.save) / FILE).is_file():
+            atomic_write_text(kept, json.dumps(found) + "\n")
 
 
 def _training_args() -> Any:

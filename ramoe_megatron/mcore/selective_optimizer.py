@@ -1,9 +1,11 @@
 """Megatron's optimizer where only some weights train: built, saved and resumed although a rank, or the whole model, has none of a kind.
 
-Three things of Megatron 0.19 do not hold then, and are mended around its own functions:
+Four things of Megatron 0.19 do not hold then, and are mended around its own functions:
 - An optimizer of no weight at all (the dense weights, where only experts are trained) cannot say its state: it is left out.
 - The state of a weight is saved as a piece of a tensor over all layers and experts, which has to be whole: each is saved by itself.
 - The step is saved by the first rank, which may have no weight that counts steps: the ranks tell each other.
+- The float32 copies of 16-bit weights are a list for each parameter group, and the first rank's empty list is saved for all: the groups
+  become a dictionary, and an empty one stays with its rank (Megatron's `LayerWiseDistributedOptimizer` does the same).
 """
 
 from collections.abc import Callable
@@ -11,6 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
+MAIN_WEIGHTS = "fp32_from_fp16_params"
+"""Where Megatron's `Float16OptimizerWithFloat16Params` keeps the float32 copies."""
 
 
 def holding_to_selection(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,6 +26,8 @@ def holding_to_selection(make: Callable[..., Any]) -> Callable[..., Any]:
         # Megatron gives all ranks the same parameter groups: what is a stub here is one everywhere, and no collective waits for it.
         optimizer.chained_optimizers = [one for one in optimizer.chained_optimizers if not getattr(one, "is_stub_optimizer", False)]
         sharded_state_dict = optimizer.sharded_state_dict
+        for one in optimizer.chained_optimizers:
+            one.load_state_dict = _taking_groups(one.load_state_dict)
 
         def with_steps(*args: Any, **kwargs: Any) -> Any:
             from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
@@ -33,6 +40,7 @@ def holding_to_selection(make: Callable[..., Any]) -> Callable[..., Any]:
             parts = [state] if len(optimizer.chained_optimizers) == 1 else state.values()
             for one, part in zip(optimizer.chained_optimizers, parts, strict=True):
                 _tell_step(part, step, counted_by_weight=isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW))
+                _name_groups(part)
             return dict_list_map_outplace(_by_itself, state)
 
         optimizer.sharded_state_dict = with_steps
@@ -76,6 +84,26 @@ def _tell_step(part: dict[str, Any], step: int | None, counted_by_weight: bool) 
             group.setdefault("step", step)
     elif "state" in inner:
         inner["state"].setdefault("common_step", torch.tensor(float(step)))
+
+
+def _name_groups(part: dict[str, Any]) -> None:
+    """Put the groups of float32 copies into a dictionary by their number; an empty one is neither saved nor looked for."""
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+
+    if MAIN_WEIGHTS in part:
+        part[MAIN_WEIGHTS] = {number: group or LocalNonpersistentObject(group) for number, group in enumerate(part[MAIN_WEIGHTS])}
+
+
+def _taking_groups(load_state_dict: Callable[[Any], None]) -> Callable[[Any], None]:
+    """An optimizer's `load_state_dict` that takes what `_name_groups` has named, as the list that Megatron reads."""
+
+    def load(state: Any) -> None:
+        groups = state.get(MAIN_WEIGHTS)
+        if isinstance(groups, dict):
+            state = state | {MAIN_WEIGHTS: [groups[number] for number in sorted(groups)]}
+        load_state_dict(state)
+
+    return load
 
 
 def _by_itself(entry: Any) -> Any:
