@@ -54,10 +54,10 @@ def test_every_flag_reaches_its_field() -> None:
     )  # fmt: skip
     data = options_from_args(DataOptions, args)
     assert data == DataOptions(["a.jsonl", "b"], "dev", ["en", "tr"], "eng", ["prompt=text"], ["*/en=0.4", "*=0.6"])
-    words = "--ramoe-train rise --ramoe-usage u --ramoe-train-budget 12"
-    assert options_from_args(SelectiveOptions, parse(*words.split())) == SelectiveOptions("rise", "u", 12)
+    words = "--ramoe-train rise --ramoe-usage u --ramoe-train-budget 12 --ramoe-train-split 3 4 5"
+    assert options_from_args(SelectiveOptions, parse(*words.split())) == SelectiveOptions("rise", "u", 12, [3, 4, 5])
     words = "--ramoe-train esft-gate --ramoe-usage u --ramoe-train-top-p 0.2"
-    assert options_from_args(SelectiveOptions, parse(*words.split())) == SelectiveOptions("esft-gate", "u", None, 0.2)
+    assert options_from_args(SelectiveOptions, parse(*words.split())) == SelectiveOptions("esft-gate", "u", train_top_p=0.2)
     assert data.column_mapping() == {"prompt": "text"}
     assert data.weight_mapping() == {"*/en": 0.4, "*": 0.6}
 
