@@ -277,6 +277,8 @@ def test_a_taxonomy_document_that_disagrees_is_refused(folder: Path) -> None:
 
 def test_a_taxonomy_against_another_anchor_or_several_is_no_single_anchors(folder: Path) -> None:
     assert check_anchor(folder / "taxonomy.jsonl", "en") is None, "without a document nothing is known"
+    (folder / "taxonomy.json").write_text('{"notes": "of somebody else"}')
+    assert check_anchor(folder / "taxonomy.jsonl", "en") is None, "nor by a file that is none of ours"
     beside(folder, "en", "base")
     assert check_anchor(folder / "taxonomy.jsonl", "en") == load_document(folder / "taxonomy.json", "ramoe-taxonomy")
     with pytest.raises(RamoeError, match=r"taxonomy\.json is of the anchor 'en', expected 'zh'"):

@@ -19,7 +19,8 @@ from ramoe_megatron.data.encode import Tokenizer, encode_choices, encode_prompt,
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.data.sampler import named_rng
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.artefacts import load_document, read_taxonomy, write_taxonomy
+from ramoe_megatron.method.anchors import check_anchor
+from ramoe_megatron.method.artefacts import read_taxonomy, write_taxonomy
 from ramoe_megatron.method.taxonomy import CATEGORIES, TaxonomyRow
 
 if TYPE_CHECKING:
@@ -44,19 +45,13 @@ def refuse_refresh(args: Any) -> None:
 
 def refuse_other_anchors(taxonomy: str, anchor: str) -> None:
     """Raise RamoeError for a taxonomy of another anchor language than `anchor`, or of several: a refresh scores "right in English" in
-    `anchor` alone. What stands beside the taxonomy tells; without such a document it is taken to be of `anchor`."""
-    path, kind = Path(taxonomy).with_suffix(".json"), "ramoe-taxonomy"
-    if not path.is_file():
-        path, kind = path.with_name("anchors.json"), "ramoe-anchors"  # beside what `ramoe anchors` wrote
-    if not path.is_file():
-        return
-    document = load_document(path, kind)
-    anchors = document.get("anchors", [document["anchor"]])
-    if anchors != [anchor]:
+    `anchor` alone."""
+    try:
+        check_anchor(taxonomy, anchor)
+    except RamoeError as error:
         raise RamoeError(
-            f"--ramoe-refresh-interval scores the anchor {anchor} alone (--ramoe-anchor), but --ramoe-taxonomy {taxonomy} is of "
-            f"{', '.join(anchors)} ({path}): give the taxonomy that `ramoe taxonomy` wrote for {anchor}, or remove --ramoe-refresh-interval"
-        )
+            f"--ramoe-refresh-interval scores the anchor {anchor} alone (--ramoe-anchor): {error}; or remove --ramoe-refresh-interval"
+        ) from error
 
 
 class TaxonomyRefresh:

@@ -20,13 +20,12 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.artefacts import (
     Priors,
     digests,
-    load_document,
     package_version,
     read_taxonomy,
     save_document,
     write_taxonomy,
 )
-from ramoe_megatron.method.files import ANCHOR_FILES
+from ramoe_megatron.method.files import ANCHOR_FILES, check_document, read_json
 from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
 
 
@@ -182,15 +181,16 @@ def write_anchors(
 
 
 def check_anchor(taxonomy: str | os.PathLike[str], anchor: str) -> dict[str, Any] | None:
-    """The taxonomy.json beside a taxonomy.jsonl, which knows what the lines do not; None where there is none.
+    """The taxonomy.json beside a taxonomy.jsonl, which knows what the lines do not; None where there is none of this format.
 
     Raises:
         RamoeError: it says that the lines are against another anchor than ``anchor``, or against several.
     """
-    path = Path(taxonomy).with_suffix(".json")
-    if not path.exists():
+    path, kind = Path(taxonomy).with_suffix(".json"), "ramoe-taxonomy"
+    document = read_json(path) if path.exists() else None
+    if not isinstance(document, dict) or document.get("format") != kind:  # a file of that name that is none of ours tells nothing
         return None
-    document = load_document(path, "ramoe-taxonomy")
+    check_document(path, document, kind)
     found = document.get("anchors", [document["anchor"]])
     if found != [anchor]:
         told = ", ".join(map(repr, found))
