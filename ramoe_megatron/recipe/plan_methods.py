@@ -62,10 +62,9 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
 def searches(plan: PlanContext) -> list[Stage]:
     """A search for each checkpoint that a searching method acts on."""
     return [
-        steer_stage(plan, method, name, checkpoint)
-        for name, seed, checkpoint, method in evaluated(plan)
+        steer_stage(plan, method, seed, checkpoint)
+        for _, seed, checkpoint, method in evaluated(plan)
         if method is not None and plan.recipe.steering_of(method).search
-        for name in [_run_name(name, seed)]
     ]
 
 
@@ -73,7 +72,8 @@ def _run_name(method: str, seed: int | None) -> str:
     return method if seed is None else f"{method}-seed{seed}"
 
 
-def steer_stage(plan: PlanContext, method: Method, name: str, checkpoint: Path) -> Stage:
+def steer_stage(plan: PlanContext, method: Method, seed: int | None, checkpoint: Path) -> Stage:
+    name = _run_name(method.name, seed)
     steering, folder = plan.recipe.steering_of(method), f"steering/{name}"
     options: dict[str, FlagValue] = {
         "split": "validation",
