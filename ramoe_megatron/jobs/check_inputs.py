@@ -1,7 +1,6 @@
 """What a job reads, checked as the job itself would check it: data, checkpoint, the files of earlier jobs."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,8 +157,8 @@ def _offline_data(trying: "Trial") -> str:
 
 def _offline_examples(trying: "Trial") -> list[Example]:
     data, _ = offline_options(trying.args)
-    if _priors_alone(trying):
-        data = replace(data, languages=[])  # as `ProfileOptions.examples`
+    if trying.line.job == "profile":
+        data = options_from_args(ProfileOptions, trying.args).rows_of(data)
     key = repr((data.data, data.split, data.languages, data.anchor, data.columns))
     if key not in trying.read:
         trying.read[key] = examples_with_anchor(data)

@@ -87,9 +87,9 @@ class ProfileOptions:
         if self.taxonomy is None:
             raise RamoeError("--ramoe-taxonomy is missing: expected taxonomy.jsonl; run `ramoe taxonomy` first")
 
-    def examples(self, data: DataOptions) -> list[Example]:
+    def rows_of(self, data: DataOptions) -> DataOptions:
         """What is run of the task data: for priors alone, the anchor's rows."""
-        return examples_with_anchor(dataclasses.replace(data, languages=[]) if self.priors_alone else data)
+        return dataclasses.replace(data, languages=[]) if self.priors_alone else data
 
 
 def main() -> None:
@@ -107,7 +107,7 @@ def _profile(args: Any, data: DataOptions, options: OfflineOptions, own: Profile
     from ramoe_megatron.mcore.offline import OfflineModel
 
     rule = parse_rule(own.select)
-    examples = own.examples(data)
+    examples = examples_with_anchor(own.rows_of(data))
     pairs = pair_with_anchor(examples, data.anchor)
     general = load_examples(own.general, languages=[data.anchor])
     check_anchor(str(own.taxonomy), data.anchor)
@@ -163,7 +163,7 @@ def _profile(args: Any, data: DataOptions, options: OfflineOptions, own: Profile
 def _priors_alone(args: Any, data: DataOptions, options: OfflineOptions, own: ProfileOptions) -> None:
     from ramoe_megatron.mcore.offline import OfflineModel
 
-    english = own.examples(data)
+    english = examples_with_anchor(own.rows_of(data))
     model = OfflineModel(args, options.batch_tokens)
     output, passes = Path(str(options.output)), Passes(model, [], english, [], set(), own, data.anchor)
     # the job's name is the whole profile's: both write priors.safetensors

@@ -57,7 +57,7 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         self.layer_numbers = tuple(layer_numbers)
         self.sums_LM = torch.zeros(len(layer_numbers), len(COLUMNS), dtype=torch.float32, device=device)
         self.printed_M = torch.zeros(len(COLUMNS), dtype=torch.float64, device=device)
-        self.printed_coefficient = 0.0
+        self.printed_coefficient: Tensor | float = 0.0
         self.advanced = 0
         self.latest: dict[str, Tensor] = {}
 
@@ -161,11 +161,11 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
             self.printed_coefficient, self.advanced = 0.0, 0
         if advanced > self.advanced:
             self.printed_M += totals_M
-            self.printed_coefficient += float(self.latest.get(COEFFICIENT, 0.0))
+            self.printed_coefficient = self.printed_coefficient + self.latest.get(COEFFICIENT, 0.0)  # on the device, where it changes
         self.advanced = advanced
         shown = figures(self.printed_M)
         if COEFFICIENT in self.latest:
-            shown[COEFFICIENT] = torch.full_like(shown[LOSS], self.printed_coefficient / max(1, advanced))
+            shown[COEFFICIENT] = self.printed_coefficient / max(1, advanced)
         for name, value in shown.items():
             if advanced > 0:
                 table[name] = value * advanced
