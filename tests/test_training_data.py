@@ -78,7 +78,7 @@ def test_data_that_fits_is_let_through(folder: Path) -> None:
         ({"ramoe_target": "paired", "ramoe_reverse": True, "micro_batch_size": 2, "calculate_per_token_loss": True},
          ["--ramoe-reverse", "--calculate-per-token-loss"]),
         ({"ramoe_refresh_interval": 2, "moe_input_jitter_eps": 0.01}, ["--ramoe-refresh-interval", "--moe-input-jitter-eps 0.01"]),
-        ({"ramoe_refresh_interval": 2, "ramoe_taxonomy": "several.jsonl"}, ["--ramoe-refresh-interval", "--ramoe-taxonomy", "en, tr"]),
+        ({"ramoe_refresh_interval": 2, "ramoe_taxonomy": "several.jsonl"}, ["--ramoe-refresh-interval", "--ramoe-taxonomy", "'en', 'tr'"]),
         ({"ramoe_layers": "3-9"}, ["3-9", "0 to 3"]),
         ({"ramoe_taxonomy": "short.jsonl"}, ["short.jsonl", "8 training examples have no category", "sum/1 (tr)"]),
         ({"ramoe_target": "example", "ramoe_priors": "priors.safetensors"},

@@ -50,7 +50,8 @@ def refuse_other_anchors(taxonomy: str, anchor: str) -> None:
         check_anchor(taxonomy, anchor)
     except RamoeError as error:
         raise RamoeError(
-            f"--ramoe-refresh-interval scores the anchor {anchor} alone (--ramoe-anchor): {error}; or remove --ramoe-refresh-interval"
+            f"--ramoe-refresh-interval scores the anchor {anchor} alone (--ramoe-anchor), and --ramoe-taxonomy: {error}; "
+            "or remove --ramoe-refresh-interval"
         ) from error
 
 
