@@ -9,8 +9,8 @@ import pytest
 from comparison_runs import CELLS, SEEDS, TARGETS, N, plain, rising, row, write_run
 
 from ramoe_megatron.method.statistics import wilson
-from ramoe_megatron.report.comparison import compare
-from ramoe_megatron.report.comparison_tables import verdict
+from ramoe_megatron.report.comparison.build import compare
+from ramoe_megatron.report.comparison.tables import verdict
 
 # ---- differences ----
 

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from ramoe_megatron.method.files import load_document
 from ramoe_megatron.method.inspect import describe
-from ramoe_megatron.report.comparison import compare, write_comparison
-from ramoe_megatron.report.comparison_document import document
-from ramoe_megatron.report.comparison_findings import findings
+from ramoe_megatron.report.comparison.build import compare, write_comparison
+from ramoe_megatron.report.comparison.document import document
+from ramoe_megatron.report.comparison.findings import findings
 
 HOSTILE = "<script>alert('|$x$')</script>"
 

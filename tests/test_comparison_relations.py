@@ -8,9 +8,9 @@ import pytest
 from comparison_runs import TARGETS, plain, row, write_run
 
 from ramoe_megatron.method.expert_file import ExpertFile
-from ramoe_megatron.report.comparison import compare
-from ramoe_megatron.report.comparison_document import document
-from ramoe_megatron.report.comparison_relations import hits
+from ramoe_megatron.report.comparison.build import compare
+from ramoe_megatron.report.comparison.document import document
+from ramoe_megatron.report.comparison.relations import hits
 
 
 def test_transplant_hits_worked_by_hand(tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ def compare_recipe(
         console.print(f"{', '.join(waiting)}: submitted; give the same command again when its jobs have ended", highlight=False)
         return
     from ramoe_megatron.method.catalogue import METHODS
-    from ramoe_megatron.report.comparison import write_comparison  # matplotlib
-    from ramoe_megatron.report.comparison_document import write_document
+    from ramoe_megatron.report.comparison.build import write_comparison  # matplotlib
+    from ramoe_megatron.report.comparison.document import write_document
 
     words = ["ramoe", "compare", path.name if path.is_absolute() else str(path), *(["--seeds", str(seeds)] if seeds else [])]
     words += ["--bases", ",".join(map(str, bases))] if bases else []

@@ -52,7 +52,7 @@ def render(run: RunInputs, results: Mapping[str, Any], plots: Mapping[str, Path]
     prediction = run.prediction or {}
     stages = (run.manifest or {}).get("stages", {})
     return fill(
-        "template.html",
+        "report.html",
         name=run.name,
         contents=CONTENTS.items(),
         summary=words.summary(run, results),
@@ -74,9 +74,9 @@ def render(run: RunInputs, results: Mapping[str, Any], plots: Mapping[str, Path]
 
 
 def fill(template: str, **values: Any) -> str:
-    """A template of this folder, all of which extend page.html, with `values`; what it names and is not given is an error."""
+    """One of templates/, all of which extend page.html, with `values`; what it names and is not given is an error."""
     found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ramoe_megatron.report.comparison_words import p_text
+from ramoe_megatron.report.comparison.words import p_text
 from ramoe_megatron.report.tables import NONE, interval, number
 
 Row = Mapping[str, Any]

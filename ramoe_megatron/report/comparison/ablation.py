@@ -4,9 +4,9 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ramoe_megatron.report.contrasts import Row
+from ramoe_megatron.report.comparison.contrasts import Row
+from ramoe_megatron.report.comparison.study import Study
 from ramoe_megatron.report.inputs import RunInputs
-from ramoe_megatron.report.study import Study
 
 INCIDENTAL = {
     "save",

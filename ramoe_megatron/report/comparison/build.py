@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ramoe_megatron.method.files import atomic_write_text, package_version, save_document
-from ramoe_megatron.report import comparison_relations as relations
-from ramoe_megatron.report import comparison_tables as tables
-from ramoe_megatron.report.comparison_ablation import ablation
-from ramoe_megatron.report.comparison_costs import costs
-from ramoe_megatron.report.comparison_folders import load_folders
-from ramoe_megatron.report.comparison_training import training
+from ramoe_megatron.report.comparison import relations, tables
+from ramoe_megatron.report.comparison.ablation import ablation
+from ramoe_megatron.report.comparison.costs import costs
+from ramoe_megatron.report.comparison.folders import load_folders
+from ramoe_megatron.report.comparison.training import training
 
 PRESETS = ("sft", "ra-moe", "ra-moe-shuffled")
 """Methods with a meaning of their own; the caller knows more of them."""
@@ -97,9 +96,9 @@ def write_comparison(folders: Sequence[Path], out: Path, **options: Any) -> Path
 
     `options` are those of `compare`.
     """
-    from ramoe_megatron.report.comparison_document import write_document
-    from ramoe_megatron.report.comparison_page import render
-    from ramoe_megatron.report.comparison_plots import plot_comparison
+    from ramoe_megatron.report.comparison.document import write_document
+    from ramoe_megatron.report.comparison.page import render
+    from ramoe_megatron.report.comparison.plots import plot_comparison
 
     out = Path(out)
     comparison = compare(folders, **options)

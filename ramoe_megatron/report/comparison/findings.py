@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ramoe_megatron.report.comparison_words import UNTRAINED, Comparison, count, is_, marked, points, ratio
-from ramoe_megatron.report.contrasts import ALPHA, direction, unknown
+from ramoe_megatron.report.comparison.contrasts import ALPHA, direction, unknown
+from ramoe_megatron.report.comparison.words import UNTRAINED, Comparison, count, is_, marked, points, ratio
 from ramoe_megatron.report.tables import correlation_text, interval, label, number
 
 ALIKE = 0.01

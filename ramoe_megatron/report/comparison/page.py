@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ramoe_megatron.report.comparison_document import title
-from ramoe_megatron.report.comparison_findings import findings
-from ramoe_megatron.report.comparison_plots import CAPTIONS
-from ramoe_megatron.report.comparison_view import sections
-from ramoe_megatron.report.comparison_words import LIMITS, Comparison
+from ramoe_megatron.report.comparison.document import title
+from ramoe_megatron.report.comparison.findings import findings
+from ramoe_megatron.report.comparison.plots import CAPTIONS
+from ramoe_megatron.report.comparison.view import sections
+from ramoe_megatron.report.comparison.words import LIMITS, Comparison
 from ramoe_megatron.report.html import embedded, fill
 from ramoe_megatron.report.tables import label
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ramoe_megatron.report.contrasts import Row, contrast, keys_of
+from ramoe_megatron.report.comparison.contrasts import Row, contrast, keys_of
 from ramoe_megatron.report.inputs import Evaluation, ExampleKey, RunInputs
 from ramoe_megatron.report.pairing import Pair, pair_up
 

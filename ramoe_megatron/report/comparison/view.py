@@ -1,8 +1,8 @@
 """The comparison as sections of sentences and tables of strings: what the page and the Markdown document both show."""
 
-from ramoe_megatron.report import comparison_view_relations as relations
-from ramoe_megatron.report.comparison_view_relations import by_method, note_untrained
-from ramoe_megatron.report.comparison_words import Comparison, marked, ratio, setting
+from ramoe_megatron.report.comparison import view_relations as relations
+from ramoe_megatron.report.comparison.view_relations import by_method, note_untrained
+from ramoe_megatron.report.comparison.words import Comparison, marked, ratio, setting
 from ramoe_megatron.report.sections import Row, Section, Table, change, higher, p_cells, text
 from ramoe_megatron.report.tables import NONE, interval, label
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramoe_megatron.report.comparison_words import marked
-from ramoe_megatron.report.contrasts import ALPHA
+from ramoe_megatron.report.comparison.contrasts import ALPHA
+from ramoe_megatron.report.comparison.words import marked
 from ramoe_megatron.report.outcome_plots import scatter
 from ramoe_megatron.report.plots import save_all
 from ramoe_megatron.report.style import COLOURS, MARKERS, legend_below, panels, plain

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ramoe_megatron.method.files import atomic_write_text
-from ramoe_megatron.report.comparison_findings import findings
-from ramoe_megatron.report.comparison_view import sections
-from ramoe_megatron.report.comparison_words import LIMITS, Comparison
+from ramoe_megatron.report.comparison.findings import findings
+from ramoe_megatron.report.comparison.view import sections
+from ramoe_megatron.report.comparison.words import LIMITS, Comparison
 from ramoe_megatron.report.sections import Section, Table
 from ramoe_megatron.report.tables import label
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ramoe_megatron.report.contrasts import Row, spread
+from ramoe_megatron.report.comparison.contrasts import Row, spread
+from ramoe_megatron.report.comparison.study import Study, Values, matched
 from ramoe_megatron.report.inputs import RunInputs
-from ramoe_megatron.report.study import Study, Values, matched
 
 _ITERATION = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
 _RESIDENT = re.compile(r"ramoe: peak resident memory: ([0-9.]+) MiB")

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.layers import parse_layers
-from ramoe_megatron.report.comparison_costs import hours
-from ramoe_megatron.report.contrasts import ALPHA, Row, correct, direction, spread
+from ramoe_megatron.report.comparison.contrasts import ALPHA, Row, correct, direction, spread
+from ramoe_megatron.report.comparison.costs import hours
+from ramoe_megatron.report.comparison.study import Study, Values, matched
 from ramoe_megatron.report.inputs import RunInputs
 from ramoe_megatron.report.pairing import pooled
-from ramoe_megatron.report.study import Study, Values, matched
 from ramoe_megatron.report.style import average
 from ramoe_megatron.report.tables import ci_counts
 
 if TYPE_CHECKING:
-    from ramoe_megatron.report.comparison import Claim
+    from ramoe_megatron.report.comparison.build import Claim
 
 VERDICTS = {"above": "supported", "below": "contradicted"}
 UNCORRECTED = " before correction only"
