@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,23 @@ def test_a_task_without_experts_is_named(files: dict[str, str]) -> None:
 def test_a_task_without_an_english_pattern_is_named(files: dict[str, str]) -> None:
     with pytest.raises(RamoeError, match="task 'sum' has no English-correct example"):
         dataset(files, target="profile", priors=None)
+
+
+@pytest.mark.parametrize(
+    ("said", "target", "refused"),
+    [("en", "profile", False), (None, "profile", False), ("tr", "example", False), ("tr", "profile", True)],
+)
+def test_patterns_of_another_anchor_are_no_target(files: dict[str, str], said: str | None, target: str, refused: bool) -> None:
+    path = Path(files["folder"]) / f"of-{said}.safetensors"
+    own = ExpertFile.load(files["experts"])
+    patterns = {"last": own.english_pattern["last"][:1].expand(2, -1, -1).clone()}
+    replace(own, anchor=said, english_pattern=patterns).save(path)
+    changes = {"experts": str(path), "target": target} | ({"priors": None} if target == "profile" else {})
+    if refused:
+        with pytest.raises(RamoeError, match=r"of-tr.safetensors: .* anchor 'tr', but --ramoe-anchor is 'en'"):
+            dataset(files, **changes)
+    else:
+        assert len(dataset(files, **changes))
 
 
 def test_priors_of_other_tokens_or_another_model_are_told(files: dict[str, str]) -> None:

@@ -9,11 +9,12 @@ LINES.json: a list of `Line`s. The answer is one line on stdout, "RAMOE-CHECK " 
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.findings import ANSWER, WRITTEN, Finding, Line, attempt
+from ramoe_megatron.findings import ANSWER, Finding, Line, attempt
+from ramoe_megatron.jobs.check_common import Trial
 from ramoe_megatron.jobs.evaluate import EvaluateOptions
 from ramoe_megatron.jobs.offline import FORWARD_ONLY_FLAGS, OfflineOptions
 from ramoe_megatron.jobs.predict import PredictOptions
@@ -38,24 +39,6 @@ OPTIONS: dict[str, tuple[type, ...]] = {
 """The jobs that can be checked, and the option classes whose flags each takes."""
 
 
-@dataclass
-class Trial:
-    """A command line that Megatron takes, and what its inputs are checked with."""
-
-    line: Line
-    args: Any
-    tokenizer: Any = None
-    config: Any = None
-    """`TransformerConfig` of the model."""
-    read: dict[str, Any] = field(default_factory=dict)
-    """What was read, by the options that name it: shared by the command lines of a process."""
-
-    def written_by(self, *paths: str | None) -> str | None:
-        """In words, which earlier stages write those of the paths that are still to come; None when all are there."""
-        makers = dict.fromkeys(self.line.coming[path] for path in paths if path and path in self.line.coming)
-        return f"{WRITTEN}{', '.join(makers)}" if makers else None
-
-
 def main() -> None:
     """Check the command lines on stdin."""
     lines = [Line(**entry) for entry in json.load(sys.stdin)]
@@ -76,7 +59,8 @@ def check(line: Line, on_cpu: bool, read: dict[str, Any]) -> list[Finding]:
 
 
 def _check(line: Line, left_out: Sequence[str], read: dict[str, Any]) -> list[Finding]:
-    from ramoe_megatron.jobs.check_inputs import input_findings
+    from ramoe_megatron.jobs.check_offline import offline_findings
+    from ramoe_megatron.jobs.check_training import training_findings
     from ramoe_megatron.mcore import trial
 
     provider = arguments_with(*OPTIONS[line.job])
@@ -116,7 +100,7 @@ def _check(line: Line, left_out: Sequence[str], read: dict[str, Any]) -> list[Fi
     if config.state == "fatal":
         return [config, layout, tokenizer]
     trying.config = held["config"]
-    return [config, layout, tokenizer, *input_findings(trying)]
+    return [config, layout, tokenizer, *(training_findings if line.job == "finetune" else offline_findings)(trying)]
 
 
 def _refuse_layout(line: Line, args: Any) -> None:

@@ -32,8 +32,8 @@ class ExampleLabels:
         """
         Raises:
             RamoeError: an artefact that cannot be read or belongs to another model or other data: no zone, examples without a category,
-                aligned examples of a task without experts, or without an English routing (how many, the first five); or a control that
-                would shuffle no target.
+                aligned examples of a task without experts, or without an English routing (how many, the first five); patterns of another
+                anchor; or a control that would shuffle no target.
         """
         assert config.experts is not None
         experts = ExpertFile.load(config.experts)
@@ -46,6 +46,7 @@ class ExampleLabels:
         self._refuse_unknown_tasks(examples, experts)
         self.may_align = np.array([example.language != anchor for example in examples], dtype=bool) & (self.task >= 0)
         if config.target == "profile":
+            self._refuse_other_anchor(experts, anchor)
             has_pattern = experts.english_pattern[config.tokens].any(dim=-1).any(dim=-1).numpy()
             self.may_align &= has_pattern[self.task.clip(min=0)]
         self.priors = self._load_priors(examples, experts) if config.target == "example" else None
@@ -78,6 +79,13 @@ class ExampleLabels:
         if self.config.target == "profile":
             for task in sorted({e.task for e, on in zip(examples, self.aligned, strict=True) if on}):
                 experts.profile_target(task, self.config.tokens)  # raises where there is no pattern to align to
+
+    def _refuse_other_anchor(self, experts: ExpertFile, anchor: str) -> None:
+        if experts.anchor not in (anchor, None):  # files of old versions do not say theirs
+            raise RamoeError(
+                f"--ramoe-experts {self.config.experts}: its patterns, the target of --ramoe-target profile, are of the anchor "
+                f"{experts.anchor!r}, but --ramoe-anchor is {anchor!r}. Run `ramoe profile` with that anchor, or change the flag"
+            )
 
     def _load_priors(self, examples: Sequence[Example], experts: ExpertFile) -> Priors:
         assert self.config.priors is not None
