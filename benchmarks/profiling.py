@@ -47,7 +47,7 @@ class Passes:
 
         def profile() -> None:
             routing = sequence_routing(self.model, self.encoded)
-            kept = [routing.frequency_NLE, *routing.pooled_NLE.values()]
+            kept = [*routing.frequency_NLE.values(), *routing.pooled_NLE.values()]
             self.kept_bytes[OURS] = sum(tensor.nbytes for tensor in kept)
 
         return timed(profile)

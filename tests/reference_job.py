@@ -11,6 +11,7 @@ from ramoe_megatron.jobs.offline import examples_with_anchor, offline_job
 
 def main() -> None:
     with offline_job() as (args, data, options):
+        from ramoe_megatron.mcore.observe import TOKEN_CHOICES
         from ramoe_megatron.mcore.offline import MicroBatch, OfflineModel
         from ramoe_megatron.mcore.routing import Transplant, last_prompt_logits, sequence_routing
         from ramoe_megatron.mcore.scoring import greedy, log_likelihoods
@@ -18,7 +19,7 @@ def main() -> None:
         model = OfflineModel(args, options.batch_tokens)
         examples = examples_with_anchor(data)
         encoded = [encode(example, model.tokenizer) for example in examples]
-        routing = sequence_routing(model, encoded)
+        routing = sequence_routing(model, encoded, counted=TOKEN_CHOICES)
         logits = last_prompt_logits(model, encoded)
 
         def own_routing(micro: MicroBatch) -> Transplant:
@@ -32,7 +33,7 @@ def main() -> None:
         small = OfflineModel.__new__(OfflineModel)
         small.__dict__ = {**model.__dict__, "batch_tokens": 40}
         found = {
-            "frequency": routing.frequency_NLE,
+            **{f"frequency.{choice}": frequency for choice, frequency in routing.frequency_NLE.items()},
             "logits": logits,
             "likelihood": log_likelihoods(model, encoded),
             "likelihood.small_batches": log_likelihoods(small, encoded),

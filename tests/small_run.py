@@ -114,7 +114,8 @@ def offline_flags(folder: Path, output: str, *more: str) -> list[str]:
 
 def profile_flags(folder: Path, output: str, *more: str) -> list[str]:
     own = ["--ramoe-general", str(folder / "general.jsonl"), "--ramoe-taxonomy", str(folder / "taxonomy.jsonl")]
-    own += ["--ramoe-select", "top-m=3", "--ramoe-tokens", "last", "--ramoe-save-priors", "--ramoe-split", "train,test"]
+    own += ["--ramoe-select", "top-m=3", "--ramoe-select-tokens", "all", "last"]
+    own += ["--ramoe-tokens", "last", "--ramoe-save-priors", "--ramoe-split", "train,test"]
     return offline_flags(folder, output, *own, *more)
 
 

@@ -47,7 +47,7 @@ def main() -> None:
         for name, case in cases.items():
             context = steering_contexts(model, *case)(examples)(range(len(examples))) if case else None
             found[f"likelihood.{name}"] = log_likelihoods(model, encoded, context)
-            found[f"frequency.{name}"] = sequence_routing(model, encoded, (), steered=context).frequency_NLE
+            found[f"frequency.{name}"] = sequence_routing(model, encoded, (), steered=context).frequency_NLE["all"]
             answers = greedy(model, prompts, 3, context)
             found[f"answers.{name}"] = torch.tensor([answer + [-1] * (3 - len(answer)) for answer in answers])
         if torch.distributed.get_rank() == 0:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from anchor_tables import by_hand, save_priors
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from small_run import bases_argv, offline_flags, outcome, profile_flags, run_table, write_world
-from test_anchors import by_hand, save_priors
 from test_method_layouts import recipe, row
 from test_plan import BASE, option, plan
 

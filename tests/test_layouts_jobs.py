@@ -13,7 +13,7 @@ from ramoe_megatron.method.artefacts import ExpertFile, read_divergence, read_ta
 
 @pytest.mark.parametrize("layout", ["tp", "pp", "ep"])
 def test_profiles_agree_between_layouts(layouts: Path, layout: str) -> None:
-    for file in ("experts", "priors"):
+    for file in ("experts", "experts-last", "priors"):
         one, other = (load_file(layouts / folder / f"{file}.safetensors") for folder in ("profile", f"profile-{layout}"))
         assert one.keys() == other.keys()
         for key, tensor in one.items():
@@ -38,9 +38,12 @@ def test_scoring_laws(layouts: Path) -> None:
     assert torch.equal(found["answers.own_routing"], found["answers"])
     assert ((found["likelihood.other_routing"] - found["likelihood"]).abs() > 1e-4).any()
     # counts of K experts for each token; distributions sum to one
-    torch.testing.assert_close(found["frequency"].sum(-1), torch.full(found["frequency"].shape[:2], 2.0))
+    shape = found["logits"].shape[:2]
     for tokens in ("prompt", "response", "all", "last"):
-        torch.testing.assert_close(found[f"pooled.{tokens}"].sum(-1), torch.ones(found["frequency"].shape[:2]))
+        torch.testing.assert_close(found[f"frequency.{tokens}"].sum(-1), torch.full(shape, 2.0))
+        torch.testing.assert_close(found[f"pooled.{tokens}"].sum(-1), torch.ones(shape))
+    topk = torch.zeros_like(found["logits"]).scatter(-1, found["logits"].topk(2).indices, 1.0)
+    torch.testing.assert_close(found["frequency.last"], topk)
     torch.testing.assert_close(found["logits"].softmax(-1), found["pooled.last"], rtol=1e-4, atol=1e-6)
 
 
@@ -54,6 +57,13 @@ def test_job_files(layouts: Path) -> None:
     assert experts.tasks == ("even", "odd")
     assert experts.expert_mask.sum(-1).unique().tolist() == [3]
     assert experts.layer_number.tolist() == [1, 2, 3, 4]
+    last = ExpertFile.load(layouts / "profile/experts-last.safetensors")
+    assert (experts.select_tokens, last.select_tokens) == ("all", "last")
+    counts = last.task_frequency * torch.tensor([last.sequences["english_task"][task] for task in last.tasks])[:, None, None]
+    torch.testing.assert_close(counts, counts.round(), rtol=0, atol=1e-4)  # one token of each sequence
+    torch.testing.assert_close(last.task_frequency.sum(-1), torch.full(last.delta.shape[:2], 2.0))
+    assert torch.equal(last.general_frequency, experts.general_frequency)
+    assert not torch.equal(last.delta, experts.delta)
     assert json.loads((layouts / "predict/predict.json").read_text())["rows"]
     assert not list(layouts.glob("taxonomy/.*"))  # finished shards are gone
 

@@ -36,7 +36,7 @@ from ramoe_megatron.method.anchors import check_anchor
 from ramoe_megatron.method.artefacts import TOKENS, ExpertFile, Priors, read_taxonomy, write_divergence
 from ramoe_megatron.method.divergence import Zone, mean_curve, zone_from_curve
 from ramoe_megatron.method.experts import delta, describe_empty, parse_rule, task_experts
-from ramoe_megatron.method.files import priors_files
+from ramoe_megatron.method.files import files_by_tokens
 from ramoe_megatron.method.layers import parse_layers
 
 
@@ -53,6 +53,10 @@ class ProfileOptions:
     select: str = "tau=0.3"
     """Rule for task experts: tau=X (frequency above that of general text by more than X) or top-m=M per layer."""
 
+    select_tokens: list[str] = dataclasses.field(default_factory=lambda: ["all"])
+    """Tokens of the task data whose counts choose the task experts: all (the paper's), prompt, response or last (our own, for experts of
+    the aligned tokens); each further one makes a file of its own, experts-TOKENS.safetensors. Of general text all tokens count."""
+
     layers: str = "auto"
     """Alignment zone to record: auto (read off the divergence curve), FIRST-LAST or FRACTION-FRACTION."""
 
@@ -65,8 +69,9 @@ class ProfileOptions:
     --ramoe-taxonomy it is all that is written: of a further anchor, for `ramoe anchors`."""
 
     def __post_init__(self) -> None:
-        if not self.tokens or set(self.tokens) - set(TOKENS) or len(set(self.tokens)) < len(self.tokens):
-            raise RamoeError(f"--ramoe-tokens {' '.join(self.tokens)}: expected one or more of {', '.join(TOKENS)}, each once")
+        for flag, tokens in (("tokens", self.tokens), ("select-tokens", self.select_tokens)):
+            if not tokens or set(tokens) - set(TOKENS) or len(set(tokens)) < len(tokens):
+                raise RamoeError(f"--ramoe-{flag} {' '.join(tokens)}: expected one or more of {', '.join(TOKENS)}, each once")
 
     save_usage: bool = False
     """Write usage.safetensors: how much each expert is used by each language, for training that selects experts (--ramoe-train)."""
@@ -127,23 +132,26 @@ def _profile(args: Any, data: DataOptions, options: OfflineOptions, own: Profile
         zone = zone_from_curve(mean_curve(rows))
         if given is not None:
             zone = Zone(*given, own.layers, "given by --ramoe-layers")
-        task_frequency = passes.task_frequency.mean().cpu()
-        general_frequency = passes.general_frequency.mean()[0].cpu()
-        difference = delta(task_frequency, general_frequency)
-        mask = task_experts(difference, rule)
         checkpoint = checkpoint_name(args.load)
         digests = data_digests([*data.data, *own.general])
-        experts = ExpertFile(
-            tasks=tuple(passes.tasks), shape=shape, expert_mask=mask, delta=difference, task_frequency=task_frequency,
-            general_frequency=general_frequency, english_pattern=passes.english_pattern(),
-            layer_number=torch.tensor(model.layer_numbers), rule=rule.as_dict(), zone=zone, checkpoint=checkpoint,
-            data=digests, anchor=data.anchor,
-            sequences={
-                "english_task": dict(zip(passes.tasks, passes.task_frequency.sequences.tolist(), strict=True)),
-                "english_correct": dict(zip(passes.tasks, passes.pattern_count.int().tolist(), strict=True)),
-                "general": len(general), "pairs": len(pairs),
-            },
-        )  # fmt: skip
+
+        def expert_file(tokens: str) -> ExpertFile:
+            frequency = passes.task_frequency[tokens]
+            task_frequency, general_frequency = frequency.mean().cpu(), passes.general_frequency.mean()[0].cpu()
+            difference = delta(task_frequency, general_frequency)
+            return ExpertFile(
+                tasks=tuple(passes.tasks), shape=shape, expert_mask=task_experts(difference, rule), delta=difference,
+                task_frequency=task_frequency, general_frequency=general_frequency, english_pattern=passes.english_pattern(),
+                layer_number=torch.tensor(model.layer_numbers), rule=rule.as_dict(), zone=zone, checkpoint=checkpoint,
+                data=digests, anchor=data.anchor, select_tokens=tokens,
+                sequences={
+                    "english_task": dict(zip(passes.tasks, frequency.sequences.tolist(), strict=True)),
+                    "english_correct": dict(zip(passes.tasks, passes.pattern_count.int().tolist(), strict=True)),
+                    "general": len(general), "pairs": len(pairs),
+                },
+            )  # fmt: skip
+
+        files = {name: expert_file(tokens) for tokens, name in files_by_tokens("experts", own.select_tokens).items()}
 
         def write() -> None:
             output.mkdir(parents=True, exist_ok=True)
@@ -152,12 +160,14 @@ def _profile(args: Any, data: DataOptions, options: OfflineOptions, own: Profile
                 _write_priors(output, own, passes, shards, english, checkpoint, digests)
             if passes.usage is not None:
                 passes.usage.file(shape, model.layer_numbers, checkpoint, digests).save(output / "usage.safetensors")
-            experts.save(output / "experts.safetensors")
+            for name, experts in files.items():
+                experts.save(output / name)
             shards.remove()
 
         write_on_rank_0(model, write)
         if is_rank_0():
-            print(f"ramoe: zone: {zone}", *describe_empty(mask, passes.tasks, rule), sep="\nramoe: ", flush=True)
+            empty = [told for experts in files.values() for told in describe_empty(experts.expert_mask, passes.tasks, rule)]
+            print(f"ramoe: zone: {zone}", *dict.fromkeys(empty), sep="\nramoe: ", flush=True)
 
 
 def _priors_alone(args: Any, data: DataOptions, options: OfflineOptions, own: ProfileOptions) -> None:
@@ -177,7 +187,7 @@ def _priors_alone(args: Any, data: DataOptions, options: OfflineOptions, own: Pr
 
         write_on_rank_0(model, write)
     if is_rank_0():
-        files = ", ".join(priors_files(own.tokens).values())
+        files = ", ".join(files_by_tokens("priors", own.tokens).values())
         told = f"no --ramoe-general, no --ramoe-taxonomy: {files} alone, the routing of {len(english)} examples in {data.anchor!r}"
         print(f"ramoe: {told}", flush=True)
 
@@ -187,7 +197,7 @@ def _write_priors(
     digests: list[dict[str, str]],
 ) -> None:  # fmt: skip
     kept = [shards.kept(number) for number in passes.english_shards]
-    for choice, name in priors_files(own.tokens).items():
+    for choice, name in files_by_tokens("priors", own.tokens).items():
         priors = torch.cat([part[choice] for part in kept])
         ids = [example.id for example in english]
         Priors.save(output / name, ids, priors, tokens=choice, shape=passes.model.shape, checkpoint=checkpoint, data=digests)

@@ -1,6 +1,6 @@
 """The forward passes of the profile: one each over English task data, general English text and the parallel views."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,7 +38,9 @@ class Passes:
         for target in sorted(targets, key=lambda target: target.language):
             self.views.setdefault(target.language, {})[target.id] = target
         self.tasks = sorted({example.task for example in english})
-        self.task_frequency = FrequencySum(len(self.tasks), layers, experts, model.device)
+        self.task_frequency = {
+            tokens: FrequencySum(len(self.tasks), layers, experts, model.device) for tokens in options.select_tokens
+        }
         self.general_frequency = FrequencySum(1, layers, experts, model.device)
         self.curve = DivergenceCurve(list(self.views), layers, model.device)
         zeros = torch.zeros(len(self.tasks), layers, experts, dtype=torch.float64, device=model.device)
@@ -69,8 +71,8 @@ class Passes:
         return {
             "general_frequency": self.general_frequency.sums,
             "general_sequences": self.general_frequency.sequences,
-            "task_frequency": self.task_frequency.sums,
-            "task_sequences": self.task_frequency.sequences,
+            **{f"task_frequency.{tokens}": frequency.sums for tokens, frequency in self.task_frequency.items()},
+            **{f"task_sequences.{tokens}": frequency.sequences for tokens, frequency in self.task_frequency.items()},
             "divergence": self.curve.sums,
             "pattern_count": self.pattern_count,
             **{f"pattern.{choice}": total for choice, total in self.pattern_sum.items()},
@@ -87,7 +89,7 @@ class Passes:
         """Expert frequency of general English text."""
         routing = self._routing(part, choices=())
         group = torch.zeros(len(part), dtype=torch.int64, device=self.model.device)
-        self.general_frequency.add(group, routing.frequency_NLE, torch.ones_like(group))
+        self.general_frequency.add(group, routing.frequency_NLE["all"], torch.ones_like(group))
         progress(len(part))
 
     def _parallel(
@@ -95,7 +97,7 @@ class Passes:
     ) -> dict[str, torch.Tensor]:
         """English views (frequency, pattern), and each language's divergence from them. Gives the English priors, [n, L, E] by token
         choice."""
-        reference = self._routing(part, choices=TOKENS)
+        reference = self._routing(part, choices=TOKENS, counted=self.task_frequency)
         self._add_english(part, reference)
         self._add_usage(self.anchor, reference)
         progress(len(part))
@@ -112,7 +114,9 @@ class Passes:
     def _add_english(self, part: Sequence[Example], routing: "SequenceRouting") -> None:
         device = self.model.device
         group = torch.tensor([self.tasks.index(example.task) for example in part], device=device)
-        self.task_frequency.add(group, routing.frequency_NLE, torch.ones_like(group))
+        for tokens, frequency in self.task_frequency.items():
+            chosen = routing.frequency_NLE[tokens]
+            frequency.add(group, chosen, chosen[:, 0].sum(dim=-1) > 0)  # a sequence without such tokens is left out
         right = torch.tensor([example.id in self.correct for example in part], dtype=torch.float64, device=device)
         self.pattern_count.index_add_(0, group, right)
         for choice, total in self.pattern_sum.items():
@@ -121,18 +125,19 @@ class Passes:
     def _add_usage(self, language: str, routing: "SequenceRouting") -> None:
         if self.usage is not None:
             assert routing.gate_NLE is not None
-            self.usage.add(language, routing.frequency_NLE, routing.gate_NLE, routing.tokens_N)
+            self.usage.add(language, routing.frequency_NLE["all"], routing.gate_NLE, routing.tokens_N)
 
     def english_pattern(self) -> dict[str, torch.Tensor]:
         """Mean pooled distribution over the English-correct examples of each task, by token choice. [G, L, E]"""
         count = self.pattern_count.clamp(min=1)[:, None, None]
         return {choice: (total / count).float().cpu() for choice, total in self.pattern_sum.items()}
 
-    def _routing(self, examples: Sequence[Example], choices: Sequence[str]) -> "SequenceRouting":
+    def _routing(self, examples: Sequence[Example], choices: Sequence[str], counted: Collection[str] = ()) -> "SequenceRouting":
         from ramoe_megatron.mcore.routing import sequence_routing
 
         encoded = [encode(e, self.model.tokenizer) for e in examples]
-        return sequence_routing(self.model, encoded, choices, gate=self.usage is not None and bool(choices))  # not of general text
+        gate = self.usage is not None and bool(choices)  # not of general text
+        return sequence_routing(self.model, encoded, choices, counted=dict.fromkeys(["all", *counted]), gate=gate)
 
 
 def _parts(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:

@@ -96,14 +96,14 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
 def fitting_experts(config: RoutingAlignmentConfig, model_config: Any, num_moe_layers: int) -> tuple[ExpertFile, tuple[int, ...]]:
     """The expert file of an alignment that is on, checked against the model's `TransformerConfig`, and the aligned layers.
 
-    Under `--ramoe-random-experts` its experts are random ones.
+    Under `--ramoe-select` its experts are chosen anew, under `--ramoe-random-experts` they are random ones, as many.
 
     Raises:
         RamoeError: as `attach`, for what concerns the file.
     """
     assert config.experts is not None  # the configuration refuses a coefficient without it
     with _naming("--ramoe-experts"):
-        experts = ExpertFile.load(config.experts)
+        experts = ExpertFile.load(config.experts).chosen_by(config.select)
         experts.check_model(
             num_moe_layers=num_moe_layers,
             num_experts=model_config.num_moe_experts,
@@ -121,7 +121,7 @@ def fitting_experts(config: RoutingAlignmentConfig, model_config: Any, num_moe_l
     if config.divergence in ("lumped-kl", "mass") and not experts.expert_mask[:, list(layers)].any():
         raise RamoeError(
             f"--ramoe-experts {config.experts}: no task has an expert in MoE layers {span(layers)}, so {config.divergence} aligns "
-            "nothing; profile with a lower tau or with --ramoe-select top-m=M, or use --ramoe-divergence kl or js"
+            "nothing; give a lower tau or top-m=M (--ramoe-select), or use --ramoe-divergence kl or js"
         )
     return experts, layers
 

@@ -7,6 +7,7 @@ from typing import Literal, Self, get_args, get_origin, get_type_hints
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.options import options_from_args
+from ramoe_megatron.method.experts import parse_rule
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class RoutingAlignmentConfig:
 
     priors: str | None = None
     """priors.safetensors of the profile job: the English routing of each example id (needed by the target "example")."""
+
+    select: str | None = None
+    """Task experts anew by this rule, tau=X or top-m=M, from the differences in frequency that the expert file holds; those that the file
+    chose when left out."""
 
     divergence: Literal["lumped-kl", "mass", "kl", "js"] = "lumped-kl"
     """Divergence from the English routing to the target's: lumped-kl (task experts and one bin for the rest), mass (its first
@@ -100,6 +105,8 @@ class RoutingAlignmentConfig:
             raise RamoeError("--ramoe-refresh-interval and --ramoe-refresh-examples: expected whole numbers of at least 1")
         if self.coeff_warmup_iters < 0:
             raise RamoeError(f"--ramoe-coeff-warmup-iters {self.coeff_warmup_iters}: expected a number of iterations, 0 or more")
+        if self.select is not None:
+            parse_rule(self.select)
         if self.coeff == 0:
             return
         self._refuse_combinations()
@@ -130,10 +137,11 @@ class RoutingAlignmentConfig:
             raise RamoeError("--ramoe-shuffle-targets permutes the targets of examples: it needs --ramoe-target example")
         if self.missing_priors == "skip" and self.target != "example":
             raise RamoeError("--ramoe-missing-priors skip: only --ramoe-target example reads priors; remove one of the two")
-        if self.random_experts is not None and self.divergence not in ("lumped-kl", "mass"):
-            raise RamoeError(
-                f"--ramoe-random-experts with --ramoe-divergence {self.divergence}, which knows no task experts: use lumped-kl or mass"
-            )
+        for flag, value in (("random-experts", self.random_experts), ("select", self.select)):
+            if value is not None and self.divergence not in ("lumped-kl", "mass"):
+                raise RamoeError(
+                    f"--ramoe-{flag} with --ramoe-divergence {self.divergence}, which knows no task experts: use lumped-kl or mass"
+                )
         if self.reverse and self.target != "paired":
             raise RamoeError("--ramoe-reverse aligns English views, which only --ramoe-target paired runs: give that too")
         if self.refresh_interval is not None:

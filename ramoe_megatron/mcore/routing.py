@@ -3,7 +3,7 @@
 Shape suffixes: N sequences, L MoE layers, E experts, B sequences of a micro-batch, S its tokens on this rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,20 @@ from ramoe_megatron.mcore.carrier import RoutingContext
 from ramoe_megatron.mcore.observe import TOKEN_CHOICES, TokenSelection, mean_over_tokens, pooled_distributions, sum_over_sequence
 from ramoe_megatron.mcore.offline import ContextMaker, MicroBatch, OfflineModel
 
+COUNTED = "frequency."
+
 
 @dataclass(frozen=True)
 class SequenceRouting:
     """The routing of N sequences at every MoE layer, on every rank."""
 
-    frequency_NLE: Tensor
-    """Share of a sequence's tokens that an expert is in the top-k of (counts, not weights; arXiv 2510.04694, eq. 3)."""
+    frequency_NLE: dict[str, Tensor]
+    """By token choice: share of a sequence's chosen tokens that an expert is in the top-k of (counts, not weights; arXiv 2510.04694,
+    eq. 3). A sequence without such tokens has zeros."""
     pooled_NLE: dict[str, Tensor]
     """By token choice: mean router distribution, before top-k."""
     tokens_N: Tensor
-    """Input tokens of each sequence: what the frequencies are shares of. int64"""
+    """Input tokens of each sequence: what the frequencies of "all" are shares of. int64"""
     gate_NLE: Tensor | None = None
     """Mean over a sequence's tokens of the weight that the layer gives to an expert, 0 where it is not chosen; None unless asked for."""
 
@@ -36,14 +39,17 @@ def sequence_routing(
     choices: Sequence[str] = TOKEN_CHOICES,
     steered: ContextMaker | None = None,
     gate: bool = False,
+    counted: Collection[str] = ("all",),
 ) -> SequenceRouting:
     """One forward pass over the sequences. Memory grows with their number, not with their tokens.
 
     Args:
+        choices: token choices of the pooled distributions.
         steered: makes the contexts that change the logits; what is read is then the routing by the changed ones.
+        counted: token choices of the frequencies.
     """
     shape = (len(encoded), len(model.layer_numbers), model.config.num_moe_experts)
-    names = ("frequency", *choices, *(("gate",) if gate else ()))
+    names = (*(f"{COUNTED}{choice}" for choice in counted), *choices, *(("gate",) if gate else ()))
     buffers = {name: torch.zeros(shape, device=model.device) for name in names}
 
     def context(micro: MicroBatch) -> "_Listen":
@@ -54,7 +60,8 @@ def sequence_routing(
     for buffer in buffers.values():
         model.share(buffer)
     tokens_N = torch.tensor([len(sequence.ids) - 1 for sequence in encoded], device=model.device)
-    return SequenceRouting(buffers["frequency"], {choice: buffers[choice] for choice in choices}, tokens_N, buffers.get("gate"))
+    frequency_NLE = {choice: buffers[f"{COUNTED}{choice}"] for choice in counted}
+    return SequenceRouting(frequency_NLE, {choice: buffers[choice] for choice in choices}, tokens_N, buffers.get("gate"))
 
 
 class _Listen:
@@ -69,9 +76,10 @@ class _Listen:
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
         choices = [name for name in self.buffers if name in TOKEN_CHOICES]
-        if "frequency" in self.buffers:
-            frequency_BE = mean_over_tokens(router, routing_map.view_as(logits).float(), self.selection, "all")
-            self._write("frequency", router.ramoe_layer, frequency_BE)
+        for name in self.buffers:
+            if name.startswith(COUNTED):
+                choice = name.removeprefix(COUNTED)
+                self._write(name, router.ramoe_layer, mean_over_tokens(router, routing_map.view_as(logits).float(), self.selection, choice))
         if "gate" in self.buffers:
             gate_BE = mean_over_tokens(router, probs.view_as(logits).float(), self.selection, "all")
             self._write("gate", router.ramoe_layer, gate_BE)

@@ -72,7 +72,7 @@ def select(
     if kind == "task-experts":
         if alignment.experts is None:
             raise RamoeError("--ramoe-train task-experts without --ramoe-experts: which they are stands in experts.safetensors")
-        experts = ExpertFile.load(alignment.experts)
+        experts = ExpertFile.load(alignment.experts).chosen_by(alignment.select)
         experts.check_model(*shape)
         return _not_empty(Selection(kind, False, experts.expert_mask.any(0), f"of the tasks {', '.join(experts.tasks)}"))
     assert options.usage is not None  # the options refuse that

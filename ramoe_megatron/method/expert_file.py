@@ -5,7 +5,7 @@ G tasks, L MoE layers, E routed experts. Layers are 0-based places among the MoE
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import NoZone, Zone
+from ramoe_megatron.method.experts import parse_rule, task_experts
 from ramoe_megatron.method.files import package_version
 from ramoe_megatron.method.tensors import (
     TOKENS,
@@ -60,6 +61,8 @@ class ExpertFile:
     """Numbers of sequences behind the means."""
     anchor: str | None = None
     """The language that "English" stands for here; None in a file that does not say (older ones do not)."""
+    select_tokens: str = "all"
+    """The tokens of the task data whose counts chose the experts; all where the file does not say."""
     package_version: str = field(default_factory=package_version)
     path: Path | None = None
     """Where it was loaded from, for messages; not written."""
@@ -86,6 +89,7 @@ class ExpertFile:
             "data": [dict(entry) for entry in self.data],
             "sequences": dict(self.sequences),
             "anchor": self.anchor,
+            **({} if self.select_tokens == "all" else {"select_tokens": self.select_tokens}),
             "package_version": self.package_version,
         }
         # Cloned: the format refuses tensors that share memory, and a caller's means may well be views of one sum.
@@ -114,6 +118,7 @@ class ExpertFile:
                 data=tuple(meta["data"]),
                 sequences=meta["sequences"],
                 anchor=meta.get("anchor"),
+                select_tokens=meta.get("select_tokens", "all"),
                 package_version=meta["package_version"],
                 path=path,
                 **{name: tensors[name].bool() if name == "expert_mask" else tensors[name] for name in _TENSORS},
@@ -122,6 +127,14 @@ class ExpertFile:
             raise bad_metadata(path, error) from error
         experts._validate(path)
         return experts
+
+    def chosen_by(self, rule: str | None) -> Self:
+        """The same file with its experts chosen anew by `rule` (``tau=X`` or ``top-m=M``); itself without one. Raises RamoeError for a bad
+        rule."""
+        if rule is None:
+            return self
+        parsed = parse_rule(rule)
+        return replace(self, expert_mask=task_experts(self.delta, parsed), rule=parsed.as_dict())
 
     def check_model(self, num_moe_layers: int, num_experts: int, topk: int, score_function: str) -> None:
         """Raise RamoeError, naming every difference, unless the file was profiled on a model of this shape."""

@@ -30,8 +30,8 @@ def merge(files: Sequence[ExpertFile]) -> ExpertFile:
     once, but sequences profiled in two different files count twice.
 
     Raises:
-        RamoeError: fewer than two files, models that differ in shape or layer numbers, files that say different anchors, or a file
-            without its numbers of sequences.
+        RamoeError: fewer than two files, models that differ in shape or layer numbers, files of different anchors or tokens, or a
+            file without its numbers of sequences.
     """
     return _combine("merge", files)
 
@@ -99,10 +99,16 @@ def _combine(name: str, files: Sequence[ExpertFile]) -> ExpertFile:
         data=tuple({(entry["path"], entry["sha256"]): entry for file in files for entry in file.data}.values()),
         sequences=sequences,
         anchor=anchor,
+        select_tokens=files[0].select_tokens,
     )
 
 
 def _check_same_model(first: ExpertFile, other: ExpertFile) -> None:
+    if first.select_tokens != other.select_tokens:
+        raise RamoeError(
+            f"{first.path} and {other.path}: frequencies over other tokens, {first.select_tokens!r} and {other.select_tokens!r}, have no "
+            "mean. Give files of the same --ramoe-select-tokens"
+        )
     mine, theirs = ({**asdict(file.shape), "layer_number": file.layer_number.tolist()} for file in (first, other))
     differences = [f"{key} is {mine[key]!r} and {theirs[key]!r}" for key in mine if mine[key] != theirs[key]]
     if differences:
@@ -130,7 +136,7 @@ def _distinct(files: Sequence[ExpertFile]) -> list[ExpertFile]:
 
 
 def _same(a: ExpertFile, b: ExpertFile) -> bool:
-    facts = ("tasks", "rule", "zone", "checkpoint", "sequences", "anchor")
+    facts = ("tasks", "rule", "zone", "checkpoint", "sequences", "anchor", "select_tokens")
     if any(getattr(a, key) != getattr(b, key) for key in facts) or list(a.data) != list(b.data):
         return False
     if set(a.english_pattern) != set(b.english_pattern):

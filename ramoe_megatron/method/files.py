@@ -159,6 +159,6 @@ ANCHOR_FILES = ("taxonomy.jsonl", "taxonomy.json", "priors.safetensors", "anchor
 """What `ramoe anchors` writes."""
 
 
-def priors_files(tokens: Sequence[str]) -> dict[str, str]:
-    """The file of the priors that pool each of these token choices."""
-    return {choice: "priors.safetensors" if choice == tokens[0] else f"priors-{choice}.safetensors" for choice in tokens}
+def files_by_tokens(name: str, tokens: Sequence[str]) -> dict[str, str]:
+    """The file of each of these token choices: of the first NAME.safetensors, of a further one NAME-TOKENS.safetensors."""
+    return {choice: f"{name}.safetensors" if choice == tokens[0] else f"{name}-{choice}.safetensors" for choice in tokens}

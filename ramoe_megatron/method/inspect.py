@@ -72,6 +72,7 @@ def describe(path: str | os.PathLike[str]) -> RenderableType:
 def _experts(path: Path, _document: Mapping[str, Any]) -> RenderableType:
     experts = ExpertFile.load(path)
     rule = rule_from(experts.rule)
+    of = "" if experts.select_tokens == "all" else f" over the tokens {experts.select_tokens!r}"
     parts: list[RenderableType] = [
         facts(
             path,
@@ -79,7 +80,7 @@ def _experts(path: Path, _document: Mapping[str, Any]) -> RenderableType:
             {
                 "model": shape(experts.shape),
                 "checkpoint": experts.checkpoint,
-                "rule": f"{rule} on delta = task frequency - general frequency",
+                "rule": f"{rule} on delta = task frequency{of} - general frequency",
                 "zone": zone(experts.zone, experts.layer_number.tolist()),
                 "anchor": experts.anchor or "not recorded",
                 "English patterns": ", ".join(experts.english_pattern) or "none",

@@ -18,6 +18,7 @@ from pydantic import (
 from ramoe_megatron.method.catalogue import METHODS, merged
 from ramoe_megatron.recipe.section import Flags, Name, Names, Section
 
+RULE = r"^(tau=-?[0-9.]+|top-m=[0-9]+)$"
 BY_SHARE = ("esft-gate", "esft-token")
 
 
@@ -25,6 +26,10 @@ class Alignment(Section):
     """The alignment loss; the names are those of the `--ramoe-` flags."""
 
     coeff: NonNegativeFloat = 0.0
+    select: Annotated[str, Field(pattern=RULE)] | None = None
+    """Task experts anew by this rule, tau=NUMBER or top-m=COUNT; the profile's own when left out."""
+    expert_tokens: Literal["all", "prompt", "response", "last"] = "all"
+    """Tokens of the task data whose counts choose the task experts; all is the paper's, the others are our own."""
     divergence: Literal["lumped-kl", "mass", "kl", "js"] = "lumped-kl"
     target: Literal["profile", "example", "paired"] = "profile"
     missing_priors: Literal["refuse", "skip"] = "refuse"

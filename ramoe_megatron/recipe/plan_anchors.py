@@ -7,7 +7,7 @@ with the same anchors and tokens share it.
 from pathlib import Path
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.files import ANCHOR_FILES, priors_files
+from ramoe_megatron.method.files import ANCHOR_FILES, files_by_tokens
 from ramoe_megatron.recipe.method_schema import Alignment
 from ramoe_megatron.recipe.plan_context import Files, PlanContext
 from ramoe_megatron.recipe.section import FlagValue
@@ -53,7 +53,7 @@ def _folder(plan: PlanContext, alignment: Alignment) -> Path:
 
 
 def _priors(plan: PlanContext, language: str, tokens: list[str]) -> dict[str, Path]:
-    return {choice: plan.out / "priors" / language / name for choice, name in priors_files(tokens).items()}
+    return {choice: plan.out / "priors" / language / name for choice, name in files_by_tokens("priors", tokens).items()}
 
 
 def _profile(plan: PlanContext, language: str, files: dict[str, Path]) -> Stage:

@@ -48,9 +48,11 @@ def profile_stage(plan: PlanContext) -> Stage:
         "save-priors": bool(plan.priors),
         "save-usage": usage,
     }
+    if len(plan.expert_files) > 1:
+        options["select-tokens"] = [*plan.expert_files]
     files: Files = {"data": plan.parallel, "general": plan.general, "taxonomy": [plan.out / "taxonomy.jsonl"]}
     outputs = [
-        plan.out / "experts.safetensors",
+        *plan.expert_files.values(),
         plan.out / "divergence.csv",
         *plan.priors.values(),
         *([plan.out / "usage.safetensors"] * usage),

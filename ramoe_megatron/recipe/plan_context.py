@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.files import priors_files
+from ramoe_megatron.method.files import files_by_tokens
 from ramoe_megatron.recipe.digests import CHECKPOINT_MARK
 from ramoe_megatron.recipe.flags import SCORING, relevant, render
+from ramoe_megatron.recipe.method_schema import Alignment
 from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.section import FlagValue, Scalar
 from ramoe_megatron.recipe.sources import find_path
@@ -33,7 +34,8 @@ class PlanContext:
         self.tokenizer, self.tokenizer_files = self._tokenizer(generated / "tokenizer.model")
         self.base = self._base()
         given = find_path(recipe.profile.experts, recipe_folder, "profile.experts") if recipe.profile.experts else None
-        self.experts = given or out / "experts.safetensors"
+        self.expert_files = _expert_files(recipe, out)
+        self.experts = given or self.expert_files["all"]
         self.priors = _priors(recipe, out)
 
     def _source(self, name: str, key: str) -> str:
@@ -60,6 +62,10 @@ class PlanContext:
                 flags[name] = str(path)
                 files.append(path)
         return flags, files
+
+    def experts_of(self, alignment: Alignment) -> Path:
+        """The expert file that a method aligns by."""
+        return self.experts if alignment.expert_tokens == "all" else self.expert_files[alignment.expert_tokens]
 
     def checkpoint(self, name: str) -> Path:
         return self.out / "checkpoints" / name
@@ -143,7 +149,14 @@ def _priors(recipe: Recipe, out: Path) -> dict[str, Path]:
     if recipe.profile.save_priors is False:
         return {}
     tokens = list(dict.fromkeys([*([recipe.profile.tokens or "last"] if recipe.profile.save_priors else []), *needed]))
-    return {choice: out / name for choice, name in priors_files(tokens).items()}
+    return {choice: out / name for choice, name in files_by_tokens("priors", tokens).items()}
+
+
+def _expert_files(recipe: Recipe, out: Path) -> dict[str, Path]:
+    """By token choice, the expert file of that choice: of all tokens, and those that the methods need."""
+    reading = [m for m in recipe.methods if m.aligns or recipe.selection_of(m).train == "task-experts"]
+    needed = [recipe.alignment_of(method).expert_tokens for method in reading]
+    return {choice: out / name for choice, name in files_by_tokens("experts", list(dict.fromkeys(["all", *needed]))).items()}
 
 
 def weights_option(weights: Mapping[str, float]) -> FlagValue:

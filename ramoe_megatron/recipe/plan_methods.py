@@ -38,14 +38,15 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
     }
     selection = plan.recipe.selection_of(method)
     if method.aligns:
-        files |= {"experts": [plan.experts], **labels_of(plan, alignment)}
+        files |= {"experts": [plan.experts_of(alignment)], **labels_of(plan, alignment)}
         files |= {"layer-weights": [plan.out / "divergence.csv"]} if alignment.layer_weights == "divergence" else {}
         options |= _alignment_options(alignment, seed)
     if selection.train != "all":
         names = {"budget": "train-budget", "split": "train-split", "top-p": "train-top-p"}
         options |= {names.get(key, key): value for key, value in selection.model_dump(by_alias=True).items()}
         files |= {"usage": [plan.out / "usage.safetensors"]} if selection.reads_usage else {}
-        files |= {"experts": [plan.experts]} if selection.train == "task-experts" else {}
+        files |= {"experts": [plan.experts_of(alignment)]} if selection.train == "task-experts" else {}
+        options |= {"select": alignment.select} if selection.train == "task-experts" and alignment.select else {}
     return plan.job(
         f"finetune/{name}",
         "finetune",
@@ -118,4 +119,5 @@ def _alignment_options(alignment: Alignment, seed: int) -> dict[str, FlagValue]:
     """The flags of an alignment; its controls draw by the seed of the run."""
     controls: dict[str, FlagValue] = {"shuffle-targets": seed if alignment.shuffle_targets else None, "layer-weights": None}
     controls["random-experts"] = seed if alignment.random_experts else None
-    return {**alignment.model_dump(by_alias=True, exclude={"anchors"}), **controls}
+    unset = {"select"} if alignment.select is None else set()
+    return {**alignment.model_dump(by_alias=True, exclude={"anchors", "expert_tokens", *unset}), **controls}

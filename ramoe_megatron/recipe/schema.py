@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
 from ramoe_megatron.recipe.launch_schema import Launch
-from ramoe_megatron.recipe.method_schema import Alignment, Method, Selection, Steering
+from ramoe_megatron.recipe.method_schema import RULE, Alignment, Method, Selection, Steering
 from ramoe_megatron.recipe.section import Flags, FlagValue, Name, Names, Section
 
 
@@ -74,7 +74,7 @@ class Taxonomy(Section):
 class Profile(Section):
     """Task experts, English patterns and the divergence curve."""
 
-    select: Annotated[str, Field(pattern=r"^(tau=-?[0-9.]+|top-m=[0-9]+)$")] = "tau=0.3"
+    select: Annotated[str, Field(pattern=RULE)] = "tau=0.3"
     """Rule of the task experts: tau=NUMBER or top-m=COUNT."""
     split: str = "train"
     """Split that the profile is measured on."""
@@ -172,6 +172,11 @@ class Recipe(Section):
             )
         if alignment.target == "example" and self.profile.save_priors is False:
             raise ValueError(f"{told} aligns to per-example targets, which are the priors: leave profile.save-priors out")
+        if method.aligns and alignment.expert_tokens != "all" and self.profile.experts is not None:
+            raise ValueError(
+                f"{told} asks for experts of the tokens {alignment.expert_tokens!r}, which this run's profile finds, but "
+                "profile.experts gives another run's: leave out one of the two"
+            )
         if alignment.anchors:
             self._check_anchors(alignment, told)
         if alignment.layers.startswith(("outside:all", "outside:outside")):

@@ -20,7 +20,7 @@ INCIDENTAL = {
     "ramoe-seed",
 }
 """Flags that differ between any two stages, and say nothing of the method."""
-CHOSEN_FILES = ("ramoe-layer-weights", "ramoe-steering")
+CHOSEN_FILES = ("ramoe-experts", "ramoe-layer-weights", "ramoe-steering")
 """Files that are a choice of the method's; the others follow from its other flags."""
 COEFF = "ramoe-coeff"
 """The flag of every method that aligns."""
