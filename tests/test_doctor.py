@@ -1,71 +1,19 @@
-"""`ramoe doctor`: what would stop a job is told before it starts, what is in order is not accused, and nothing stays behind."""
+"""`ramoe doctor` of a command line: what would stop the job is told before it starts, what is in order is not accused, nothing is left."""
 
-import contextlib
-import json
 import os
-import socket
-import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import yaml
-from click.testing import CliRunner, Result
-from small_run import LANGUAGES, load_flags, model_flags, offline_flags, profile_flags, training_flags, write_world
+from doctor_world import paths, ramoe, told, write
+from small_run import LANGUAGES, load_flags, offline_flags, profile_flags, training_flags
 
-from ramoe_megatron.cli import main
 from ramoe_megatron.findings import Finding, Line
-from ramoe_megatron.method.artefacts import ExpertFile, ModelShape, UsageFile
-from ramoe_megatron.method.divergence import NoZone, Zone
-from ramoe_megatron.recipe import doctor, doctor_environment
-from ramoe_megatron.recipe.doctor_environment import environment_findings, folder_findings
-
-ROOT = Path(__file__).parents[1]
-
-
-def ramoe(*words: str) -> Result:
-    return CliRunner(env={"COLUMNS": "300"}).invoke(main, ["doctor", *words])
-
-
-def told(findings: list[Finding], check: str) -> Finding:
-    (found,) = [finding for finding in findings if finding.check == check]
-    return found
-
-
-def paths(folder: Path) -> list[str]:
-    return sorted(str(path) for path in folder.rglob("*"))
-
-
-def save_experts(path: Path, zone: Zone | NoZone = Zone(1, 2, "1-2", "given"), layers: int = 4, experts: int = 8) -> Path:  # noqa: B008
-    even = torch.full((2, layers, experts), 1 / experts)
-    mask = torch.zeros(2, layers, experts, dtype=torch.bool)
-    mask[..., 0] = True
-    ExpertFile(
-        tasks=("even", "odd"), shape=ModelShape(layers, experts, 2, "softmax", 32), expert_mask=mask, delta=torch.zeros_like(even),
-        task_frequency=even * 2, general_frequency=even[0] * 2, english_pattern={"last": even}, layer_number=torch.arange(1, layers + 1),
-        rule={"name": "top-m", "m": 1}, zone=zone, checkpoint="base@1",
-    ).save(path)  # fmt: skip
-    return path
+from ramoe_megatron.recipe import doctor
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, tokenizer, taxonomy, expert files, and a folder that passes for a checkpoint."""
-    folder = tmp_path_factory.mktemp("doctor")
-    write_world(folder)
-    (folder / "base").mkdir()
-    (folder / "base" / "latest_checkpointed_iteration.txt").write_text("1")
-    save_experts(folder / "experts.safetensors")
-    save_experts(folder / "foreign.safetensors", layers=6)
-    save_experts(folder / "zoneless.safetensors", NoZone("the curve is flat"))
-    shape, used = ModelShape(6, 8, 2, "softmax", 32), torch.full((1, 6, 8), 0.25)
-    UsageFile(("en",), shape, torch.tensor([9]), used, used, torch.arange(1, 7), "base@1").save(folder / "usage.safetensors")
-    rows = (folder / "parallel.jsonl").read_text().splitlines()
-    (folder / "broken.jsonl").write_text("\n".join([*rows[:4], rows[4][:-9], *rows[5:]]) + "\n")
-    (folder / "short.jsonl").write_text("\n".join((folder / "taxonomy.jsonl").read_text().splitlines()[:6]) + "\n")
-    return folder
+    return write(tmp_path_factory.mktemp("doctor"))
 
 
 def alignment(world: Path, experts: str = "experts.safetensors") -> list[str]:
@@ -212,178 +160,6 @@ def test_a_healthy_job_has_exit_status_0_and_no_line_that_is_not_ok(world: Path)
     assert paths(world) == before
 
 
-# ---- this node ----
-
-
-def test_versions_asked_for_are_those_of_the_package() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [f"torch{doctor_environment.PACKAGES['torch']}", f"megatron-core[training]{doctor_environment.PACKAGES['megatron-core']}"]
-    assert set(asked) <= set(project["dependencies"])
-    assert project["requires-python"] == doctor_environment.PYTHON
-
-
-def test_a_version_that_does_not_fit_is_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"torch": "2.9.1", "megatron-core": "0.20.0"}
-    monkeypatch.setattr(doctor_environment, "_installed", versions.get)
-    found = environment_findings(1, 1, None, {})
-    assert {f.check: f.state for f in found}["megatron-core"] == "fatal"
-    assert told(found, "torch").state == "ok"
-    assert told(found, "transformer-engine").state == "ok", "not needed on the CPU"
-
-
-@pytest.mark.parametrize(("local", "state"), [(False, "warning"), (True, "ok")])
-def test_transformer_engine_is_missed_where_there_is_a_device(local: bool, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_environment, "_installed", lambda name: None)
-    assert doctor_environment._transformer_engine(8, local).state == state
-
-
-def test_devices_that_torch_does_not_see_are_fatal() -> None:
-    """Real torch, which sees no device here."""
-    if torch.cuda.device_count():
-        pytest.skip("torch sees devices")
-    assert doctor_environment._devices(8, 4)[0].state == "fatal"
-    assert "on the CPU" in doctor_environment._devices(8, 4)[0].found
-
-
-def test_too_few_devices_are_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert [doctor_environment._devices(ranks, 4)[0].state for ranks in (4, 5)] == ["ok", "fatal"]
-
-
-@contextlib.contextmanager
-def taken_port() -> Iterator[int]:
-    with socket.create_server(("", 0)) as server:
-        yield server.getsockname()[1]
-
-
-def test_a_port_that_is_taken_is_fatal_on_node_0_alone() -> None:
-    with taken_port() as port:
-        for offset in (0, 1):  # the ranks' own port, and the one that the nodes of a recipe meet at
-            place = {"NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port - offset)}
-            found = told(environment_findings(1, 2, None, place), "MASTER_PORT")
-            assert found.state == "fatal"
-            assert f"port {port} " in found.found
-            assert all(f.check != "MASTER_PORT" for f in environment_findings(1, 2, None, place | {"NODE_RANK": "1"}))
-            assert all(f.check != "MASTER_PORT" for f in environment_findings(1, 1, None, place))
-    free = {"NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    assert told(environment_findings(1, 2, None, free), "MASTER_PORT").state == "ok"
-
-
-def test_nodes_that_cannot_meet_are_fatal() -> None:
-    assert told(environment_findings(1, 2, None, {}), "nodes").state == "warning", "a login node is no fault"
-    assert told(environment_findings(1, 2, None, {"NODE_RANK": "0"}), "nodes").state == "fatal"
-    assert told(environment_findings(1, 2, None, {"NODE_RANK": "2", "MASTER_ADDR": "localhost"}), "nodes").state == "fatal"
-    place = {"NODE_RANK": "1", "MASTER_ADDR": "no-such-host.invalid"}
-    assert told(environment_findings(1, 2, None, place), "MASTER_ADDR").state == "fatal"
-
-
-@pytest.mark.parametrize(
-    ("variables", "state"),
-    [
-        ({}, "ok"),
-        ({"SLURM_NTASKS_PER_NODE": "1"}, "ok"),
-        ({"SLURM_NTASKS_PER_NODE": "8"}, "fatal"),
-        ({"SLURM_JOB_NUM_NODES": "1"}, "fatal"),
-    ],
-)
-def test_slurm_is_to_start_one_task_a_node(variables: dict[str, str], state: str) -> None:
-    place = {"NODE_RANK": "1", "MASTER_ADDR": "localhost"}
-    found = told(environment_findings(1, 2, None, place | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"} | variables), "Slurm")
-    assert found.state == state
-    assert "job 7 on n[1-2]" in found.found
-
-
-def test_a_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
-    (tmp_path / "kept").write_text("x")
-    for folder in (tmp_path, tmp_path / "a" / "b"):
-        found = folder_findings(folder)
-        assert {f.check: f.state for f in found} == {"output folder": "ok", "file locks": "ok", "disk": "ok"}
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
-    assert folder_findings(tmp_path, needed=1 << 60)[-1].state == "warning"
-
-
-@pytest.mark.parametrize("place", ["file", "file/below", "/proc"])
-def test_a_folder_that_cannot_be_written_is_fatal(tmp_path: Path, place: str) -> None:
-    (tmp_path / "file").write_text("x")
-    result = ramoe("--out", str(tmp_path / place))  # /proc refuses root too
-    assert result.exit_code == 1
-    assert "fatal" in result.output
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_locks_that_do_not_exclude_are_fatal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import filelock
-
-    monkeypatch.setattr(filelock, "FileLock", lambda *_, **__: contextlib.nullcontext())
-    assert folder_findings(tmp_path)[1] == Finding(
-        "file locks", "fatal", f"{tmp_path}: two locks on one file at once", "put the run folder on a file system with flock"
-    )
-
-
-# ---- recipes ----
-
-
-def recipe(world: Path, folder: Path, **changes: Any) -> Path:
-    model: dict[str, Any] = {}
-    name = ""
-    for word in model_flags(world):
-        if word.startswith("--"):
-            name, word = word.removeprefix("--"), True
-        if not name.startswith("tokenizer"):
-            model[name] = word
-    train = {"train-iters": 4, "micro-batch-size": 2, "global-batch-size": 8, "lr": 1e-3, "eval-iters": 0}
-    whole = {
-        "name": "small", "model": model, "train": train, "pretrain": {"train-iters": 8}, "data": {"world": {}},
-        "alignment": {"coeff": 1}, "methods": ["sft", "ra-moe"], "seeds": 2, **changes,
-    }  # fmt: skip
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(whole))
-    return path
-
-
-def test_a_recipe_whose_files_are_still_to_be_written_is_healthy(world: Path, tmp_path: Path) -> None:
-    """What lies in the run folder from another time is going to be replaced: nothing is said against it either."""
-    path, out = recipe(world, tmp_path), tmp_path / "run"
-    out.mkdir()
-    manifest = {"format": "ramoe-manifest", "version": 1, "recipe": "small", "megatron_flags": {}, "stages": {}}
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    for name in ("experts.safetensors", "divergence.csv"):
-        (out / name).write_text("of another model")
-    before = paths(tmp_path)
-    result = ramoe(str(path), "--out", str(out))
-    assert result.exit_code == 0, result.output
-    assert "fatal" not in result.output
-    rows = {row.split("│")[1].strip(): row for row in result.output.splitlines() if row.startswith("│")}
-    assert "written by stage data" in rows["tokenizer"]
-    assert "written by stage profile" in rows["expert file"]
-    assert paths(tmp_path) == before
-
-
-def test_a_fault_of_one_stage_is_told_of_that_stage_and_no_other(world: Path, tmp_path: Path) -> None:
-    methods = ["sft", {"name": "ra-moe", "train": {"lr": "fast"}}, {"name": "long", "train": {"sequence-lenght": 3}}]
-    path = recipe(world, tmp_path, methods=methods, seeds=2)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes").write_text("no run folder")
-    found = doctor.recipe_findings(path, ["train.global-batch-size=9"], tmp_path / "run", os.environ)
-    flags = told(found, "flags")
-    assert flags.state == "fatal"
-    assert flags.found.splitlines() == [
-        "finetune (2): argument --lr: invalid float value: 'fast'",
-        "finetune (2): unrecognized arguments: --sequence-lenght 3",
-    ]
-    assert "sequence-lenght" in told(found, "flag names").found
-    assert "9 would have to be a multiple of" in told(found, "recipe").found
-    assert "no run folder" in told(found, "run folder").found
-    assert told(found, "layout").found.startswith("pretrain, finetune (2): --global-batch-size 9")
-    assert told(found, "tokenizer").state == "ok"
-
-
-def test_a_checkpoint_that_a_recipe_names_in_vain_is_fatal_and_no_usage_error(world: Path, tmp_path: Path) -> None:
-    path = recipe(world, tmp_path)
-    found = doctor.recipe_findings(path, ["checkpoint=no/where", "pretrain=null"], tmp_path / "run", os.environ)
-    assert "no Megatron checkpoint folder" in told(found, "recipe").found
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -398,30 +174,3 @@ def test_wrong_usage_has_exit_status_2(words: list[str]) -> None:
     result = ramoe(*words)
     assert result.exit_code == 2
     assert "ramoe: error: doctor" in result.stderr
-
-
-def test_findings_of_stages_are_merged_into_a_line_a_check() -> None:
-    ok, low, bad = Finding("a", "ok", "fine"), Finding("a", "warning", "slow", "hurry"), Finding("a", "fatal", "gone", "look")
-    assert doctor.merged({"x/1": [ok], "x/2": [ok]}) == [ok]
-    assert doctor.merged({"x/1": [bad], "x/2": [bad]}) == [bad]
-    assert doctor.merged({"x/1": [ok], "y": [bad], "x/2": [bad]}) == [Finding("a", "fatal", "y, x/2: gone", "look")]
-    assert doctor.merged({"x/1": [low], "y": [bad]}) == [Finding("a", "fatal", "x/1: slow\ny: gone", "look")]
-    waits = [Finding("a", "ok", f"written by stage finetune/{n}") for n in (1, 2)]
-    assert doctor.merged({f"evaluate/{n}": [f] for n, f in enumerate(waits)})[0].found == "written by stage finetune (2)"
-    assert [doctor.healthy(f) for f in ([ok, low], [ok, bad])] == [True, False]
-
-
-def test_space_is_reckoned_for_the_fine_tunes_to_come(world: Path, tmp_path: Path) -> None:
-    from ramoe_megatron.recipe.load import load_recipe
-    from ramoe_megatron.recipe.manifest import Manifest
-    from ramoe_megatron.recipe.plan import make_plan
-
-    base = tmp_path / "base"
-    (base / "iter_0000003").mkdir(parents=True)
-    (base / "iter_0000003" / "weights").write_bytes(bytes(1000))
-    (base / "latest_checkpointed_iteration.txt").write_text("3")
-    path = recipe(world, tmp_path, pretrain=None, checkpoint=str(base))
-    plan = make_plan(load_recipe(path), tmp_path / "run", tmp_path)
-    coming = doctor.coming_files(plan, Manifest(tmp_path / "run", "small"))
-    assert doctor.expected_bytes(plan, coming) == 4 * 1000
-    assert doctor.expected_bytes(plan, {stage.name: {} for stage in plan}) == 0
