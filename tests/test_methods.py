@@ -58,7 +58,7 @@ def test_the_published_settings_are_not_the_recipes(tmp_path: Path) -> None:
     assert "--ramoe-priors" not in xlr
     assert sara["--ramoe-layers"] == xlr["--ramoe-layers"] == ["0-1"]
     scheduled = {"coeff-unit": "lm-loss", "coeff-decay": "cosine", "coeff-warmup-iters": 3, "layer-weights": "divergence"}
-    scheduled |= {"missing-priors": "skip", "refresh-interval": 4}
+    scheduled |= {"target": "example", "missing-priors": "skip", "refresh-interval": 4}
     again = stages(tmp_path, "ra-moe", "sara", "xlr", alignment={**given, **scheduled})
     assert flags(again["finetune/ra-moe-seed1"])["--ramoe-coeff-unit"] == ["lm-loss"]
     assert flags(again["finetune/sara-seed1"]) == sara
@@ -188,6 +188,21 @@ def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
 )
 def test_what_has_no_meaning_is_refused(methods: list[Any], changes: dict[str, Any], told: str) -> None:
     assert told in refusal(*methods, **changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ({"preset": ["random-experts"], "alignment": {"divergence": "kl"}}, "--ramoe-random-experts with --ramoe-divergence kl"),
+        ({"preset": ["ra-moe"], "alignment": {"target": "profile", "missing-priors": "skip"}}, "--ramoe-missing-priors skip: only"),
+        ({"preset": ["ra-moe"], "alignment": {"refresh-interval": 2, "examples": "all"}}, "--ramoe-refresh-interval does not go with"),
+        ({"preset": ["ra-moe"], "alignment": {"select": "top-m=0"}}, "select: found 'top-m=0'"),
+    ],
+)
+def test_what_a_fine_tune_would_refuse_stops_the_plan(tmp_path: Path, method: dict[str, Any], told: str) -> None:
+    with pytest.raises(RamoeError) as error:
+        stages(tmp_path, {"name": "mine", **method})
+    assert f"method mine: {told}" in str(error.value)
 
 
 def test_the_table_of_methods_has_a_row_for_each() -> None:

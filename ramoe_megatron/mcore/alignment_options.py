@@ -7,7 +7,6 @@ from typing import Literal, Self, get_args, get_origin, get_type_hints
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.options import options_from_args
-from ramoe_megatron.method.experts import parse_rule
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,8 @@ class RoutingAlignmentConfig:
         if self.coeff_warmup_iters < 0:
             raise RamoeError(f"--ramoe-coeff-warmup-iters {self.coeff_warmup_iters}: expected a number of iterations, 0 or more")
         if self.select is not None:
+            from ramoe_megatron.method.experts import parse_rule  # torch, which a recipe is read without
+
             parse_rule(self.select)
         if self.coeff == 0:
             return

@@ -1,7 +1,12 @@
 """The stages of a recipe's methods: fine-tunes, searches of steering settings, evaluations."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
+from ramoe_megatron.mcore.selective_options import SelectiveOptions
 from ramoe_megatron.recipe.method_schema import Alignment, Method
 from ramoe_megatron.recipe.plan_anchors import labels_of
 from ramoe_megatron.recipe.plan_context import Files, PlanContext, weights_option
@@ -47,6 +52,7 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
         files |= {"usage": [plan.out / "usage.safetensors"]} if selection.reads_usage else {}
         files |= {"experts": [plan.experts_of(alignment)]} if selection.train == "task-experts" else {}
         options |= {"select": alignment.select} if selection.train == "task-experts" and alignment.select else {}
+    _refuse(method, options, files)
     return plan.job(
         f"finetune/{name}",
         "finetune",
@@ -58,6 +64,17 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
         plan.base,
         [plan.curves(name)],
     )
+
+
+def _refuse(method: Method, options: Mapping[str, FlagValue], files: Files) -> None:
+    """Raise RamoeError, before any stage runs, for what the fine-tune itself would refuse of its flags."""
+    given = {key.replace("-", "_"): value for key, value in {**options, **{key: str(group[0]) for key, group in files.items()}}.items()}
+    for flags in (RoutingAlignmentConfig, SelectiveOptions):
+        fields = {field.name for field in dataclasses.fields(flags)}
+        try:
+            flags(**{key: value for key, value in given.items() if key in fields and value is not None})  # type: ignore[arg-type]
+        except RamoeError as error:
+            raise RamoeError(f"method {method.name}: {error}") from error
 
 
 def searches(plan: PlanContext) -> list[Stage]:
