@@ -49,8 +49,8 @@ def test_every_method_has_a_meaning_in_one_recipe(tmp_path: Path) -> None:
 
 
 def test_the_published_settings_are_not_the_recipes(tmp_path: Path) -> None:
-    given = {"coeff": 50, "divergence": "mass", "tokens": "prompt", "layers": "0-1"}
-    found = stages(tmp_path, "sara", "xlr", alignment=given)
+    given = {"coeff": 50, "divergence": "mass", "target": "example", "tokens": "prompt", "layers": "0-1"}
+    found = stages(tmp_path, "ra-moe", "sara", "xlr", alignment=given)
     sara, xlr = flags(found["finetune/sara-seed1"]), flags(found["finetune/xlr-seed1"])
     assert (sara["--ramoe-coeff"], sara["--ramoe-divergence"], sara["--ramoe-tokens"]) == (["1.5"], ["js"], ["all"])
     assert (sara["--ramoe-examples"], sara["--ramoe-missing-priors"]) == (["ci+cc"], ["skip"])
@@ -58,7 +58,7 @@ def test_the_published_settings_are_not_the_recipes(tmp_path: Path) -> None:
     assert "--ramoe-priors" not in xlr
     assert sara["--ramoe-layers"] == xlr["--ramoe-layers"] == ["0-1"]
     scheduled = {"coeff-unit": "lm-loss", "coeff-decay": "cosine", "coeff-warmup-iters": 3, "layer-weights": "divergence"}
-    scheduled |= {"target": "example", "missing-priors": "skip", "refresh-interval": 4}
+    scheduled |= {"missing-priors": "skip", "refresh-interval": 4}
     again = stages(tmp_path, "ra-moe", "sara", "xlr", alignment={**given, **scheduled})
     assert flags(again["finetune/ra-moe-seed1"])["--ramoe-coeff-unit"] == ["lm-loss"]
     assert flags(again["finetune/sara-seed1"]) == sara
