@@ -225,7 +225,11 @@ def test_markdown_has_every_section_and_shows_no_hole(tmp_path: Path, full: bool
 
 def test_page_and_json_are_written_and_shown(tmp_path: Path) -> None:
     outcomes = {**rising(), **{("reversed", seed): {} for seed in SEEDS}}
-    page = write_comparison([write_run(tmp_path / "one", outcomes, tasks=(HOSTILE, "b"))], tmp_path / "out").read_text()
+    run = write_run(tmp_path / "one", outcomes, tasks=(HOSTILE, "b"))
+    assert "own report" not in write_comparison([run], tmp_path / "out").read_text()
+    (run / "report.html").write_text("")
+    page = write_comparison([run], tmp_path / "out").read_text()
+    assert re.findall(r'<a href="([^"#][^"]*)">([^<]*)</a>', page) == [("../one/report.html", "one")]
     assert not re.search(r"https?:|[\"'(=]\s*//|@import|<link|<script|url\(|<iframe|<object", page)
     assert page.count("data:image/png;base64,") == 3
     assert "&lt;script&gt;" in page

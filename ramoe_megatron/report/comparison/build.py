@@ -105,5 +105,11 @@ def write_comparison(folders: Sequence[Path], out: Path, **options: Any) -> Path
     save_document(out / "comparison.json", "ramoe-comparison", comparison)
     write_document(comparison, out / "experiment.md")
     page = out / "comparison.html"
-    atomic_write_text(page, render(comparison, plot_comparison(comparison, out / "comparison-plots")))
+    reports = {name: path.relative_to(out.resolve(), walk_up=True).as_posix() for name, path in _reports(folders).items()}
+    atomic_write_text(page, render(comparison, plot_comparison(comparison, out / "comparison-plots"), reports))
     return page
+
+
+def _reports(folders: Sequence[Path]) -> dict[str, Path]:
+    pages = [Path(folder).resolve() / "report.html" for folder in folders]
+    return {page.parent.name: page for page in pages if page.is_file()}

@@ -12,8 +12,8 @@ from ramoe_megatron.report.html import embedded, fill
 from ramoe_megatron.report.tables import label
 
 
-def render(comparison: Comparison, plots: Mapping[str, Path]) -> str:
-    """The page as text, figures embedded."""
+def render(comparison: Comparison, plots: Mapping[str, Path], reports: Mapping[str, str]) -> str:
+    """The page as text, figures embedded. `reports`: base model -> where its own report lies, from the page."""
     shown = sections(comparison)
     names = {"main": label(comparison["main"]), "reference": label(comparison["reference"])}
     return fill(
@@ -25,4 +25,5 @@ def render(comparison: Comparison, plots: Mapping[str, Path]) -> str:
         figures={name: {"caption": CAPTIONS[name].format(**names), **embedded(path)} for name, path in plots.items()},
         limits=[limit.format(**names) for limit in LIMITS],
         command=comparison["command"],
+        reports=reports,
     )
