@@ -33,9 +33,11 @@ if __name__ != "__mp_main__":  # Megatron's checkpoint writer starts a process t
     from safetensors.torch import save_file
 
 IMPORTED = (  # by most rows
+    "megatron.core.datasets.helpers_cpp",
     "megatron.core.models.mimo",
-    "megatron.core.tokenizers.text",
+    "megatron.core.tokenizers.text.models",
     "megatron.training.checkpointing",
+    "ramoe_megatron.jobs.finetune",
     "ramoe_megatron.mcore.offline",
     "ramoe_megatron.mcore.training",
 )
@@ -43,11 +45,15 @@ IMPORTED = (  # by most rows
 
 def main() -> None:
     table, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    from ramoe_megatron.mcore.arguments import known_flags
+    from ramoe_megatron.mcore.compat import remember_docstrings
     from ramoe_megatron.mcore.cpu import cpu_backend
 
     with cpu_backend():
         for module in IMPORTED:
             importlib.import_module(module)
+        remember_docstrings()
+        known_flags()  # reads them, before there are forks
         for row in table:
             run_in_fork(row, out)
 

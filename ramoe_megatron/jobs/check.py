@@ -21,6 +21,7 @@ from ramoe_megatron.jobs.predict import PredictOptions
 from ramoe_megatron.jobs.profile import ProfileOptions
 from ramoe_megatron.jobs.steer import SteerOptions
 from ramoe_megatron.jobs.steering import SteeringOptions
+from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.arguments import DataOptions, arguments_with, known_flags
 from ramoe_megatron.mcore.cpu import cpu_backend
@@ -43,6 +44,7 @@ def main() -> None:
     """Check the command lines on stdin."""
     lines = [Line(**entry) for entry in json.load(sys.stdin)]
     with cpu_backend() as on_cpu:
+        compat.remember_docstrings()
         read: dict[str, Any] = {}
         found = {line.name: [asdict(f) for f in check(line, on_cpu, read)] for line in lines}
         flags = sorted(known_flags())

@@ -33,6 +33,24 @@ def printable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def remember_docstrings() -> None:
+    """0.19 makes its parser from the source of its dataclasses, read anew for every parsing: most of what trying a command line takes.
+    Remember what was read, in processes that parse many.
+
+    Remove when `ArgumentGroupFactory` does.
+    """
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    read, known = ArgumentGroupFactory._get_field_docstrings, dict[type, dict[str, str]]()
+
+    def field_docstrings(factory: ArgumentGroupFactory, config: type) -> dict[str, str]:
+        if config not in known:
+            known[config] = read(factory, config)
+        return dict(known[config])
+
+    ArgumentGroupFactory._get_field_docstrings = field_docstrings
+
+
 def model_config_from_args(args: Any) -> Any:
     """Megatron 0.19's model configuration (`GPTModelConfig`, or `HybridModelConfig` under `--hybrid-layer-pattern`).
 
