@@ -113,3 +113,20 @@ def test_weights_are_numbers_and_patterns_may_hold_an_equals_sign() -> None:
     assert DataOptions(weights=["a=b/*=2"]).weight_mapping() == {"a=b/*": 2.0}
     with pytest.raises(RamoeError, match=r"--ramoe-weights.*PATTERN=NUMBER"):
         DataOptions(weights=["*/en=half"]).weight_mapping()
+
+
+def test_remembered_docstrings_make_the_same_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.arguments import add_megatron_arguments
+
+    from ramoe_megatron.mcore import compat
+
+    def helps() -> dict[str, str | None]:
+        parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+        return {action.dest: action.help for action in parser._actions}
+
+    read = helps()
+    monkeypatch.setattr(ArgumentGroupFactory, "_get_field_docstrings", ArgumentGroupFactory._get_field_docstrings)  # put back afterwards
+    compat.remember_docstrings()
+    assert helps() == read
+    assert helps() == read
