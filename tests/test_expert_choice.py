@@ -1,5 +1,6 @@
 """Laws of choosing task experts anew from an expert file, and of the files of further token choices."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from ramoe_megatron.method.experts import parse_rule, task_experts
 from ramoe_megatron.recipe.load import validate
 from ramoe_megatron.recipe.plan import make_plan
 from ramoe_megatron.recipe.stage import Stage
+from ramoe_megatron.report.comparison.ablation import training_flags
 
 SHAPE = ModelShape(num_moe_layers=3, num_experts=6, topk=2, score_function="softmax", hidden_size=8)
 RECIPE: dict[str, Any] = {
     "name": "small", "model": {"num-layers": 3, "num-experts": 6}, "data": {"world": {}}, "pretrain": {"train-iters": 8, "lr": 1e-2},
     "train": {"train-iters": 4, "micro-batch-size": 2, "global-batch-size": 8, "lr": 1e-3}, "alignment": {"coeff": 10},
 }  # fmt: skip
-LAST = {"name": "last", "preset": ["ra-moe"], "alignment": {"expert-tokens": "last", "select": "top-m=2"}}
+LAST = {"name": "last", "preset": ["ra-moe"], "alignment": {"select-tokens": "last", "select": "top-m=2"}}
 RULES = st.one_of(st.integers(-9, 9).map(lambda n: f"tau={n / 10:g}"), st.integers(1, 6).map(lambda m: f"top-m={m}"))
 
 
@@ -73,8 +75,11 @@ def test_flags_that_choose_experts_are_read_before_anything_runs() -> None:
     assert RoutingAlignmentConfig(**on, select="top-m=2").select == "top-m=2"
     with pytest.raises(RamoeError, match="select: found 'top-2'"):
         RoutingAlignmentConfig(select="top-2")
-    with pytest.raises(RamoeError, match="--ramoe-select with --ramoe-divergence kl"):
-        RoutingAlignmentConfig(**on, select="top-m=2", divergence="kl")
+    without = RoutingAlignmentConfig(**on, select="top-m=2", divergence="kl")
+    without.refuse_unread_rule("task-experts")  # which reads it
+    with pytest.raises(RamoeError, match="--ramoe-select top-m=2 with --ramoe-divergence kl"):
+        without.refuse_unread_rule("all")
+    dataclasses.replace(without, coeff=0.0).refuse_unread_rule("all")
     with pytest.raises(RamoeError, match="--ramoe-select-tokens all first"):
         ProfileOptions(select_tokens=["all", "first"])
 
@@ -88,6 +93,37 @@ def test_a_profile_writes_the_expert_files_that_methods_read(tmp_path: Path) -> 
     assert tmp_path / "experts.safetensors" not in stages["finetune/last-seed1"].inputs
     assert "--ramoe-select" in stages["finetune/last-seed1"].command
     assert stages["finetune/ra-moe-seed1"] == plain["finetune/ra-moe-seed1"]
+
+
+def test_training_the_task_experts_alone_takes_the_recipes_choice_of_them(tmp_path: Path) -> None:
+    """Also where nothing is aligned; a published loss that knows none keeps to its own settings."""
+    chosen = {"coeff": 10, "target": "example", "select": "top-m=2", "select-tokens": "last"}
+    alone = {"name": "alone", "preset": ["sft"], "selection": {"train": "task-experts"}}
+    free = {"name": "free", "preset": ["ra-moe"], "alignment": {"divergence": "kl", "select": None}}
+    stages = plan(tmp_path, "sft", alone, "sara", "xlr", free, alignment=chosen)
+    words = stages["finetune/alone-seed1"].command
+    assert words[words.index("--ramoe-select") + 1] == "top-m=2"
+    assert tmp_path / "experts-last.safetensors" in stages["finetune/alone-seed1"].inputs
+    for name in ("sft", "sara", "xlr", "free"):
+        assert "--ramoe-select" not in stages[f"finetune/{name}-seed1"].command
+    for name in ("sara", "xlr"):
+        assert tmp_path / "experts.safetensors" in stages[f"finetune/{name}-seed1"].inputs
+    with pytest.raises(RamoeError, match=r"method alone asks for experts of the tokens 'last'.*profile\.experts"):
+        plan(tmp_path, "sft", alone, alignment=chosen, profile={"experts": "other.safetensors"})
+
+
+def test_a_null_that_is_given_is_written_back() -> None:
+    free = {"name": "free", "preset": ["ra-moe"], "alignment": {"divergence": "kl", "select": None}}
+    recipe = validate({**RECIPE, "alignment": {"coeff": 10, "select": "top-m=2"}, "methods": ["sft", free]}, "r")
+    again = validate(recipe.model_dump(by_alias=True, exclude_none=True), "r")
+    assert again.alignment_of(again.method("free")).select is None
+    assert again == recipe
+
+
+def test_what_a_comparison_sets_beside_trains_the_same_experts() -> None:
+    trained = {"lr": "1", "ramoe-train": "task-experts", "ramoe-select": "top-m=2", "ramoe-experts": "e", "ramoe-coeff": "1"}
+    assert training_flags(trained).keys() == {"lr", "ramoe-train", "ramoe-select", "ramoe-experts"}
+    assert training_flags(trained | {"ramoe-train": "routers"}).keys() == {"lr", "ramoe-train"}
 
 
 def test_experts_of_another_run_have_the_tokens_of_their_own(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from ramoe_megatron.mcore.alignment import fitting_experts, layer_weights
 from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.checkpoint import starting_checkpoint
+from ramoe_megatron.mcore.labels import refuse_other_anchor
 from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.mcore.refusals import refuse_unsupported
 from ramoe_megatron.mcore.selection import selection_from_args
@@ -85,6 +86,7 @@ def _alignment(trying: Trial, alignment: RoutingAlignmentConfig) -> str:
 
 def _zone(trying: Trial, alignment: RoutingAlignmentConfig) -> str:
     experts, layers = fitting_experts(alignment, trying.config, moe_layers(trying))
+    refuse_other_anchor(alignment, experts, options_from_args(DataOptions, trying.args).anchor)
     layer_weights(alignment, layers, moe_layers(trying))
     return f"{len(experts.tasks)} tasks; aligned MoE layers {span(layers)} of {experts.shape.num_moe_layers}"
 

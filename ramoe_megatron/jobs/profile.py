@@ -166,8 +166,8 @@ def _profile(args: Any, data: DataOptions, options: OfflineOptions, own: Profile
 
         write_on_rank_0(model, write)
         if is_rank_0():
-            empty = [told for experts in files.values() for told in describe_empty(experts.expert_mask, passes.tasks, rule)]
-            print(f"ramoe: zone: {zone}", *dict.fromkeys(empty), sep="\nramoe: ", flush=True)
+            empty = [f"{name}: {told}" for name, file in files.items() for told in describe_empty(file.expert_mask, passes.tasks, rule)]
+            print(f"ramoe: zone: {zone}", *empty, sep="\nramoe: ", flush=True)
 
 
 def _priors_alone(args: Any, data: DataOptions, options: OfflineOptions, own: ProfileOptions) -> None:

@@ -103,13 +103,14 @@ def fitting_experts(config: RoutingAlignmentConfig, model_config: Any, num_moe_l
     """
     assert config.experts is not None  # the configuration refuses a coefficient without it
     with _naming("--ramoe-experts"):
-        experts = ExpertFile.load(config.experts).chosen_by(config.select)
+        experts = ExpertFile.load(config.experts)
         experts.check_model(
             num_moe_layers=num_moe_layers,
             num_experts=model_config.num_moe_experts,
             topk=model_config.moe_router_topk,
             score_function=model_config.moe_router_score_function,
         )
+    experts = experts.chosen_by(config.select)
     layers = resolve_layers(config, experts)
     if config.random_experts is not None:
         experts = dataclasses.replace(experts, expert_mask=random_experts(experts.expert_mask, config.random_experts))

@@ -138,11 +138,10 @@ class RoutingAlignmentConfig:
             raise RamoeError("--ramoe-shuffle-targets permutes the targets of examples: it needs --ramoe-target example")
         if self.missing_priors == "skip" and self.target != "example":
             raise RamoeError("--ramoe-missing-priors skip: only --ramoe-target example reads priors; remove one of the two")
-        for flag, value in (("random-experts", self.random_experts), ("select", self.select)):
-            if value is not None and self.divergence not in ("lumped-kl", "mass"):
-                raise RamoeError(
-                    f"--ramoe-{flag} with --ramoe-divergence {self.divergence}, which knows no task experts: use lumped-kl or mass"
-                )
+        if self.random_experts is not None and self.divergence not in ("lumped-kl", "mass"):
+            raise RamoeError(
+                f"--ramoe-random-experts with --ramoe-divergence {self.divergence}, which knows no task experts: use lumped-kl or mass"
+            )
         if self.reverse and self.target != "paired":
             raise RamoeError("--ramoe-reverse aligns English views, which only --ramoe-target paired runs: give that too")
         if self.refresh_interval is not None:
@@ -167,3 +166,10 @@ class RoutingAlignmentConfig:
     def from_args(cls, args: argparse.Namespace) -> Self:
         """The configuration that the parsed flags give."""
         return options_from_args(cls, args)
+
+    def refuse_unread_rule(self, train: str) -> None:
+        """Raise RamoeError for `select` where neither the divergence nor `--ramoe-train`, which is `train`, knows task experts."""
+        if self.coeff and self.select is not None and self.divergence not in ("lumped-kl", "mass") and train != "task-experts":
+            raise RamoeError(
+                f"--ramoe-select {self.select} with --ramoe-divergence {self.divergence}, which knows no task experts: remove one of them"
+            )

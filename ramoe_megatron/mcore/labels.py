@@ -45,8 +45,8 @@ class ExampleLabels:
         self.aligned = aligned_examples(examples, self.category, config, anchor)
         self._refuse_unknown_tasks(examples, experts)
         self.may_align = np.array([example.language != anchor for example in examples], dtype=bool) & (self.task >= 0)
+        refuse_other_anchor(config, experts, anchor)
         if config.target == "profile":
-            self._refuse_other_anchor(experts, anchor)
             has_pattern = experts.english_pattern[config.tokens].any(dim=-1).any(dim=-1).numpy()
             self.may_align &= has_pattern[self.task.clip(min=0)]
         self.priors = self._load_priors(examples, experts) if config.target == "example" else None
@@ -80,13 +80,6 @@ class ExampleLabels:
             for task in sorted({e.task for e, on in zip(examples, self.aligned, strict=True) if on}):
                 experts.profile_target(task, self.config.tokens)  # raises where there is no pattern to align to
 
-    def _refuse_other_anchor(self, experts: ExpertFile, anchor: str) -> None:
-        if experts.anchor not in (anchor, None):  # files of old versions do not say theirs
-            raise RamoeError(
-                f"--ramoe-experts {self.config.experts}: its patterns, the target of --ramoe-target profile, are of the anchor "
-                f"{experts.anchor!r}, but --ramoe-anchor is {anchor!r}. Run `ramoe profile` with that anchor, or change the flag"
-            )
-
     def _load_priors(self, examples: Sequence[Example], experts: ExpertFile) -> Priors:
         assert self.config.priors is not None
         priors = Priors.load(self.config.priors)
@@ -109,6 +102,15 @@ class ExampleLabels:
                 f"{', '.join(missing[:5])}; run `ramoe profile --ramoe-save-priors` on the data that is trained on"
             )
         return priors
+
+
+def refuse_other_anchor(config: RoutingAlignmentConfig, experts: ExpertFile, anchor: str) -> None:
+    """Raise RamoeError for patterns of another anchor, where they are the target."""
+    if config.target == "profile" and experts.anchor not in (anchor, None):  # files of old versions do not say theirs
+        raise RamoeError(
+            f"--ramoe-experts {config.experts}: its patterns, the target of --ramoe-target profile, are of the anchor {experts.anchor!r}, "
+            f"but --ramoe-anchor is {anchor!r}. Run `ramoe profile` with that anchor, or change the flag"
+        )
 
 
 class AlignedDataset(torch.utils.data.Dataset):

@@ -72,8 +72,9 @@ def select(
     if kind == "task-experts":
         if alignment.experts is None:
             raise RamoeError("--ramoe-train task-experts without --ramoe-experts: which they are stands in experts.safetensors")
-        experts = ExpertFile.load(alignment.experts).chosen_by(alignment.select)
+        experts = ExpertFile.load(alignment.experts)
         experts.check_model(*shape)
+        experts = experts.chosen_by(alignment.select)
         return _not_empty(Selection(kind, False, experts.expert_mask.any(0), f"of the tasks {', '.join(experts.tasks)}"))
     assert options.usage is not None  # the options refuse that
     usage = UsageFile.load(options.usage)
@@ -99,8 +100,8 @@ def select(
 def _not_empty(selection: Selection) -> Selection:
     if not selection.experts_LE.any():
         raise RamoeError(
-            f"--ramoe-train {selection.kind}: no expert is chosen, so nothing would be trained; profile with a lower tau or with "
-            "--ramoe-select top-m=M, or choose otherwise"
+            f"--ramoe-train {selection.kind}: no expert is chosen, so nothing would be trained; give a lower tau or top-m=M "
+            "(--ramoe-select), or choose otherwise"
         )
     return selection
 

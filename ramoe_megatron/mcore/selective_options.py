@@ -14,9 +14,9 @@ class SelectiveOptions:
     """Selective training: which weights may change (all others stay bit-for-bit, and take no gradient and no optimizer memory)."""
 
     train: Literal["all", "routers", "task-experts", "rise", "esft-gate", "esft-token"] = "all"
-    """Weights that are trained: all, routers, task-experts (of any task in --ramoe-experts, in all layers), rise (arXiv 2604.03592),
-    esft-gate or esft-token (arXiv 2407.01906, by gate weight or by token share). The last three choose by the languages of the
-    training data (rise: the anchor left out)."""
+    """Weights that are trained: all, routers, task-experts (of any task in --ramoe-experts, by --ramoe-select where given, in all layers),
+    rise (arXiv 2604.03592), esft-gate or esft-token (arXiv 2407.01906, by gate weight or by token share). The last three choose by the
+    languages of the training data (rise: the anchor left out)."""
 
     usage: str | None = None
     """usage.safetensors of the profile job (--ramoe-save-usage): how much each language uses each expert."""

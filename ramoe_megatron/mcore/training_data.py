@@ -49,6 +49,7 @@ def check_labels(args: Any, examples: list[Example]) -> None:
     alignment, anchor = RoutingAlignmentConfig.from_args(args), options_from_args(DataOptions, args).anchor
     if alignment.coeff == 0:
         return
+    alignment.refuse_unread_rule(getattr(args, "ramoe_train", "all"))  # a script of one's own may have no such flag
     _refuse_taxonomy(alignment, anchor)
     ExampleLabels(examples, alignment, anchor)
 

@@ -29,7 +29,7 @@ class MethodEntry:
 
 PLAIN: dict[str, Any] = {
     "coeff-unit": "absolute", "coeff-decay": "constant", "coeff-warmup-iters": 0, "layer-weights": "equal", "refresh-interval": None,
-    "anchors": [],
+    "anchors": [], "select": None, "select-tokens": "all",
 }  # fmt: skip
 """What no paper has: a published coefficient would change its meaning under a recipe's own schedule."""
 ALL = "all weights"

@@ -28,7 +28,7 @@ class Alignment(Section):
     coeff: NonNegativeFloat = 0.0
     select: Annotated[str, Field(pattern=RULE)] | None = None
     """Task experts anew by this rule, tau=NUMBER or top-m=COUNT; the profile's own when left out."""
-    expert_tokens: Literal["all", "prompt", "response", "last"] = "all"
+    select_tokens: Literal["all", "prompt", "response", "last"] = "all"
     """Tokens of the task data whose counts choose the task experts; all is the paper's, the others are our own."""
     divergence: Literal["lumped-kl", "mass", "kl", "js"] = "lumped-kl"
     target: Literal["profile", "example", "paired"] = "profile"
@@ -194,7 +194,8 @@ class Method(Section):
     def alignment_of(self, given: Alignment) -> Alignment:
         """The recipe's alignment with the changes of the presets, and then the method's own."""
         if not self.aligns:
-            return Alignment()
+            trained = self.selection_of(Selection()).train == "task-experts"  # which experts these are, the alignment's section says
+            return Alignment.model_validate(given.model_dump(by_alias=True, include={"select", "select_tokens"} if trained else set()))
         changed = _changed(given, merged(self.presets, "alignment") or {}, self.alignment)
         if changed.layers == "outside":
             return changed.model_copy(update={"layers": f"outside:{given.layers}"})
@@ -211,10 +212,8 @@ class Method(Section):
     def _what_was_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the defaults of its sections: read again, they would pass for changes."""
         written = handler(self)
-        for key in ("alignment", "selection", "steering"):
-            section = getattr(self, key)
-            given = section.model_dump(by_alias=True, exclude_unset=True)
-            written[key] = {name: value for name, value in written[key].items() if name in given}
+        for key in ("alignment", "selection", "steering"):  # a null that is given takes the recipe's value back
+            written[key] = getattr(self, key).model_dump(by_alias=True, exclude_unset=True)
         return {key: value for key, value in written.items() if value not in ({}, None)}
 
     def steering_of(self, given: Steering) -> Steering:

@@ -16,14 +16,19 @@ from ramoe_megatron.recipe.sources import data_stage
 from ramoe_megatron.recipe.stage import JOBS, Stage
 
 
-def make_plan(recipe: Recipe, out: Path, recipe_folder: Path) -> list[Stage]:
-    """The recipe's stages in order. Raises RamoeError when a file, folder or checkpoint that it names is absent."""
+def make_plan(recipe: Recipe, out: Path, recipe_folder: Path, checked: bool = True) -> list[Stage]:
+    """The recipe's stages in order.
+
+    Raises:
+        RamoeError: a file, folder or checkpoint that the recipe names is absent; or, when `checked`, a fine-tune would refuse its flags
+            (the doctor tells that itself, beside everything else).
+    """
     plan = PlanContext(recipe, out.resolve(), recipe_folder)
     generated = [data_stage(recipe, plan.out, recipe_folder)] if recipe.data.files is None else []
     pretraining = [pretrain_stage(plan)] if recipe.pretrain is not None else []
     profiling = [taxonomy_stage(plan), profile_stage(plan), *anchors_stages(plan)]
     offline = [*profiling, evaluate_stage(plan, "base", None, plan.base), predict_stage(plan)]
-    tunings = [finetune_stage(plan, method, seed) for method, seed in fine_tunings(plan)]
+    tunings = [finetune_stage(plan, method, seed, checked) for method, seed in fine_tunings(plan)]
     evaluations = [evaluate_stage(plan, *run) for run in evaluated(plan)]
     return [*generated, *pretraining, *offline, *tunings, *searches(plan), *evaluations, _results(plan), _report(plan)]
 

@@ -65,7 +65,7 @@ class PlanContext:
 
     def experts_of(self, alignment: Alignment) -> Path:
         """The expert file that a method aligns by."""
-        return self.experts if alignment.expert_tokens == "all" else self.expert_files[alignment.expert_tokens]
+        return self.experts if alignment.select_tokens == "all" else self.expert_files[alignment.select_tokens]
 
     def checkpoint(self, name: str) -> Path:
         return self.out / "checkpoints" / name
@@ -155,7 +155,7 @@ def _priors(recipe: Recipe, out: Path) -> dict[str, Path]:
 def _expert_files(recipe: Recipe, out: Path) -> dict[str, Path]:
     """By token choice, the expert file of that choice: of all tokens, and those that the methods need."""
     reading = [m for m in recipe.methods if m.aligns or recipe.selection_of(m).train == "task-experts"]
-    needed = [recipe.alignment_of(method).expert_tokens for method in reading]
+    needed = [recipe.alignment_of(method).select_tokens for method in reading]
     return {choice: out / name for choice, name in files_by_tokens("experts", list(dict.fromkeys(["all", *needed]))).items()}
 
 

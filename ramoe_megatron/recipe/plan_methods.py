@@ -32,7 +32,8 @@ def evaluated(plan: PlanContext) -> list[tuple[str, int | None, Path, Method | N
     return found
 
 
-def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
+def finetune_stage(plan: PlanContext, method: Method, seed: int, checked: bool = True) -> Stage:
+    """Raises RamoeError, when `checked`, for flags that the fine-tune would refuse."""
     name, alignment = f"{method.name}-seed{seed}", plan.recipe.alignment_of(method)
     flags, places = plan.training(name, plan.recipe.train_of(method), seed)
     files: Files = {"data": plan.parallel}
@@ -52,7 +53,8 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
         files |= {"usage": [plan.out / "usage.safetensors"]} if selection.reads_usage else {}
         files |= {"experts": [plan.experts_of(alignment)]} if selection.train == "task-experts" else {}
         options |= {"select": alignment.select} if selection.train == "task-experts" and alignment.select else {}
-    _refuse(method, options, files)
+    if checked:
+        _refuse(method, options, files)
     return plan.job(
         f"finetune/{name}",
         "finetune",
@@ -68,13 +70,17 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
 
 def _refuse(method: Method, options: Mapping[str, FlagValue], files: Files) -> None:
     """Raise RamoeError, before any stage runs, for what the fine-tune itself would refuse of its flags."""
-    given = {key.replace("-", "_"): value for key, value in {**options, **{key: str(group[0]) for key, group in files.items()}}.items()}
-    for flags in (RoutingAlignmentConfig, SelectiveOptions):
-        fields = {field.name for field in dataclasses.fields(flags)}
-        try:
-            flags(**{key: value for key, value in given.items() if key in fields and value is not None})  # type: ignore[arg-type]
-        except RamoeError as error:
-            raise RamoeError(f"method {method.name}: {error}") from error
+    paths = {key: str(group[0]) for key, group in files.items() if group}
+    given = {key.replace("-", "_"): value for key, value in {**options, **paths}.items() if value is not None}
+
+    def of[Options](flags: type[Options]) -> Options:
+        fields = {field.name for field in dataclasses.fields(flags)}  # type: ignore[arg-type]
+        return flags(**{key: value for key, value in given.items() if key in fields})
+
+    try:
+        of(RoutingAlignmentConfig).refuse_unread_rule(of(SelectiveOptions).train)
+    except RamoeError as error:
+        raise RamoeError(f"method {method.name}: {error}") from error
 
 
 def searches(plan: PlanContext) -> list[Stage]:
@@ -137,4 +143,4 @@ def _alignment_options(alignment: Alignment, seed: int) -> dict[str, FlagValue]:
     controls: dict[str, FlagValue] = {"shuffle-targets": seed if alignment.shuffle_targets else None, "layer-weights": None}
     controls["random-experts"] = seed if alignment.random_experts else None
     unset = {"select"} if alignment.select is None else set()
-    return {**alignment.model_dump(by_alias=True, exclude={"anchors", "expert_tokens", *unset}), **controls}
+    return {**alignment.model_dump(by_alias=True, exclude={"anchors", "select_tokens", *unset}), **controls}

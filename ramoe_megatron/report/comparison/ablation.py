@@ -52,14 +52,18 @@ def _without_alignment(study: Study, run: RunInputs, method: str) -> str | None:
     """The method that trains the same weights by the same flags of Megatron and aligns nothing; None of one that aligns nothing itself."""
     stages = (run.manifest or {}).get("stages", {})
     found = {name: _stage_flags(stages, "finetune", name) for name in study.by_method}
-    training = {
-        name: {flag: value for flag, value in flags.items() if not flag.startswith("ramoe-") or flag.startswith("ramoe-train")}
-        for name, flags in found.items()
-        if flags is not None
-    }
+    training = {name: training_flags(flags) for name, flags in found.items() if flags is not None}
     if COEFF not in (found.get(method) or {}):
         return None
     return next((name for name, own in training.items() if own == training[method] and COEFF not in (found[name] or {})), None)
+
+
+def training_flags(flags: dict[str, str]) -> dict[str, str]:
+    """Megatron's flags, and those of ours that say which weights train."""
+    chosen = ("ramoe-experts", "ramoe-select") if flags.get("ramoe-train") == "task-experts" else ()
+    return {
+        flag: value for flag, value in flags.items() if not flag.startswith("ramoe-") or flag.startswith("ramoe-train") or flag in chosen
+    }
 
 
 def _settings(study: Study, run: RunInputs, method: str) -> list[str]:

@@ -105,11 +105,9 @@ def write_comparison(folders: Sequence[Path], out: Path, **options: Any) -> Path
     save_document(out / "comparison.json", "ramoe-comparison", comparison)
     write_document(comparison, out / "experiment.md")
     page = out / "comparison.html"
-    reports = {name: path.relative_to(out.resolve(), walk_up=True).as_posix() for name, path in _reports(folders).items()}
+    reports = {}
+    for base, folder in zip(comparison["bases"], folders, strict=True):
+        if (report := Path(folder).resolve() / "report.html").is_file():
+            reports[base["base"]] = report.relative_to(out.resolve(), walk_up=True).as_posix()
     atomic_write_text(page, render(comparison, plot_comparison(comparison, out / "comparison-plots"), reports))
     return page
-
-
-def _reports(folders: Sequence[Path]) -> dict[str, Path]:
-    pages = [Path(folder).resolve() / "report.html" for folder in folders]
-    return {page.parent.name: page for page in pages if page.is_file()}

@@ -76,7 +76,8 @@ def mass(c: Comparison) -> Table:
     uniform = {b["base"]: f"{b['uniform_mass']:.3f}" for b in c["bases"] if b["uniform_mass"] is not None}
     told = next(iter(uniform.values())) if len({*uniform.values()}) == 1 else ", ".join(f"{v} ({b})" for b, v in uniform.items())
     note = (
-        "At the last prompt token, mean over the zone (all MoE layers where there is none), tasks, target languages, base models and seeds."
+        "On the profile's own task experts, whatever a method aligns by, at the last prompt token; mean over the zone (all MoE layers "
+        "where there is none), tasks, target languages, base models and seeds."
         f"{f' Uniform routing would give {told}: the share of the experts that are task experts.' if told else ''}"
         f"{note_untrained(c, [row['method'] for row in c['mass'] if row['against'] is not None])}"
     )
