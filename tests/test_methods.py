@@ -11,6 +11,7 @@ from ramoe_megatron.cli import main
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.catalogue import METHODS
 from ramoe_megatron.recipe.load import validate
+from ramoe_megatron.recipe.plan import make_plan
 from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.stage import Stage
 
@@ -203,6 +204,7 @@ def test_what_a_fine_tune_would_refuse_stops_the_plan(tmp_path: Path, method: di
     with pytest.raises(RamoeError) as error:
         stages(tmp_path, {"name": "mine", **method})
     assert f"method mine: {told}" in str(error.value)
+    assert make_plan(recipe({"name": "mine", **method}), tmp_path, tmp_path, checked=False)  # the doctor tells the rest too
 
 
 def test_the_table_of_methods_has_a_row_for_each() -> None:
