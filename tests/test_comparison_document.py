@@ -63,6 +63,19 @@ def test_the_loss_to_the_base_model_is_told_with_its_interval(tmp_path: Path) ->
     assert wide in told(0, 2, 4)
 
 
+def test_base_models_that_fine_tuning_helps_and_harms_are_told(tmp_path: Path) -> None:
+    def told(*right: int) -> str:
+        runs = [{("sft", seed): {("a", "es"): n} for seed in SEEDS} for n in right]
+        names = [f"{'-'.join(map(str, right))}-{place}" for place in range(len(right))]
+        return " ".join(findings(compare([write_run(tmp_path / name, run) for name, run in zip(names, runs, strict=True)])))
+
+    for right in ((2, 6), (6, 2), (7, 3)):  # the base model has 4
+        assert "SFT helps one base model and harms another: " in told(*right)
+    assert "2-6-0 −5.0 points; 2-6-1 +5.0 points. Read the rows" in told(2, 6)
+    for right in ((6, 7), (2, 3), (4, 2)):
+        assert "harms another" not in told(*right)
+
+
 def test_control_that_is_not_told_apart_did_not_thereby_do_as_well(tmp_path: Path) -> None:
     outcomes = {**rising(), **{("reversed", seed): {("a", "es"): 4 + 2 * (seed % 3)} for seed in SEEDS}}
     told = " ".join(findings(compare([write_run(tmp_path / "one", outcomes)])))

@@ -90,8 +90,11 @@ def _differing(rows: Sequence[Mapping[str, Any]]) -> str:
 def _base(c: Comparison, rows: Mapping[str, Any]) -> list[str]:
     """Where fine-tuning itself harms, a lead over the reference may be nothing but restraint: that has to be said."""
     base, found = rows.get("base"), (rows.get(c["reference"]) or {}).get("from_base")
-    if base is None or found is None or found["change"] >= 0:
+    if base is None or found is None:
         return []
+    apart = _apart(c, found["by_base"])
+    if found["change"] >= 0:
+        return apart
     turned = {"change": found["change"], "low": found["high"], "high": found["low"]}
     below = {name: None if value is None else -value for name, value in turned.items()}
     where = direction(found)
@@ -104,8 +107,17 @@ def _base(c: Comparison, rows: Mapping[str, Any]) -> list[str]:
         f"{label(c['reference'])} stands {interval(below, 'change', 'low', 'high')} points below the model before fine-tuning "
         f"({number(100 * base['accuracy'], '.1f')} %){doubt}: {forgets} more than it learns here, so a method may lead it by changing "
         f"less. {len(above)} of {count(len(others), 'method')} {'stands' if len(above) == 1 else 'stand'} above that "
-        f"model{named and ': ' + named}."
+        f"model{named and ': ' + named}.",
+        *apart,
     ]
+
+
+def _apart(c: Comparison, bases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Base models that fine-tuning helps and others that it harms are two cases, of which a mean shows neither."""
+    if len({row["change"] > 0 for row in bases if row["change"]}) < 2:
+        return []
+    each = "; ".join(f"{row['base']} {points(row)}" for row in bases)
+    return [f"{label(c['reference'])} helps one base model and harms another: {each}. Read the rows of each base model before any mean."]
 
 
 def claim(row: Mapping[str, Any]) -> str:
