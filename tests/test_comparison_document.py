@@ -232,6 +232,7 @@ def test_markdown_has_every_section_and_shows_no_hole(tmp_path: Path, full: bool
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         columns = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(columns) == 1, block
+    assert re.search(r"^\| one \| study \| .* \| 40\.0 / \d+\.\d \|", text, flags=re.MULTILINE)
     if full:
         assert re.search(r"^\| steering-soft \| 2 on 2 \|", text, flags=re.MULTILINE)
 

@@ -1,7 +1,7 @@
 """Rows of comparison.json that come from evaluations: accuracy, paired differences, English, mass, claims."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ramoe_megatron.errors import RamoeError
@@ -37,6 +37,8 @@ def base_row(name: str, run: RunInputs) -> Row:
         "batch": train.get("global-batch-size"),
         "target_examples": sum(row["n"] for row in base.rows if row["language"] != run.anchor),
         "anchor_examples": sum(row["n"] for row in base.rows if row["language"] == run.anchor),
+        "target_accuracy": _share_right(row for row in base.rows if row["language"] != run.anchor),
+        "anchor_accuracy": _share_right(row for row in base.rows if row["language"] == run.anchor),
         "ci_share": sum(ci for ci, _ in counts) / sum(n for _, n in counts) if counts else None,
         "layers": shape.num_moe_layers if shape else None,
         "experts": shape.num_experts if shape else None,
@@ -46,6 +48,11 @@ def base_row(name: str, run: RunInputs) -> Row:
         "hours": hours(run),
         "package_version": (run.manifest or {}).get("package_version"),
     }
+
+
+def _share_right(rows: Iterable[Row]) -> float | None:
+    counts = [(row["correct"], row["n"]) for row in rows]
+    return sum(right for right, _ in counts) / sum(n for _, n in counts) if counts else None
 
 
 def zone_of(run: RunInputs) -> tuple[int, int] | None:

@@ -41,15 +41,16 @@ def _bases(c: Comparison) -> Table:
         model = NONE if b["layers"] is None else f"{b['layers']} MoE layers of {b['experts']} experts, top-{b['topk']}"
         zone = NONE if b["zone"] is None else f"{b['zone'][0]} to {b['zone'][1]}"
         seeds = ", ".join(map(str, b["seeds"])) or NONE
-        told = (b["base"], b["recipe"], model, zone, seeds, b["steps"], b["batch"], b["target_examples"], b["anchor_examples"])
+        before = " / ".join(NONE if right is None else f"{100 * right:.1f}" for right in (b["target_accuracy"], b["anchor_accuracy"]))
+        told = (b["base"], b["recipe"], model, before, zone, seeds, b["steps"], b["batch"], b["target_examples"], b["anchor_examples"])
         hours = None if b["hours"] is None else f"{b['hours']:.2f}"
         rows.append([text(value) for value in (*told, hours, b["package_version"])])
-    columns = ("base model", "recipe", "model", "zone", "seeds", "steps", "batch", "target examples", "anchor examples", "hours", "package")
+    columns = ("base model", "recipe", "model", "right before, %", "zone", "seeds", "steps", "batch", "target examples", "anchor examples")
     note = (
-        "Zone: the aligned MoE layers, from 0. Examples: evaluated rows, each in one language. Hours: those in which a stage of the run "
-        "was at work, from the data to the last evaluation."
+        "Right before: in the target languages / the anchor. Zone: the aligned MoE layers, from 0. Examples: evaluated rows, each in one "
+        "language. Hours: those in which a stage of the run was at work, from the data to the last evaluation."
     )
-    return Table(columns, rows, note, 4)
+    return Table((*columns, "hours", "package"), rows, note, 5)
 
 
 def _headline(c: Comparison) -> Table:
@@ -93,15 +94,16 @@ def _by_base(c: Comparison) -> Table:
     names = [base["base"] for base in c["bases"]]
     rows = []
     for row in c["headline"]:
-        if row["against"] is not None:
-            own = {base["base"]: base for base in row["against"]["by_base"]}
-            shown = [change(own.get(name)) for name in names]
-            rows.append([label(row["method"]), *(cell if cell == NONE else marked(row, cell) for cell in shown)])
+        against, before = ({b["base"]: b for b in (row[key] or {}).get("by_base", ())} for key in ("against", "from_base"))
+        if against or before:
+            beside = [change(against.get(name)) for name in names]
+            marks = [cell if cell == NONE else marked(row, cell) for cell in beside]
+            rows.append([label(row["method"]), *marks, *(change(before.get(name)) for name in names)])
     note = (
-        f"Change against {label(c['reference'])} in target languages, points, Student's interval over its seeds."
-        f"{note_untrained(c, by_method(c).keys() - {'base'})}"
+        f"Change in target languages, points, against {label(c['reference'])} and from the model before fine-tuning, Student's interval "
+        f"over the seeds of one base model.{note_untrained(c, by_method(c).keys() - {'base'})}"
     )
-    return Table(("method", *names), rows, note)
+    return Table(("method", *names, *(f"{name}, from base" for name in names)), rows, note)
 
 
 def _cells(c: Comparison) -> Table:
