@@ -25,7 +25,7 @@ JOBS = ("taxonomy", "profile", "evaluate", "steer")
 KILLS = 3
 OUTPUTS = {
     "taxonomy": {"taxonomy.jsonl", "taxonomy.json"},
-    "profile": {"experts.safetensors", "divergence.csv", "priors.safetensors", "usage.safetensors"},
+    "profile": {"experts.safetensors", "experts-last.safetensors", "divergence.csv", "priors.safetensors", "usage.safetensors"},
     "evaluate": {"base.json", "base.jsonl"},
     "steer": {"steering.json"},
 }
