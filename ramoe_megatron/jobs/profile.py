@@ -134,14 +134,15 @@ def _profile(args: Any, data: DataOptions, options: OfflineOptions, own: Profile
             zone = Zone(*given, own.layers, "given by --ramoe-layers")
         checkpoint = checkpoint_name(args.load)
         digests = data_digests([*data.data, *own.general])
+        general_frequency, pattern = passes.general_frequency.mean()[0].cpu(), passes.english_pattern()
 
         def expert_file(tokens: str) -> ExpertFile:
             frequency = passes.task_frequency[tokens]
-            task_frequency, general_frequency = frequency.mean().cpu(), passes.general_frequency.mean()[0].cpu()
+            task_frequency = frequency.mean().cpu()
             difference = delta(task_frequency, general_frequency)
             return ExpertFile(
                 tasks=tuple(passes.tasks), shape=shape, expert_mask=task_experts(difference, rule), delta=difference,
-                task_frequency=task_frequency, general_frequency=general_frequency, english_pattern=passes.english_pattern(),
+                task_frequency=task_frequency, general_frequency=general_frequency, english_pattern=pattern,
                 layer_number=torch.tensor(model.layer_numbers), rule=rule.as_dict(), zone=zone, checkpoint=checkpoint,
                 data=digests, anchor=data.anchor, select_tokens=tokens,
                 sequences={

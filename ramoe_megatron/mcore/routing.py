@@ -76,10 +76,11 @@ class _Listen:
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
         choices = [name for name in self.buffers if name in TOKEN_CHOICES]
+        chosen_SBE = routing_map.view_as(logits).float()
         for name in self.buffers:
             if name.startswith(COUNTED):
-                choice = name.removeprefix(COUNTED)
-                self._write(name, router.ramoe_layer, mean_over_tokens(router, routing_map.view_as(logits).float(), self.selection, choice))
+                frequency_BE = mean_over_tokens(router, chosen_SBE, self.selection, name.removeprefix(COUNTED))
+                self._write(name, router.ramoe_layer, frequency_BE)
         if "gate" in self.buffers:
             gate_BE = mean_over_tokens(router, probs.view_as(logits).float(), self.selection, "all")
             self._write("gate", router.ramoe_layer, gate_BE)

@@ -51,7 +51,7 @@ def _combine(name: str, files: Sequence[ExpertFile]) -> ExpertFile:
     if len(files) < 2:
         raise RamoeError(f"{name}: found {len(files)} expert file, expected two or more")
     for file in files[1:]:
-        _check_same_model(files[0], file)
+        _check_alike(files[0], file)
     anchor = _anchor(files)
     files = _distinct(files)
     tasks = _tasks(name, files)
@@ -103,7 +103,7 @@ def _combine(name: str, files: Sequence[ExpertFile]) -> ExpertFile:
     )
 
 
-def _check_same_model(first: ExpertFile, other: ExpertFile) -> None:
+def _check_alike(first: ExpertFile, other: ExpertFile) -> None:
     if first.select_tokens != other.select_tokens:
         raise RamoeError(
             f"{first.path} and {other.path}: frequencies over other tokens, {first.select_tokens!r} and {other.select_tokens!r}, have no "

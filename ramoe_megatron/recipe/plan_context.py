@@ -154,8 +154,7 @@ def _priors(recipe: Recipe, out: Path) -> dict[str, Path]:
 
 def _expert_files(recipe: Recipe, out: Path) -> dict[str, Path]:
     """By token choice, the expert file of that choice: of all tokens, and those that the methods need."""
-    reading = [m for m in recipe.methods if m.aligns or recipe.selection_of(m).train == "task-experts"]
-    needed = [recipe.alignment_of(method).select_tokens for method in reading]
+    needed = [recipe.alignment_of(method).select_tokens for method in recipe.methods]
     return {choice: out / name for choice, name in files_by_tokens("experts", list(dict.fromkeys(["all", *needed]))).items()}
 
 

@@ -52,7 +52,7 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int, checked: bool =
         options |= {names.get(key, key): value for key, value in selection.model_dump(by_alias=True).items()}
         files |= {"usage": [plan.out / "usage.safetensors"]} if selection.reads_usage else {}
         files |= {"experts": [plan.experts_of(alignment)]} if selection.train == "task-experts" else {}
-        options |= {"select": alignment.select} if selection.train == "task-experts" and alignment.select else {}
+    options |= {"select": alignment.select} if alignment.select else {}
     if checked:
         _refuse(method, options, files)
     return plan.job(
@@ -142,5 +142,4 @@ def _alignment_options(alignment: Alignment, seed: int) -> dict[str, FlagValue]:
     """The flags of an alignment; its controls draw by the seed of the run."""
     controls: dict[str, FlagValue] = {"shuffle-targets": seed if alignment.shuffle_targets else None, "layer-weights": None}
     controls["random-experts"] = seed if alignment.random_experts else None
-    unset = {"select"} if alignment.select is None else set()
-    return {**alignment.model_dump(by_alias=True, exclude={"anchors", "select_tokens", *unset}), **controls}
+    return {**alignment.model_dump(by_alias=True, exclude={"anchors", "select", "select_tokens"}), **controls}

@@ -129,7 +129,7 @@ class Recipe(Section):
             )
         if alignment.target == "example" and self.profile.save_priors is False:
             raise ValueError(f"{told} aligns to per-example targets, which are the priors: leave profile.save-priors out")
-        if alignment.select_tokens != "all" and self.profile.experts is not None and (method.aligns or selection.train == "task-experts"):
+        if alignment.select_tokens != "all" and self.profile.experts is not None:
             raise ValueError(
                 f"{told} asks for experts of the tokens {alignment.select_tokens!r}, which this run's profile finds, but "
                 "profile.experts gives another run's: leave out one of the two"

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ramoe_megatron.report.comparison.words import p_text
-from ramoe_megatron.report.tables import NONE, interval, number
+from ramoe_megatron.report.tables import NONE, interval, number, p_text
 
 Row = Mapping[str, Any]
 

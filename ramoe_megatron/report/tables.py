@@ -243,3 +243,8 @@ def summary_table(results: Mapping[str, Any]) -> Table:
             interval(english, "accuracy", "", "") + ("" if kept == NONE else f" ({kept})"),
         )
     return table
+
+
+def p_text(value: float | None) -> str:
+    """A p-value in a cell."""
+    return NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"

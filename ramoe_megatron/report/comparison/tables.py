@@ -35,10 +35,8 @@ def base_row(name: str, run: RunInputs) -> Row:
         "seeds": sorted({e.seed for e in run.evaluations if e.seed is not None}),
         "steps": train.get("train-iters"),
         "batch": train.get("global-batch-size"),
-        "target_examples": sum(row["n"] for row in base.rows if row["language"] != run.anchor),
-        "anchor_examples": sum(row["n"] for row in base.rows if row["language"] == run.anchor),
-        "target_accuracy": _share_right(row for row in base.rows if row["language"] != run.anchor),
-        "anchor_accuracy": _share_right(row for row in base.rows if row["language"] == run.anchor),
+        **_right("target", (row for row in base.rows if row["language"] != run.anchor)),
+        **_right("anchor", (row for row in base.rows if row["language"] == run.anchor)),
         "ci_share": sum(ci for ci, _ in counts) / sum(n for _, n in counts) if counts else None,
         "layers": shape.num_moe_layers if shape else None,
         "experts": shape.num_experts if shape else None,
@@ -50,9 +48,9 @@ def base_row(name: str, run: RunInputs) -> Row:
     }
 
 
-def _share_right(rows: Iterable[Row]) -> float | None:
-    counts = [(row["correct"], row["n"]) for row in rows]
-    return sum(right for right, _ in counts) / sum(n for _, n in counts) if counts else None
+def _right(what: str, rows: Iterable[Row]) -> Row:
+    right, n = (sum(counts) for counts in zip((0, 0), *((row["correct"], row["n"]) for row in rows), strict=True))
+    return {f"{what}_examples": n, f"{what}_accuracy": right / n if n else None}
 
 
 def zone_of(run: RunInputs) -> tuple[int, int] | None:

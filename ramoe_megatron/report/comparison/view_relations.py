@@ -2,9 +2,9 @@
 
 from collections.abc import Collection
 
-from ramoe_megatron.report.comparison.words import UNTRAINED, Comparison, marked, p_text, ratio
+from ramoe_megatron.report.comparison.words import UNTRAINED, Comparison, marked, ratio
 from ramoe_megatron.report.sections import Row, Table, mass_change, text
-from ramoe_megatron.report.tables import NONE, correlation_text, interval, label
+from ramoe_megatron.report.tables import NONE, correlation_text, interval, label, p_text
 
 
 def by_method(c: Comparison) -> dict[str, Row]:

@@ -35,10 +35,6 @@ def points(row: Mapping[str, Any] | None) -> str:
     return "no difference to tell" if row is None else f"{interval(row, 'change', 'low', 'high', signed=True)} points"
 
 
-def p_text(value: float | None) -> str:
-    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
 def is_(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
