@@ -43,7 +43,7 @@ class Passes:
 
     def ours(self) -> float:
         """Seconds with the frequencies and pooled distributions of every sequence."""
-        from ramoe_megatron.mcore.routing import sequence_routing
+        from ramoe_megatron.mcore.offline.routing import sequence_routing
 
         def profile() -> None:
             routing = sequence_routing(self.model, self.encoded)
@@ -87,12 +87,12 @@ def main() -> None:
     """Measure the shape that the command line names, and write OUT.json."""
     preset, name, folder, out, rounds = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5])
     shape = next(shape for shape in PRESETS[preset] if shape.name == name)
-    from ramoe_megatron.jobs.offline import offline_job
-    from ramoe_megatron.mcore.cpu import cuda_absent
+    from ramoe_megatron.jobs.offline_job import offline_job
+    from ramoe_megatron.mcore.cpu.backend import cuda_absent
 
     sys.argv = [sys.argv[0], *profiling_flags(shape, folder)]
     with offline_job() as (args, _, options):
-        from ramoe_megatron.mcore.offline import OfflineModel
+        from ramoe_megatron.mcore.offline.model import OfflineModel
 
         model = OfflineModel(args, options.batch_tokens)
         # The longer sequences show what is kept, and take four times as long: a third of the rounds.

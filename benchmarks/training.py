@@ -109,7 +109,7 @@ def main() -> None:
     """Measure the shape that the command line names, and write OUT.json."""
     preset, name, folder, out, rounds = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5])
     shape = next(shape for shape in PRESETS[preset] if shape.name == name)
-    from ramoe_megatron.mcore.cpu import cuda_absent
+    from ramoe_megatron.mcore.cpu.backend import cuda_absent
 
     sys.argv = [sys.argv[0], *training_flags(shape, folder, int(os.environ["WORLD_SIZE"]))]
     with megatron_arguments(add_arguments) as args:
@@ -143,8 +143,8 @@ def build_arms(args: Any, shape: Shape, folder: Path, rounds: int) -> dict[str, 
     """Stock, control, and an arm for each variant; all but stock share a model, whose weights are stock's."""
     from megatron.training.initialize import initialize_megatron, set_jit_fusion_options
 
-    from ramoe_megatron.mcore.alignment import attach
-    from ramoe_megatron.mcore.training import forward_step
+    from ramoe_megatron.mcore.align.attach import attach
+    from ramoe_megatron.mcore.train.step import forward_step
 
     initialize_megatron()
     set_jit_fusion_options(tp_size=1)
@@ -192,7 +192,7 @@ def samples(args: Any, rounds: int, alignment: RoutingAlignmentConfig | None = N
 
     from ramoe_megatron.data.dataset import SFTDataset
     from ramoe_megatron.data.parallel import load_examples
-    from ramoe_megatron.mcore.labels import AlignedDataset
+    from ramoe_megatron.mcore.align.labels import AlignedDataset
 
     steps = WARM_UP + rounds + 4  # the last ones are for memory
     dataset: Any = SFTDataset(
@@ -205,7 +205,7 @@ def samples(args: Any, rounds: int, alignment: RoutingAlignmentConfig | None = N
 
 def stock_forward_step(data_iterator: Iterator, model: Any) -> tuple[torch.Tensor, Callable]:
     """Our forward step without alignment."""
-    from ramoe_megatron.mcore.training import masked_loss, next_batch
+    from ramoe_megatron.mcore.train.step import masked_loss, next_batch
 
     batch = next_batch(data_iterator)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.shapes import Shape
+from ramoe_megatron.artifacts.tables import TOKENS, ExpertFile, ModelShape, Priors, write_taxonomy
 from ramoe_megatron.data.encode import Encoded, Tokenizer, encode
 from ramoe_megatron.data.parallel import Example, write_rows
 from ramoe_megatron.data.tokenizer import train_tokenizer
-from ramoe_megatron.method.artefacts import TOKENS, ExpertFile, ModelShape, Priors, write_taxonomy
 from ramoe_megatron.method.divergence import Zone
 from ramoe_megatron.method.taxonomy import TaxonomyRow
 

@@ -22,28 +22,28 @@ from typing import TYPE_CHECKING, Any
 from ramoe_megatron.errors import RamoeError
 
 if TYPE_CHECKING:
-    from ramoe_megatron.mcore.aligned_batch import routing_batch
-    from ramoe_megatron.mcore.alignment import attach
+    from ramoe_megatron.mcore.align.attach import attach
+    from ramoe_megatron.mcore.align.batch import routing_batch
     from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
     from ramoe_megatron.mcore.compat import skip_helper_compilation
-    from ramoe_megatron.mcore.cpu import cpu_backend, cpu_command_line
-    from ramoe_megatron.mcore.selective import train_selected
-    from ramoe_megatron.mcore.training import packed_seq_params, record_lm_loss
-    from ramoe_megatron.mcore.training_data import check_data, dataset_provider
+    from ramoe_megatron.mcore.cpu.backend import cpu_backend, cpu_command_line
+    from ramoe_megatron.mcore.select.freeze import train_selected
+    from ramoe_megatron.mcore.train.datasets import check_data, dataset_provider
+    from ramoe_megatron.mcore.train.step import packed_seq_params, record_lm_loss
 
 _HOMES = {
     "RoutingAlignmentConfig": "ramoe_megatron.mcore.arguments",
     "add_arguments": "ramoe_megatron.mcore.arguments",
-    "attach": "ramoe_megatron.mcore.alignment",
-    "cpu_backend": "ramoe_megatron.mcore.cpu",
-    "cpu_command_line": "ramoe_megatron.mcore.cpu",
-    "check_data": "ramoe_megatron.mcore.training_data",
-    "dataset_provider": "ramoe_megatron.mcore.training_data",
-    "packed_seq_params": "ramoe_megatron.mcore.training",
-    "record_lm_loss": "ramoe_megatron.mcore.training",
-    "routing_batch": "ramoe_megatron.mcore.aligned_batch",
+    "attach": "ramoe_megatron.mcore.align.attach",
+    "cpu_backend": "ramoe_megatron.mcore.cpu.backend",
+    "cpu_command_line": "ramoe_megatron.mcore.cpu.backend",
+    "check_data": "ramoe_megatron.mcore.train.datasets",
+    "dataset_provider": "ramoe_megatron.mcore.train.datasets",
+    "packed_seq_params": "ramoe_megatron.mcore.train.step",
+    "record_lm_loss": "ramoe_megatron.mcore.train.step",
+    "routing_batch": "ramoe_megatron.mcore.align.batch",
     "skip_helper_compilation": "ramoe_megatron.mcore.compat",
-    "train_selected": "ramoe_megatron.mcore.selective",
+    "train_selected": "ramoe_megatron.mcore.select.freeze",
 }
 
 __all__ = [

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.statistics import effective_size, false_discovery, fisher, holm, wilson
+from ramoe_megatron.statistics import effective_size, false_discovery, fisher, holm, wilson
 
 Z = 1.959963984540054
 

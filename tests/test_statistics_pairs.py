@@ -10,7 +10,7 @@ from scipy import stats
 from test_statistics import Z
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.statistics import (
+from ramoe_megatron.statistics import (
     clustered_difference,
     paired_proportions,
     pearson,

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from ramoe_megatron.artifacts.files import read_json
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.files import read_json
 
 
 def config_from_mapping[T](kind: type[T], values: Mapping[str, Any]) -> T:

@@ -13,21 +13,21 @@ from dataclasses import asdict
 from typing import Any
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.findings import ANSWER, Finding, Line, attempt
 from ramoe_megatron.jobs.check_common import Trial
 from ramoe_megatron.jobs.evaluate import EvaluateOptions
-from ramoe_megatron.jobs.offline import FORWARD_ONLY_FLAGS, OfflineOptions
+from ramoe_megatron.jobs.findings import ANSWER, Finding, Line, attempt
+from ramoe_megatron.jobs.offline_job import FORWARD_ONLY_FLAGS, OfflineOptions
 from ramoe_megatron.jobs.predict import PredictOptions
 from ramoe_megatron.jobs.profile import ProfileOptions
 from ramoe_megatron.jobs.steer import SteerOptions
-from ramoe_megatron.jobs.steering import SteeringOptions
+from ramoe_megatron.jobs.steering_options import SteeringOptions
 from ramoe_megatron.mcore import compat
-from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
+from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.arguments import DataOptions, arguments_with, known_flags
-from ramoe_megatron.mcore.cpu import cpu_backend
+from ramoe_megatron.mcore.cpu.backend import cpu_backend
+from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import command_line, run_job
-from ramoe_megatron.mcore.options import options_from_args
-from ramoe_megatron.mcore.selective_options import SelectiveOptions
+from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
 
 OPTIONS: dict[str, tuple[type, ...]] = {
     "finetune": (RoutingAlignmentConfig, DataOptions, SelectiveOptions),
@@ -110,7 +110,7 @@ def _refuse_layout(line: Line, args: Any) -> None:
 
     trial.refuse_layout(args)
     if line.job != "finetune":
-        from ramoe_megatron.mcore.offline import refuse_layout
+        from ramoe_megatron.mcore.offline.model import refuse_layout
 
         refuse_layout(args)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ramoe_megatron.findings import WRITTEN, Line
+from ramoe_megatron.jobs.findings import WRITTEN, Line
 from ramoe_megatron.mcore.checkpoint import TRACKER
 from ramoe_megatron.mcore.router import configured_moe_layer_numbers
 

@@ -4,18 +4,18 @@ from typing import Any
 
 from ramoe_megatron.data.dataset import EncodedExamples
 from ramoe_megatron.data.sampler import order
-from ramoe_megatron.findings import Finding, attempt
 from ramoe_megatron.jobs.check_common import CHECKPOINT_FIX, DATA_FIX, FILE_FIX, Trial, moe_layers, named
-from ramoe_megatron.mcore.alignment import fitting_experts, layer_weights
-from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
+from ramoe_megatron.jobs.findings import Finding, attempt
+from ramoe_megatron.mcore.align.attach import fitting_experts, layer_weights
+from ramoe_megatron.mcore.align.labels import refuse_other_anchor
+from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
+from ramoe_megatron.mcore.align.refusals import refuse_unsupported
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.checkpoint import starting_checkpoint
-from ramoe_megatron.mcore.labels import refuse_other_anchor
-from ramoe_megatron.mcore.options import options_from_args
-from ramoe_megatron.mcore.refusals import refuse_unsupported
-from ramoe_megatron.mcore.selection import selection_from_args
-from ramoe_megatron.mcore.selective_options import SelectiveOptions
-from ramoe_megatron.mcore.training_data import check_examples, check_labels, training_languages
+from ramoe_megatron.mcore.flags import options_from_args
+from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
+from ramoe_megatron.mcore.select.trained import selection_from_args
+from ramoe_megatron.mcore.train.datasets import check_examples, check_labels, training_languages
 from ramoe_megatron.method.layers import span
 
 ENCODED = 20_000

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ramoe_megatron.artifacts.tables import ExpertFile, atomic_write_text, digests, package_version, save_document
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.jobs.offline import (
+from ramoe_megatron.jobs.offline_job import (
     Progress,
     checkpoint_name,
     data_digests,
@@ -22,16 +23,15 @@ from ramoe_megatron.jobs.offline import (
     write_on_rank_0,
 )
 from ramoe_megatron.jobs.shards import Shards, depends_on
-from ramoe_megatron.jobs.steering import SteeringOptions, told
+from ramoe_megatron.jobs.steering_options import SteeringOptions, told
+from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, run_job
-from ramoe_megatron.mcore.options import options_from_args
-from ramoe_megatron.method.artefacts import ExpertFile, atomic_write_text, digests, package_version, save_document
 from ramoe_megatron.method.losses import mass
 from ramoe_megatron.method.steering import NO_STEERING
 
 if TYPE_CHECKING:
-    from ramoe_megatron.mcore.offline import OfflineModel
-    from ramoe_megatron.mcore.scoring import ContextFor
+    from ramoe_megatron.mcore.offline.model import OfflineModel
+    from ramoe_megatron.mcore.offline.scoring import ContextFor
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def main() -> None:
     """Write `NAME.json` and the outcome of each example, `NAME.jsonl`, to the output folder."""
     with offline_job(EvaluateOptions, SteeringOptions) as (args, data, options):
         from ramoe_megatron.jobs.scores import answers, by_id, score_parts
-        from ramoe_megatron.mcore.offline import OfflineModel
-        from ramoe_megatron.mcore.steering import steering_contexts
+        from ramoe_megatron.mcore.offline.model import OfflineModel
+        from ramoe_megatron.mcore.steer.contexts import steering_contexts
 
         own, steer = options_from_args(EvaluateOptions, args), options_from_args(SteeringOptions, args)
         check_steering(own, steer, args)
@@ -146,7 +146,7 @@ def task_mass(
     """
     import torch
 
-    from ramoe_megatron.mcore.routing import sequence_routing
+    from ramoe_megatron.mcore.offline.routing import sequence_routing
 
     means = list(shards.state.get("mass", ()))
     for number, ((task, _), members) in list(enumerate(groups.items(), first))[len(means) :]:

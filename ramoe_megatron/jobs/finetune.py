@@ -11,8 +11,8 @@ def main() -> None:
     from functools import partial
 
     from ramoe_megatron.mcore import compat
-    from ramoe_megatron.mcore.alignment import attach
-    from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
+    from ramoe_megatron.mcore.align.attach import attach
+    from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
     from ramoe_megatron.mcore.arguments import add_arguments
     from ramoe_megatron.mcore.checkpoint import explained_mismatch, starting_checkpoint, told_when_unfinished
     from ramoe_megatron.mcore.launch import is_rank_0, megatron_arguments, memory_peak
@@ -21,9 +21,9 @@ def main() -> None:
         from megatron.training import pretrain
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-        from ramoe_megatron.mcore.selective import train_selected
-        from ramoe_megatron.mcore.training import forward_step
-        from ramoe_megatron.mcore.training_data import check_data, dataset_provider
+        from ramoe_megatron.mcore.select.freeze import train_selected
+        from ramoe_megatron.mcore.train.datasets import check_data, dataset_provider
+        from ramoe_megatron.mcore.train.step import forward_step
 
         alignment = RoutingAlignmentConfig.from_args(args)
         check_data(args)

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ramoe_megatron.artifacts.tables import ExpertFile, read_divergence, read_taxonomy, save_document
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.data.parallel import Example, pair_with_anchor
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.jobs.offline import Progress, examples_with_anchor, offline_job, write_on_rank_0
+from ramoe_megatron.jobs.offline_job import Progress, examples_with_anchor, offline_job, write_on_rank_0
+from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import run_job
-from ramoe_megatron.mcore.options import options_from_args
-from ramoe_megatron.method.artefacts import ExpertFile, read_divergence, read_taxonomy, save_document
 from ramoe_megatron.method.layers import parse_layers
 from ramoe_megatron.method.predict import TransplantOutcome, predict
 from ramoe_megatron.method.taxonomy import summarise
 
 if TYPE_CHECKING:
-    from ramoe_megatron.mcore.offline import OfflineModel
+    from ramoe_megatron.mcore.offline.model import OfflineModel
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PredictOptions:
 def main() -> None:
     """Write `predict.json` to the output folder."""
     with offline_job(PredictOptions) as (args, data, options):
-        from ramoe_megatron.mcore.offline import OfflineModel
+        from ramoe_megatron.mcore.offline.model import OfflineModel
 
         own = options_from_args(PredictOptions, args)
         for flag, value in (("taxonomy", own.taxonomy), ("experts", own.experts), ("divergence-file", own.divergence_file)):
@@ -78,9 +78,9 @@ def transplant(
     """Both answers to each target-language example: with its own routing, and with that of its English view."""
     import torch
 
-    from ramoe_megatron.mcore.offline import ContextMaker, MicroBatch
-    from ramoe_megatron.mcore.routing import Transplant, last_prompt_logits
-    from ramoe_megatron.mcore.scoring import score
+    from ramoe_megatron.mcore.offline.model import ContextMaker, MicroBatch
+    from ramoe_megatron.mcore.offline.routing import Transplant, last_prompt_logits
+    from ramoe_megatron.mcore.offline.scoring import score
 
     english = list({anchor.id: anchor for anchor, _ in pairs}.values())
     row = {example.id: number for number, example in enumerate(english)}

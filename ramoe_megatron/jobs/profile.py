@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
+from ramoe_megatron.artifacts.files import files_by_tokens
+from ramoe_megatron.artifacts.tables import TOKENS, ExpertFile, Priors, read_taxonomy, write_divergence
 from ramoe_megatron.data.parallel import Example, load_examples, pair_with_anchor
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.jobs.offline import (
+from ramoe_megatron.jobs.offline_job import (
     OfflineOptions,
     Progress,
     checkpoint_name,
@@ -30,13 +32,11 @@ from ramoe_megatron.jobs.offline import (
 from ramoe_megatron.jobs.profile_passes import Passes
 from ramoe_megatron.jobs.shards import Shards, depends_on
 from ramoe_megatron.mcore.arguments import DataOptions
+from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, run_job
-from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.method.anchors import check_anchor
-from ramoe_megatron.method.artefacts import TOKENS, ExpertFile, Priors, read_taxonomy, write_divergence
 from ramoe_megatron.method.divergence import Zone, mean_curve, zone_from_curve
 from ramoe_megatron.method.experts import delta, describe_empty, parse_rule, task_experts
-from ramoe_megatron.method.files import files_by_tokens
 from ramoe_megatron.method.layers import parse_layers
 
 
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def _profile(args: Any, data: DataOptions, options: OfflineOptions, own: ProfileOptions) -> None:
-    from ramoe_megatron.mcore.offline import OfflineModel
+    from ramoe_megatron.mcore.offline.model import OfflineModel
 
     rule = parse_rule(own.select)
     examples = examples_with_anchor(own.rows_of(data))
@@ -172,7 +172,7 @@ def _profile(args: Any, data: DataOptions, options: OfflineOptions, own: Profile
 
 
 def _priors_alone(args: Any, data: DataOptions, options: OfflineOptions, own: ProfileOptions) -> None:
-    from ramoe_megatron.mcore.offline import OfflineModel
+    from ramoe_megatron.mcore.offline.model import OfflineModel
 
     english = examples_with_anchor(own.rows_of(data))
     model = OfflineModel(args, options.batch_tokens)

@@ -5,19 +5,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ramoe_megatron.artifacts.tables import TOKENS
+from ramoe_megatron.artifacts.usage import UsageSum
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.data.parallel import Example
-from ramoe_megatron.jobs.offline import Progress
+from ramoe_megatron.jobs.offline_job import Progress
 from ramoe_megatron.jobs.shards import SHARD_EXAMPLES, Shards
-from ramoe_megatron.method.artefacts import TOKENS
 from ramoe_megatron.method.divergence import DivergenceCurve
 from ramoe_megatron.method.experts import FrequencySum
-from ramoe_megatron.method.usage import UsageSum
 
 if TYPE_CHECKING:
     from ramoe_megatron.jobs.profile import ProfileOptions
-    from ramoe_megatron.mcore.offline import OfflineModel
-    from ramoe_megatron.mcore.routing import SequenceRouting
+    from ramoe_megatron.mcore.offline.model import OfflineModel
+    from ramoe_megatron.mcore.offline.routing import SequenceRouting
 
 
 class Passes:
@@ -133,7 +133,7 @@ class Passes:
         return {choice: (total / count).float().cpu() for choice, total in self.pattern_sum.items()}
 
     def _routing(self, examples: Sequence[Example], choices: Sequence[str], counted: Collection[str] = ()) -> "SequenceRouting":
-        from ramoe_megatron.mcore.routing import sequence_routing
+        from ramoe_megatron.mcore.offline.routing import sequence_routing
 
         encoded = [encode(e, self.model.tokenizer) for e in examples]
         gate = self.usage is not None and bool(choices)  # not of general text

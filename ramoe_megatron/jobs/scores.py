@@ -7,10 +7,10 @@ import torch
 
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.jobs.shards import SHARD_EXAMPLES, Shards
-from ramoe_megatron.mcore.scoring import ContextFor, Progress, score
+from ramoe_megatron.mcore.offline.scoring import ContextFor, Progress, score
 
 if TYPE_CHECKING:
-    from ramoe_megatron.mcore.offline import OfflineModel
+    from ramoe_megatron.mcore.offline.model import OfflineModel
 
 
 def by_id(examples: Sequence[Example]) -> list[list[Example]]:

@@ -20,12 +20,12 @@ import filelock
 import torch
 from torch import Tensor
 
+from ramoe_megatron.artifacts.files import digests, package_version, sha256
+from ramoe_megatron.artifacts.tensors import open_tensors, save_tensors
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.jobs.offline import data_digests
+from ramoe_megatron.jobs.offline_job import data_digests
 from ramoe_megatron.mcore.launch import is_rank_0
-from ramoe_megatron.method.files import digests, package_version, sha256
-from ramoe_megatron.method.tensors import open_tensors, save_tensors
 
 SHARD_EXAMPLES = 256
 """Examples (ids) of a shard, each with all its languages: thousands of sequences, so seconds to minutes of a real model's forward passes,

@@ -2,7 +2,7 @@
 
 import sys
 
-from ramoe_megatron.data.sib200 import SibConfig, convert
+from ramoe_megatron.data.benchmarks.sib200 import SibConfig, convert
 from ramoe_megatron.jobs.builder import run_builder
 
 if __name__ == "__main__":

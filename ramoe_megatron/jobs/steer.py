@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ramoe_megatron.artifacts.tables import ExpertFile, digests, package_version, save_document
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.jobs.offline import (
+from ramoe_megatron.jobs.offline_job import (
     Progress,
     checkpoint_name,
     data_digests,
@@ -24,10 +25,9 @@ from ramoe_megatron.jobs.offline import (
     write_on_rank_0,
 )
 from ramoe_megatron.jobs.shards import Shards, depends_on
+from ramoe_megatron.mcore.align.refusals import refuse_hard_steering
+from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, run_job
-from ramoe_megatron.mcore.options import options_from_args
-from ramoe_megatron.mcore.refusals import refuse_hard_steering
-from ramoe_megatron.method.artefacts import ExpertFile, digests, package_version, save_document
 from ramoe_megatron.method.steering_search import Answer, Candidate, best, candidates, parse_tau, table
 
 
@@ -80,9 +80,9 @@ def main() -> None:
         import torch
 
         from ramoe_megatron.jobs.scores import answers
-        from ramoe_megatron.mcore.offline import OfflineModel
-        from ramoe_megatron.mcore.scoring import score
-        from ramoe_megatron.mcore.steering import steering_contexts
+        from ramoe_megatron.mcore.offline.model import OfflineModel
+        from ramoe_megatron.mcore.offline.scoring import score
+        from ramoe_megatron.mcore.steer.contexts import steering_contexts
 
         own = options_from_args(SteerOptions, args)
         own.check(args)

@@ -6,12 +6,12 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from ramoe_megatron.artifacts.tables import package_version, save_document, write_taxonomy
 from ramoe_megatron.data.parallel import pair_with_anchor
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.jobs.offline import Progress, checkpoint_name, data_digests, examples_with_anchor, offline_job, write_on_rank_0
+from ramoe_megatron.jobs.offline_job import Progress, checkpoint_name, data_digests, examples_with_anchor, offline_job, write_on_rank_0
 from ramoe_megatron.jobs.shards import Shards, depends_on
 from ramoe_megatron.mcore.launch import run_job
-from ramoe_megatron.method.artefacts import package_version, save_document, write_taxonomy
 from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     """Write `taxonomy.jsonl` and `taxonomy.json` to the output folder."""
     with offline_job() as (args, data, options):
         from ramoe_megatron.jobs.scores import answers, by_id, score_parts
-        from ramoe_megatron.mcore.offline import OfflineModel
+        from ramoe_megatron.mcore.offline.model import OfflineModel
 
         examples = examples_with_anchor(data)
         pairs = pair_with_anchor(examples, data.anchor)

@@ -8,9 +8,9 @@ from typing import Any
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore import compat
-from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
-from ramoe_megatron.mcore.options import PREFIX
-from ramoe_megatron.mcore.selective_options import SelectiveOptions
+from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
+from ramoe_megatron.mcore.flags import PREFIX
+from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def model_config_from_args(args: Any) -> Any:
         return gpt_config_from_args(args)
     config = hybrid_config_from_args(args)
     if args.transformer_impl == "local" and args.spec is None:  # 0.19 would take its transformer-engine stack here too
-        from ramoe_megatron.mcore.hybrid import local_stack_spec
+        from ramoe_megatron.mcore.cpu.hybrid import local_stack_spec
 
         config.hybrid_stack_spec = local_stack_spec(config.transformer, args.hybrid_layer_pattern)
     return config

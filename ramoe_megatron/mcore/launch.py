@@ -15,7 +15,7 @@ from typing import Any
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore import compat
-from ramoe_megatron.mcore.cpu import cpu_backend, cpu_command_line
+from ramoe_megatron.mcore.cpu.backend import cpu_backend, cpu_command_line
 from ramoe_megatron.mcore.missing import name_missing_ranks
 
 GRACE_SECONDS = 3.0

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.artefacts import (
+from ramoe_megatron.artifacts.files import ANCHOR_FILES, check_document, read_json
+from ramoe_megatron.artifacts.tables import (
     Priors,
     digests,
     package_version,
@@ -25,7 +25,7 @@ from ramoe_megatron.method.artefacts import (
     save_document,
     write_taxonomy,
 )
-from ramoe_megatron.method.files import ANCHOR_FILES, check_document, read_json
+from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
 
 

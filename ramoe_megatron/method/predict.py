@@ -13,8 +13,8 @@ from typing import Any
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import DivergenceRow
-from ramoe_megatron.method.statistics import Difference, clustered_difference, paired_proportions
 from ramoe_megatron.method.taxonomy import TaxonomyPair
+from ramoe_megatron.statistics import Difference, clustered_difference, paired_proportions
 
 PAPER_R = 0.70
 """Pearson correlation of ci share and gain over task-language pairs (arXiv 2605.28306, which gives p = 0.001)."""

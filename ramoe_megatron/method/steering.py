@@ -12,8 +12,8 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.expert_file import ExpertFile
 from ramoe_megatron.method.experts import Tau
 
 Kind = Literal["soft", "hard"]

@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.expert_file import ExpertFile
 from ramoe_megatron.method.layers import parse_layers
-from ramoe_megatron.method.statistics import Difference, clustered_difference, paired_proportions
 from ramoe_megatron.method.steering import NO_STEERING, Kind, Steering
+from ramoe_megatron.statistics import Difference, clustered_difference, paired_proportions
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ramoe_megatron.method.statistics import wilson
+from ramoe_megatron.statistics import wilson
 
 CATEGORIES = ("cc", "ci", "ic", "ii")
 """English outcome, then target outcome: c correct, i incorrect."""

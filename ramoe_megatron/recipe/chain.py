@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
+from ramoe_megatron.artifacts.files import atomic_write_text, load_document, save_document
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.files import atomic_write_text, load_document, save_document
 from ramoe_megatron.recipe import slurm
 from ramoe_megatron.recipe.manifest import Entry, Manifest
 from ramoe_megatron.recipe.schema import Recipe

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ramoe_megatron.artifacts.files import read_json
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.files import read_json
 from ramoe_megatron.recipe.load import load_recipe
 from ramoe_megatron.recipe.manifest import Manifest
 from ramoe_megatron.recipe.plan import make_plan
@@ -57,7 +57,7 @@ def compare_recipe(
     if waiting := [folder.name for folder, own in folders.items() if not _done(path, own, folder)]:
         console.print(f"{', '.join(waiting)}: submitted; give the same command again when its jobs have ended", highlight=False)
         return
-    from ramoe_megatron.method.catalogue import METHODS
+    from ramoe_megatron.recipe.catalogue import METHODS
     from ramoe_megatron.report.comparison.build import write_comparison  # matplotlib
     from ramoe_megatron.report.comparison.document import write_document
 

@@ -14,7 +14,7 @@ class Data(Section):
     """Settings of the embedded world (the fields of `ramoe_megatron.data.world.WorldConfig`); `{}` takes them all as
     they are."""
     sib200: dict[str, Any] | None = None
-    """SIB-200 (the fields of `ramoe_megatron.data.sib200.SibConfig`): `source` is the folder of the languages."""
+    """SIB-200 (the fields of `ramoe_megatron.data.benchmarks.sib200.SibConfig`): `source` is the folder of the languages."""
     files: Names | None = None
     """Parallel JSONL: files, folders, or a hub name."""
     general: Names | None = None

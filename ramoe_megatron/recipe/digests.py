@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ramoe_megatron.method.files import sha256
+from ramoe_megatron.artifacts.files import sha256
 
 SAMPLE = 1 << 16  # bytes read at either end of a checkpoint's files
 CHECKPOINT_MARK = "latest_checkpointed_iteration.txt"

@@ -11,11 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.findings import ANSWER, STATES, WRITTEN, Finding, Line, attempt, reason
-from ramoe_megatron.recipe import flags
+from ramoe_megatron.jobs.findings import ANSWER, STATES, WRITTEN, Finding, Line, attempt, reason
+from ramoe_megatron.recipe import megatron_flags as flags
 from ramoe_megatron.recipe.digests import CHECKPOINT_MARK, latest_checkpoint
 from ramoe_megatron.recipe.doctor_environment import environment_findings
-from ramoe_megatron.recipe.launch import rank_environment
+from ramoe_megatron.recipe.launcher import rank_environment
 from ramoe_megatron.recipe.load import load_recipe
 from ramoe_megatron.recipe.manifest import Manifest, locked
 from ramoe_megatron.recipe.plan import make_plan

@@ -8,11 +8,11 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from ramoe_megatron.artifacts.files import atomic_write_text
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.findings import Finding, attempt
-from ramoe_megatron.method.files import atomic_write_text
-from ramoe_megatron.recipe.flags import cuda_devices
-from ramoe_megatron.recipe.launch import Place
+from ramoe_megatron.jobs.findings import Finding, attempt
+from ramoe_megatron.recipe.launcher import Place
+from ramoe_megatron.recipe.megatron_flags import cuda_devices
 
 PYTHON = ">=3.12,<3.13"
 PACKAGES = {"torch": ">=2.9", "megatron-core": ">=0.19,<0.20"}

@@ -13,7 +13,7 @@ from rich.console import Console
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.recipe.chain import read_stage
 from ramoe_megatron.recipe.doctor import environment_findings, job_findings, table
-from ramoe_megatron.recipe.launch import Place
+from ramoe_megatron.recipe.launcher import Place
 from ramoe_megatron.recipe.manifest import Manifest, locked
 from ramoe_megatron.recipe.nodes import Leader, follow
 from ramoe_megatron.recipe.processes import Stopped, stop_signals

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ramoe_megatron.artifacts.files import atomic_write_text, package_version
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.files import atomic_write_text, package_version
 from ramoe_megatron.recipe.digests import digest_path, digest_value
 from ramoe_megatron.recipe.stage import Stage
 

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from ramoe_megatron.method.catalogue import METHODS, merged
+from ramoe_megatron.recipe.catalogue import METHODS, merged
 from ramoe_megatron.recipe.section import Flags, Name, Names, Section
 
 RULE = r"^(tau=-?[0-9.]+|top-m=[0-9]+)$"

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.recipe.launch import Place, launch, python_command, rank_environment
+from ramoe_megatron.recipe.launcher import Place, launch, python_command, rank_environment
 from ramoe_megatron.recipe.output import relevant_lines
 from ramoe_megatron.recipe.stage import Stage
 

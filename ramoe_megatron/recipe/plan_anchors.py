@@ -6,8 +6,8 @@ with the same anchors and tokens share it.
 
 from pathlib import Path
 
+from ramoe_megatron.artifacts.files import ANCHOR_FILES, files_by_tokens
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.files import ANCHOR_FILES, files_by_tokens
 from ramoe_megatron.recipe.method_schema import Alignment
 from ramoe_megatron.recipe.plan_context import Files, PlanContext
 from ramoe_megatron.recipe.section import FlagValue

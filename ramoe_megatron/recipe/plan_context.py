@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ramoe_megatron.artifacts.files import files_by_tokens
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.files import files_by_tokens
 from ramoe_megatron.recipe.digests import CHECKPOINT_MARK
-from ramoe_megatron.recipe.flags import SCORING, relevant, render
+from ramoe_megatron.recipe.megatron_flags import SCORING, relevant, render
 from ramoe_megatron.recipe.method_schema import Alignment
 from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.section import FlagValue, Scalar

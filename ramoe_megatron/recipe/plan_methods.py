@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
-from ramoe_megatron.mcore.selective_options import SelectiveOptions
+from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
+from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
 from ramoe_megatron.recipe.method_schema import Alignment, Method
 from ramoe_megatron.recipe.plan_anchors import labels_of
 from ramoe_megatron.recipe.plan_context import Files, PlanContext, weights_option

@@ -7,11 +7,12 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
+from ramoe_megatron.artifacts.files import atomic_write_text
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.files import atomic_write_text
-from ramoe_megatron.recipe import chain, flags
+from ramoe_megatron.recipe import chain
+from ramoe_megatron.recipe import megatron_flags as flags
 from ramoe_megatron.recipe.digests import digest_value
-from ramoe_megatron.recipe.launch import Place, python_command
+from ramoe_megatron.recipe.launcher import Place, python_command
 from ramoe_megatron.recipe.load import load_recipe, nearest
 from ramoe_megatron.recipe.manifest import Manifest, locked
 from ramoe_megatron.recipe.nodes import Leader, follow

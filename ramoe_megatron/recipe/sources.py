@@ -59,7 +59,7 @@ def _world(recipe: Recipe) -> dict[str, Any]:
 
 
 def _sib200(recipe: Recipe, recipe_folder: Path) -> dict[str, Any]:
-    from ramoe_megatron.data.sib200 import SibConfig
+    from ramoe_megatron.data.benchmarks.sib200 import SibConfig
 
     given = recipe.data.sib200 or {}
     source = find_path(given["source"], recipe_folder, "data.sib200.source")

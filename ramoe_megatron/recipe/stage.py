@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ramoe_megatron.method.files import read_json
+from ramoe_megatron.artifacts.files import read_json
 
 JOBS = "ramoe_megatron.jobs"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ramoe_megatron.artifacts.files import read_json
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.files import read_json
 from ramoe_megatron.recipe.console import RunConsole, tell_report, tell_results
-from ramoe_megatron.recipe.launch import Outcome, Place, launch, python_command, rank_environment
+from ramoe_megatron.recipe.launcher import Outcome, Place, launch, python_command, rank_environment
 from ramoe_megatron.recipe.manifest import Manifest
 from ramoe_megatron.recipe.nodes import Leader
 from ramoe_megatron.recipe.output import relevant_lines

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from ramoe_megatron.method.files import atomic_write_text, package_version
+from ramoe_megatron.artifacts.files import atomic_write_text, package_version
 from ramoe_megatron.report import words
 from ramoe_megatron.report.inputs import RunInputs, load_run
 from ramoe_megatron.report.plots import FIGURES, plot_all

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
+from ramoe_megatron.artifacts.files import load_document, read_json
+from ramoe_megatron.artifacts.tables import ExpertFile, read_divergence
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.artefacts import ExpertFile, read_divergence
 from ramoe_megatron.method.divergence import DivergenceRow, Zone
-from ramoe_megatron.method.files import load_document, read_json
 
 ExampleKey = tuple[str, str]
 """(example id, language): unique in the data."""

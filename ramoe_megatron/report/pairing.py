@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ramoe_megatron.method.statistics import clustered_difference, effective_size, wilson
 from ramoe_megatron.report.inputs import Evaluation, ExampleKey
+from ramoe_megatron.statistics import clustered_difference, effective_size, wilson
 
 
 @dataclass(frozen=True)

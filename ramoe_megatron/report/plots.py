@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramoe_megatron.method.files import atomic_write
+from ramoe_megatron.artifacts.files import atomic_write
 from ramoe_megatron.report import outcome_plots, profile_plots
 from ramoe_megatron.report.inputs import RunInputs
 from ramoe_megatron.report.style import pyplot

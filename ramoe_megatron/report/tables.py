@@ -10,10 +10,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ramoe_megatron.method.files import save_document
-from ramoe_megatron.method.statistics import pearson, wilson
+from ramoe_megatron.artifacts.files import save_document
 from ramoe_megatron.report.inputs import Evaluation, RunInputs, load_run
 from ramoe_megatron.report.pairing import paired_change, pooled
+from ramoe_megatron.statistics import pearson, wilson
 
 NONE = "–"
 LABELS = {

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from ramoe_megatron.artifacts.files import atomic_write, atomic_write_text
 from ramoe_megatron.data.parallel import write_rows
 from ramoe_megatron.data.sampler import named_rng
 from ramoe_megatron.data.tokenizer import train_tokenizer
 from ramoe_megatron.data.world.facts import TASKS, Fact, facts, questions
 from ramoe_megatron.data.world.text import codes, list_rows, name_rows
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.files import atomic_write, atomic_write_text
 
 ANCHOR = "en"
 PUNCTUATION = "?؟.,:،।"

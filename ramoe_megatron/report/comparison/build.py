@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ramoe_megatron.method.files import atomic_write_text, package_version, save_document
+from ramoe_megatron.artifacts.files import atomic_write_text, package_version, save_document
 from ramoe_megatron.report.comparison import relations, tables
 from ramoe_megatron.report.comparison.ablation import ablation
 from ramoe_megatron.report.comparison.costs import costs

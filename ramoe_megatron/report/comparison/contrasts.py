@@ -12,9 +12,9 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from ramoe_megatron.method.statistics import clustered_difference, false_discovery, holm, stratified_difference
 from ramoe_megatron.report.inputs import Evaluation, ExampleKey
 from ramoe_megatron.report.pairing import Pair, pair_up
+from ramoe_megatron.statistics import clustered_difference, false_discovery, holm, stratified_difference
 
 Row = dict[str, Any]
 

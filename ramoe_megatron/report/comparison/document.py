@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ramoe_megatron.method.files import atomic_write_text
+from ramoe_megatron.artifacts.files import atomic_write_text
 from ramoe_megatron.report.comparison.findings import findings
 from ramoe_megatron.report.comparison.view import sections
 from ramoe_megatron.report.comparison.words import LIMITS, Comparison

@@ -4,10 +4,10 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from ramoe_megatron.method.statistics import fisher, pearson, wilson
 from ramoe_megatron.report.comparison.contrasts import Row
 from ramoe_megatron.report.comparison.study import Cell, Study
 from ramoe_megatron.report.tables import ci_shares
+from ramoe_megatron.statistics import fisher, pearson, wilson
 
 SIGNS = {1: "up", -1: "down"}
 

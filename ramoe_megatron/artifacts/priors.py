@@ -1,0 +1,136 @@
+"""``priors.safetensors``: the English routing of every example, for ``--ramoe-target example``.
+
+N examples, L MoE layers, E routed experts. Layers are 0-based places among the MoE layers.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ramoe_megatron.artifacts.files import package_version
+from ramoe_megatron.artifacts.tensors import (
+    TOKENS,
+    ModelShape,
+    bad_metadata,
+    check_tensor,
+    open_tensors,
+    save_tensors,
+    shape_from,
+)
+from ramoe_megatron.errors import RamoeError
+
+
+class Priors:
+    """An open ``priors.safetensors``: the pooled router distribution of each example's English view.
+
+    The tensor stays on disk, mapped into memory; `rows` reads just what it is asked for. A copy sent to another process
+    (a data-loader worker) opens the file anew.
+    """
+
+    ids: tuple[str, ...]
+    """Ids of the N examples, in the order of the rows."""
+    tokens: str
+    """Token choice of the pooling, one of `TOKENS`."""
+    shape: ModelShape
+    checkpoint: str
+    data: tuple[Mapping[str, str], ...]
+    """Path and sha256 of every file read."""
+    package_version: str
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open the file and check it; raises RamoeError naming it, what is wrong, and what to do."""
+        self.path = Path(path)
+        handle, meta = open_tensors(self.path, "ramoe-priors")
+        try:
+            self.ids = tuple(json.loads(bytes(handle.get_tensor("ids").numpy())))
+            self.tokens, self.shape, self.checkpoint = meta["tokens"], shape_from(meta), meta["checkpoint"]
+            self.data, self.package_version = tuple(meta["data"]), meta["package_version"]
+            self._priors = handle.get_slice("priors")
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise bad_metadata(self.path, error) from error
+        _check_ids(self.path, self.ids)
+        found = tuple(self._priors.get_shape())
+        expected = (len(self.ids), self.shape.num_moe_layers, self.shape.num_experts)
+        if found != expected:
+            raise RamoeError(f"{self.path}: priors has shape {found}, expected {expected}; profile again")
+        self._place = {id_: n for n, id_ in enumerate(self.ids)}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Priors":
+        """The same as ``Priors(path)``."""
+        return cls(path)
+
+    @staticmethod
+    def save(
+        path: str | os.PathLike[str],
+        ids: Sequence[str],
+        priors: Tensor,
+        *,
+        tokens: str,
+        shape: ModelShape,
+        checkpoint: str,
+        data: Sequence[Mapping[str, str]] = (),
+    ) -> None:
+        """Write the file, whole or not at all; ``priors`` is float32 [N, L, E], row n belonging to ``ids[n]``.
+
+        Raises:
+            RamoeError: when sizes differ, an id occurs twice, or a number is not finite.
+        """
+        path = Path(path)
+        if tokens not in TOKENS:
+            raise RamoeError(f"{path}: found tokens {tokens!r}, expected one of {', '.join(TOKENS)}")
+        _check_ids(path, ids)
+        check_tensor(path, "priors", priors, (len(ids), shape.num_moe_layers, shape.num_experts))
+        text = json.dumps(list(ids), ensure_ascii=False).encode()
+        tensors = {"priors": priors.float(), "ids": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+        meta = {**asdict(shape), "tokens": tokens, "checkpoint": checkpoint, "data": [dict(entry) for entry in data]}
+        save_tensors(path, "ramoe-priors", tensors, {**meta, "package_version": package_version()})
+
+    def check_model(self, num_moe_layers: int, num_experts: int, topk: int, score_function: str) -> None:
+        """Raise RamoeError, naming every difference, unless the file was profiled on a model of this shape."""
+        self.shape.check(
+            self.path,
+            num_moe_layers=num_moe_layers,
+            num_experts=num_experts,
+            topk=topk,
+            score_function=score_function,
+        )
+
+    def check_ids(self, ids: Sequence[str]) -> None:
+        """Raise RamoeError, with the count and the first five, when examples have no row here."""
+        missing = [id_ for id_ in dict.fromkeys(ids) if id_ not in self._place]
+        if missing:
+            raise RamoeError(
+                f"{self.path}: {len(missing)} of {len(set(ids))} examples have no English prior, first "
+                f"{', '.join(missing[:5])}; profile again with the data that holds them (--ramoe-save-priors), or "
+                f"train on data with an English view of each"
+            )
+
+    def rows(self, ids: Sequence[str]) -> Tensor:
+        """The distributions of these examples, float32 [n, L, E], in the order asked for; repeats are allowed.
+
+        Raises:
+            RamoeError: with the count and the first five, when ids are missing.
+        """
+        self.check_ids(ids)
+        out = torch.empty(len(ids), self.shape.num_moe_layers, self.shape.num_experts)
+        for n, id_ in enumerate(ids):
+            place = self._place[id_]
+            out[n] = self._priors[place : place + 1][0]
+        return out
+
+    def __reduce__(self) -> tuple[type["Priors"], tuple[Path]]:
+        return Priors, (self.path,)
+
+
+def _check_ids(path: Path, ids: Sequence[str]) -> None:
+    if len(set(ids)) != len(ids):
+        twice = [id_ for id_, count in Counter(ids).items() if count > 1][:5]
+        raise RamoeError(f"{path}: ids occur twice, first {', '.join(twice)}; expected one English view of each id")

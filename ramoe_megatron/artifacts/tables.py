@@ -1,0 +1,194 @@
+"""Every artefact of a run, to read and to write: the one door to the formats.
+
+Tensors (``experts.safetensors``, ``priors.safetensors``, ``usage.safetensors``) and JSON documents have their own files and are named here
+too; this file reads and writes the two tables, ``taxonomy.jsonl`` and ``divergence.csv``.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, fields
+from typing import Any, get_type_hints
+
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.files import (
+    atomic_write,
+    atomic_write_text,
+    digests,
+    load_document,
+    package_version,
+    read_json,
+    save_document,
+    sha256,
+)
+from ramoe_megatron.artifacts.priors import Priors
+from ramoe_megatron.artifacts.tensors import TOKENS, ModelShape
+from ramoe_megatron.artifacts.usage import UsageFile
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.divergence import DivergenceRow
+from ramoe_megatron.method.taxonomy import TaxonomyRow
+
+__all__ = [
+    "TOKENS",
+    "ExpertFile",
+    "ModelShape",
+    "Priors",
+    "UsageFile",
+    "atomic_write",
+    "atomic_write_text",
+    "digests",
+    "first_line",
+    "load_document",
+    "package_version",
+    "read_divergence",
+    "read_examples",
+    "read_json",
+    "read_taxonomy",
+    "save_document",
+    "sha256",
+    "write_divergence",
+    "write_taxonomy",
+]
+
+_TAXONOMY_TYPES = get_type_hints(TaxonomyRow)
+_EXAMPLE_TYPES = {"id": str, "task": str, "language": str, "correct": bool}
+_DIVERGENCE_COLUMNS = [f.name for f in fields(DivergenceRow)]
+
+
+def write_taxonomy(path: str | os.PathLike[str], rows: Iterable[TaxonomyRow]) -> None:
+    """Write ``taxonomy.jsonl``, whole or not at all: one row a line, in the order given."""
+    lines = (json.dumps({**asdict(row), "category": row.category}, ensure_ascii=False) for row in rows)
+    atomic_write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_taxonomy(path: str | os.PathLike[str]) -> list[TaxonomyRow]:
+    """Read ``taxonomy.jsonl``.
+
+    Raises:
+        RamoeError: ``file:line: what`` for a line that is no JSON, lacks a key, has a value of the wrong type or a
+            category at odds with the two outcomes, or repeats an (id, language).
+    """
+    rows: list[TaxonomyRow] = []
+    again = "score the examples again (ramoe taxonomy)"
+    for where, found in _records(path, _TAXONOMY_TYPES, again):
+        row = TaxonomyRow(**{key: found[key] for key in _TAXONOMY_TYPES})
+        if found.get("category") != row.category:
+            raise RamoeError(
+                f"{where}: key 'category': found {found.get('category')!r}, expected {row.category!r} by the two outcomes; {again}"
+            )
+        rows.append(row)
+    return rows
+
+
+def read_examples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read ``evaluations/NAME.jsonl``: rows with id, task, language (str) and correct (bool).
+
+    Raises:
+        RamoeError: ``file:line: what``, as `read_taxonomy`.
+    """
+    return [found for _, found in _records(path, _EXAMPLE_TYPES, "evaluate again (ramoe evaluate)")]
+
+
+def first_line(path: str | os.PathLike[str]) -> str:
+    """The first line that is not blank, to tell a file's kind by; raises RamoeError when there is none."""
+    for _, line in _lines(path):
+        return line
+    raise RamoeError(f"{path}: no rows, expected one a line; run the stage that writes it again")
+
+
+def _records(path: str | os.PathLike[str], types: Mapping[str, type], again: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) for every line, its keys checked for their types and (id, language) for being unique."""
+    seen: dict[tuple[str, str], int] = {}
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RamoeError(f"{where}: column {error.colno}: {error.msg}, expected one JSON object; {again}") from error
+        if not isinstance(found, dict):
+            raise RamoeError(f"{where}: found {type(found).__name__}, expected one JSON object; {again}")
+        for key, kind in types.items():
+            if not isinstance(found.get(key), kind):
+                value = repr(found[key]) if key in found else "nothing"
+                raise RamoeError(f"{where}: key {key!r}: found {value}, expected {kind.__name__}; {again}")
+        first = seen.setdefault((found["id"], found["language"]), number)
+        if first != number:
+            raise RamoeError(f"{where}: id {found['id']!r} in {found['language']!r} stands on line {first} already; {again}")
+        yield where, found
+    if not seen:
+        raise RamoeError(f"{path}: no rows, expected one a line; {again}")
+
+
+def _lines(path: str | os.PathLike[str], whole: bool = False) -> Iterator[tuple[int, str]]:
+    """(number, line) of those that are not blank; with `whole`, a last line without a line end is refused: a number may be cut short."""
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if whole and not line.endswith("\n"):
+                    raise RamoeError(f"{path}:{number}: no line end, so the file was cut short; run the stage that writes it again")
+                if line.strip():
+                    yield number, line.rstrip()
+    except OSError as error:
+        raise RamoeError(f"{path}: cannot be read ({error.strerror}); check the path, or run the stage that writes it") from error
+    except UnicodeDecodeError as error:
+        raise RamoeError(f"{path}: not UTF-8 text at byte {error.start}; give the right file") from error
+
+
+def write_divergence(path: str | os.PathLike[str], rows: Iterable[DivergenceRow]) -> None:
+    """Write ``divergence.csv``, whole or not at all; an undefined mean is an empty field."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, _DIVERGENCE_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    atomic_write_text(path, buffer.getvalue())
+
+
+def read_divergence(path: str | os.PathLike[str]) -> list[DivergenceRow]:
+    """Read ``divergence.csv``.
+
+    Raises:
+        RamoeError: ``file:line: what`` for other columns or a value that is no number; also when the layers of a
+            language do not run 0, 1, ...
+    """
+    reader = csv.DictReader(line for _, line in _lines(path, whole=True))
+    if reader.fieldnames is None or list(reader.fieldnames) != _DIVERGENCE_COLUMNS:
+        raise RamoeError(
+            f"{path}:1: found columns {', '.join(reader.fieldnames or []) or 'none'}, expected "
+            f"{', '.join(_DIVERGENCE_COLUMNS)}; profile again"
+        )
+    rows: list[DivergenceRow] = []
+    for record in reader:
+        where = f"{path}:{reader.line_num}"
+        try:
+            rows.append(
+                DivergenceRow(
+                    language=record["language"],
+                    moe_layer=int(record["moe_layer"]),
+                    layer_number=int(record["layer_number"]),
+                    divergence=_finite(record["divergence"]) if record["divergence"] else None,
+                    pairs=int(record["pairs"]),
+                    undefined_pairs=int(record["undefined_pairs"]),
+                )
+            )
+        except (TypeError, ValueError) as error:
+            raise RamoeError(f"{where}: {error}, expected a number; profile again") from error
+    layers: dict[str, list[int]] = {}
+    for row in rows:
+        layers.setdefault(row.language, []).append(row.moe_layer)
+    deepest = max((len(found) for found in layers.values()), default=0)
+    for language, found in layers.items():
+        if found != list(range(deepest)):
+            raise RamoeError(f"{path}: language {language!r} has MoE layers {found}, expected 0 to {deepest - 1}; profile again")
+    if not rows:
+        raise RamoeError(f"{path}: no rows, expected one per language and MoE layer; profile again")
+    return rows
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"found {text!r}")
+    return value

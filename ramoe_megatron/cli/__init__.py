@@ -1,0 +1,5 @@
+"""The `ramoe` command."""
+
+from ramoe_megatron.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,205 @@
+"""The `ramoe` command. Heavy imports stand inside the commands, so that `ramoe --help` answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ramoe_megatron.cli.files import EXISTING, FILE, FILE_COMMANDS, FOLDER, wide_console
+from ramoe_megatron.cli.methods import compare, methods
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.unfinished import STATUS
+
+PASS_THROUGH = {"ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
+
+
+class RamoeGroup(click.Group):
+    """Commands whose user-facing errors are a red text on stderr and exit status 2, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except RamoeError as error:
+            click.secho(f"ramoe: error: {error}", fg="red", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt as stop:  # Ctrl-C, or a signal that says its name
+            click.secho(f"ramoe: stopped{f' by {stop}' if str(stop) else ''}", fg="red", err=True)
+            ctx.exit(STATUS if getattr(stop, "resumes", False) else 130)
+
+
+@click.group(cls=RamoeGroup, context_settings={"help_option_names": ["--help", "-h"]})
+@click.version_option(package_name="ramoe-megatron", prog_name="ramoe")
+def main() -> None:
+    """Routing-aligned fine-tuning (RA-MoE) of Mixture-of-Experts models on Megatron-Core.
+
+    `ramoe run RECIPE.yaml` goes from data to report. The stages are commands of their own, which take Megatron's flags.
+    """
+
+
+@main.command()
+@click.argument("recipe", type=FILE)
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY.PATH=VALUE",
+    help="Change a value of the recipe; the value is YAML. Repeatable.",
+)
+@click.option(
+    "--from",
+    "first",
+    metavar="STAGE",
+    help="Begin here: leave earlier stages as they are, and run this one in any case.",
+)
+@click.option("--until", "last", metavar="STAGE", help="End after this stage.")
+@click.option("--out", type=FOLDER, help="Run folder.  [default: runs/NAME]")
+@click.option("--launcher", type=click.Choice(["local", "slurm"]), help="Run here, or submit a Slurm job a stage.  [default: the recipe's]")
+@click.option("--dry-run", is_flag=True, help="Tell what would run, why, and with which command lines and scripts.")
+def run(
+    recipe: Path, changes: tuple[str, ...], first: str | None, last: str | None, out: Path | None, launcher: str | None, dry_run: bool
+) -> None:
+    """Run a recipe: data, base model, taxonomy, profile, fine-tuning, evaluation, report.
+
+    A second run skips what stands; a changed setting reruns what depends on it. STAGE is data, pretrain, taxonomy,
+    profile, priors, anchors, predict, finetune, steer, evaluate, results or report, or one such as finetune/sft-seed1.
+    """
+    from ramoe_megatron.recipe.runner import run_recipe
+    from ramoe_megatron.recipe.stages import StageFailed
+
+    changes += (f"launch.launcher={launcher}",) if launcher else ()
+    try:
+        run_recipe(recipe, changes, out, first, last, dry_run)
+    except StageFailed as failure:
+        click.secho(failure.text, fg="red", err=True)
+        sys.exit(failure.status)
+
+
+@main.command(context_settings=PASS_THROUGH)
+@click.option("--set", "changes", multiple=True, metavar="KEY.PATH=VALUE", help="RECIPE: change a value, as `ramoe run` does.")
+@click.option("--out", type=FILE, help="RECIPE: run folder.  [default: runs/NAME]")
+@click.option("--ranks", type=click.IntRange(1), help="JOB: ranks per node.  [default: 1]")
+@click.option("--nodes", type=click.IntRange(1), help="JOB: nodes.  [default: 1]")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE | JOB FLAGS...]")
+def doctor(changes: tuple[str, ...], out: Path | None, ranks: int | None, nodes: int | None, words: tuple[str, ...]) -> None:
+    """Tell what would stop a job or a recipe, before it starts.
+
+    Without arguments: this node (versions, GPUs, ports, Slurm, the folder to write to). RECIPE: also its stages. JOB
+    (taxonomy, profile, finetune, evaluate, steer or predict) with the FLAGS that it would get: also that job. The exit status
+    is 1 when anything is fatal.
+    """
+    import os
+
+    from ramoe_megatron.recipe.doctor import JOB_NAMES, environment_findings, healthy, job_findings, recipe_findings, table
+
+    target = words[0] if words else None
+    if target in JOB_NAMES:
+        if changes or out:
+            raise RamoeError(f"doctor {target}: --set and --out belong to a recipe; a job's folder is among its flags")
+        found = job_findings(target, words[1:], ranks or 1, nodes or 1, os.environ)
+    elif target is None:
+        if changes:
+            raise RamoeError("doctor: --set without a recipe: name the recipe")
+        found = environment_findings(ranks or 1, nodes or 1, out or Path("runs"), os.environ)
+    elif target.startswith("-") or not Path(target).is_file() or len(words) > 1:
+        raise RamoeError(f"doctor {' '.join(words)}: expected one recipe file, or a job ({', '.join(JOB_NAMES)}) followed by its flags")
+    elif ranks or nodes:
+        raise RamoeError("doctor: --ranks and --nodes belong to a job; a recipe's stand under launch")
+    else:
+        found = recipe_findings(Path(target), changes, out, os.environ)
+    sound = healthy(found)
+    if not sound or os.environ.get("SLURM_NODEID", "0") == "0":  # of many nodes, the first speaks for those that are well
+        wide_console().print(table(found))
+    sys.exit(0 if sound else 1)
+
+
+def _job(name: str, summary: str) -> None:
+    """Add a command that starts a job's ranks with the flags it is given."""
+
+    @main.command(name, context_settings=PASS_THROUGH, short_help=summary, help=_job_help(name, summary))
+    @click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Ranks per node.")
+    @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Nodes; start the same command on each.")
+    @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+    def command(ranks: int, nodes: int, flags: tuple[str, ...]) -> None:
+        import os
+        import shlex
+
+        from ramoe_megatron.recipe.launcher import Place, launch, python_command, rank_environment
+        from ramoe_megatron.recipe.processes import stop_signals
+
+        place = Place.from_environment(nodes, os.environ)
+        words = python_command((f"ramoe_megatron.jobs.{name}", *flags), ranks, place)
+        if place.node == 0:
+            click.echo(f"ramoe: {shlex.join(words)}", err=True)
+        with stop_signals():
+            outcome = launch(words, rank_environment(ranks, os.environ))
+        if outcome.unfinished and place.node == 0:
+            click.secho(f"ramoe: unfinished: {outcome.unfinished}", fg="yellow", err=True)
+        sys.exit(outcome.status)
+
+
+def _job_help(name: str, summary: str) -> str:
+    return (
+        f"{summary}\n\nFLAGS are Megatron's own and ours (--ramoe-...), passed to `torchrun -m "
+        f"ramoe_megatron.jobs.{name}`; "
+        f"`ramoe {name} -- --help` lists them. With several nodes, NODE_RANK (or SLURM_NODEID), MASTER_ADDR and "
+        f"MASTER_PORT "
+        "say where this one stands."
+    )
+
+
+_job("taxonomy", "Score parallel examples in English and target languages: cc, ci, ic, ii.")
+_job("profile", "Find the task experts, the English routing and the alignment zone.")
+_job("finetune", "Fine-tune with Megatron's training loop and the alignment loss.")
+_job("evaluate", "Accuracy and routing mass of a checkpoint, per task and language.")
+_job("steer", "Search the setting of routing steering that answers best on a validation split.")
+
+
+@main.command()
+@click.option("--out", type=FOLDER, required=True, help="Folder for the data and the tokenizer.")
+@click.option("--config", default="{}", help="JSON object, or a file of one: the fields of WorldConfig.")
+def world(out: Path, config: str) -> None:
+    """Write the embedded world: parallel, pretraining and general text from CLDR, and a tokenizer. Needs no
+    download."""
+    _plain_job("world", "--config", config, "--out", str(out))
+
+
+@main.command()
+@click.option("--source", type=EXISTING, help="Folder of the languages, as downloaded; instead of `source` in --config.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the data and the tokenizer.")
+@click.option("--config", default="{}", help="JSON object, or a file of one: the fields of SibConfig.")
+def sib200(source: Path | None, out: Path, config: str) -> None:
+    """Convert SIB-200 to parallel, pretraining and general text, and train a tokenizer on it."""
+    import json
+
+    if source is not None:
+        from ramoe_megatron.artifacts.files import read_json
+
+        try:
+            given = json.loads(config) if config.lstrip().startswith("{") else read_json(config)
+        except json.JSONDecodeError as error:
+            raise RamoeError(f"--config: column {error.colno}: malformed JSON ({error.msg})") from error
+        config = json.dumps({**given, "source": str(source)})
+    _plain_job("sib200", "--config", config, "--out", str(out))
+
+
+@main.command()
+@click.argument("run_folder", metavar="RUN", type=EXISTING)
+def report(run_folder: Path) -> None:
+    """Write RUN's report.html and plots anew."""
+    _plain_job("report", "--run", str(run_folder))
+
+
+def _plain_job(name: str, *arguments: str) -> None:
+    import os
+
+    from ramoe_megatron.recipe.launcher import launch, python_command
+    from ramoe_megatron.recipe.processes import stop_signals
+
+    with stop_signals():
+        sys.exit(launch(python_command((f"ramoe_megatron.jobs.{name}", *arguments), ranks=0), os.environ).status)
+
+
+for _command in (*FILE_COMMANDS, compare, methods):
+    main.add_command(_command)

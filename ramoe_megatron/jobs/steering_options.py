@@ -1,0 +1,96 @@
+"""Which steering a job is to run under: its flags, or the best setting of a search."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ramoe_megatron.artifacts.tables import ExpertFile, load_document
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.align.refusals import refuse_hard_steering
+from ramoe_megatron.method.layers import parse_layers
+from ramoe_megatron.method.steering import Steering
+
+
+@dataclass(frozen=True)
+class SteeringOptions:
+    """Options of routing steering at inference (arXiv 2510.04694, eq. 4-5; open choices are our reading)."""
+
+    steer: Literal["soft", "hard"] | None = None
+    """Raise the router logits of the task experts at every token: soft (by --ramoe-steer-strength standard deviations) or hard (above all
+    others; needs a router whose top-k are the largest logits). Needs --ramoe-experts. Without it, nothing is steered."""
+
+    steer_strength: float = 0.5
+    """Strength of soft steering, in standard deviations of a token's router logits."""
+
+    steer_layers: str = "auto"
+    """Steered layers: auto (the zone in the expert file), FIRST-LAST or FRACTION-FRACTION."""
+
+    steer_tau: float | None = None
+    """Steer the experts whose delta is above it; without it, those that the expert file chose."""
+
+    steering: str | None = None
+    """steering.json of `ramoe steer`, whose best setting is used; instead of the flags above."""
+
+    @property
+    def on(self) -> bool:
+        """Whether steering is asked for (the best setting of a search may still be to steer nothing)."""
+        return self.steer is not None or self.steering is not None
+
+    def check(self, experts: str | None, args: Any) -> None:
+        """Raise RamoeError for flags that do not go together. `experts`: the value of --ramoe-experts; `args`: all validated ones."""
+        single = [
+            f"--ramoe-{flag}"
+            for flag, given in (
+                ("steer-strength", self.steer_strength != SteeringOptions.steer_strength),
+                ("steer-layers", self.steer_layers != SteeringOptions.steer_layers),
+                ("steer-tau", self.steer_tau is not None),
+            )
+            if given
+        ]
+        if self.steering is not None and (self.steer is not None or single):
+            found = ", ".join([*(["--ramoe-steer"] if self.steer else []), *single])
+            raise RamoeError(f"--ramoe-steering {self.steering} says how to steer, and so does {found}: give one or the other")
+        if self.steering is None and self.steer is None and single:
+            raise RamoeError(f"{', '.join(single)} without --ramoe-steer: nothing would be steered; give --ramoe-steer soft or hard")
+        if self.steer == "hard" and "--ramoe-steer-strength" in single:
+            raise RamoeError("--ramoe-steer-strength with --ramoe-steer hard, which takes none; leave it out, or steer soft")
+        if self.on and experts is None:
+            raise RamoeError("--ramoe-experts is missing: steering needs the expert file that `ramoe profile` wrote")
+        if self.steer == "hard":
+            refuse_hard_steering(args)
+
+    def setting(self, experts: ExpertFile, args: Any) -> Steering | None:
+        """The setting; None where nothing is to be steered.
+
+        Raises:
+            RamoeError: a bad value or file, a tau that chooses no expert in these layers, or a file whose best is hard steering and a
+                router that cannot be steered so.
+        """
+        if self.steering is not None:
+            found = best_of(self.steering)
+            if found is not None and found.kind == "hard":
+                refuse_hard_steering(args)
+        elif self.steer is not None:
+            layers = parse_layers(self.steer_layers, experts.shape.num_moe_layers, experts.zone)
+            found = Steering(self.steer, self.steer_strength if self.steer == "soft" else None, self.steer_tau, layers)
+        else:
+            return None
+        if found is not None and not found.experts(experts).any():
+            raise RamoeError(f"{experts.path}: no expert to steer by {found}; give a lower --ramoe-steer-tau or other layers")
+        return found
+
+
+def best_of(path: str) -> Steering | None:
+    """The best setting of a steering.json; None where steering nothing was best. Raises RamoeError for another or a damaged file."""
+    return Steering.from_document(load_document(path, "ramoe-steering")["best"], path)
+
+
+def told(steering: Steering | None, experts: ExpertFile, tasks: set[str]) -> list[str]:
+    """What is steered, and which of the tasks are not, in sentences."""
+    if steering is None:
+        return ["steering: the search found nothing better than no steering; nothing is steered"]
+    chosen_GLE = steering.experts(experts)
+    empty = [task for task in experts.tasks if task in tasks and not chosen_GLE[experts.task_index(task)].any()]
+    absent = sorted(tasks - set(experts.tasks))
+    sentences: list[Any] = [f"steering: {steering}; {int(chosen_GLE.sum())} experts over all tasks and layers"]
+    sentences += [f"steering: task {task!r} has no expert there and is not steered" for task in empty]
+    return [*sentences, *(f"steering: task {task!r} is not in {experts.path} and is not steered" for task in absent)]

@@ -1,0 +1,194 @@
+"""The alignment figures of a step: summed on the device, reduced once, reported through Megatron's own metrics tracker.
+
+The layout of the sums is the same on every rank from the first step on, so a pipeline stage without an aligned layer, or a step
+without a ci sample, reduces zeros instead of hanging.
+
+Megatron calls `report` on every rank after every step, whatever `--log-interval` and `--tensorboard-log-interval` say. As with its
+own losses at the routers, TensorBoard and Weights & Biases get each step's figures, and the printed line those of the steps since
+the last line. Megatron leaves a step that the optimizer skipped (float16 overflow) out of the printed `lm loss`, but not out of its
+losses at the routers, which then read too large; ours leave it out.
+
+Shape suffixes: L MoE layers, M the columns of a sum, B samples of the micro-batch, "..." either L or nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from megatron.core.transformer.moe import moe_logging
+from torch import Tensor
+
+from ramoe_megatron.mcore.train.coefficient import Coefficient
+from ramoe_megatron.mcore.train.refresh import TaxonomyRefresh
+
+COLUMNS = ("loss", "unit", "aligned", "samples", "ci_mass", "ci", "other_mass", "other")
+LOSS, SHARE = "routing_alignment_loss", "ramoe/aligned_share"
+CI_MASS, OTHER_MASS = "ramoe/task_expert_mass_ci", "ramoe/task_expert_mass_other"
+COEFFICIENT = "ramoe/coefficient"
+LAYER_NAMES = {LOSS: LOSS, CI_MASS: "ramoe_task_expert_mass_ci", OTHER_MASS: "ramoe_task_expert_mass_other"}
+
+
+class AlignmentMetrics(moe_logging.MoEMetricsTracker):
+    """Megatron's tracker with more in its report.
+
+    `routing_alignment_loss`: the alignment loss without its coefficient, mean over the aligned layers.
+    `ramoe/aligned_share`: samples aligned, of all of the global batch.
+    `ramoe/task_expert_mass_ci`, `ramoe/task_expert_mass_other`: mean routing mass on the task experts in the aligned layers, of the ci
+    samples and of the other samples of a task (English ones too). 0, and not written, where the step has no such sample.
+
+    With `--moe-per-layer-logging` also `moe/routing_alignment_loss_layer_i` and `moe/ramoe_task_expert_mass_ci_layer_i` (`_other_`)
+    for the aligned layers. As in Megatron's own `moe/NAME_layer_i`, i is Megatron's layer number less one, not the place among the
+    MoE layers: the curves of one router stand side by side.
+
+    `ramoe/coefficient`: what the alignment loss was multiplied by, where that changes in training.
+
+    `latest` holds the figures of the last step that was reported.
+    """
+
+    def __init__(self, layer_numbers: Sequence[int], device: Any, coefficient: Coefficient | None = None) -> None:
+        """`layer_numbers`: Megatron's layer number (1-based) of each MoE layer of the whole model; `coefficient` is told the losses
+        while it measures its unit, and is in the log while it changes. `refresh` is told of each step, where it is set; `chunks`: this
+        rank's model chunks, unwrapped."""
+        super().__init__()
+        self.coefficient = coefficient
+        self.refresh: TaxonomyRefresh | None = None
+        self.chunks: list[Any] = []
+        self.lm_2 = torch.zeros(2, dtype=torch.float64, device=device)
+        self.layer_numbers = tuple(layer_numbers)
+        self.sums_LM = torch.zeros(len(layer_numbers), len(COLUMNS), dtype=torch.float32, device=device)
+        self.printed_M = torch.zeros(len(COLUMNS), dtype=torch.float64, device=device)
+        self.printed_coefficient: Tensor | float = 0.0
+        self.advanced = 0
+        self.latest: dict[str, Tensor] = {}
+
+    @classmethod
+    def install(cls, layer_numbers: Sequence[int], device: Any, coefficient: Coefficient | None = None) -> Self:
+        """Make our tracker Megatron's; what stock losses have recorded so far goes on in it. A second model chunk gets the same one."""
+        current = moe_logging.get_moe_metrics_tracker()
+        if isinstance(current, cls) and current.layer_numbers == tuple(layer_numbers):
+            current.coefficient, current.refresh = coefficient, None
+            return current
+        tracker = cls(layer_numbers, device, coefficient)
+        tracker._metrics = current.metrics
+        moe_logging.set_moe_metrics_tracker(tracker)
+        return tracker
+
+    def record_alignment(
+        self, layer: int, loss: Tensor, unit: Tensor, aligned: Tensor, ci: Tensor, has_task: Tensor, task_mass: Tensor
+    ) -> None:
+        """Add one micro-batch at one aligned layer; nothing leaves the device.
+
+        Args:
+            layer: place among the MoE layers.
+            loss: each sample's weighted divergence. [B]
+            unit: what one sample counts for in the mean: 1, or its loss tokens. [B]
+            aligned: whether a sample is aligned. [B], bool
+            ci: whether it is right in English and wrong in its own language. [B], bool
+            has_task: whether its task experts are known and it has tokens whose routing is pooled. [B], bool
+            task_mass: routing mass on the sample's task experts. [B]
+        """
+        groups = [column for group in (ci & has_task, ~ci & has_task) for column in (task_mass.masked_fill(~group, 0.0), group)]
+        columns = [loss, unit, aligned, torch.ones_like(unit), *groups]
+        self.sums_LM[layer] += torch.stack([column.sum().float() for column in columns])
+
+    def record_lm_loss(self, loss: Tensor, tokens: Tensor) -> None:
+        """Add a micro-batch's language-model loss, a sum over its loss tokens, while the unit of the coefficient is measured.
+
+        Megatron evaluates without gradients, between the steps: that loss is none of the step's."""
+        if torch.is_grad_enabled() and self.coefficient is not None and self.coefficient.measures:
+            self.lm_2 += torch.stack([loss.detach().double(), tokens.double()])
+
+    def reduced(self) -> dict[str, Tensor]:
+        """The figures of the step over all ranks, means over the aligned layers. One all-reduce of [L, M]."""
+        return figures(self._totals().sum(dim=0))
+
+    def _totals(self) -> Tensor:
+        """The step's sums over all ranks. [L, M], float64
+
+        Each rank with a piece of a sequence (tensor and context parallel) holds the whole sequence's figures, so a sample stands there as
+        often as it has pieces: what is logged are ratios of these sums.
+        """
+        totals_LM = self.sums_LM.double()
+        torch.distributed.all_reduce(totals_LM)
+        return totals_LM
+
+    def report(
+        self,
+        loss_scale: float,
+        iteration: int,
+        writer: Any = None,
+        wandb_writer: Any = None,
+        per_layer_logging: bool = False,
+        *args: Any,
+        total_loss_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Megatron's report, then ours: into its loss table, TensorBoard and Weights & Biases."""
+        totals_LM = self._totals()  # first: Megatron's report ends in clear()
+        self.latest = figures(totals_LM.sum(dim=0))
+        if self.coefficient is not None and self.coefficient.config.scheduled:
+            self.latest[COEFFICIENT] = torch.full_like(self.latest[LOSS], self.coefficient.now())  # before the unit of later steps is known
+        if self.coefficient is not None and self.coefficient.measures:
+            torch.distributed.all_reduce(self.lm_2)  # in the first step alone
+            self.coefficient.measure(self.lm_2[0] / self.lm_2[1].clamp(min=1), self.latest[LOSS])
+        log = super().report(
+            loss_scale, iteration, writer, wandb_writer, per_layer_logging, *args, total_loss_dict=total_loss_dict, **kwargs
+        )
+        if writer is not None or wandb_writer is not None:
+            self._write(totals_LM, per_layer_logging, iteration, writer, wandb_writer)
+        if total_loss_dict is not None:
+            self._print(totals_LM.sum(dim=0), total_loss_dict)
+        if self.refresh is not None:
+            self.refresh.step(iteration)
+        return log
+
+    def _write(self, totals_LM: Tensor, per_layer_logging: bool, iteration: int, writer: Any, wandb_writer: Any) -> None:
+        scalars = dict(zip(self.latest, torch.stack([*self.latest.values()]).tolist(), strict=True))
+        if per_layer_logging:
+            layers = {name: values.tolist() for name, values in figures(totals_LM).items() if name in LAYER_NAMES}
+            for layer, samples in enumerate(totals_LM[:, COLUMNS.index("samples")].tolist()):
+                if samples > 0:  # every sample passes every aligned layer, and no other
+                    number = self.layer_numbers[layer] - 1
+                    scalars |= {f"moe/{LAYER_NAMES[name]}_layer_{number}": values[layer] for name, values in layers.items()}
+        shown = {name: value for name, value in scalars.items() if value or "task_expert_mass" not in name}
+        self._log_scalars(shown, iteration, writer, wandb_writer)
+
+    def _print(self, totals_M: Tensor, table: dict[str, Any]) -> None:
+        """Into Megatron's loss table, which divides by the steps that the optimizer took since the last printed line."""
+        advanced, skipped = table.get("advanced iterations", 1), table.get("skipped iterations", 0)
+        if advanced + skipped <= 1:  # the first step since that line
+            self.printed_M.zero_()
+            self.printed_coefficient, self.advanced = 0.0, 0
+        if advanced > self.advanced:
+            self.printed_M += totals_M
+            self.printed_coefficient = self.printed_coefficient + self.latest.get(COEFFICIENT, 0.0)  # on the device, where it changes
+        self.advanced = advanced
+        shown = figures(self.printed_M)
+        if COEFFICIENT in self.latest:
+            shown[COEFFICIENT] = self.printed_coefficient / max(1, advanced)
+        for name, value in shown.items():
+            if advanced > 0:
+                table[name] = value * advanced
+            else:  # no step counts yet: no figure, rather than 0
+                table.pop(name, None)
+
+    def clear(self) -> None:
+        """Zero Megatron's entries and ours."""
+        super().clear()
+        self.sums_LM.zero_()
+        self.lm_2.zero_()
+
+
+def figures(sums: Tensor) -> dict[str, Tensor]:
+    """The logged figures from their sums; 0 where there is no sample to take a mean of. [..., M] to [...] each, float32"""
+    total = dict(zip(COLUMNS, sums.unbind(dim=-1), strict=True))
+
+    def ratio(numerator: str, denominator: str) -> Tensor:
+        return (total[numerator] / total[denominator].clamp(min=1e-30)).float()
+
+    return {
+        LOSS: ratio("loss", "unit"),
+        SHARE: ratio("aligned", "samples"),
+        CI_MASS: ratio("ci_mass", "ci"),
+        OTHER_MASS: ratio("other_mass", "other"),
+    }

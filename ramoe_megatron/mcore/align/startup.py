@@ -1,0 +1,188 @@
+"""What a run tells at its start: every loss at the routers and its coefficient, where alignment acts, and on which samples.
+
+Inherited coefficients have cost many a run, so what acts beside the alignment is said in words.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ramoe_megatron.method.layers import span
+from ramoe_megatron.method.taxonomy import CATEGORIES
+
+if TYPE_CHECKING:
+    from ramoe_megatron.data.parallel import Example
+    from ramoe_megatron.mcore.align.attach import Alignment
+    from ramoe_megatron.mcore.select.trained import Selection
+
+SHOWN = 6
+"""Tasks, or task-language pairs, that get a line of their own."""
+TOKENS = {"prompt": "the prompt's tokens", "response": "the response's tokens", "all": "all tokens", "last": "the last prompt token"}
+TARGETS = {
+    "profile": "its task's English pattern",
+    "example": "its own English view",
+    "paired": "its own English view at the current weights",
+}
+
+
+def alignment_block(alignment: "Alignment", layer_numbers: Sequence[int], model_config: Any) -> str:
+    """The losses at the routers and the aligned layers, as aligned columns.
+
+    Args:
+        alignment: the alignment as it was resolved against the model.
+        layer_numbers: Megatron's layer number (1-based) of each MoE layer of the whole model.
+        model_config: Megatron's `TransformerConfig`.
+    """
+    config, layers = alignment.config, alignment.layers
+    target = TARGETS[config.target]
+    if config.shuffle_targets is not None:
+        target = f"another example's English view (shuffled, seed {config.shuffle_targets})"
+    pulled = "English view" if config.reverse else "sample"
+    if config.reverse:
+        target = "its target-language view (reversed: a control)"
+    pooled = f"{TOKENS[config.tokens]}, " + ("pooled" if config.pooling == "sequence" else "each token by itself")
+    divisor = "all samples" if config.normalize == "samples" else "the aligned samples"
+    if model_config.calculate_per_token_loss:
+        divisor = divisor.replace("samples", "samples, weighted by loss tokens")
+    numbers = [layer_numbers[layer] for layer in layers]
+    rows = [
+        ("coefficient", f"{_coefficient(config)} x mean over {divisor}, of the global batch"),
+        ("divergence", f"{config.divergence} of each {pulled} from {target} (target {config.target})"),
+        ("tokens", pooled),
+        ("examples", config.examples),
+        ("layers", f"MoE layers {_numbers(layers)} of 0-{len(layer_numbers) - 1} (Megatron's {_numbers(numbers)})"),
+        *([("layer weights", " ".join(f"{weight:.2f}" for weight in alignment.layer_weight.values()))] if config.layer_weights else []),
+        *_expert_rows(alignment),
+        ("load balancing", "; ".join(_balance(*pair) for pair in balancing(model_config)) or "none"),
+        ("z-loss", "none" if model_config.moe_z_loss_coeff is None else f"coefficient {model_config.moe_z_loss_coeff:g}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {text}".rstrip() for name, text in rows]
+    return "\n".join(["ramoe: routing alignment is on", *lines, *(f"  note: {text}" for text in _notes(model_config))])
+
+
+def _coefficient(config: Any) -> str:
+    """The coefficient and how it changes."""
+    told = f"{config.coeff:g}" + ("" if config.coeff_unit == "absolute" else " (1 is parity with the LM loss at the start)")
+    if config.coeff_warmup_iters:
+        told += f", after a warm-up of {config.coeff_warmup_iters} iterations"
+    return told if config.coeff_decay == "constant" else f"{told}, falling along a cosine to the end,"
+
+
+def balancing(model_config: Any) -> list[tuple[str, float]]:
+    """Each load-balancing type and its coefficient, as Megatron pairs them; types without a loss have coefficient 0."""
+    kinds, coefficients = model_config.moe_router_load_balancing_type, model_config.moe_aux_loss_coeff
+    if isinstance(kinds, str):
+        return [] if kinds == "none" else [(kinds, float(coefficients))]
+    return [(kind, float(coeff)) for kind, coeff in zip(kinds, coefficients, strict=False) if kind != "none"]
+
+
+def _balance(kind: str, coeff: float) -> str:
+    return f"{kind}, coefficient {coeff:g}" if kind.endswith("aux_loss") else kind
+
+
+def samples_block(examples: Sequence["Example"], category: Sequence[str], aligned: np.ndarray, order: np.ndarray, anchor: str) -> str:
+    """Training examples by task, language and category, and the share of the draws that is aligned.
+
+    Args:
+        examples: the training examples.
+        category: cc, ci, ic or ii for each of them, "" where it has none (the anchor language, or no taxonomy).
+        aligned: whether each is aligned. bool
+        order: the example of each draw.
+        anchor: the reference language.
+    """
+    groups: dict[tuple[str, str], Counter[str]] = {}
+    for example, kind, on in zip(examples, category, aligned, strict=True):
+        groups.setdefault((example.task, example.language), Counter()).update({"all": 1, kind: 1, "aligned": int(on)})
+    columns = ["all", *(CATEGORIES if any(category) else ()), "aligned"]
+    pairs = {f"{task} / {language}": counts for (task, language), counts in sorted(groups.items()) if language != anchor}
+    if len(pairs) > SHOWN:
+        pairs = _by_language(groups, anchor)
+    pairs["total"] = sum(groups.values(), Counter())
+    tasks, width = {task for task, _ in groups}, max(len(name) for name in pairs)
+    english = sum(counts["all"] for (_, language), counts in groups.items() if language == anchor)
+    share = float(aligned[order].mean()) if len(order) else 0.0
+    return "\n".join(
+        [
+            f"ramoe: {len(examples)} training examples of {len(tasks)} tasks ({english} in {anchor}), {len(order)} draws, "
+            f"{share:.1%} of them aligned",
+            f"  {'':<{width}}" + "".join(f"  {column:>7}" for column in columns),
+            *(f"  {name:<{width}}" + "".join(f"  {counts[column]:>7}" for column in columns) for name, counts in pairs.items()),
+            *(["  note: no training example is aligned, so the alignment loss is 0 throughout"] if not aligned.any() else []),
+        ]
+    )
+
+
+def selection_block(selection: "Selection", layer_numbers: Sequence[int], trained: int, total: int) -> str:
+    """What a selective run trains, as aligned columns; parameters are those of the whole model, each counted once.
+
+    Args:
+        layer_numbers: Megatron's layer number (1-based) of each MoE layer of the whole model.
+    """
+    rows = [("trained", f"{selection.kind}: {selection.told}"), ("parameters", f"{trained} of {total} ({trained / max(total, 1):.2%})")]
+    if not selection.routers:
+        counts, experts = selection.experts_LE.sum(-1).tolist(), selection.experts_LE.shape[-1]
+        empty = [layer for layer, count in enumerate(counts) if count == 0]
+        spread = f"{sum(counts)} in all, {_span(counts)} of {experts} a layer"
+        rows.append(("experts", spread + (f"; none in MoE layers {_numbers(empty)}" if empty else "")))
+        listed = ", ".join(f"{layer}: {count}" for layer, count in enumerate(counts))
+        rows.append(("by layer", f"{listed} (MoE layers, from 0; Megatron's {_numbers(layer_numbers)})"))
+    frozen = "everything else, bit-for-bit" + ("" if selection.routers else "; routers are frozen with their expert bias")
+    rows.append(("frozen", frozen))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(["ramoe: selective training is on", *(f"  {name:<{width}}  {text}" for name, text in rows)])
+
+
+def _by_language(groups: dict[tuple[str, str], Counter[str]], anchor: str) -> dict[str, Counter[str]]:
+    languages = sorted({language for _, language in groups if language != anchor})
+    kept = languages if len(languages) <= SHOWN else languages[: SHOWN - 1]
+    found = {name: sum((counts for (_, language), counts in groups.items() if language == name), Counter()) for name in kept}
+    rest = set(languages) - set(kept)
+    if rest:
+        found[f"{len(rest)} more"] = sum((counts for (_, language), counts in groups.items() if language in rest), Counter())
+    return found
+
+
+def _expert_rows(alignment: "Alignment") -> list[tuple[str, str]]:
+    """Task experts per aligned layer, one row a task."""
+    zone_GZ = alignment.expert_mask_GLE[:, list(alignment.layers)].sum(dim=-1).tolist()
+    experts = alignment.expert_mask_GLE.shape[-1]
+    kind = "experts a layer" if alignment.config.random_experts is None else "experts a layer, drawn at random (a control)"
+    rows = []
+    for task, counts in list(zip(alignment.tasks, zone_GZ, strict=True))[:SHOWN]:
+        empty = [layer for layer, count in zip(alignment.layers, counts, strict=True) if count == 0]
+        spread = _span(counts) + f" of {experts} {kind}"
+        rows.append((f"task {task}", spread + (f"; none in MoE layers {_numbers(empty)}" if empty else "")))
+    if len(zone_GZ) > SHOWN:
+        others = [count for counts in zone_GZ[SHOWN:] for count in counts]
+        rows.append((f"{len(zone_GZ) - SHOWN} more tasks", f"{_span(others)} of {experts} {kind}"))
+    return rows
+
+
+def _span(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low}-{high}"
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return span(values, most=8)
+
+
+def _notes(model_config: Any) -> Iterable[str]:
+    """What a user may not expect from the settings that alignment meets."""
+    pairs = balancing(model_config)
+    acting = [kind for kind, coeff in pairs if kind.endswith("aux_loss") and coeff > 0]
+    idle = [kind for kind, coeff in pairs if kind.endswith("aux_loss") and coeff == 0]
+    if not pairs:
+        yield "load balancing is none: nothing keeps the experts evenly used while routing is aligned"
+    if idle:
+        yield f"load balancing {', '.join(idle)} has coefficient 0 (--moe-aux-loss-coeff) and does nothing"
+    if acting and model_config.calculate_per_token_loss:
+        yield (
+            f"Megatron 0.19 scales {', '.join(acting)} by all tokens under --calculate-per-token-loss but divides by the loss tokens: with "
+            "masked prompts it acts more strongly than its coefficient says; the alignment loss does not"
+        )
+    if model_config.moe_router_enable_expert_bias:
+        yield "the expert bias moves the choice of experts, not the scores that are aligned"

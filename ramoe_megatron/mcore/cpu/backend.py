@@ -1,0 +1,233 @@
+"""Megatron's real training loop on a machine without a CUDA device.
+
+`cpu_backend()` answers, with a CPU, the questions that Megatron-Core asks of CUDA: which device is current, which streams and
+events exist, where the random state lives. Nothing of Megatron's arithmetic, schedules, optimizer or checkpoints is replaced.
+Each stand-in below says why it is needed. The backend engages only where there is no CUDA device, and says so in one line.
+
+It is a backend for laptops, tests and dry runs of a cluster's flags: no stream runs beside another, so overlap flags change
+nothing, and memory figures are zero.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ramoe_megatron.mcore.cpu.attention import attention_stand_ins
+from ramoe_megatron.mcore.cpu.collectives import all_gather_of_unequal, reduce_scatter_of_unequal
+from ramoe_megatron.mcore.cpu.devices import InertEvent, InertStream, inert_device_properties
+
+CPU_FLAGS = [
+    *("--transformer-impl", "local"),
+    *("--distributed-backend", "gloo"),
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-rope-fusion",
+    "--no-persist-layer-norm",
+    "--use-cpu-initialization",
+]
+"""What a CPU run needs beside the user's flags: transformer-engine, NCCL, the fused kernels and CUDA's generators are not there."""
+
+CUDA_ONLY_FLAGS = {
+    "--moe-grouped-gemm": 0,  # grouped GEMM is a CUDA kernel; experts then run one after another
+    "--tp-comm-overlap": 0,
+    "--moe-permute-fusion": 0,
+    "--moe-router-fusion": 0,
+    "--cross-entropy-loss-fusion": 0,
+    "--use-flash-attn": 0,
+    "--attention-backend": 1,
+    "--cross-entropy-fusion-impl": 1,
+}
+"""Flags (with their number of values) that a CPU run leaves out, so that a cluster's command line can be tried on a laptop."""
+
+
+def cpu_command_line(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """A Megatron command line as the CPU backend can run it.
+
+    Returns:
+        the arguments with `CPU_FLAGS` appended (the last one given counts), and the flags that were left out.
+    """
+    kept, left_out, position = [], [], 0
+    while position < len(arguments):
+        flag = arguments[position].split("=")[0]
+        if flag in CUDA_ONLY_FLAGS:
+            left_out.append(flag)
+            position += 1 + (CUDA_ONLY_FLAGS[flag] if "=" not in arguments[position] else 0)
+        else:
+            kept.append(arguments[position])
+            position += 1
+    return kept + CPU_FLAGS, left_out
+
+
+def cuda_absent() -> bool:
+    """Whether this machine has no CUDA device (asked of the driver, so that the stand-ins cannot answer)."""
+    return torch._C._cuda_getDeviceCount() == 0 if hasattr(torch._C, "_cuda_getDeviceCount") else True
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Every request for a CUDA tensor is answered with a CPU tensor."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("cuda", "pin_memory", "record_stream") and args and isinstance(args[0], torch.Tensor):
+            return args[0]  # no second device, no page-locked memory, no streams
+        if name == "type" and len(args) == 1 and not kwargs:
+            # the optimizer and gradient clipping select by this string
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        if name == "to" and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], torch.device("cpu"), *args[2:])
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+@contextlib.contextmanager
+def cpu_backend() -> Iterator[bool]:
+    """Run the body with Megatron on the CPU where there is no CUDA device; otherwise change nothing.
+
+    Yields:
+        True when the CPU backend is on.
+    """
+    if not cuda_absent():
+        yield False
+        return
+    if torch.cuda.is_available is _cuda_is_available:  # already on
+        yield True
+        return
+    if os.environ.get("RANK", "0") == "0":
+        print("ramoe: no CUDA device: Megatron runs on the CPU backend (gloo, local layers)", flush=True)
+    with contextlib.ExitStack() as stack:
+        # Compiling for a CPU takes longer than a small run. Read where a function is decorated: before Megatron is imported.
+        _set_variable(stack, "TORCHDYNAMO_DISABLE", "1")
+        # Megatron asks for it with TP or CP; without CUDA it says nothing.
+        _set_variable(stack, "CUDA_DEVICE_MAX_CONNECTIONS", os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"))
+        for owner, name, stand_in in [*_torch_stand_ins(), *_megatron_stand_ins()]:
+            _replace(stack, owner, name, stand_in)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # for what was decorated before
+        stack.enter_context(_CudaMeansCpu())
+        yield True
+
+
+def _cuda_is_available() -> bool:
+    return True
+
+
+def _set_variable(stack: contextlib.ExitStack, name: str, value: str) -> None:
+    before = os.environ.get(name)
+    stack.callback(os.environ.pop, name, None) if before is None else stack.callback(os.environ.__setitem__, name, before)
+    os.environ[name] = value
+
+
+def _replace(stack: contextlib.ExitStack, owner: Any, name: str, stand_in: Any) -> None:
+    if name in vars(owner):
+        stack.callback(setattr, owner, name, vars(owner)[name])
+    else:
+        stack.callback(delattr, owner, name)
+    setattr(owner, name, stand_in)
+
+
+def _torch_stand_ins() -> list[tuple[Any, str, Any]]:
+    cuda, cpu = torch.cuda, torch.device("cpu")
+    init_process_group = torch.distributed.init_process_group
+    loader_init = torch.utils.data.DataLoader.__init__
+
+    def gloo_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("device_id", None)  # gloo binds to no device
+        return init_process_group("gloo", *args, **kwargs)
+
+    def unpinned_loader(self: Any, *args: Any, **kwargs: Any) -> None:
+        loader_init(self, *args, **{**kwargs, "pin_memory": False})
+
+    zero = lambda *_, **__: 0  # noqa: E731 - memory figures: there is no device memory
+    nothing = lambda *_, **__: None  # noqa: E731
+    unpinned_loader.__wrapped__ = loader_init  # type: ignore[attr-defined]
+    return [
+        # Megatron asserts that CUDA is there and asks which device is current.
+        (cuda, "is_available", _cuda_is_available),
+        (cuda, "is_initialized", lambda: True),
+        (cuda, "device_count", lambda: max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))),
+        (cuda, "current_device", lambda: cpu),
+        (cuda, "set_device", nothing),
+        (cuda, "get_device_properties", inert_device_properties),
+        (cuda, "get_device_capability", lambda *_: (0, 0)),
+        (cuda, "get_device_name", lambda *_: "cpu"),
+        # One in-order device: streams, events and synchronisation have nothing to do.
+        (cuda, "Stream", InertStream),
+        (cuda, "Event", InertEvent),
+        (cuda, "current_stream", lambda *_, **__: InertStream()),
+        (cuda, "default_stream", lambda *_, **__: InertStream()),
+        (cuda, "stream", lambda *_: contextlib.nullcontext()),
+        (cuda, "set_stream", nothing),
+        (cuda, "synchronize", nothing),
+        (cuda, "empty_cache", nothing),
+        (cuda, "is_current_stream_capturing", lambda: False),
+        (cuda, "memory_stats", lambda *_, **__: {"num_alloc_retries": 0, "allocation.all.current": 0}),
+        *((cuda, name, zero) for name in ("memory_allocated", "max_memory_allocated", "memory_reserved")),
+        *((cuda, name, zero) for name in ("max_memory_reserved", "utilization", "temperature")),
+        (cuda, "reset_peak_memory_stats", nothing),
+        (cuda, "mem_get_info", lambda *_: (0, 0)),
+        *((cuda.nvtx, name, nothing) for name in ("range_push", "range_pop", "mark")),
+        (cuda.nvtx, "range", lambda *_, **__: contextlib.nullcontext()),
+        # Dropout and recompute need a real random state: the CPU's generator is "the CUDA generator".
+        *((owner, "get_rng_state", lambda *_, **__: torch.get_rng_state()) for owner in (cuda, cuda.random)),
+        *((owner, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state)) for owner in (cuda, cuda.random)),
+        *((owner, "manual_seed", lambda seed: torch.default_generator.manual_seed(seed)) for owner in (cuda, cuda.random)),
+        *((owner, "manual_seed_all", nothing) for owner in (cuda, cuda.random)),  # torch.manual_seed calls it too
+        # autograd's Function and checkpointing would otherwise look for an accelerator that matches is_available().
+        (torch.accelerator, "is_available", lambda: False),
+        (torch.nn.Module, "cuda", lambda self, *_: self),
+        (torch.utils.data.DataLoader, "__init__", unpinned_loader),
+        (torch.distributed, "init_process_group", gloo_process_group),
+        # gloo gathers and scatters pieces of one size only.
+        (torch.distributed, "all_gather", all_gather_of_unequal(torch.distributed.all_gather)),
+        (torch.distributed, "reduce_scatter", reduce_scatter_of_unequal(torch.distributed.reduce_scatter)),
+    ]
+
+
+def _megatron_stand_ins() -> list[tuple[Any, str, Any]]:
+    from megatron.core.tensor_parallel import random as tp_random
+    from megatron.core.transformer import torch_norm
+    from megatron.core.transformer.moe import token_dispatcher
+
+    torch_norm_new = torch_norm.WrappedTorchNorm.__new__
+    to_host = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def norm_with_sequence_parallel(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """Megatron refuses torch's norms under sequence parallelism only because their weights lack the mark that has their
+        gradients summed over tensor-parallel ranks: build the norm and set the mark."""
+        sequence_parallel, config.sequence_parallel = config.sequence_parallel, False
+        try:
+            norm = torch_norm_new(cls, config, *args, **kwargs)
+        finally:
+            config.sequence_parallel = sequence_parallel
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = sequence_parallel
+        return norm
+
+    def to_host_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # The all-to-all dispatcher converts only tensors that are on a GPU.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else to_host(tensor, False, False)
+
+    return [
+        (tp_random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (tp_random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
+        (tp_random, "_lazy_call", lambda call: call()),
+        (torch_norm.WrappedTorchNorm, "__new__", norm_with_sequence_parallel),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", to_host_as_numpy),
+        *attention_stand_ins(),  # context parallelism and packed samples, which Megatron leaves to transformer-engine
+    ]

@@ -1,0 +1,120 @@
+"""Laws of the CPU backend's attention, on real Megatron over one gloo rank and then two.
+
+A packed sample is computed as if it were alone, and a context-parallel rank's rows as if it held the whole sequence. Gradients are those
+after `finalize_model_grads`. Under per-token loss all of them agree. Without it Megatron's cross-entropy is a mean of the context-parallel
+ranks' means, so there only what alignment adds to the gradient is compared.
+
+Training on packs, and context parallelism beside other kinds: `test_layouts_packed.py`, `test_layouts.py`. Not covered: attention dropout.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from small_run import aligned_flags, load_flags, profile_flags, run_table, training_flags, write_world
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.cpu.attention import _rows_of_ranks, masked_pairs
+
+CP = ("--context-parallel-size", "2")
+PER_TOKEN = ("--calculate-per-token-loss",)
+PROMPT = ("--ramoe-tokens", "prompt", "--ramoe-target", "profile")  # a mean over rows of both ranks
+JOB = str(Path(__file__).parents[1] / "support/attention_job.py")
+PADDING = slice(24, 32)
+EQUAL = ("plain", "aligned", "aligned-prompt")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("attention")
+    write_world(folder)
+
+    plain, aligned = training_flags(folder, *load_flags(folder)), aligned_flags(folder)
+    jobs = {"mean-plain": plain, "mean-aligned": aligned, "plain": [*plain, *PER_TOKEN], "aligned": [*aligned, *PER_TOKEN]}
+    jobs["aligned-prompt"] = [*aligned, *PER_TOKEN, *PROMPT]
+
+    def rows(ranks: int, *more: str) -> list[dict[str, Any]]:
+        trained = [{"name": f"{name}{ranks}", "job": "finetune", "argv": [*flags, *more]} for name, flags in jobs.items()]
+        return [*trained, {"name": f"pack{ranks}", "job": JOB, "argv": [str(folder / f"pack{ranks}.safetensors")]}]
+
+    base = training_flags(folder, "--save", str(folder / "base"), "--save-interval", "2")
+    profile = {"name": "profile", "job": "profile", "argv": profile_flags(folder, "profile")}
+    run_table(1, [{"name": "base", "job": "finetune", "argv": base}, profile, *rows(1)], folder)
+    run_table(2, rows(2, *CP), folder)
+    return folder
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def prefixed(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def test_a_packed_sample_is_computed_as_if_alone(world: Path) -> None:
+    found = load_file(world / "pack1.safetensors")
+    packed, alone = prefixed(found, "packed."), prefixed(found, "alone.")
+    assert packed.keys() == alone.keys() > {"output", "input gradient"}
+    for name, expected in alone.items():
+        assert relative_error(packed[name], expected) < 1e-5, name
+    assert not packed["input gradient"][PADDING].any()
+
+
+def test_a_pack_is_the_same_on_one_and_two_context_parallel_ranks(world: Path) -> None:
+    one, two = (prefixed(load_file(world / f"pack{ranks}.safetensors"), "packed.") for ranks in (1, 2))
+    assert one.keys() == two.keys()
+    for name, expected in one.items():
+        assert relative_error(two[name], expected) < 1e-5, name
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_training_is_the_same_on_one_and_two_context_parallel_ranks(world: Path, name: str) -> None:
+    one, *two = (load_file(world / f"{name}{place}.safetensors") for place in ("1.0", "2.0", "2.1"))
+    assert {f"grad.{layer}" for layer in (1, 2, 3, 4)} < one.keys()
+    for rank in two:
+        assert rank.keys() == one.keys()
+        for key, expected in one.items():
+            assert relative_error(rank[key], expected) < 1e-5, key
+    logged = [json.loads((world / f"{name}{ranks}.json").read_text()) for ranks in (1, 2)]
+    assert all("error" not in outcome for outcome in logged)
+    assert logged[1]["first"] == pytest.approx(logged[0]["first"], rel=1e-5, abs=1e-9)
+    assert ("routing_alignment_loss" in logged[0]["first"]) == (name != "plain")
+
+
+def test_alignment_alone_needs_no_per_token_loss(world: Path) -> None:
+    added = []
+    for ranks in (1, 2):
+        aligned, plain = (load_file(world / f"mean-{name}{ranks}.0.safetensors") for name in ("aligned", "plain"))
+        added.append({layer: aligned[f"grad.{layer}"] - plain[f"grad.{layer}"] for layer in (1, 2, 3)})  # layers 2 and 3 are aligned
+    for layer, expected in added[0].items():
+        assert relative_error(added[1][layer], expected) < 1e-5, layer
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.sampled_from([1, 2, 3]))
+def test_every_query_sees_the_rows_before_it_in_its_own_sample(units: list[int], cp: int) -> None:
+    lengths = [2 * cp * unit for unit in units]
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    rows = _rows_of_ranks(sum(lengths), cp, borders, None)
+    keys = torch.cat(rows)
+    seen = torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool)
+    for mine in rows:
+        seen[mine[:, None], keys[None]] = ~masked_pairs(mine, keys, borders)
+    assert torch.equal(seen, torch.block_diag(*(torch.ones(n, n) for n in lengths)).tril().bool())
+
+
+def test_what_causal_attention_would_get_wrong_is_refused(world: Path) -> None:
+    told = json.loads((world / "pack1.safetensors.json").read_text())
+    for name, text in zip(("attention mask", "no_mask", "--window-size", "thd", "--hybrid-context-parallel"), told, strict=True):
+        assert name in text
+
+
+def test_packs_that_two_ranks_cannot_share_are_refused() -> None:
+    for borders, length in (([0, 6, 12], 12), ([0, 4, 8], 12)):
+        with pytest.raises(RamoeError, match="multiple of 4"):
+            _rows_of_ranks(length, 2, torch.tensor(borders), None)

@@ -1,0 +1,85 @@
+"""The offline jobs give the same files in every layout, and say what is wrong with bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import LANGUAGES
+
+from ramoe_megatron.artifacts.tables import ExpertFile, read_divergence, read_taxonomy
+
+
+@pytest.mark.parametrize("layout", ["tp", "pp", "ep"])
+def test_profiles_agree_between_layouts(layouts: Path, layout: str) -> None:
+    for file in ("experts", "experts-last", "priors"):
+        one, other = (load_file(layouts / folder / f"{file}.safetensors") for folder in ("profile", f"profile-{layout}"))
+        assert one.keys() == other.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+    curve, other_curve = (read_divergence(layouts / folder / "divergence.csv") for folder in ("profile", f"profile-{layout}"))
+    assert [r.divergence for r in other_curve] == pytest.approx([r.divergence for r in curve], rel=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["tp", "pp", "ep"])
+def test_scores_agree_between_layouts(layouts: Path, layout: str) -> None:
+    one, other = (load_file(layouts / f / "reference.safetensors") for f in ("reference", f"reference-{layout}"))
+    for key, tensor in one.items():
+        torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_scoring_laws(layouts: Path) -> None:
+    found = load_file(layouts / "reference/reference.safetensors")
+    assert (found["likelihood"] < 0).all()
+    torch.testing.assert_close(found["likelihood.small_batches"], found["likelihood"], rtol=1e-5, atol=1e-5)
+    # routing a prompt by its own logits changes nothing; by another prompt's it does
+    torch.testing.assert_close(found["likelihood.own_routing"], found["likelihood"], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found["answers.own_routing"], found["answers"])
+    assert ((found["likelihood.other_routing"] - found["likelihood"]).abs() > 1e-4).any()
+    # counts of K experts for each token; distributions sum to one
+    shape = found["logits"].shape[:2]
+    for tokens in ("prompt", "response", "all", "last"):
+        torch.testing.assert_close(found[f"frequency.{tokens}"].sum(-1), torch.full(shape, 2.0))
+        torch.testing.assert_close(found[f"pooled.{tokens}"].sum(-1), torch.ones(shape))
+    topk = torch.zeros_like(found["logits"]).scatter(-1, found["logits"].topk(2).indices, 1.0)
+    torch.testing.assert_close(found["frequency.last"], topk)
+    torch.testing.assert_close(found["logits"].softmax(-1), found["pooled.last"], rtol=1e-4, atol=1e-6)
+
+
+def test_job_files(layouts: Path) -> None:
+    rows = read_taxonomy(layouts / "taxonomy/taxonomy.jsonl")
+    assert {(row.id, row.language) for row in rows} == {(f"sum/{n}", language) for n in range(36) for language in ("es", "tr")}
+    evaluation = json.loads((layouts / "evaluations/base.json").read_text())
+    assert sum(row["n"] for row in evaluation["rows"]) == 12 * len(LANGUAGES)
+    assert len((layouts / "evaluations/base.jsonl").read_text().splitlines()) == 12 * len(LANGUAGES)
+    experts = ExpertFile.load(layouts / "profile/experts.safetensors")
+    assert experts.tasks == ("even", "odd")
+    assert experts.expert_mask.sum(-1).unique().tolist() == [3]
+    assert experts.layer_number.tolist() == [1, 2, 3, 4]
+    last = ExpertFile.load(layouts / "profile/experts-last.safetensors")
+    assert (experts.select_tokens, last.select_tokens) == ("all", "last")
+    counts = last.task_frequency * torch.tensor([last.sequences["english_task"][task] for task in last.tasks])[:, None, None]
+    torch.testing.assert_close(counts, counts.round(), rtol=0, atol=1e-4)  # one token of each sequence
+    torch.testing.assert_close(last.task_frequency.sum(-1), torch.full(last.delta.shape[:2], 2.0))
+    assert torch.equal(last.general_frequency, experts.general_frequency)
+    assert not torch.equal(last.delta, experts.delta)
+    assert json.loads((layouts / "predict/predict.json").read_text())["rows"]
+    assert not list(layouts.glob("taxonomy/.*"))  # finished shards are gone
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("other-model", ["experts.safetensors", "num_experts is 8 in the file, 4 in the model"]),
+        ("bad-layers", ["2-9", "0 to 3"]),
+        ("bad-tokens", ["priors.safetensors", "'last'", "'all'"]),
+        ("absent", ["nowhere", "latest_checkpointed_iteration.txt"]),
+        ("absent-base", ["nowhere", "--pretrained-checkpoint"]),
+        ("other-shape", ["base", "does not fit the model flags"]),
+    ],
+)
+def test_bad_input_is_told(layouts: Path, name: str, words: list[str]) -> None:
+    error = json.loads((layouts / f"{name}.json").read_text())["error"]
+    for word in words:
+        assert word in error, error

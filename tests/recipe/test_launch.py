@@ -1,0 +1,247 @@
+"""Starting ranks, following them, and leaving none behind: with real processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe.launcher import Place, launch, python_command, rank_environment
+from ramoe_megatron.recipe.output import Progress, parse_progress, relevant_lines
+
+# "gloo": a real process group; "deaf": ranks that ignore TERM and have to be killed (no torch needed for that).
+RANKS = """
+import os, signal, sys, time
+rank, folder, manner = os.environ["RANK"], sys.argv[1], sys.argv[2]
+if manner == "gloo":
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    dist.barrier()
+else:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(f"{folder}/rank{rank}", "w").write(str(os.getpid()))
+time.sleep(120)
+"""
+# Runs a launch in a process of its own, as `ramoe` does, so that it can be interrupted from outside.
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+from ramoe_megatron.recipe.launcher import launch, python_command, rank_environment
+from ramoe_megatron.recipe.processes import stop_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell runs in the background would inherit that it is ignored
+with stop_signals():
+    command = python_command(("ranks", sys.argv[1], sys.argv[2]), 2)
+    launch(command, rank_environment(2, os.environ), Path(sys.argv[1]) / "log", grace=2)
+"""
+
+
+def wait_for(condition: object, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(("number", "manner"), [(signal.SIGINT, "gloo"), (signal.SIGTERM, "deaf")])
+def test_an_interrupted_launch_leaves_no_rank_behind(tmp_path: Path, number: signal.Signals, manner: str) -> None:
+    """torchrun's ranks lie in sessions of their own, so that the end of its process group is not theirs."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), manner]
+    driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    written = [tmp_path / f"rank{rank}" for rank in range(2)]
+    wait_for(lambda: all(path.exists() and path.read_text() for path in written))
+    ranks = [int(path.read_text()) for path in written]
+    assert all(map(alive, ranks))
+    driver.send_signal(number)
+    driver.communicate(timeout=40)
+    assert not any(map(alive, ranks))
+    assert driver.returncode != 0
+
+
+def test_processes_that_outlive_an_ordinary_end_are_ended(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys; "
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True); "
+        "print(p.pid, flush=True)"
+    )
+    outcome = launch([sys.executable, "-c", code], os.environ, tmp_path / "log", grace=5)
+    assert outcome.status == 0
+    assert outcome.seconds < 30, "the orphan held the pipe open"
+    assert not alive(int(outcome.last_lines[-1]))
+
+
+def test_output_is_logged_in_full_and_progress_is_followed(tmp_path: Path) -> None:
+    told = {"done": 3, "total": 7, "unit": "examples", "note": "es"}
+    code = f"""
+import json, sys
+print("one")
+print("RAMOE-PROGRESS " + json.dumps({told!r}))
+print("two", file=sys.stderr)
+sys.stdout.write("no newline at the end")
+sys.exit(3)
+"""
+    seen: list[Progress] = []
+    for _ in range(2):
+        outcome = launch([sys.executable, "-c", code], os.environ, tmp_path / "logs" / "log", seen.append)
+    assert outcome.status == 3
+    assert seen == [Progress(3, 7, "examples", "es")] * 2
+    text = (tmp_path / "logs" / "log").read_text()
+    assert text.count("===") == 2, "a second attempt is appended under a header of its own"
+    assert text.count("two") == 2 * 2  # once printed, once in the header's command
+    assert outcome.last_lines[-1] == "no newline at the end"
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 10**6),
+    st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), max_size=8),
+)
+def test_progress_lines_are_read_wherever_they_stand(done: int, total: int, note: str) -> None:
+    line = "[default0]: RAMOE-PROGRESS " + json.dumps({"done": done, "total": total, "unit": "rows", "note": note})
+    assert parse_progress(line) == Progress(done, total, "rows", note)
+    assert parse_progress(line[:-1]) is None
+
+
+def test_megatrons_iteration_line_is_progress() -> None:
+    line = (
+        " [2026-01-01 10:00:00.000000] iteration        5/     200 | consumed samples:           40 | elapsed time per "
+        "iteration (ms): 311.2 | learning rate: 1.000000E-03 | global batch size:     8 | lm loss: 3.141593E+00 | "
+        "routing_alignment_loss: 2.500000E-02 | loss scale: 1.0 | number of skipped iterations:   0 |"
+    )
+    expected = Progress(5, 200, "iterations", "lm loss 3.142, routing alignment loss 0.025")
+    assert parse_progress(line) == expected
+    assert parse_progress("validation loss at iteration 5 | lm loss value: 3.0") is None
+
+
+def test_a_ramoe_error_is_what_is_told_of_a_failure() -> None:
+    lines = [
+        "Traceback (most recent call last):",
+        "ramoe: error: data.jsonl:3: no answer",
+        "  first five: a b",
+        "RuntimeError: connection reset by peer",
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:",
+    ]
+    assert relevant_lines(lines) == (["data.jsonl:3: no answer", "  first five: a b"], True)
+
+
+def test_without_one_it_is_the_exceptions_or_else_the_last_lines() -> None:
+    noise = [
+        "E1122 13:36 site-packages/torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1)",
+        "Traceback (most recent call last):",
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
+        "  exitcode  : 1 (pid: 3)",
+    ]
+    raised = ["[rank1]: ValueError: bad shape", "[rank0]: ValueError: bad shape"]
+    assert relevant_lines(["start", *raised, *noise]) == (["ValueError: bad shape"], False)
+    bare = ["[rank0]:     assert self.lr_warmup_steps < self.lr_decay_steps", "[rank0]: AssertionError"]
+    told = "AssertionError at: assert self.lr_warmup_steps < self.lr_decay_steps"
+    assert relevant_lines(["start", *bare, *noise]) == ([told], False)
+    refused = "predict.py: error: unrecognized arguments: --x"
+    assert relevant_lines(["usage: predict.py [-h]", refused, *noise]) == ([refused], False)
+    assert relevant_lines(["start", "killed by the kernel", *noise]) == (["start", "killed by the kernel"], False)
+
+
+def test_of_a_killed_rank_the_signal_is_told_but_not_that_of_those_which_torchrun_ended_after_it() -> None:
+    summary = [
+        "E1122 13:36 site-packages/torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9)",
+        "Failures:", "[1]:", "  rank      : 0 (local_rank: 0)", "  exitcode  : -15 (pid: 8)",
+        "  traceback : Signal 15 (SIGTERM) received by PID 8", "-----", "Root Cause (first observed failure):", "[0]:",
+        "  rank      : 1 (local_rank: 1)", "  exitcode  : -9 (pid: 9)", "  traceback : Signal 9 (SIGKILL) received by PID 9",
+    ]  # fmt: skip
+    told = ["RuntimeError: Connection closed by peer", "rank 1 was ended by SIGKILL"]
+    assert relevant_lines(["[rank0]: RuntimeError: Connection closed by peer", *summary]) == (told, False)
+
+
+def test_cores_are_shared_out_and_what_the_user_set_stays() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert rank_environment(cores, {})["OMP_NUM_THREADS"] == "1"
+    assert rank_environment(1, {})["OMP_NUM_THREADS"] == str(cores)
+    assert rank_environment(10 * cores, {})["OMP_NUM_THREADS"] == "1"
+    assert rank_environment(2, {"OMP_NUM_THREADS": "7", "X": "y"})["OMP_NUM_THREADS"] == "7"
+    assert rank_environment(1, {"SLURM_CPUS_ON_NODE": "1"})["OMP_NUM_THREADS"] == "1"
+    assert rank_environment(1, {"SLURM_CPUS_ON_NODE": str(10 * cores)})["OMP_NUM_THREADS"] == str(cores)
+
+
+def test_a_node_is_known_by_its_environment_and_its_absence_is_told() -> None:
+    assert Place.from_environment(1, {"NODE_RANK": "5"}) == Place()
+    found = Place.from_environment(2, {"SLURM_NODEID": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "4000"})
+    assert found == Place(1, 2, "n1", 4000)
+    command = python_command(("module", "--x"), 4, found)
+    assert "--standalone" not in command
+    assert command[command.index("--node-rank") + 1] == "1"
+    for environment in ({}, {"NODE_RANK": "1"}, {"NODE_RANK": "2", "MASTER_ADDR": "n1"}, {"MASTER_ADDR": "n1"}):
+        with pytest.raises(RamoeError, match="node"):
+            Place.from_environment(2, environment)
+
+
+NODE = """
+import os, sys
+from pathlib import Path
+from ramoe_megatron.recipe.launcher import Place, launch, python_command, rank_environment
+from ramoe_megatron.recipe.nodes import Leader, follow
+from ramoe_megatron.recipe.stage import Stage
+place, folder = Place.from_environment(2, os.environ), Path(sys.argv[1])
+if place.node > 0:
+    follow(place, folder, patience=30)
+else:
+    with Leader(place, patience=30) as leader:
+        for name in ("one", "two"):
+            stage = Stage(name, ("job", str(folder / name)), {}, ranks=1)
+            leader.announce(stage)
+            outcome = launch(python_command(stage.command, 1, place), rank_environment(1, os.environ),
+                             folder / stage.log, while_running=leader.watch)
+            assert outcome.status == 0, outcome.last_lines
+"""
+JOB = """
+import os, sys
+open(f"{sys.argv[1]}-{os.environ['RANK']}", "w").write(os.environ["WORLD_SIZE"])
+"""
+
+
+def free_port_pair() -> int:
+    while True:
+        with socket.create_server(("", 0)) as first:
+            port = first.getsockname()[1]
+            try:
+                with socket.create_server(("", port + 1)):
+                    return port
+            except OSError:
+                continue
+
+
+def test_two_nodes_run_each_stage_together(tmp_path: Path) -> None:
+    """Two processes stand for two nodes; torchrun gives the ranks of both one numbering in every stage."""
+    (tmp_path / "job.py").write_text(JOB)
+    port = free_port_pair()
+    common = {**os.environ, "PYTHONPATH": str(tmp_path), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-c", NODE, str(tmp_path)],
+            env={**common, "NODE_RANK": str(node)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in (1, 0)
+    ]
+    for node in nodes:
+        _, errors = node.communicate(timeout=90)
+        assert node.returncode == 0, errors
+    assert {path.name: path.read_text() for path in tmp_path.glob("*-[01]")} == dict.fromkeys(
+        ["one-0", "one-1", "two-0", "two-1"], "2"
+    )

@@ -1,0 +1,230 @@
+"""The named methods: what each is, how they combine, and the flags that a recipe makes of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from test_plan import BASE, option, plan
+
+from ramoe_megatron.cli import main
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe.catalogue import METHODS
+from ramoe_megatron.recipe.load import validate
+from ramoe_megatron.recipe.plan import make_plan
+from ramoe_megatron.recipe.schema import Recipe
+from ramoe_megatron.recipe.stage import Stage
+
+GIVEN = {"selection": {"budget": 5, "top-p": 0.4}, "alignment": {"coeff": 10, "target": "example", "layers": "1-2"}}
+
+
+def recipe(*methods: Any, **changes: Any) -> Recipe:
+    return validate({**BASE, **GIVEN, "methods": ["sft", *methods], **changes}, "r")
+
+
+def refusal(*methods: Any, **changes: Any) -> str:
+    with pytest.raises(RamoeError) as caught:
+        recipe(*methods, **changes)
+    return str(caught.value)
+
+
+def stages(out: Path, *methods: Any, **changes: Any) -> dict[str, Stage]:
+    return plan(out, **{**GIVEN, "methods": ["sft", *methods], **changes})
+
+
+def flags(stage: Stage) -> dict[str, list[str]]:
+    """Our flags of a command line."""
+    words = stage.command
+    return {word: option(stage, word) or [] for word in words if word.startswith("--ramoe-")}
+
+
+def test_every_method_has_a_meaning_in_one_recipe(tmp_path: Path) -> None:
+    found = stages(tmp_path, *[name for name in METHODS if name != "sft"])
+    for name, entry in METHODS.items():
+        assert (f"finetune/{name}-seed2" in found) == (not entry.steering)
+        assert (f"evaluate/{name}-seed2" in found) == (not entry.steering)
+        assert (f"evaluate/{name}" in found) == bool(entry.steering)
+    assert {path.name for path in found["profile"].outputs} == {
+        "experts.safetensors", "divergence.csv", "priors.safetensors", "priors-all.safetensors", "usage.safetensors",
+    }  # fmt: skip
+
+
+def test_the_published_settings_are_not_the_recipes(tmp_path: Path) -> None:
+    given = {"coeff": 50, "divergence": "mass", "target": "example", "tokens": "prompt", "layers": "0-1"}
+    found = stages(tmp_path, "ra-moe", "sara", "xlr", alignment=given)
+    sara, xlr = flags(found["finetune/sara-seed1"]), flags(found["finetune/xlr-seed1"])
+    assert (sara["--ramoe-coeff"], sara["--ramoe-divergence"], sara["--ramoe-tokens"]) == (["1.5"], ["js"], ["all"])
+    assert (sara["--ramoe-examples"], sara["--ramoe-missing-priors"]) == (["ci+cc"], ["skip"])
+    assert (xlr["--ramoe-coeff"], xlr["--ramoe-coeff-unit"], xlr["--ramoe-target"]) == (["1.0"], ["lm-loss"], ["paired"])
+    assert "--ramoe-priors" not in xlr
+    assert sara["--ramoe-layers"] == xlr["--ramoe-layers"] == ["0-1"]
+    scheduled = {"coeff-unit": "lm-loss", "coeff-decay": "cosine", "coeff-warmup-iters": 3, "layer-weights": "divergence"}
+    scheduled |= {"missing-priors": "skip", "refresh-interval": 4}
+    again = stages(tmp_path, "ra-moe", "sara", "xlr", alignment={**given, **scheduled})
+    assert flags(again["finetune/ra-moe-seed1"])["--ramoe-coeff-unit"] == ["lm-loss"]
+    assert flags(again["finetune/sara-seed1"]) == sara
+    assert flags(again["finetune/xlr-seed1"]) == xlr
+
+
+def test_paired_views_double_the_batch_and_nothing_else_does(tmp_path: Path) -> None:
+    found = stages(tmp_path, "ra-moe", "xlr", "reversed")
+    sizes = {name: option(found[f"finetune/{name}-seed1"], "--global-batch-size") for name in ("sft", "ra-moe", "xlr", "reversed")}
+    assert sizes == {"sft": ["8"], "ra-moe": ["8"], "xlr": ["16"], "reversed": ["16"]}
+    assert option(found["finetune/xlr-seed1"], "--micro-batch-size") == ["4"]
+
+
+def test_coefficient_zero_has_the_batch_of_sft_whatever_the_target(tmp_path: Path) -> None:
+    found = stages(tmp_path, "ra-moe", "coeff-zero", alignment={"coeff": 1, "target": "paired"})
+    sizes = [option(found[f"finetune/{name}-seed1"], "--global-batch-size") for name in ("sft", "coeff-zero", "ra-moe")]
+    assert sizes == [["8"], ["8"], ["16"]]
+
+
+def test_sft_has_no_flag_of_alignment_and_coefficient_zero_has_all(tmp_path: Path) -> None:
+    found = stages(tmp_path, "ra-moe", "coeff-zero")
+    sft, zero, aligned = (flags(found[f"finetune/{name}-seed1"]) for name in ("sft", "coeff-zero", "ra-moe"))
+    assert not {"--ramoe-coeff", "--ramoe-experts", "--ramoe-taxonomy"} & set(sft)
+    assert zero == aligned | {"--ramoe-coeff": ["0.0"]}
+    digests = {name: "--ramoe-weights-digest" in found[f"evaluate/{name}-seed1"].command for name in ("sft", "coeff-zero", "ra-moe")}
+    assert digests == {"sft": True, "coeff-zero": True, "ra-moe": False}
+    assert "--ramoe-weights-digest" not in stages(tmp_path, "ra-moe")["evaluate/sft-seed1"].command
+
+
+def test_controls_differ_from_the_method_by_one_thing(tmp_path: Path) -> None:
+    found = stages(tmp_path, "ra-moe", "random-experts", "all-layers", "outside-zone", "ra-moe-shuffled")
+    method = flags(found["finetune/ra-moe-seed2"])
+    for name, change in {
+        "random-experts": {"--ramoe-random-experts": ["2"]}, "all-layers": {"--ramoe-layers": ["all"]},
+        "outside-zone": {"--ramoe-layers": ["outside:1-2"]}, "ra-moe-shuffled": {"--ramoe-shuffle-targets": ["2"]},
+    }.items():  # fmt: skip
+        assert flags(found[f"finetune/{name}-seed2"]) == method | change
+
+
+def test_selection_takes_what_its_method_needs(tmp_path: Path) -> None:
+    found = stages(tmp_path, "rise", "esft-gate", "router-only")
+    rise, esft, routers = (flags(found[f"finetune/{name}-seed1"]) for name in ("rise", "esft-gate", "router-only"))
+    assert (rise["--ramoe-train"], rise["--ramoe-train-budget"]) == (["rise"], ["5"])
+    assert not {"--ramoe-train-top-p", "--ramoe-train-split"} & set(rise)
+    split = {"name": "split", "preset": ["rise"], "selection": {"budget": 6, "split": [1, 2, 3]}}
+    assert flags(stages(tmp_path, split)["finetune/split-seed1"])["--ramoe-train-split"] == ["1", "2", "3"]
+    assert (esft["--ramoe-train"], esft["--ramoe-train-top-p"]) == (["esft-gate"], ["0.4"])
+    assert routers["--ramoe-train"] == ["routers"]
+    assert "--ramoe-usage" not in routers
+    assert "--ramoe-coeff" not in rise
+
+
+def test_parts_combine(tmp_path: Path) -> None:
+    found = stages(tmp_path, "ra-moe", {"name": "both", "preset": ["ra-moe", "esft-token"]})
+    both, aligned = flags(found["finetune/both-seed1"]), flags(found["finetune/ra-moe-seed1"])
+    selected = {"--ramoe-train", "--ramoe-train-top-p", "--ramoe-usage"}
+    assert {name: value for name, value in both.items() if name not in selected} == aligned
+    assert set(both) == set(aligned) | selected
+
+
+def test_steering_is_evaluated_on_the_base_model_or_on_a_trained_one(tmp_path: Path) -> None:
+    steered = {"name": "steered-sft", "preset": ["steering-hard"], "on": "sft"}
+    found = stages(tmp_path, "steering-soft", steered, steering={"strength": 0.25, "layers": "1-2"})
+    soft, hard = found["evaluate/steering-soft"], found["evaluate/steered-sft-seed2"]
+    assert option(soft, "--load") == [str(tmp_path / "checkpoints/base")]
+    assert option(hard, "--load") == [str(tmp_path / "checkpoints/sft-seed2")]
+    assert (option(soft, "--ramoe-steer-strength"), option(hard, "--ramoe-steer-strength")) == (["0.25"], None)
+    assert not [name for name in found if name.startswith("finetune/steer")]
+    found = stages(tmp_path, "steering-soft", steering={"search": True})
+    assert option(found["steer/steering-soft"], "--ramoe-split") == ["validation"]
+    assert option(found["evaluate/steering-soft"], "--ramoe-steering") == [str(tmp_path / "steering/steering-soft/steering.json")]
+    assert option(found["steer/steering-soft"], "--ramoe-zones") == ["auto"]
+
+
+def test_a_search_on_a_trained_method_is_on_its_own_checkpoints(tmp_path: Path) -> None:
+    searched = {"name": "sought", "preset": ["steering-soft"], "on": "sft", "steering": {"search": True, "zones": ["auto", "0-1"]}}
+    found = stages(tmp_path, searched)
+    for seed in (1, 2):
+        search, evaluation = found[f"steer/sought-seed{seed}"], found[f"evaluate/sought-seed{seed}"]
+        assert option(search, "--load") == option(evaluation, "--load") == [str(tmp_path / f"checkpoints/sft-seed{seed}")]
+        assert option(evaluation, "--ramoe-steering") == [str(path) for path in search.outputs]
+        assert option(search, "--ramoe-zones") == ["auto", "0-1"]
+    assert list(found).index("finetune/sft-seed2") < list(found).index("steer/sought-seed1")
+
+
+def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    other.touch()
+    found = stages(tmp_path / "run", "ra-moe", profile={"experts": str(other)})
+    assert option(found["finetune/ra-moe-seed1"], "--ramoe-experts") == [str(other)]
+    assert found["profile"].outputs[0].name == "experts.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("methods", "changes", "told"),
+    [
+        ([{"name": "x", "preset": ["sara", "xlr"]}], {}, "do not combine"),
+        ([{"name": "x", "preset": ["ra-moe", "sara"]}], {}, "each is a loss of its own"),
+        ([{"name": "x", "preset": ["sft", "rise"]}], {}, "it combines with nothing"),
+        ([{"name": "x", "alignment": {"coeff": 5}, "steering": {"kind": "soft"}}], {}, "so alignment has no meaning"),
+        ([{"name": "x", "preset": ["steering-hard"], "selection": {"train": "routers"}}], {}, "so selection has no meaning"),
+        ([{"name": "x", "preset": ["steering-hard"], "steering": {"strength": 1}}], {}, "steering.strength is read by soft"),
+        ([{"name": "x", "preset": ["steering-soft"], "steering": {"search": True, "tau": 0.3}}], {}, "steering.tau is read by"),
+        ([{"name": "x", "preset": ["steering-soft"], "steering": {"zones": ["0-1"]}}], {}, "set steering.search"),
+        ([{"name": "x", "preset": ["router-only"], "selection": {"budget": 3}}], {}, "selection.budget is read by"),
+        ([{"name": "x", "preset": ["rise"], "selection": {"split": [1, 1, 1]}}], {}, "sums to 3, not to the budget 5"),
+        ([], {"selection": {"train": "routers"}}, "belong to a method"),
+        ([], {"steering": {"kind": "soft"}}, "belong to a method"),
+        (["outside-zone"], {"alignment": {"coeff": 1, "layers": "all"}}, "takes the layers outside alignment.layers"),
+        ([{"name": "x", "preset": ["rise", "esft-gate"]}], {}, "do not combine"),
+        ([{"name": "x", "preset": ["ra-moe", "steering-soft"]}], {}, "steering acts at inference"),
+        ([{"name": "x", "preset": ["nothing"]}], {}, "no preset 'nothing'"),
+        (["esft-tokn"], {}, "did you mean esft-token?"),
+        (["mine"], {}, "or a method of your own with a preset or a section"),
+        ([], {"seeds": [1, 0]}, "seeds: found 0"),
+        ([], {"seeds": 0}, "seeds: found 0"),
+        ([{"name": "x", "preset": ["steering-soft"], "on": "mine"}], {}, "no method of this recipe that trains"),
+        ([{"name": "x", "on": "sft"}], {}, "only a steering method acts `on`"),
+        ([{"name": "x", "preset": ["steering-soft"], "train": {"lr": 1}}], {}, "steering trains nothing"),
+        (["rise"], {"selection": {}}, "needs selection.budget"),
+        (["esft-token"], {"selection": {}}, "needs selection.top-p"),
+        (["ra-moe"], {"alignment": {}}, "needs a coefficient"),
+        (["ra-moe-shuffled"], {"alignment": {"coeff": 1}}, "set alignment.target to example"),
+        ([{"name": "x", "alignment": {"reverse": True}}], {}, "set alignment.target to paired"),
+        ([], {"launch": {"at-once": 2, "nodes": 2}}, "launch.at-once is for one node"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(methods: list[Any], changes: dict[str, Any], told: str) -> None:
+    assert told in refusal(*methods, **changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ({"preset": ["random-experts"], "alignment": {"divergence": "kl"}}, "--ramoe-random-experts with --ramoe-divergence kl"),
+        ({"preset": ["ra-moe"], "alignment": {"target": "profile", "missing-priors": "skip"}}, "--ramoe-missing-priors skip: only"),
+        ({"preset": ["ra-moe"], "alignment": {"refresh-interval": 2, "examples": "all"}}, "--ramoe-refresh-interval does not go with"),
+        ({"preset": ["ra-moe"], "alignment": {"select": "top-m=0"}}, "select: found 'top-m=0'"),
+    ],
+)
+def test_what_a_fine_tune_would_refuse_stops_the_plan(tmp_path: Path, method: dict[str, Any], told: str) -> None:
+    with pytest.raises(RamoeError) as error:
+        stages(tmp_path, {"name": "mine", **method})
+    assert f"method mine: {told}" in str(error.value)
+    assert make_plan(recipe({"name": "mine", **method}), tmp_path, tmp_path, checked=False)  # the doctor tells the rest too
+
+
+def test_the_table_of_methods_has_a_row_for_each() -> None:
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(main, ["methods"])
+    assert shown.exit_code == 0
+    for name, entry in METHODS.items():
+        assert name in shown.output
+        assert entry.source.split(",")[0] in shown.output
+
+
+def test_compare_needs_sft_and_a_base_model_to_train(tmp_path: Path) -> None:
+    from ramoe_megatron.recipe.compare import compare_recipe
+
+    path = tmp_path / "r.yaml"
+    path.write_text(Path(__file__).parents[2].joinpath("examples/comparison.yaml").read_text())
+    with pytest.raises(RamoeError, match="methods has no sft"):
+        compare_recipe(path, ["methods=[ra-moe]"], out=tmp_path)
+    with pytest.raises(RamoeError, match="--bases asks for 2"):
+        compare_recipe(path, ["pretrain=null", "checkpoint=x"], bases=[1, 2], out=tmp_path)
+    for bases, told in (("1,x", "expected whole numbers"), ("1,1", "names one twice")):
+        shown = CliRunner().invoke(main, ["compare", str(path), "--bases", bases])
+        assert shown.exit_code == 2
+        assert told in shown.output

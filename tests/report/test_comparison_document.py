@@ -1,0 +1,260 @@
+"""The documents of a comparison: what is said of which figures, what is marked, and that no hole shows."""
+
+import re
+from pathlib import Path
+
+import pytest
+from comparison_runs import CELLS, SEEDS, TARGETS, plain, rising, row, write_run
+from rich.console import Console
+
+from ramoe_megatron.artifacts.files import load_document
+from ramoe_megatron.report.comparison.build import compare, write_comparison
+from ramoe_megatron.report.comparison.document import document
+from ramoe_megatron.report.comparison.findings import findings
+from ramoe_megatron.report.inspect import describe
+
+HOSTILE = "<script>alert('|$x$')</script>"
+
+
+def test_claims_are_the_method_minus_its_control(tmp_path: Path) -> None:
+    outcomes = {
+        **rising(),
+        **{("random-experts", s): {("a", "es"): 5 + s} for s in SEEDS},
+        **{("reversed", s): {("a", "es"): 5} for s in SEEDS},
+    }
+    c = compare([write_run(tmp_path / "one", outcomes)])
+    assert [(r["control"], r["verdict"]) for r in c["claims"]] == [("random-experts", "not shown"), ("reversed", "supported")]
+    supported = row(c["claims"], control="reversed")
+    assert (supported["change"], supported["p_holm"]) == pytest.approx((3 / 40, 2 * 0.0132363), abs=1e-5)
+    told = " ".join(findings(c))
+    assert "RA-MoE (our reading) beat SFT: +7.5 [+2.6, +12.4] points" in told
+    assert "random-experts did as well as RA-MoE (our reading), within 1 point: the difference is +0.0 [+0.0, +0.0] points" in told
+    assert "“Direction matters” is supported: RA-MoE (our reading) did better than reversed, by +7.5" in told
+
+
+def test_a_lead_over_a_reference_that_lost_is_told_beside_what_it_lost(tmp_path: Path) -> None:
+    """The base model has 16 of 40 right, SFT 14 (-5 points), one method 15, the other 17."""
+    right = {"sft": 2, "ra-moe": 3, "rise": 5}
+    worse = {(method, seed): {("a", "es"): n} for method, n in right.items() for seed in SEEDS}
+    told = " ".join(findings(compare([write_run(tmp_path / "one", worse)])))
+    assert "SFT stands 5.0 points below the model before fine-tuning (40.0 %)" in told
+    assert "(40.0 %) (no spread over seeds, so no interval): it forgets more" in told
+    assert "1 of 2 methods stands above that model: rise +2.5 points." in told
+    better = " ".join(findings(compare([write_run(tmp_path / "two", rising())])))
+    assert "below the model before fine-tuning" not in better
+
+
+@pytest.mark.parametrize(
+    ("sign", "told"), [(-1, "did worse than SFT: −7.5"), (0, "did not beat SFT, as far as this comparison can tell: +0.0")]
+)
+def test_it_is_said_when_the_method_does_not_win(tmp_path: Path, sign: int, told: str) -> None:
+    assert told in findings(compare([write_run(tmp_path / "one", rising(sign=sign))]))[0]
+
+
+def test_the_loss_to_the_base_model_is_told_with_its_interval(tmp_path: Path) -> None:
+    """2 of 40 rows lost, standard error sqrt(0.5 / 5) with Student's 2.776, and then sqrt(4 / 3) with 4.303."""
+
+    def told(*right: int) -> str:
+        outcomes = {("sft", seed): {("a", "es"): n} for seed, n in enumerate(right, start=1)}
+        return " ".join(findings(compare([write_run(tmp_path / "-".join(map(str, right)), outcomes)])))
+
+    assert "SFT stands 5.0 [2.8, 7.2] points below the model before fine-tuning (40.0 %): it forgets more" in told(1, 2, 2, 2, 3)
+    wide = "SFT stands 5.0 [−7.4, 17.4] points below the model before fine-tuning (40.0 %), though the interval holds zero: it may forget"
+    assert wide in told(0, 2, 4)
+
+
+def test_base_models_that_fine_tuning_helps_and_harms_are_told(tmp_path: Path) -> None:
+    def told(*right: int) -> str:
+        runs = [{("sft", seed): {("a", "es"): n} for seed in SEEDS} for n in right]
+        names = [f"{'-'.join(map(str, right))}-{place}" for place in range(len(right))]
+        return " ".join(findings(compare([write_run(tmp_path / name, run) for name, run in zip(names, runs, strict=True)])))
+
+    for right in ((2, 6), (6, 2), (7, 3)):  # the base model has 4
+        assert "SFT helps one base model and harms another: " in told(*right)
+    assert "2-6-0 −5.0 points; 2-6-1 +5.0 points. Read the rows" in told(2, 6)
+    for right in ((6, 7), (2, 3), (4, 2)):
+        assert "harms another" not in told(*right)
+
+
+def test_control_that_is_not_told_apart_did_not_thereby_do_as_well(tmp_path: Path) -> None:
+    outcomes = {**rising(), **{("reversed", seed): {("a", "es"): 4 + 2 * (seed % 3)} for seed in SEEDS}}
+    told = " ".join(findings(compare([write_run(tmp_path / "one", outcomes)])))
+    assert "“Direction matters” is not shown: reversed is not told apart from RA-MoE (our reading): the difference is +" in told
+    assert "did as well" not in told
+
+
+def test_equal_differences_are_no_spread_rather_than_too_few_seeds(tmp_path: Path) -> None:
+    outcomes = {(method, seed): {("a", "es"): right} for method, right in (("sft", 4), ("ra-moe", 6)) for seed in SEEDS}
+    assert "no spread over seeds, so no interval" in findings(compare([write_run(tmp_path / "one", outcomes)]))[0]
+
+
+def test_methods_that_share_the_highest_accuracy_are_all_named(tmp_path: Path) -> None:
+    outcomes = {(method, 1): {("a", "es"): right} for method, right in (("sft", 5), ("ra-moe", 6), ("rise", 6))}
+    told = " ".join(findings(compare([write_run(tmp_path / "one", outcomes)])))
+    assert re.search(r"target accuracy is shared: it is that of RA-MoE \(our reading\), 45\.0 \[.*\] %, and rise, 45\.0 \[", told)
+
+
+def test_a_method_that_trains_nothing_is_marked_wherever_the_spread_is_the_references_alone(tmp_path: Path) -> None:
+    outcomes = {**rising(), ("steering-soft", None): {("a", "es"): 9, ("b", "es"): 9}}
+    for seed in SEEDS:
+        outcomes["sft", seed] = {("a", "es"): 4 + seed % 2}
+    c = compare([write_run(tmp_path / "one", outcomes)])
+    told = " ".join(findings(c))
+    assert re.search(r"Of 1 trained method compared with SFT, [01] differs? from it", told)
+    assert re.search(r"Of 1 method that trains nothing \(‡\), 1 differs from it .*: steering-soft \S+ \[.*\] points ‡; but", told)
+    text = document(c)
+    rows = [line for line in text.splitlines() if line.startswith("| steering-soft ")]
+    assert [line.count("‡") for line in rows] == [1, 1, 1, 0, 0, 1, 1]  # not in the two rows of the ci share
+    assert text.count("‡: trains nothing, so it has one outcome a base model beside every seed of SFT") == 5
+    assert "‡" not in document(compare([write_run(tmp_path / "two", rising())])).split("## Routing mass")[0]
+
+
+def test_methods_of_other_training_flags_are_told_with_what_was_run(tmp_path: Path) -> None:
+    methods = ["sft", {"name": "ra-moe", "train": {"train-iters": 144}}, {"name": "rise", "train": {"lr": 0.1, "train-iters": 72}}]
+    methods += [{"name": "steered", "preset": ["steering-soft"], "on": "ra-moe"}]
+    outcomes = plain("sft", "ra-moe", "rise", "steered")
+    c = compare([write_run(tmp_path / "one", outcomes, recipe={"methods": methods})])
+    assert [(r["method"], r["flag"], r["value"], r["reference"]) for r in c["training"]] == [
+        ("ra-moe", "train-iters", "144", "72"),
+        ("rise", "lr", "0.1", "not given"),
+        ("steered", "train-iters", "144", "72"),
+    ]
+    told = document(c)
+    assert "RA-MoE (our reading) train-iters 144 (72); rise lr 0.1 (not given); steered train-iters 144 (72)." in told
+    assert "Every trained method has the training flags of SFT" in document(compare([write_run(tmp_path / "two", rising())]))
+
+
+def test_a_lone_seed_gives_no_verdict_and_no_p(tmp_path: Path) -> None:
+    outcomes = {("sft", 1): {}, ("ra-moe", 1): dict.fromkeys(TARGETS, 6), ("reversed", 1): {}}
+    c = compare([write_run(tmp_path / "one", outcomes)])
+    assert row(c["claims"], control="reversed")["verdict"] == "not shown"
+    assert row(c["headline"], method="ra-moe")["against"]["p_holm"] is None
+    assert "too few seeds for an interval" in findings(c)[0]
+
+
+def test_each_base_model_is_told_with_what_it_left_to_gain(tmp_path: Path) -> None:
+    """ci 1 + 3 + 0 + 5 of 40 rows, and 2 of each 10."""
+    ci = {("a", "es"): 1, ("a", "tr"): 3, ("b", "es"): 0, ("b", "tr"): 5}
+    one = write_run(tmp_path / "one", rising(), ci=ci, transplant=dict.fromkeys(CELLS, -0.02))
+    two = write_run(tmp_path / "two", rising(), ci=dict.fromkeys(ci, 2))
+    c = compare([one, two])
+    assert [base["ci_share"] for base in c["bases"]] == pytest.approx([0.225, 0.2])
+    told = next(sentence for sentence in findings(c) if sentence.startswith("By base model"))
+    assert "one +7.5 [+2.6, +12.4] points, 5 seeds (ci share 22.5 %, transplant test −2.0 points); two +7.5" in told
+
+
+# ---- zero, ablations ----
+
+
+def test_a_coefficient_of_zero_must_be_equal_in_answers_and_weights(tmp_path: Path) -> None:
+    outcomes = {**plain("sft", "coeff-zero"), ("coeff-zero", 3): {("b", "en"): 5}}
+    weights = {("sft", 1): "ab", ("coeff-zero", 1): "ab", ("sft", 2): "ab", ("coeff-zero", 2): "cd", ("sft", 3): "ab"}
+    c = compare([write_run(tmp_path / "one", outcomes, weights=weights)])
+    told = [(r["seed"], r["outcomes_equal"], r["differing"], r["weights_equal"]) for r in c["coefficient_zero"][:3]]
+    assert told == [(1, True, 0, True), (2, True, 0, False), (3, False, 1, None)]
+    assert "did NOT leave training as it was (one seed 2, 0 answers and the weights; one seed 3, 1 answer)" in findings(c)[-1]
+    assert c["ablation"] == []
+    fine = compare([write_run(tmp_path / "two", plain("sft", "coeff-zero"))])
+    assert "gave the answers of SFT in all 5 runs; no digest" in findings(fine)[-1]
+
+
+def test_further_methods_are_listed_with_what_they_change(tmp_path: Path) -> None:
+    commands = {
+        "ra-moe": ["--lr", "0.1", "--ramoe-coeff", "50.0", "--ramoe-data", "/x"],
+        "strong": ["--lr", "0.1", "--ramoe-coeff", "90.0"],
+    }
+    commands["strong"] += ["--ramoe-pack", "--save", "/y"]
+    folder = write_run(tmp_path / "one", plain("sft", "ra-moe", "all-layers", "strong"), commands=commands)
+    (found,) = compare([folder])["ablation"]
+    assert (found["method"], found["settings"]) == ("strong", ["coeff 90.0 (ra-moe: 50.0)", "pack on (ra-moe: not given)"])
+    assert found["beside"] is None  # no command of sft is told
+    assert [r["method"] for r in compare([folder], presets=("strong",))["ablation"]] == []
+
+
+def test_what_alignment_adds_is_told_against_the_same_training_without_it(tmp_path: Path) -> None:
+    """Trained weights and Megatron's flags pair the methods; what concerns alignment and data does not. By hand: 9 - 5 of 40 rows."""
+    commands = {
+        "sft": ["--lr", "0.1", "--ramoe-split", "train"],
+        "ra-moe": ["--lr", "0.1", "--ramoe-coeff", "50"],
+        "routers": ["--lr", "0.1", "--ramoe-train", "routers"],
+        "ra-moe-routers": ["--lr", "0.1", "--ramoe-train", "routers", "--ramoe-coeff", "50", "--ramoe-tokens", "all"],
+        "ra-moe-js": ["--lr", "0.1", "--ramoe-coeff", "1", "--ramoe-divergence", "js"],
+        "ra-moe-slow": ["--lr", "0.01", "--ramoe-coeff", "50"],
+        "ra-moe-curve": ["--lr", "0.1", "--ramoe-coeff", "50", "--ramoe-layer-weights", "/run/divergence.csv", "--ramoe-data", "/x"],
+    }
+    routers = {(method, seed): {("a", "es"): right} for method, right in (("routers", 5), ("ra-moe-routers", 9)) for seed in SEEDS}
+    c = compare([write_run(tmp_path / "one", {**plain(*commands), **routers}, commands=commands)])
+    rows = {r["method"]: r for r in c["ablation"]}
+    beside = {"routers": None, "ra-moe-routers": "routers", "ra-moe-js": "sft", "ra-moe-slow": None, "ra-moe-curve": "sft"}
+    assert {name: r["beside"] for name, r in rows.items()} == beside
+    assert rows["ra-moe-js"]["without"] == {k: v for k, v in rows["ra-moe-js"]["against"].items() if k not in ("p_holm", "p_bh")}
+    assert rows["ra-moe-routers"]["without"]["change"] == pytest.approx(4 / 40)
+    assert rows["routers"]["without"] is None
+    assert rows["routers"]["settings"] == ["train routers (sft: not given)", "split not given (sft: train)"]
+    assert rows["ra-moe-curve"]["settings"] == ["layer-weights divergence.csv (ra-moe: not given)"]
+    line = next(line for line in document(c).splitlines() if line.startswith("| ra-moe-routers") and "(routers)" in line)
+    assert "+10.0 (routers)" in line
+
+
+# ---- documents ----
+
+SECTIONS = (
+    "What came out",
+    "What was run",
+    "All methods against SFT",
+    "Claims and their controls",
+    "Each base model",
+    "Tasks and languages",
+    "Anchor language (en)",
+    "Transplant test against outcome",
+    "ci share against gain",
+    "Routing mass on the task experts",
+    "Time and memory",
+    "A coefficient of zero",
+    "What else was tried",
+    "How this was made",
+    "Limits",
+)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_markdown_has_every_section_and_shows_no_hole(tmp_path: Path, full: bool) -> None:
+    folders = [write_run(tmp_path / "one", rising() if full else {("sft", 1): {}}, tasks=(HOSTILE, "b"))]
+    if full:
+        more = {**rising(), **plain("coeff-zero", "reversed", "strong"), ("steering-soft", None): {("b", "tr"): 8}}
+        folders = [write_run(tmp_path / name, more, tasks=(HOSTILE, "b")) for name in ("one", "two")]
+    text = document(compare(folders, command="ramoe compare one two"))
+    assert tuple(re.findall(r"^## (.*)$", text, flags=re.MULTILINE)) == SECTIONS
+    assert not re.search(r"\b(nan|NaN|None|inf)\b|[{}]", text)
+    assert "<script" not in text.replace("\\<script", "")
+    assert "ramoe run study.yaml" in text
+    assert "ramoe compare one two" in text
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        columns = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(columns) == 1, block
+    assert re.search(r"^\| one \| study \| .* \| 40\.0 / \d+\.\d \|", text, flags=re.MULTILINE)
+    if full:
+        assert re.search(r"^\| steering-soft \| 2 on 2 \|", text, flags=re.MULTILINE)
+
+
+def test_page_and_json_are_written_and_shown(tmp_path: Path) -> None:
+    outcomes = {**rising(), **{("reversed", seed): {} for seed in SEEDS}}
+    run = write_run(tmp_path / "one", outcomes, tasks=(HOSTILE, "b"))
+    assert "own report" not in write_comparison([run], tmp_path / "out").read_text()
+    (run / "report.html").write_text("")
+    page = write_comparison([run], tmp_path / "out").read_text()
+    assert re.findall(r'<a href="([^"#][^"]*)">([^<]*)</a>', page) == [("../one/report.html", "one")]
+    assert not re.search(r"https?:|[\"'(=]\s*//|@import|<link|<script|url\(|<iframe|<object", page)
+    assert page.count("data:image/png;base64,") == 3
+    assert "&lt;script&gt;" in page
+    assert len(set(re.findall(r'<h2 id="([^"]*)"', page))) == page.count("<h2")
+    assert (tmp_path / "out/experiment.md").read_text().startswith("# RA-MoE (our reading) and its controls against SFT: study\n")
+    saved = load_document(tmp_path / "out/comparison.json", "ramoe-comparison")
+    assert row(saved["headline"], method="ra-moe")["against"]["change"] == pytest.approx(3 / 40)
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(describe(tmp_path / "out/comparison.json"))
+    assert re.search(r"ra-moe +5 .*\+7\.5 \[\+2\.6, \+12\.4\] +0\.0132", captured.get())
+    assert re.search(r"direction matters +ra-moe +reversed .* supported", captured.get())
+
+

@@ -1,0 +1,165 @@
+"""Runs the tables of `layout_rows`, and the other jobs, on one, two and four gloo ranks, each started once."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from layout_rows import LAYOUTS, PLACEMENTS, ROWS, WORLDS, Row
+from packed_rows import samples_of_first_packs
+from small_run import (
+    aligned_flags,
+    alignment_flags,
+    load_flags,
+    offline_flags,
+    profile_flags,
+    run_table,
+    training_flags,
+    write_world,
+)
+
+from ramoe_megatron.artifacts.tables import read_taxonomy
+from ramoe_megatron.data.parallel import load_examples
+from ramoe_megatron.data.sampler import order
+
+HERE = Path(__file__).parent
+REFERENCE, STOCK_SCRIPT, MISUSE = (str(HERE / name) for name in ("reference_job.py", "stock_gpt.py", "misused_gpt.py"))
+
+
+def run_all(folder: Path) -> None:
+    """Everything, into `folder`."""
+    write_world(folder)
+    write_placements(folder)
+    run_table(1, bases(folder), folder)
+    parts: list[list[dict[str, Any]]] = [[], []]
+    for place, row in enumerate([*jobs(folder), *finetuning(folder, 1), *refused(folder)]):
+        parts[0 if row["name"] in ("through-one", "resumed-one") else place % 2].append(row)  # the second needs the first
+    with ThreadPoolExecutor() as pool:  # two processes of one rank beside each other, on the two cores of a small machine
+        list(pool.map(run_table, (1, 1), parts, (folder, folder), ("ranks1-a", "ranks1-b")))
+    run_table(2, [*finetuning(folder, 2), *jobs_in_layouts(folder)], folder)
+    run_table(4, finetuning(folder, 4), folder)
+
+
+def finetuning(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    rows = {name: row for name, row in ROWS.items() if row.ranks == ranks}
+    return [
+        *({"name": name, "job": "finetune", "lm": row.lm, "argv": argv(folder, name, row)} for name, row in rows.items()),
+        *(
+            {"name": f"resumed-{layout}", "job": "finetune", "argv": resumed(folder, f"through-{layout}")}
+            for layout in ("one", "tp")
+            if ROWS[f"through-{layout}"].ranks == ranks
+        ),
+    ]
+
+
+def argv(folder: Path, name: str, row: Row) -> list[str]:
+    suffix = f"-{row.world}" if row.world else ""
+    alignment = alignment_flags(folder, "profile" if row.world == "mtp" else f"profile{suffix}") if row.aligned else []
+    if row.ci:
+        alignment += ["--ramoe-taxonomy", str(folder / f"taxonomy-{row.ci}.jsonl")]
+    saved = ["--save", str(folder / name), "--save-interval", "5"] if name.startswith(SAVED) else []
+    start = [*load_flags(folder, f"base{suffix}"), *alignment, *saved, "--train-iters", str(row.steps)]
+    flags = [str(samples_of_first_packs(folder, flag)) if flag.startswith("PACKED") else flag for flag in row.flags]
+    return training_flags(folder, *start, *flags, losses=row.losses)
+
+
+SAVED = ("through-", "off-", "zero-")
+
+
+def resumed(folder: Path, name: str) -> list[str]:
+    """The run `name` from its checkpoint of step 5 on."""
+    row = ROWS[name]
+    start = ["--load", str(folder / name), "--ckpt-step", "5", "--train-iters", str(row.steps)]
+    return training_flags(folder, *start, *alignment_flags(folder), *row.flags)
+
+
+def bases(folder: Path) -> list[dict[str, Any]]:
+    def base(name: str, *flags: str) -> dict[str, Any]:
+        saved = ["--train-iters", "4", "--save", str(folder / name), "--save-interval", "4"]
+        return {"name": name, "job": "finetune", "argv": training_flags(folder, *saved, *flags)}
+
+    def profile(name: str, *flags: str) -> dict[str, Any]:
+        return {"name": name, "job": "profile", "argv": profile_flags(folder, name, *flags)}
+
+    return [
+        base("base"),
+        profile("profile"),
+        *(base(f"base-{world}", *flags) for world, flags in WORLDS.items()),
+        *(
+            profile(f"profile-{world}", "--load", str(folder / f"base-{world}"), *flags)
+            for world, flags in WORLDS.items()
+            if world != "mtp"
+        ),
+    ]
+
+
+def write_placements(folder: Path) -> None:
+    """A taxonomy for each of `PLACEMENTS`: the examples drawn there are ci, all others ii."""
+    examples = load_examples([str(folder / "parallel.jsonl")], split="train")
+    drawn = order(examples, len(examples), 7)
+    rows = [json.loads(line) for line in (folder / "taxonomy.jsonl").read_text().splitlines()]
+    for name, draws in PLACEMENTS.items():
+        chosen = {(examples[drawn[draw]].id, examples[drawn[draw]].language) for draw in draws}
+        placed = []
+        for row in rows:
+            ci = (row["id"], row["language"]) in chosen
+            placed.append(row | {"english_correct": ci, "target_correct": False, "category": "ci" if ci else "ii"})
+        (folder / f"taxonomy-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in placed))
+        assert any(row.category == "ci" for row in read_taxonomy(folder / f"taxonomy-{name}.jsonl"))
+
+
+def jobs(folder: Path) -> list[dict[str, Any]]:
+    """The offline jobs, and training as other scripts do it."""
+    return [
+        {"name": "taxonomy", "job": "taxonomy", "argv": offline_flags(folder, "taxonomy", "--ramoe-split", "train,test")},
+        {"name": "reference", "job": REFERENCE, "argv": offline_flags(folder, "reference")},
+        {"name": "evaluate", "job": "evaluate", "argv": _evaluate(folder)},
+        {"name": "predict", "job": "predict", "argv": _predict(folder)},
+        {"name": "one", "job": "finetune", "argv": aligned_flags(folder)},
+        {"name": "script", "job": str(HERE.parents[1] / "examples/pretrain_gpt.py"), "argv": aligned_flags(folder)},
+        stock(folder, "one"),
+    ]
+
+
+def stock(folder: Path, layout: str) -> dict[str, Any]:
+    return {"name": f"stock-{layout}", "job": STOCK_SCRIPT, "argv": argv(folder, f"off-stock-{layout}", ROWS[f"off-{layout}"])}
+
+
+def jobs_in_layouts(folder: Path) -> list[dict[str, Any]]:
+    return [
+        stock(folder, "tp"),
+        *(
+            {"name": f"{job}-{layout}", "job": path, "argv": make(folder, f"{job}-{layout}", *LAYOUTS[layout][1])}
+            for layout in ("tp", "pp", "ep")
+            for job, path, make in (("profile", "profile", profile_flags), ("reference", REFERENCE, offline_flags))
+        ),
+    ]
+
+
+def refused(folder: Path) -> list[dict[str, Any]]:
+    scratch = ("--pretrained-checkpoint", "", "--train-iters", "1")
+    absent = str(folder / "nowhere")
+    return [
+        {"name": "other-model", "job": "finetune", "argv": aligned_flags(folder, "--num-experts", "4", *scratch)},
+        {"name": "bad-layers", "job": "finetune", "argv": aligned_flags(folder, "--ramoe-layers", "2-9")},
+        {"name": "bad-tokens", "job": "finetune", "argv": aligned_flags(folder, "--ramoe-tokens", "all")},
+        {"name": "absent", "job": "taxonomy", "argv": [*offline_flags(folder, "x"), "--load", absent]},
+        {"name": "other-shape", "job": "taxonomy", "argv": [*offline_flags(folder, "x"), "--hidden-size", "64"]},
+        {"name": "absent-base", "job": "finetune", "argv": training_flags(folder, "--pretrained-checkpoint", absent)},
+        *(
+            {"name": f"calls-{calls}", "job": MISUSE, "argv": aligned_flags(folder, "--model-calls", str(calls), "--train-iters", "1")}
+            for calls in (0, 2)
+        ),
+    ]
+
+
+def _evaluate(folder: Path) -> list[str]:
+    experts = str(folder / "profile/experts.safetensors")
+    return offline_flags(folder, "evaluations", "--ramoe-split", "test", "--ramoe-experts", experts, "--ramoe-method", "base")
+
+
+def _predict(folder: Path) -> list[str]:
+    profile = folder / "profile"
+    files = ["--ramoe-experts", str(profile / "experts.safetensors"), "--ramoe-divergence-file", str(profile / "divergence.csv")]
+    files += ["--ramoe-taxonomy", str(folder / "taxonomy.jsonl"), "--ramoe-layers", "1-2", "--ramoe-split", "test"]
+    return offline_flags(folder, "predict", *files)
