@@ -6,10 +6,10 @@ from ramoe_megatron.data.dataset import EncodedExamples
 from ramoe_megatron.data.sampler import order
 from ramoe_megatron.jobs.check_common import CHECKPOINT_FIX, DATA_FIX, FILE_FIX, Trial, moe_layers, named
 from ramoe_megatron.jobs.findings import Finding, attempt
-from ramoe_megatron.mcore.align.attach import fitting_experts, layer_weights
 from ramoe_megatron.mcore.align.labels import refuse_other_anchor
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.align.refusals import refuse_unsupported
+from ramoe_megatron.mcore.align.resolve import resolve
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.checkpoint import starting_checkpoint
 from ramoe_megatron.mcore.flags import options_from_args
@@ -85,10 +85,11 @@ def _alignment(trying: Trial, alignment: RoutingAlignmentConfig) -> str:
 
 
 def _zone(trying: Trial, alignment: RoutingAlignmentConfig) -> str:
-    experts, layers = fitting_experts(alignment, trying.config, moe_layers(trying))
+    resolved = resolve(alignment)
+    resolved.check_model(trying.config, moe_layers(trying))
+    experts = resolved.experts
     refuse_other_anchor(alignment, experts, options_from_args(DataOptions, trying.args).anchor)
-    layer_weights(alignment, layers, moe_layers(trying))
-    return f"{len(experts.tasks)} tasks; aligned MoE layers {span(layers)} of {experts.shape.num_moe_layers}"
+    return f"{len(experts.tasks)} tasks; aligned MoE layers {span(resolved.layers)} of {experts.shape.num_moe_layers}"
 
 
 def _selection(trying: Trial) -> str:

@@ -25,9 +25,9 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from ramoe_megatron.mcore.align.attach import Alignment
 from ramoe_megatron.mcore.align.batch import routing_batch
 from ramoe_megatron.mcore.align.metrics import COLUMNS, AlignmentMetrics
+from ramoe_megatron.mcore.align.state import AlignmentState
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
 from ramoe_megatron.mcore.carrier import current
-from ramoe_megatron.mcore.train.coefficient import Coefficient
 
 BOUND = 1e-5
 COEFF, S, E, TASKS, LAYERS, ZONE, LAYER = 3.0, 7, 5, 3, 4, (1, 3), 2
@@ -107,7 +107,7 @@ def attached(function: str, per_token: bool, normalize: str, config: RoutingAlig
     chunk = torch.nn.Module()
     zone = tuple(range(ZONE[0], ZONE[1] + 1))
     equal = dict.fromkeys(zone, 1.0)
-    chunk.ramoe_alignment = Alignment(config, ("a", "b", "c"), zone, mask, pattern, metrics, equal, Coefficient(config))
+    chunk.ramoe_alignment = Alignment(config, ("a", "b", "c"), zone, mask, pattern, equal, metrics, AlignmentState(config, "cpu"))
     chunk.ramoe_layers = {LAYER}
     router = types.SimpleNamespace(
         tp_group=None, cp_group=None, tp_cp_group=None, config=types.SimpleNamespace(sequence_parallel=False),

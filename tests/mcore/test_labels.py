@@ -47,7 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ExpertFile(
         tasks=TASKS, shape=SHAPE, expert_mask=torch.rand(2, 4, 8, generator=generator) > 0.5, delta=torch.zeros(2, 4, 8),
         task_frequency=torch.full((2, 4, 8), 0.25), general_frequency=torch.full((4, 8), 0.25),
-        english_pattern={"last": pattern}, layer_number=torch.arange(1, 5), rule={"name": "top-m", "m": 4},
+        english_pattern={"last": pattern, "all": pattern}, layer_number=torch.arange(1, 5), rule={"name": "top-m", "m": 4},
         zone=Zone(1, 2, "1-2", "given"), checkpoint="base@1",
     ).save(folder / "experts.safetensors")  # fmt: skip
     ids = [f"{task}/{n}" for task in TASKS for n in range(8)]

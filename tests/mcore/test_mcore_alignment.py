@@ -1,25 +1,30 @@
 """Laws of alignment at one router that need no ranks, and the configurations that it refuses."""
 
 import contextlib
+import dataclasses
+import os
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from artefact_files import expert_file
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.align.attach import Alignment, resolve_layers
+from ramoe_megatron.mcore.align.attach import Alignment
 from ramoe_megatron.mcore.align.batch import routing_batch
 from ramoe_megatron.mcore.align.metrics import COLUMNS, AlignmentMetrics
 from ramoe_megatron.mcore.align.refusals import refuse_foreign_routers, refuse_unsupported
+from ramoe_megatron.mcore.align.resolve import resolve
+from ramoe_megatron.mcore.align.state import AlignmentState
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
 from ramoe_megatron.mcore.observe import TokenSelection, router_distribution
 from ramoe_megatron.mcore.placement import local_rows
-from ramoe_megatron.mcore.train.coefficient import Coefficient
 from ramoe_megatron.method.divergence import NoZone
 
 S, B, E, LAYERS = 6, 3, 4, 2
@@ -29,8 +34,9 @@ def alignment(**changes: Any) -> Alignment:
     config = RoutingAlignmentConfig(**({"coeff": 2.0, "experts": "e", "examples": "all", "tokens": "last"} | changes))
     mask = torch.tensor([True, True, False, False]).expand(1, LAYERS, E)
     pattern = torch.tensor([0.5, 0.2, 0.2, 0.1]).expand(1, LAYERS, E)
-    coefficient, metrics = Coefficient(config), AlignmentMetrics(range(1, LAYERS + 1), "cpu")
-    return Alignment(config, ("task",), tuple(range(LAYERS)), mask, pattern, metrics, dict.fromkeys(range(LAYERS), 1.0), coefficient)
+    metrics, state = AlignmentMetrics(range(1, LAYERS + 1), "cpu"), AlignmentState(config, "cpu")
+    equal = dict.fromkeys(range(LAYERS), 1.0)
+    return Alignment(config, ("task",), tuple(range(LAYERS)), mask, pattern, equal, metrics, state)
 
 
 def batch(prompt: list[int], weight: list[float]) -> dict[str, torch.Tensor]:
@@ -227,11 +233,24 @@ def test_a_router_that_cannot_be_seen_is_refused() -> None:
         refuse_foreign_routers([torch.nn.Sequential(ForeignLayer(torch.nn.Linear(2, 2)))])
 
 
-def test_the_zone_is_refused_by_its_flag() -> None:
-    experts = types.SimpleNamespace(shape=types.SimpleNamespace(num_moe_layers=4), zone=NoZone("the curve is flat"))
-    for layers, words in (("2-9", "expected a rising range within 0 to 3"), ("auto", "the curve is flat"), ("0.0-0.1", "wider range")):
+def test_the_zone_is_refused_by_its_flag(tmp_path: Path) -> None:
+    path = tmp_path / "experts.safetensors"
+    expert_file(zone=NoZone("the curve is flat")).save(path)
+    for layers, words in (("2-9", "expected a rising range within 0 to 2"), ("auto", "the curve is flat"), ("0.0-0.1", "wider range")):
         with pytest.raises(RamoeError, match=rf"^--ramoe-layers {layers}: .*{words}"):
-            resolve_layers(alignment(layers=layers).config, experts)
+            resolve(alignment(layers=layers, experts=str(path)).config)
+
+
+def test_the_files_of_an_alignment_are_read_once_until_they_change(tmp_path: Path) -> None:
+    path = tmp_path / "experts.safetensors"
+    expert_file(seed=1).save(path)
+    config = alignment(layers="all", tokens="last", experts=str(path)).config
+    first = resolve(config)
+    assert resolve(RoutingAlignmentConfig(**dataclasses.asdict(config))) is first
+    expert_file(seed=2).save(path)
+    os.utime(path, ns=(0, 0))
+    assert resolve(config) is not first
+    assert not torch.equal(resolve(config).experts.expert_mask, first.experts.expert_mask)
 
 
 @pytest.mark.parametrize(

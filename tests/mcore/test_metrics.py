@@ -13,10 +13,10 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_logging
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.align import state
 from ramoe_megatron.mcore.align.metrics import CI_MASS, COEFFICIENT, LOSS, OTHER_MASS, SHARE, AlignmentMetrics
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
-from ramoe_megatron.mcore.train import coefficient
-from ramoe_megatron.mcore.train.coefficient import Coefficient
+from ramoe_megatron.mcore.align.state import AlignmentState
 
 NUMBERS = (2, 4, 6, 8)  # a model of 8 layers, every second one of experts
 ZONE = (1, 2)
@@ -170,18 +170,22 @@ def test_skipped_steps_alone_print_no_figure() -> None:
 def training(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Megatron's arguments in its loop of six iterations, which counts those that are done."""
     args = SimpleNamespace(curr_iteration=0, train_iters=6, load=None, save=None)
-    monkeypatch.setattr(coefficient, "_training_args", lambda: args)
+    monkeypatch.setattr(state, "_training_args", lambda: args)
     return args
 
 
-def scheduled(**changes: Any) -> AlignmentMetrics:
+def tracked(**changes: Any) -> tuple[AlignmentMetrics, AlignmentState]:
+    """Megatron's tracker, ours, and the state of an alignment, as `attach` makes them."""
     config = RoutingAlignmentConfig(coeff=8.0, experts="e", taxonomy="t", **changes)
-    return AlignmentMetrics(NUMBERS, "cpu", Coefficient(config))
+    of_run = AlignmentState(config, "cpu")
+    moe_logging.destroy_moe_metrics_tracker()
+    return AlignmentMetrics.install(NUMBERS, "cpu", of_run.coefficient.now if config.scheduled else None), of_run
 
 
 def test_a_coefficient_that_changes_is_written_and_printed(training: SimpleNamespace) -> None:
     """Two iterations of warm-up (1/3, 2/3), then half a cosine over the other four: cos 0, cos 45, cos 90, cos 135 degrees."""
-    tracker, board, run, table, printed = scheduled(coeff_warmup_iters=2, coeff_decay="cosine"), Writer(), Writer(), {}, []
+    tracker, _ = tracked(coeff_warmup_iters=2, coeff_decay="cosine")
+    board, run, table, printed = Writer(), Writer(), {}, []
     half = 2**-0.5
     by_hand = [8 / 3, 16 / 3, 8, 4 * (1 + half), 4, 4 * (1 - half)]
     for step in range(6):
@@ -199,7 +203,8 @@ def test_a_coefficient_that_changes_is_written_and_printed(training: SimpleNames
 
 
 def test_a_constant_coefficient_is_no_figure(training: SimpleNamespace) -> None:
-    tracker, board, table = scheduled(), Writer(), {"advanced iterations": 1}
+    tracker, _ = tracked()
+    board, table = Writer(), {"advanced iterations": 1}
     record(tracker, samples(8, 1))
     report(tracker, 1, board, table=table)
     assert COEFFICIENT not in board.seen[1].keys() | table.keys()
@@ -207,33 +212,37 @@ def test_a_constant_coefficient_is_no_figure(training: SimpleNamespace) -> None:
 
 def test_a_coefficient_in_parities_is_zero_in_the_step_that_measures_it(training: SimpleNamespace) -> None:
     """The validation between two steps, and a step without an aligned sample, leave nothing in it."""
-    tracker, board, batch = scheduled(coeff_unit="lm-loss"), Writer(), samples(8, 1)
+    tracker, of_run = tracked(coeff_unit="lm-loss")
+    board, batch = Writer(), samples(8, 1)
     nothing = torch.zeros(8, dtype=torch.bool)
     for step in range(3):
         training.curr_iteration = step
         if step:
             with torch.no_grad():
-                tracker.record_lm_loss(torch.tensor(900.0), torch.tensor(3))
+                of_run.record_lm_loss(torch.tensor(900.0), torch.tensor(3))
         for loss, tokens in ((10.0, 4), (20.0, 6)):
-            tracker.record_lm_loss(torch.tensor(loss * (step + 1)), torch.tensor(tokens))
+            of_run.record_lm_loss(torch.tensor(loss * (step + 1)), torch.tensor(tokens))
         record(tracker, batch | ({"aligned": nothing, "loss": torch.zeros(8)} if step == 0 else {}))
         report(tracker, step + 1, board)
+        of_run.after_step(step + 1)
     aligned = board.seen[2][LOSS]
     assert [board.seen[step][COEFFICIENT] for step in (1, 2, 3)] == pytest.approx([0, 0, 8 * 6 / aligned], rel=1e-6)
 
 
 @pytest.mark.parametrize("recorded", [None, (0.0, 4), (float("nan"), 4)])
 def test_a_loss_function_that_tells_no_loss_is_refused_once_a_sample_is_aligned(training: SimpleNamespace, recorded: Any) -> None:
-    tracker, batch = scheduled(coeff_unit="lm-loss"), samples(8, 1)
+    tracker, of_run = tracked(coeff_unit="lm-loss")
+    batch = samples(8, 1)
     for aligned in (False, True):
         if recorded is not None:
-            tracker.record_lm_loss(*map(torch.tensor, recorded))
+            of_run.record_lm_loss(*map(torch.tensor, recorded))
         record(tracker, batch if aligned else batch | {"loss": torch.zeros(8)})
+        report(tracker, 1 + aligned)
         if not aligned:
-            report(tracker, 1)
+            of_run.after_step(1)
             continue
         with pytest.raises(RamoeError, match=r"--ramoe-coeff-unit lm-loss: .* call ramoe_megatron.record_lm_loss\(loss, tokens\)"):
-            report(tracker, 2)
+            of_run.after_step(2)
 
 
 def test_installing_twice_keeps_the_tracker_and_megatrons_entries() -> None:

@@ -1,18 +1,18 @@
 """What the blocks at the start say: each figure that they name, from settings built with Megatron's own configuration."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from artefact_files import expert_file
 from data_rows import example
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ramoe_megatron.mcore.align.attach import Alignment
-from ramoe_megatron.mcore.align.metrics import AlignmentMetrics
+from ramoe_megatron.mcore.align.resolve import ResolvedAlignment
 from ramoe_megatron.mcore.align.startup import alignment_block, balancing, samples_block
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
-from ramoe_megatron.mcore.train.coefficient import Coefficient
 
 NUMBERS = [2, 4, 6, 8]
 
@@ -22,15 +22,15 @@ def model_config(**changes: Any) -> TransformerConfig:
     return TransformerConfig(**(settings | {"moe_aux_loss_coeff": 0.01, "add_bias_linear": False} | changes))
 
 
-def alignment(tasks: int = 2, **changes: Any) -> Alignment:
+def alignment(tasks: int = 2, **changes: Any) -> ResolvedAlignment:
     config = RoutingAlignmentConfig(**({"coeff": 2.5, "experts": "e", "taxonomy": "t", "priors": "p"} | changes))
     mask = torch.zeros(tasks, 4, 6, dtype=torch.bool)
     mask[:, :, :3] = True
     mask[0, 2] = False  # the first task has no expert in MoE layer 2,
     mask[0, 1, 3] = True  # and four in layer 1
     names = tuple(f"task{n}" for n in range(tasks))
-    pattern, equal = torch.full((tasks, 4, 6), 1 / 6), dict.fromkeys((1, 2, 3), 1.0)
-    return Alignment(config, names, (1, 2, 3), mask, pattern, AlignmentMetrics(NUMBERS, "cpu"), equal, Coefficient(config))
+    experts = dataclasses.replace(expert_file(), tasks=names, expert_mask=mask)
+    return ResolvedAlignment(config, experts, (1, 2, 3), dict.fromkeys((1, 2, 3), 1.0))
 
 
 def rows(text: str) -> dict[str, str]:

@@ -30,7 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     even = torch.full((1, 4, 4), 0.25)
     ExpertFile(
         tasks=("sum",), shape=SHAPE, expert_mask=torch.tensor([True, True, False, False]).expand(1, 4, 4).clone(),
-        delta=torch.zeros(1, 4, 4), task_frequency=even * 2, general_frequency=even[0] * 2, english_pattern={"last": even},
+        delta=torch.zeros(1, 4, 4), task_frequency=even * 2, general_frequency=even[0] * 2,
+        english_pattern={"last": even, "all": even},
         layer_number=torch.arange(1, 5), rule={"name": "top-m", "m": 2}, zone=Zone(1, 2, "1-2", "given"), checkpoint="base@1",
     ).save(path / "experts.safetensors")  # fmt: skip
     Priors.save(path / "priors.safetensors", IDS[:2], even.expand(2, 4, 4).clone(), tokens="last", shape=SHAPE, checkpoint="base@1")

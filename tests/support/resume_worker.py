@@ -75,10 +75,10 @@ def run_in_fork(row: dict[str, Any], out: Path) -> None:
 
 
 def run(row: dict[str, Any]) -> None:
-    from ramoe_megatron.jobs import profile_passes, scores, shards
+    from ramoe_megatron.jobs import profile, scores, shards
     from ramoe_megatron.mcore.offline.model import OfflineModel
 
-    for module in (shards, profile_passes, scores):
+    for module in (shards, profile, scores):
         module.SHARD_EXAMPLES = SHARD
     ranks, saves, seconds = row.get("kill", ([], 0, 0.0))
     told: Counter[str] = Counter()

@@ -82,7 +82,7 @@ class AlignmentContext:
             if len(chosen_B) % 2:
                 raise RamoeError(f"routing_batch: {len(chosen_B)} samples in a micro-batch; the target paired needs an even number")
             chosen_B = chosen_B & chosen_B[self.partner_B]
-        refresh = alignment.metrics.refresh
+        refresh = alignment.state.refresh
         if refresh is None and alignment.config.refresh_interval is not None:
             raise RamoeError(
                 "--ramoe-refresh-interval: nothing scores the examples here. Refreshing needs Megatron's own training loop on the data of "
@@ -137,7 +137,7 @@ class AlignmentContext:
         unit_B = self.loss_tokens_B if per_token else torch.ones_like(self.weight_B)
         share = 1.0 if per_token else self.share
         weighted_B = self.weight_B * unit_B * divergence_B * alignment.layer_weight[layer]
-        loss = alignment.coefficient.now() * share / len(alignment.layers) * weighted_B.sum()
+        loss = alignment.state.coefficient.now() * share / len(alignment.layers) * weighted_B.sum()
         alignment.metrics.record_alignment(
             layer,
             loss=weighted_B.detach(),

@@ -11,8 +11,8 @@ from ramoe_megatron.data.dataset import SFTDataset
 from ramoe_megatron.data.packing import PackedDataset
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.align.attach import resolve_layers
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
+from ramoe_megatron.mcore.align.resolve import resolve
 from ramoe_megatron.method.taxonomy import CATEGORIES
 
 ALIGNED = {"ci": ("ci",), "ci+cc": ("ci", "cc"), "all": CATEGORIES}
@@ -35,10 +35,9 @@ class ExampleLabels:
                 aligned examples of a task without experts, or without an English routing (how many, the first five); patterns of another
                 anchor; or a control that would shuffle no target.
         """
-        assert config.experts is not None
-        experts = ExpertFile.load(config.experts)
-        self.config = config
-        self.layers = resolve_layers(config, experts)
+        resolved = resolve(config)
+        experts = resolved.experts
+        self.config, self.layers = config, resolved.layers
         rows = {task: row for row, task in enumerate(experts.tasks)}
         self.task = np.array([rows.get(example.task, -1) for example in examples], dtype=np.int64)
         self.category = np.array(categories(examples, config.taxonomy, anchor))
@@ -131,13 +130,17 @@ class AlignedDataset(torch.utils.data.Dataset):
         anchor: str,
         global_batch_size: int,
         per_token_loss: bool = False,
+        labels: ExampleLabels | None = None,
     ) -> None:
         """
+        Args:
+            labels: of the data set's examples, where they have been made before.
+
         Raises:
             RamoeError: as `ExampleLabels`, or English views that are to be aligned under per-token loss, where they weigh nothing.
         """
         refuse_weightless_views(config, per_token_loss)
-        self.dataset, self.labels = dataset, ExampleLabels(dataset.examples, config, anchor)
+        self.dataset, self.labels = dataset, labels or ExampleLabels(dataset.examples, config, anchor)
         self.weight = self._weights(config.normalize, global_batch_size, per_token_loss)
 
     def __len__(self) -> int:

@@ -11,15 +11,12 @@ losses at the routers, which then read too large; ours leave it out.
 Shape suffixes: L MoE layers, M the columns of a sum, B samples of the micro-batch, "..." either L or nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from megatron.core.transformer.moe import moe_logging
 from torch import Tensor
-
-from ramoe_megatron.mcore.train.coefficient import Coefficient
-from ramoe_megatron.mcore.train.refresh import TaxonomyRefresh
 
 COLUMNS = ("loss", "unit", "aligned", "samples", "ci_mass", "ci", "other_mass", "other")
 LOSS, SHARE = "routing_alignment_loss", "ramoe/aligned_share"
@@ -45,15 +42,17 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
     `latest` holds the figures of the last step that was reported.
     """
 
-    def __init__(self, layer_numbers: Sequence[int], device: Any, coefficient: Coefficient | None = None) -> None:
-        """`layer_numbers`: Megatron's layer number (1-based) of each MoE layer of the whole model; `coefficient` is told the losses
-        while it measures its unit, and is in the log while it changes. `refresh` is told of each step, where it is set; `chunks`: this
-        rank's model chunks, unwrapped."""
+    def __init__(
+        self, layer_numbers: Sequence[int], device: Any, coefficient: Callable[[], float] | None = None
+    ) -> None:
+        """
+        Args:
+            layer_numbers: Megatron's layer number (1-based) of each MoE layer of the whole model.
+            device: where the sums are kept.
+            coefficient: the coefficient of the step that is reported, where it changes in training.
+        """
         super().__init__()
         self.coefficient = coefficient
-        self.refresh: TaxonomyRefresh | None = None
-        self.chunks: list[Any] = []
-        self.lm_2 = torch.zeros(2, dtype=torch.float64, device=device)
         self.layer_numbers = tuple(layer_numbers)
         self.sums_LM = torch.zeros(len(layer_numbers), len(COLUMNS), dtype=torch.float32, device=device)
         self.printed_M = torch.zeros(len(COLUMNS), dtype=torch.float64, device=device)
@@ -62,11 +61,13 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         self.latest: dict[str, Tensor] = {}
 
     @classmethod
-    def install(cls, layer_numbers: Sequence[int], device: Any, coefficient: Coefficient | None = None) -> Self:
+    def install(
+        cls, layer_numbers: Sequence[int], device: Any, coefficient: Callable[[], float] | None = None
+    ) -> Self:
         """Make our tracker Megatron's; what stock losses have recorded so far goes on in it. A second model chunk gets the same one."""
         current = moe_logging.get_moe_metrics_tracker()
         if isinstance(current, cls) and current.layer_numbers == tuple(layer_numbers):
-            current.coefficient, current.refresh = coefficient, None
+            current.coefficient = coefficient
             return current
         tracker = cls(layer_numbers, device, coefficient)
         tracker._metrics = current.metrics
@@ -90,13 +91,6 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         groups = [column for group in (ci & has_task, ~ci & has_task) for column in (task_mass.masked_fill(~group, 0.0), group)]
         columns = [loss, unit, aligned, torch.ones_like(unit), *groups]
         self.sums_LM[layer] += torch.stack([column.sum().float() for column in columns])
-
-    def record_lm_loss(self, loss: Tensor, tokens: Tensor) -> None:
-        """Add a micro-batch's language-model loss, a sum over its loss tokens, while the unit of the coefficient is measured.
-
-        Megatron evaluates without gradients, between the steps: that loss is none of the step's."""
-        if torch.is_grad_enabled() and self.coefficient is not None and self.coefficient.measures:
-            self.lm_2 += torch.stack([loss.detach().double(), tokens.double()])
 
     def reduced(self) -> dict[str, Tensor]:
         """The figures of the step over all ranks, means over the aligned layers. One all-reduce of [L, M]."""
@@ -126,11 +120,8 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         """Megatron's report, then ours: into its loss table, TensorBoard and Weights & Biases."""
         totals_LM = self._totals()  # first: Megatron's report ends in clear()
         self.latest = figures(totals_LM.sum(dim=0))
-        if self.coefficient is not None and self.coefficient.config.scheduled:
-            self.latest[COEFFICIENT] = torch.full_like(self.latest[LOSS], self.coefficient.now())  # before the unit of later steps is known
-        if self.coefficient is not None and self.coefficient.measures:
-            torch.distributed.all_reduce(self.lm_2)  # in the first step alone
-            self.coefficient.measure(self.lm_2[0] / self.lm_2[1].clamp(min=1), self.latest[LOSS])
+        if self.coefficient is not None:
+            self.latest[COEFFICIENT] = torch.full_like(self.latest[LOSS], self.coefficient())
         log = super().report(
             loss_scale, iteration, writer, wandb_writer, per_layer_logging, *args, total_loss_dict=total_loss_dict, **kwargs
         )
@@ -138,8 +129,6 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
             self._write(totals_LM, per_layer_logging, iteration, writer, wandb_writer)
         if total_loss_dict is not None:
             self._print(totals_LM.sum(dim=0), total_loss_dict)
-        if self.refresh is not None:
-            self.refresh.step(iteration)
         return log
 
     def _write(self, totals_LM: Tensor, per_layer_logging: bool, iteration: int, writer: Any, wandb_writer: Any) -> None:
@@ -176,7 +165,6 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         """Zero Megatron's entries and ours."""
         super().clear()
         self.sums_LM.zero_()
-        self.lm_2.zero_()
 
 
 def figures(sums: Tensor) -> dict[str, Tensor]:

@@ -14,8 +14,7 @@ from ramoe_megatron.method.taxonomy import CATEGORIES
 
 if TYPE_CHECKING:
     from ramoe_megatron.data.parallel import Example
-    from ramoe_megatron.mcore.align.attach import Alignment
-    from ramoe_megatron.mcore.select.trained import Selection
+    from ramoe_megatron.mcore.align.resolve import ResolvedAlignment
 
 SHOWN = 6
 """Tasks, or task-language pairs, that get a line of their own."""
@@ -27,11 +26,11 @@ TARGETS = {
 }
 
 
-def alignment_block(alignment: "Alignment", layer_numbers: Sequence[int], model_config: Any) -> str:
+def alignment_block(alignment: "ResolvedAlignment", layer_numbers: Sequence[int], model_config: Any) -> str:
     """The losses at the routers and the aligned layers, as aligned columns.
 
     Args:
-        alignment: the alignment as it was resolved against the model.
+        alignment: the alignment with its files.
         layer_numbers: Megatron's layer number (1-based) of each MoE layer of the whole model.
         model_config: Megatron's `TransformerConfig`.
     """
@@ -52,7 +51,7 @@ def alignment_block(alignment: "Alignment", layer_numbers: Sequence[int], model_
         ("divergence", f"{config.divergence} of each {pulled} from {target} (target {config.target})"),
         ("tokens", pooled),
         ("examples", config.examples),
-        ("layers", f"MoE layers {_numbers(layers)} of 0-{len(layer_numbers) - 1} (Megatron's {_numbers(numbers)})"),
+        ("layers", f"MoE layers {numbers_in_words(layers)} of 0-{len(layer_numbers) - 1} (Megatron's {numbers_in_words(numbers)})"),
         *([("layer weights", " ".join(f"{weight:.2f}" for weight in alignment.layer_weight.values()))] if config.layer_weights else []),
         *_expert_rows(alignment),
         ("load balancing", "; ".join(_balance(*pair) for pair in balancing(model_config)) or "none"),
@@ -115,26 +114,6 @@ def samples_block(examples: Sequence["Example"], category: Sequence[str], aligne
     )
 
 
-def selection_block(selection: "Selection", layer_numbers: Sequence[int], trained: int, total: int) -> str:
-    """What a selective run trains, as aligned columns; parameters are those of the whole model, each counted once.
-
-    Args:
-        layer_numbers: Megatron's layer number (1-based) of each MoE layer of the whole model.
-    """
-    rows = [("trained", f"{selection.kind}: {selection.told}"), ("parameters", f"{trained} of {total} ({trained / max(total, 1):.2%})")]
-    if not selection.routers:
-        counts, experts = selection.experts_LE.sum(-1).tolist(), selection.experts_LE.shape[-1]
-        empty = [layer for layer, count in enumerate(counts) if count == 0]
-        spread = f"{sum(counts)} in all, {_span(counts)} of {experts} a layer"
-        rows.append(("experts", spread + (f"; none in MoE layers {_numbers(empty)}" if empty else "")))
-        listed = ", ".join(f"{layer}: {count}" for layer, count in enumerate(counts))
-        rows.append(("by layer", f"{listed} (MoE layers, from 0; Megatron's {_numbers(layer_numbers)})"))
-    frozen = "everything else, bit-for-bit" + ("" if selection.routers else "; routers are frozen with their expert bias")
-    rows.append(("frozen", frozen))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(["ramoe: selective training is on", *(f"  {name:<{width}}  {text}" for name, text in rows)])
-
-
 def _by_language(groups: dict[tuple[str, str], Counter[str]], anchor: str) -> dict[str, Counter[str]]:
     languages = sorted({language for _, language in groups if language != anchor})
     kept = languages if len(languages) <= SHOWN else languages[: SHOWN - 1]
@@ -145,28 +124,31 @@ def _by_language(groups: dict[tuple[str, str], Counter[str]], anchor: str) -> di
     return found
 
 
-def _expert_rows(alignment: "Alignment") -> list[tuple[str, str]]:
+def _expert_rows(alignment: "ResolvedAlignment") -> list[tuple[str, str]]:
     """Task experts per aligned layer, one row a task."""
-    zone_GZ = alignment.expert_mask_GLE[:, list(alignment.layers)].sum(dim=-1).tolist()
-    experts = alignment.expert_mask_GLE.shape[-1]
+    mask_GLE = alignment.experts.expert_mask.bool()
+    zone_GZ = mask_GLE[:, list(alignment.layers)].sum(dim=-1).tolist()
+    experts = mask_GLE.shape[-1]
     kind = "experts a layer" if alignment.config.random_experts is None else "experts a layer, drawn at random (a control)"
     rows = []
-    for task, counts in list(zip(alignment.tasks, zone_GZ, strict=True))[:SHOWN]:
+    for task, counts in list(zip(alignment.experts.tasks, zone_GZ, strict=True))[:SHOWN]:
         empty = [layer for layer, count in zip(alignment.layers, counts, strict=True) if count == 0]
-        spread = _span(counts) + f" of {experts} {kind}"
-        rows.append((f"task {task}", spread + (f"; none in MoE layers {_numbers(empty)}" if empty else "")))
+        spread = count_range(counts) + f" of {experts} {kind}"
+        rows.append((f"task {task}", spread + (f"; none in MoE layers {numbers_in_words(empty)}" if empty else "")))
     if len(zone_GZ) > SHOWN:
         others = [count for counts in zone_GZ[SHOWN:] for count in counts]
-        rows.append((f"{len(zone_GZ) - SHOWN} more tasks", f"{_span(others)} of {experts} {kind}"))
+        rows.append((f"{len(zone_GZ) - SHOWN} more tasks", f"{count_range(others)} of {experts} {kind}"))
     return rows
 
 
-def _span(counts: Sequence[int]) -> str:
+def count_range(counts: Sequence[int]) -> str:
+    """`4`, or `0-4` where the counts differ."""
     low, high = min(counts), max(counts)
     return f"{low}" if low == high else f"{low}-{high}"
 
 
-def _numbers(values: Sequence[int]) -> str:
+def numbers_in_words(values: Sequence[int]) -> str:
+    """Layer numbers as ranges, such as `1-3, 5`."""
     return span(values, most=8)
 
 

@@ -3,7 +3,7 @@
 Frozen weights stay bit-for-bit: weight decay, clipping and the distributed optimizer never see them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.align.startup import selection_block
+from ramoe_megatron.mcore.align.startup import count_range, numbers_in_words
 from ramoe_megatron.mcore.router import chunks, moe_layer_numbers, unwrapped
 from ramoe_megatron.mcore.select.selective_optimizer import holding_to_selection
 from ramoe_megatron.mcore.select.trained import Selection, selection_from_args
@@ -134,4 +134,24 @@ def _tell(selection: Selection, numbers: list[int], trained: int, total: int) ->
         torch.distributed.all_reduce(sums)
         trained, total = sums.tolist()
     if not distributed or torch.distributed.get_rank() == 0:
-        print(selection_block(selection, numbers, trained, total), flush=True)
+        print(_selection_block(selection, numbers, trained, total), flush=True)
+
+
+def _selection_block(selection: Selection, layer_numbers: Sequence[int], trained: int, total: int) -> str:
+    """What a selective run trains, as aligned columns; parameters are those of the whole model, each counted once.
+
+    Args:
+        layer_numbers: Megatron's layer number (1-based) of each MoE layer of the whole model.
+    """
+    rows = [("trained", f"{selection.kind}: {selection.told}"), ("parameters", f"{trained} of {total} ({trained / max(total, 1):.2%})")]
+    if not selection.routers:
+        counts, experts = selection.experts_LE.sum(-1).tolist(), selection.experts_LE.shape[-1]
+        empty = [layer for layer, count in enumerate(counts) if count == 0]
+        spread = f"{sum(counts)} in all, {count_range(counts)} of {experts} a layer"
+        rows.append(("experts", spread + (f"; none in MoE layers {numbers_in_words(empty)}" if empty else "")))
+        listed = ", ".join(f"{layer}: {count}" for layer, count in enumerate(counts))
+        rows.append(("by layer", f"{listed} (MoE layers, from 0; Megatron's {numbers_in_words(layer_numbers)})"))
+    frozen = "everything else, bit-for-bit" + ("" if selection.routers else "; routers are frozen with their expert bias")
+    rows.append(("frozen", frozen))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(["ramoe: selective training is on", *(f"  {name:<{width}}  {text}" for name, text in rows)])

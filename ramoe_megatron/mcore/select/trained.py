@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ramoe_megatron.artifacts.tables import ExpertFile, UsageFile
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.align.attach import resolve_layers
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
+from ramoe_megatron.mcore.align.resolve import resolve
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.router import configured_moe_layer_numbers
@@ -111,8 +111,7 @@ def refuse_unreached(selection: Selection, alignment: RoutingAlignmentConfig) ->
     the routers of later layers alone."""
     if alignment.coeff == 0 or selection.routers:
         return
-    assert alignment.experts is not None  # the configuration refuses a coefficient without it
-    last = resolve_layers(alignment, ExpertFile.load(alignment.experts))[-1]
+    last = resolve(alignment).layers[-1]
     if not selection.experts_LE[:last].any():
         raise RamoeError(
             f"--ramoe-train {selection.kind} with --ramoe-coeff {alignment.coeff:g}: no trained expert lies below the last aligned MoE "

@@ -9,9 +9,9 @@ from ramoe_megatron.data.paired import PairedDataset
 from ramoe_megatron.data.parallel import Example, load_examples, select
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.labels import AlignedDataset, ExampleLabels, refuse_weightless_views
-from ramoe_megatron.mcore.align.metrics import AlignmentMetrics
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.align.startup import samples_block
+from ramoe_megatron.mcore.align.state import current_state
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.train.refresh import TaxonomyRefresh, refuse_other_anchors, refuse_refresh
@@ -70,7 +70,6 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
     Raises:
         RamoeError: as `check_data`.
     """
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.training import get_args, get_tokenizer, print_rank_0, training
 
     args = get_args()
@@ -93,11 +92,12 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
         train = AlignedDataset(train, alignment, options.anchor, args.global_batch_size, args.calculate_per_token_loss)
         labels = train.labels
         if alignment.refresh_interval is not None:
-            tracker = get_moe_metrics_tracker()
-            assert isinstance(tracker, AlignmentMetrics)  # attached before the data are read
+            state = current_state()
+            assert state is not None  # attached before the data are read
             anchors = _examples(options, options.split, [options.anchor])
-            tracker.refresh = TaxonomyRefresh(tracker.chunks, labels, train.dataset.examples, anchors, args)
-            tracker.refresh.refuse_long(get_tokenizer())
+            refresh = TaxonomyRefresh(state.chunks, labels, train.dataset.examples, anchors, args)
+            refresh.refuse_long(get_tokenizer())
+            state.refresh = refresh
         print_rank_0(samples_block(train.dataset.examples, labels.category, labels.aligned, drawn, options.anchor))
         if labels.unshuffled:
             print_rank_0(f"  note: {labels.unshuffled} aligned ids keep their own target: each is the only aligned one of its task")

@@ -9,7 +9,7 @@ Shape suffixes: N training examples, B samples of a micro-batch.
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +20,9 @@ from ramoe_megatron.data.encode import Tokenizer, encode_choices, encode_prompt,
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.data.sampler import named_rng
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.align.labels import ALIGNED, ExampleLabels
 from ramoe_megatron.method.anchors import check_anchor
 from ramoe_megatron.method.taxonomy import CATEGORIES, TaxonomyRow
-
-if TYPE_CHECKING:
-    from ramoe_megatron.mcore.align.labels import ExampleLabels
 
 FOLDER = "ramoe-refresh"
 BATCH_TOKENS = 4096
@@ -59,7 +57,7 @@ class TaxonomyRefresh:
     """The categories of the training examples as they stand now, on the device."""
 
     def __init__(
-        self, chunks: Sequence[Any], labels: "ExampleLabels", examples: Sequence[Example], views: Sequence[Example], args: Any
+        self, chunks: Sequence[Any], labels: ExampleLabels, examples: Sequence[Example], views: Sequence[Example], args: Any
     ) -> None:
         """
         Args:
@@ -143,8 +141,6 @@ class TaxonomyRefresh:
         ]
 
     def _to_device(self) -> None:
-        from ramoe_megatron.mcore.align.labels import ALIGNED
-
         device = next(parameter.device for chunk in self.chunks for parameter in chunk.parameters())
         chosen = np.isin(self.category, ALIGNED[self.config.examples]) & self.labels.may_align
         self.aligned_N = torch.as_tensor(chosen, dtype=torch.float32, device=device)

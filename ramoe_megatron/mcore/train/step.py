@@ -5,13 +5,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
 from ramoe_megatron.data.dataset import SEQUENCE_KEYS
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.batch import routing_batch
-from ramoe_megatron.mcore.align.metrics import AlignmentMetrics
+from ramoe_megatron.mcore.align.state import current_state
 from ramoe_megatron.mcore.placement import context_parallel_rows
 
 
@@ -88,6 +87,6 @@ def record_lm_loss(loss: Tensor, tokens: Tensor) -> None:
         loss: sum over this rank's loss tokens. []
         tokens: their number. []
     """
-    tracker = get_moe_metrics_tracker()
-    if isinstance(tracker, AlignmentMetrics):
-        tracker.record_lm_loss(loss, tokens)
+    state = current_state()
+    if state is not None:
+        state.record_lm_loss(loss, tokens)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.align import state
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
-from ramoe_megatron.mcore.train import coefficient
-from ramoe_megatron.mcore.train.coefficient import FILE, Coefficient
+from ramoe_megatron.mcore.align.state import FILE, Coefficient
 
 CONFIG = RoutingAlignmentConfig(coeff=0.5, experts="experts.safetensors", taxonomy="taxonomy.jsonl", coeff_unit="lm-loss")
 
@@ -23,7 +23,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     def started(iteration: int, load: Path | None = None, save: Path | None = None, rank: int = 0) -> Coefficient:
         paths = {"load": load and str(load), "save": save and str(save)}
         args = SimpleNamespace(curr_iteration=iteration, train_iters=10, **paths)
-        monkeypatch.setattr(coefficient, "_training_args", lambda: args)
+        monkeypatch.setattr(state, "_training_args", lambda: args)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
         return Coefficient(CONFIG)
 
