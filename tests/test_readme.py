@@ -17,9 +17,9 @@ from ramoe_megatron.jobs.offline_job import OfflineOptions
 from ramoe_megatron.jobs.predict import PredictOptions
 from ramoe_megatron.jobs.profile import ProfileOptions
 from ramoe_megatron.jobs.steer import SteerOptions
-from ramoe_megatron.jobs.steering_options import SteeringOptions
 from ramoe_megatron.mcore.arguments import DataOptions, RoutingAlignmentConfig
 from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
+from ramoe_megatron.mcore.steer.steering_options import SteeringOptions
 from ramoe_megatron.recipe.load import validate
 
 ROOT = Path(__file__).parents[1]

@@ -47,7 +47,7 @@ def methods() -> None:
     """What each method trains and adds to the loss, its source, and what of it is our reading."""
     from rich.table import Table
 
-    from ramoe_megatron.recipe.catalogue import METHODS
+    from ramoe_megatron.recipe.methods import METHODS
 
     table = Table("method", "trains", "adds to the loss", "source", "our reading", show_lines=True)
     for name, entry in METHODS.items():

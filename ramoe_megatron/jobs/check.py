@@ -20,7 +20,6 @@ from ramoe_megatron.jobs.offline_job import FORWARD_ONLY_FLAGS, OfflineOptions
 from ramoe_megatron.jobs.predict import PredictOptions
 from ramoe_megatron.jobs.profile import ProfileOptions
 from ramoe_megatron.jobs.steer import SteerOptions
-from ramoe_megatron.jobs.steering_options import SteeringOptions
 from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.arguments import DataOptions, arguments_with, known_flags
@@ -28,6 +27,7 @@ from ramoe_megatron.mcore.cpu.backend import cpu_backend
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import command_line, run_job
 from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
+from ramoe_megatron.mcore.steer.steering_options import SteeringOptions
 
 OPTIONS: dict[str, tuple[type, ...]] = {
     "finetune": (RoutingAlignmentConfig, DataOptions, SelectiveOptions),

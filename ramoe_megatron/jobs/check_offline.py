@@ -13,10 +13,10 @@ from ramoe_megatron.jobs.offline_job import examples_with_anchor, offline_option
 from ramoe_megatron.jobs.predict import PredictOptions
 from ramoe_megatron.jobs.profile import ProfileOptions
 from ramoe_megatron.jobs.steer import SteerOptions
-from ramoe_megatron.jobs.steering_options import SteeringOptions
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.checkpoint import require_checkpoint
 from ramoe_megatron.mcore.flags import options_from_args
+from ramoe_megatron.mcore.steer.steering_options import SteeringOptions
 from ramoe_megatron.method.anchors import check_anchor
 from ramoe_megatron.method.experts import parse_rule
 from ramoe_megatron.method.layers import parse_layers

@@ -23,9 +23,9 @@ from ramoe_megatron.jobs.offline_job import (
     write_on_rank_0,
 )
 from ramoe_megatron.jobs.shards import Shards, depends_on
-from ramoe_megatron.jobs.steering_options import SteeringOptions, told
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, run_job
+from ramoe_megatron.mcore.steer.steering_options import SteeringOptions, told
 from ramoe_megatron.method.losses import mass
 from ramoe_megatron.method.steering import NO_STEERING
 

@@ -57,7 +57,7 @@ def compare_recipe(
     if waiting := [folder.name for folder, own in folders.items() if not _done(path, own, folder)]:
         console.print(f"{', '.join(waiting)}: submitted; give the same command again when its jobs have ended", highlight=False)
         return
-    from ramoe_megatron.recipe.catalogue import METHODS
+    from ramoe_megatron.recipe.methods import METHODS
     from ramoe_megatron.report.comparison.build import write_comparison  # matplotlib
     from ramoe_megatron.report.comparison.document import write_document
 

@@ -45,7 +45,7 @@ def recipe_findings(path: Path, changes: Sequence[str], out: Path | None, enviro
     recipe = load_recipe(path, changes)
     folder = (out or Path("runs") / recipe.name).resolve()
     try:
-        plan, fault = make_plan(recipe, folder, path.parent, checked=False), None
+        plan, fault = make_plan(recipe, folder, path.parent), None
     except RamoeError as error:
         plan, fault = [], Finding("recipe", "fatal", reason(error), "correct the recipe")
     coming: dict[str, dict[str, str]] = {}

@@ -11,7 +11,7 @@ from typing import Any
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.recipe.load import nearest
 from ramoe_megatron.recipe.schema import Recipe
-from ramoe_megatron.recipe.section import FlagValue
+from ramoe_megatron.recipe.sections import FlagValue
 
 _LAYOUT = """
     tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size expert-model-parallel-size

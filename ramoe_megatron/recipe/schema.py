@@ -4,15 +4,35 @@
 leading dashes: `true` is a bare flag, `false` or `null` leaves the flag out, a list is several values.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from ramoe_megatron.recipe.data_schema import Data
-from ramoe_megatron.recipe.launch_schema import Launch
-from ramoe_megatron.recipe.method_schema import RULE, Alignment, Method, Selection, Steering
-from ramoe_megatron.recipe.section import Flags, FlagValue, Name, Names, Section
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.select.selective_options import READS_USAGE
+from ramoe_megatron.recipe.methods import Method
+from ramoe_megatron.recipe.sections import (
+    Alignment,
+    Data,
+    Flags,
+    FlagValue,
+    Launch,
+    Name,
+    Names,
+    Section,
+    Selection,
+    Steering,
+)
+
+RULE = r"^(tau=-?[0-9.]+|top-m=[0-9]+)$"
+KEYS = {
+    f"--ramoe-{key.alias}": f"{section}.{key.alias}"
+    for section, kind in (("alignment", Alignment), ("selection", Selection), ("steering", Steering))
+    for key in kind.model_fields.values()
+}
+"""By flag, the key of a recipe that is the same."""
 
 
 def _count_to_seeds(value: Any) -> Any:
@@ -102,9 +122,9 @@ class Recipe(Section):
                 raise ValueError(f"{what} names one twice: {', '.join(map(str, values))}")
         if self.launch.at_once > 1 and (self.launch.nodes > 1 or self.train.get("exit-signal-handler")):
             raise ValueError("launch.at-once is for one node, and without exit-signal-handler: set it to 1")
-        if self.selection.train != "all" or self.steering.kind != "none":
+        if self.selection.train != "all" or self.steering.steer is not None:
             raise ValueError(
-                "selection.train and steering.kind belong to a method: name one that has them (router-only, steering-soft), or give them "
+                "selection.train and steering.steer belong to a method: name one that has them (router-only, steering-soft), or give them "
                 "in its own section"
             )
         if low := [seed for seed in self.seeds if seed < 1]:
@@ -118,10 +138,6 @@ class Recipe(Section):
         alignment, selection, told = self.alignment_of(method), self.selection_of(method), f"method {method.name}"
         if method.presets and method.aligns and alignment.coeff == 0 and "coeff-zero" not in method.presets:
             raise ValueError(f"{told} needs a coefficient: set alignment.coeff above 0 (0 is the method sft)")
-        if alignment.shuffle_targets and alignment.target != "example":
-            raise ValueError(f"{told} shuffles per-example targets: set alignment.target to example")
-        if alignment.reverse and alignment.target != "paired":
-            raise ValueError(f"{told} aligns English views: set alignment.target to paired")
         if method.aligns and alignment.coeff and alignment.target == "example" and self.profile.tokens not in (None, alignment.tokens):
             raise ValueError(
                 f"{told} aligns the tokens {alignment.tokens!r} to priors that pool {self.profile.tokens!r}: leave profile.tokens out, or "
@@ -141,15 +157,18 @@ class Recipe(Section):
                 f"{told} takes the layers outside alignment.layers, which is {alignment.layers.removeprefix('outside:')!r}: give auto or a "
                 "range there"
             )
-        if selection.train == "rise" and selection.budget is None:
-            raise ValueError(f"{told} needs selection.budget: how many (layer, expert) pairs train")
-        if selection.split is not None and sum(selection.split) != selection.budget:
-            total = sum(selection.split)
-            raise ValueError(f"{told}: selection.split {selection.split} sums to {total}, not to the budget {selection.budget}")
-        if selection.by_share and selection.top_p is None:
-            raise ValueError(f"{told} needs selection.top-p: the share of each layer's score that the chosen experts hold")
+        try:
+            self._check_options(alignment, selection)
+        except RamoeError as error:
+            raise ValueError(f"{told}: {in_keys(str(error))}") from error
         if method.on is not None and (method.on not in names or self.method(method.on).steered):
             raise ValueError(f"{told} acts on {method.on!r}, which is no method of this recipe that trains")
+
+    def _check_options(self, alignment: Alignment, selection: Selection) -> None:
+        """Raise RamoeError for what the fine-tune itself would refuse of its flags."""
+        files = {name: f"{name} of the run" for name in ("experts", "taxonomy", "priors")}
+        usage = "usage of the run" if selection.train in READS_USAGE else None
+        alignment.options(**files).refuse_unread_rule(selection.options(usage=usage).train)
 
     def _check_anchors(self, alignment: Alignment, told: str) -> None:
         anchor, names = self.data.anchor_language, ", ".join(alignment.anchors)
@@ -181,9 +200,9 @@ class Recipe(Section):
         """The named methods that a method of this recipe combines; none for the base model."""
         return next((method.presets for method in self.methods if method.name == name), [])
 
-    def alignment_of(self, method: Method) -> Alignment:
-        """The recipe's alignment with the method's own changes."""
-        return method.alignment_of(self.alignment)
+    def alignment_of(self, method: Method, seed: int = 1) -> Alignment:
+        """The recipe's alignment with the method's own changes, for the fine-tune of a seed."""
+        return method.alignment_of(self.alignment, seed)
 
     def selection_of(self, method: Method) -> Selection:
         """Which weights the method trains."""
@@ -210,3 +229,8 @@ class Recipe(Section):
     def pretrain_flags(self) -> dict[str, FlagValue]:
         """Flags of the base model's training: `train` with `pretrain` on top."""
         return {**self.train, **(self.pretrain or {})}
+
+
+def in_keys(text: str) -> str:
+    """An error of a job's options in the words of a recipe: its keys in the place of the flags."""
+    return re.sub(r"--ramoe-[a-z-]+", lambda flag: KEYS.get(flag[0], flag[0]), text)

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.recipe.launch_schema import WARNING_SECONDS
 from ramoe_megatron.recipe.schema import Recipe
-from ramoe_megatron.recipe.section import FlagValue
+from ramoe_megatron.recipe.sections import WARNING_SECONDS, FlagValue
 from ramoe_megatron.recipe.stage import Stage
 
 ASKING_SECONDS = 60.0  # a busy controller may answer late

@@ -29,8 +29,8 @@ from ramoe_megatron.artifacts.tables import read_divergence, read_taxonomy
 from ramoe_megatron.mcore.cpu.backend import cpu_command_line
 from ramoe_megatron.method.divergence import mean_curve
 from ramoe_megatron.method.layer_weights import divergence_weights
-from ramoe_megatron.recipe.catalogue import METHODS
 from ramoe_megatron.recipe.load import validate
+from ramoe_megatron.recipe.methods import METHODS
 from ramoe_megatron.recipe.plan import make_plan
 from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.stage import Stage
@@ -69,7 +69,7 @@ def recipe(folder: Path, layout: str) -> Recipe:
             "tokenizer": {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": str(folder / "tokenizer.model")},
             "data": {"files": [str(folder / "parallel.jsonl")], "general": [str(folder / "general.jsonl")], "languages": ["es", "tr"]},
             "taxonomy": {"max-new-tokens": 4}, "profile": {"select": "top-m=3", "layers": "1-2"},
-            "alignment": {"coeff": 20, "target": "example"}, "selection": {"budget": 9, "top-p": 0.5},
+            "alignment": {"coeff": 20, "target": "example"}, "selection": {"train-budget": 9, "train-top-p": 0.5},
             "methods": [*METHODS, COMBINED], "launch": {"ranks-per-node": ranks, "batch-tokens": 256},
         },
         "recipe",

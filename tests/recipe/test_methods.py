@@ -1,7 +1,8 @@
 """The named methods: what each is, how they combine, and the flags that a recipe makes of them."""
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from click.testing import CliRunner
@@ -9,13 +10,16 @@ from test_plan import BASE, option, plan
 
 from ramoe_megatron.cli import main
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.recipe.catalogue import METHODS
+from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
+from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
+from ramoe_megatron.mcore.steer.steering_options import SteeringOptions
 from ramoe_megatron.recipe.load import validate
-from ramoe_megatron.recipe.plan import make_plan
+from ramoe_megatron.recipe.methods import METHODS
 from ramoe_megatron.recipe.schema import Recipe
+from ramoe_megatron.recipe.sections import Alignment, Selection, Steering
 from ramoe_megatron.recipe.stage import Stage
 
-GIVEN = {"selection": {"budget": 5, "top-p": 0.4}, "alignment": {"coeff": 10, "target": "example", "layers": "1-2"}}
+GIVEN = {"selection": {"train-budget": 5, "train-top-p": 0.4}, "alignment": {"coeff": 10, "target": "example", "layers": "1-2"}}
 
 
 def recipe(*methods: Any, **changes: Any) -> Recipe:
@@ -104,7 +108,7 @@ def test_selection_takes_what_its_method_needs(tmp_path: Path) -> None:
     rise, esft, routers = (flags(found[f"finetune/{name}-seed1"]) for name in ("rise", "esft-gate", "router-only"))
     assert (rise["--ramoe-train"], rise["--ramoe-train-budget"]) == (["rise"], ["5"])
     assert not {"--ramoe-train-top-p", "--ramoe-train-split"} & set(rise)
-    split = {"name": "split", "preset": ["rise"], "selection": {"budget": 6, "split": [1, 2, 3]}}
+    split = {"name": "split", "preset": ["rise"], "selection": {"train-budget": 6, "train-split": [1, 2, 3]}}
     assert flags(stages(tmp_path, split)["finetune/split-seed1"])["--ramoe-train-split"] == ["1", "2", "3"]
     assert (esft["--ramoe-train"], esft["--ramoe-train-top-p"]) == (["esft-gate"], ["0.4"])
     assert routers["--ramoe-train"] == ["routers"]
@@ -122,7 +126,7 @@ def test_parts_combine(tmp_path: Path) -> None:
 
 def test_steering_is_evaluated_on_the_base_model_or_on_a_trained_one(tmp_path: Path) -> None:
     steered = {"name": "steered-sft", "preset": ["steering-hard"], "on": "sft"}
-    found = stages(tmp_path, "steering-soft", steered, steering={"strength": 0.25, "layers": "1-2"})
+    found = stages(tmp_path, "steering-soft", steered, steering={"steer-strength": 0.25, "steer-layers": "1-2"})
     soft, hard = found["evaluate/steering-soft"], found["evaluate/steered-sft-seed2"]
     assert option(soft, "--load") == [str(tmp_path / "checkpoints/base")]
     assert option(hard, "--load") == [str(tmp_path / "checkpoints/sft-seed2")]
@@ -159,15 +163,16 @@ def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
         ([{"name": "x", "preset": ["sara", "xlr"]}], {}, "do not combine"),
         ([{"name": "x", "preset": ["ra-moe", "sara"]}], {}, "each is a loss of its own"),
         ([{"name": "x", "preset": ["sft", "rise"]}], {}, "it combines with nothing"),
-        ([{"name": "x", "alignment": {"coeff": 5}, "steering": {"kind": "soft"}}], {}, "so alignment has no meaning"),
+        ([{"name": "x", "alignment": {"coeff": 5}, "steering": {"steer": "soft"}}], {}, "so alignment has no meaning"),
         ([{"name": "x", "preset": ["steering-hard"], "selection": {"train": "routers"}}], {}, "so selection has no meaning"),
-        ([{"name": "x", "preset": ["steering-hard"], "steering": {"strength": 1}}], {}, "steering.strength is read by soft"),
-        ([{"name": "x", "preset": ["steering-soft"], "steering": {"search": True, "tau": 0.3}}], {}, "steering.tau is read by"),
+        ([{"name": "x", "preset": ["steering-hard"], "steering": {"steer-strength": 1}}], {}, "steering.steer-strength is read by soft"),
+        ([{"name": "x", "preset": ["steering-soft"], "steering": {"search": True, "steer-tau": 0.3}}], {}, "steering.steer-tau is read by"),
         ([{"name": "x", "preset": ["steering-soft"], "steering": {"zones": ["0-1"]}}], {}, "set steering.search"),
-        ([{"name": "x", "preset": ["router-only"], "selection": {"budget": 3}}], {}, "selection.budget is read by"),
-        ([{"name": "x", "preset": ["rise"], "selection": {"split": [1, 1, 1]}}], {}, "sums to 3, not to the budget 5"),
+        ([{"name": "x", "preset": ["router-only"], "selection": {"train-budget": 3}}], {},
+         "selection.train-budget 3 with selection.train routers: only rise reads it"),
+        ([{"name": "x", "preset": ["rise"], "selection": {"train-split": [1, 1, 1]}}], {}, "sums to 3, not to selection.train-budget 5"),
         ([], {"selection": {"train": "routers"}}, "belong to a method"),
-        ([], {"steering": {"kind": "soft"}}, "belong to a method"),
+        ([], {"steering": {"steer": "soft"}}, "belong to a method"),
         (["outside-zone"], {"alignment": {"coeff": 1, "layers": "all"}}, "takes the layers outside alignment.layers"),
         ([{"name": "x", "preset": ["rise", "esft-gate"]}], {}, "do not combine"),
         ([{"name": "x", "preset": ["ra-moe", "steering-soft"]}], {}, "steering acts at inference"),
@@ -179,11 +184,12 @@ def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
         ([{"name": "x", "preset": ["steering-soft"], "on": "mine"}], {}, "no method of this recipe that trains"),
         ([{"name": "x", "on": "sft"}], {}, "only a steering method acts `on`"),
         ([{"name": "x", "preset": ["steering-soft"], "train": {"lr": 1}}], {}, "steering trains nothing"),
-        (["rise"], {"selection": {}}, "needs selection.budget"),
-        (["esft-token"], {"selection": {}}, "needs selection.top-p"),
+        (["rise"], {"selection": {}}, "selection.train rise without selection.train-budget"),
+        (["esft-token"], {"selection": {}}, "selection.train esft-token without selection.train-top-p"),
         (["ra-moe"], {"alignment": {}}, "needs a coefficient"),
-        (["ra-moe-shuffled"], {"alignment": {"coeff": 1}}, "set alignment.target to example"),
-        ([{"name": "x", "alignment": {"reverse": True}}], {}, "set alignment.target to paired"),
+        (["ra-moe-shuffled"], {"alignment": {"coeff": 1}},
+         "alignment.shuffle-targets permutes the targets of examples: it needs alignment.target example"),
+        ([{"name": "x", "alignment": {"reverse": True}}], {}, "which only alignment.target paired runs"),
         ([], {"launch": {"at-once": 2, "nodes": 2}}, "launch.at-once is for one node"),
     ],
 )
@@ -194,17 +200,34 @@ def test_what_has_no_meaning_is_refused(methods: list[Any], changes: dict[str, A
 @pytest.mark.parametrize(
     ("method", "told"),
     [
-        ({"preset": ["random-experts"], "alignment": {"divergence": "kl"}}, "--ramoe-random-experts with --ramoe-divergence kl"),
-        ({"preset": ["ra-moe"], "alignment": {"target": "profile", "missing-priors": "skip"}}, "--ramoe-missing-priors skip: only"),
-        ({"preset": ["ra-moe"], "alignment": {"refresh-interval": 2, "examples": "all"}}, "--ramoe-refresh-interval does not go with"),
+        ({"preset": ["random-experts"], "alignment": {"divergence": "kl"}}, "alignment.random-experts with alignment.divergence kl"),
+        ({"preset": ["ra-moe"], "alignment": {"target": "profile", "missing-priors": "skip"}}, "alignment.missing-priors skip: only"),
+        ({"preset": ["ra-moe"], "alignment": {"refresh-interval": 2, "examples": "all"}}, "alignment.refresh-interval does not go with"),
         ({"preset": ["ra-moe"], "alignment": {"select": "top-m=0"}}, "select: found 'top-m=0'"),
     ],
 )
-def test_what_a_fine_tune_would_refuse_stops_the_plan(tmp_path: Path, method: dict[str, Any], told: str) -> None:
-    with pytest.raises(RamoeError) as error:
-        stages(tmp_path, {"name": "mine", **method})
-    assert f"method mine: {told}" in str(error.value)
-    assert make_plan(recipe({"name": "mine", **method}), tmp_path, tmp_path, checked=False)  # the doctor tells the rest too
+def test_what_a_fine_tune_would_refuse_of_its_flags_is_refused_in_the_recipes_words(method: dict[str, Any], told: str) -> None:
+    assert f"method mine: {told}" in refusal({"name": "mine", **method})
+
+
+def test_a_section_is_the_options_of_its_job() -> None:
+    """Each flag of the three dataclasses is a key of the same name, type and default, but for the files that the plan names."""
+    files = {"experts", "taxonomy", "priors", "usage", "steering"}
+    for section, options in ((Alignment, RoutingAlignmentConfig), (Selection, SelectiveOptions), (Steering, SteeringOptions)):
+        keys = section.model_fields
+        for field in dataclasses.fields(options):
+            assert (field.name in keys) == (field.name not in files), field.name
+            if field.name in keys and field.name != "layer_weights":
+                assert keys[field.name].default == field.default
+                assert keys[field.name].annotation == get_type_hints(options)[field.name]
+
+
+def test_a_control_is_a_seed_in_a_recipe_too(tmp_path: Path) -> None:
+    mine = {"name": "mine", "alignment": {"shuffle-targets": 7}}
+    found = stages(tmp_path, "ra-moe-shuffled", mine)
+    shuffled, own = (flags(found[f"finetune/{name}-seed2"])["--ramoe-shuffle-targets"] for name in ("ra-moe-shuffled", "mine"))
+    assert (shuffled, own) == (["2"], ["7"])
+    assert "expected a number" in refusal({"name": "mine", "alignment": {"shuffle-targets": True}})
 
 
 def test_the_table_of_methods_has_a_row_for_each() -> None:

@@ -88,7 +88,7 @@ def test_broken_yaml_and_an_absent_file_are_told(tmp_path: Path) -> None:
         ({"pretrain": None}, "give one of checkpoint (a base model) and pretrain (flags to train one); found neither"),
         ({"checkpoint": "x"}, "found both"),
         ({"methods": ["ra-moe"]}, "ra-moe needs a coefficient"),
-        ({"methods": ["ra-moe-shuffled"], "alignment": {"coeff": 1}}, "set alignment.target to example"),
+        ({"methods": ["ra-moe-shuffled"], "alignment": {"coeff": 1}}, "it needs alignment.target example"),
         ({"methods": ["sft", "sft"]}, "methods names one twice"),
         ({"methods": ["base"]}, "cannot be called 'base'"),
         ({"methods": ["sft-seed1"]}, "cannot be called 'sft-seed1'"),
@@ -108,11 +108,11 @@ def test_what_cannot_be_run_is_refused(changes: dict[str, Any], told: str) -> No
 def test_built_in_methods_differ_from_the_recipe_only_as_they_say() -> None:
     methods = ["sft", "ra-moe", "ra-moe-shuffled", {"name": "mine", "alignment": {"layers": "0-0"}}]
     found = recipe(methods=methods, alignment={"coeff": 5, "target": "example"})
-    sft, plain, shuffled, mine = (found.alignment_of(method) for method in found.methods)
+    sft, plain, shuffled, mine = (found.alignment_of(method, 2) for method in found.methods)
     assert plain == found.alignment
     assert sft.coeff == 0
     assert not found.methods[0].aligns
-    assert shuffled == plain.model_copy(update={"shuffle_targets": True})
+    assert shuffled == plain.model_copy(update={"shuffle_targets": 2})
     assert mine == plain.model_copy(update={"layers": "0-0"})
 
 

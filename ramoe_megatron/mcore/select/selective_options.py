@@ -7,6 +7,13 @@ from ramoe_megatron.errors import RamoeError
 
 READS_USAGE = ("rise", "esft-gate", "esft-token")
 """What is read off usage.safetensors."""
+READ_BY = {
+    "usage": READS_USAGE,
+    "train_budget": ("rise",),
+    "train_split": ("rise",),
+    "train_top_p": ("esft-gate", "esft-token"),
+}
+"""By option, the values of `train` that read it."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +42,26 @@ class SelectiveOptions:
         kinds = get_args(get_type_hints(type(self))["train"])
         if self.train not in kinds:
             raise RamoeError(f"--ramoe-train {self.train!r}: expected one of {', '.join(kinds)}")
-        esft = self.train.startswith("esft")
-        flags = (
-            ("usage", self.usage, self.train in READS_USAGE, "rise, esft-gate or esft-token", "which experts each language uses"),
-            ("train-budget", self.train_budget, self.train == "rise", "rise", "how many (layer, expert) pairs to train"),
-            ("train-top-p", self.train_top_p, esft, "esft-gate or esft-token", "the share of the score to reach in each layer"),
-        )
-        for flag, value, used, by, what in flags:
-            if used and value is None:
-                made = "; run `ramoe profile -- --ramoe-save-usage`" if flag == "usage" else ""
-                raise RamoeError(f"--ramoe-train {self.train} without --ramoe-{flag}: expected {what}{made}")
-            if value is not None and not used:
-                raise RamoeError(f"--ramoe-{flag} {value} with --ramoe-train {self.train}: only {by} reads it; remove one of the flags")
-        if self.train_split is not None and self.train != "rise":
-            raise RamoeError(f"--ramoe-train-split with --ramoe-train {self.train}: only rise reads it; remove one of the flags")
+        needed = {
+            "usage": "which experts each language uses; run `ramoe profile -- --ramoe-save-usage`",
+            "train_budget": "how many (layer, expert) pairs to train",
+            "train_top_p": "the share of the score to reach in each layer",
+        }
+        for name, readers in READ_BY.items():
+            value, flag = getattr(self, name), f"--ramoe-{name.replace('_', '-')}"
+            if value is None and self.train in readers and name in needed:
+                raise RamoeError(f"--ramoe-train {self.train} without {flag}: expected {needed[name]}")
+            if value is not None and self.train not in readers:
+                raise RamoeError(
+                    f"{flag} {value} with --ramoe-train {self.train}: only {' or '.join(readers)} reads it; remove one of the flags"
+                )
         if self.train_budget is not None and self.train_budget < 1:
             raise RamoeError(f"--ramoe-train-budget {self.train_budget}: expected a number of (layer, expert) pairs, at least 1")
         if self.train_top_p is not None and not 0 < self.train_top_p <= 1:
             raise RamoeError(f"--ramoe-train-top-p {self.train_top_p}: expected a share above 0 and at most 1")
+        if self.train_split is not None and (len(self.train_split) != 3 or min(self.train_split) < 0):
+            raise RamoeError(f"--ramoe-train-split {self.train_split}: expected three numbers, 0 or more: shallow, middle, deep")
+        if self.train_split is not None and sum(self.train_split) != self.train_budget:
+            raise RamoeError(
+                f"--ramoe-train-split {self.train_split} sums to {sum(self.train_split)}, not to --ramoe-train-budget {self.train_budget}"
+            )

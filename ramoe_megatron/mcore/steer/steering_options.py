@@ -1,13 +1,14 @@
 """Which steering a job is to run under: its flags, or the best setting of a search."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ramoe_megatron.artifacts.tables import ExpertFile, load_document
+from ramoe_megatron.artifacts.files import load_document
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.align.refusals import refuse_hard_steering
-from ramoe_megatron.method.layers import parse_layers
-from ramoe_megatron.method.steering import Steering
+
+if TYPE_CHECKING:  # a recipe is read without torch
+    from ramoe_megatron.artifacts.expert_file import ExpertFile
+    from ramoe_megatron.method.steering import Steering
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,21 @@ class SteeringOptions:
         if self.on and experts is None:
             raise RamoeError("--ramoe-experts is missing: steering needs the expert file that `ramoe profile` wrote")
         if self.steer == "hard":
+            from ramoe_megatron.mcore.align.refusals import refuse_hard_steering
+
             refuse_hard_steering(args)
 
-    def setting(self, experts: ExpertFile, args: Any) -> Steering | None:
+    def setting(self, experts: "ExpertFile", args: Any) -> "Steering | None":
         """The setting; None where nothing is to be steered.
 
         Raises:
             RamoeError: a bad value or file, a tau that chooses no expert in these layers, or a file whose best is hard steering and a
                 router that cannot be steered so.
         """
+        from ramoe_megatron.mcore.align.refusals import refuse_hard_steering
+        from ramoe_megatron.method.layers import parse_layers
+        from ramoe_megatron.method.steering import Steering
+
         if self.steering is not None:
             found = best_of(self.steering)
             if found is not None and found.kind == "hard":
@@ -79,12 +86,14 @@ class SteeringOptions:
         return found
 
 
-def best_of(path: str) -> Steering | None:
+def best_of(path: str) -> "Steering | None":
     """The best setting of a steering.json; None where steering nothing was best. Raises RamoeError for another or a damaged file."""
+    from ramoe_megatron.method.steering import Steering
+
     return Steering.from_document(load_document(path, "ramoe-steering")["best"], path)
 
 
-def told(steering: Steering | None, experts: ExpertFile, tasks: set[str]) -> list[str]:
+def told(steering: "Steering | None", experts: "ExpertFile", tasks: set[str]) -> list[str]:
     """What is steered, and which of the tasks are not, in sentences."""
     if steering is None:
         return ["steering: the search found nothing better than no steering; nothing is steered"]
