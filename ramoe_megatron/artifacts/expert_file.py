@@ -50,8 +50,7 @@ class ExpertFile:
     layer_number: Tensor
     """Megatron's own layer number (1-based) of each MoE layer; int64 [L]."""
     rule: Mapping[str, Any]
-    """{"name": "tau", "tau": 0.3}, {"name": "top-m", "m": 4}, or of a file made from others {"name": "merge" or "intersect", "of":
-    [{"file": ..., "rule": ...}, ...]}."""
+    """{"name": "tau", "tau": 0.3} or {"name": "top-m", "m": 4}."""
     zone: Zone | NoZone
     """The alignment zone that "auto" stands for."""
     checkpoint: str

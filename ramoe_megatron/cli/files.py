@@ -1,15 +1,11 @@
 """Commands of `ramoe` that read files and start nothing: show them, and make new ones of them. Heavy imports stand inside."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ramoe_megatron.errors import RamoeError
-
-if TYPE_CHECKING:
-    from ramoe_megatron.artifacts.expert_file import ExpertFile
 
 FILE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -40,46 +36,6 @@ def predict(run_folder: Path) -> None:
 def inspect(file: Path) -> None:
     """Show any artefact readably: taxonomy, experts, priors, anchors, divergence, evaluation, steering, prediction, results."""
     _show(file)
-
-
-@click.group()
-def experts() -> None:
-    """Make one expert file of several that were profiled on one model, with other languages or data."""
-
-
-@experts.command()
-@click.argument("files", metavar="FILE FILE...", type=FILE, nargs=-1, required=True)
-@click.option("--out", type=FILE, required=True, help="Expert file to write; must not exist.")
-def merge(files: tuple[Path, ...], out: Path) -> None:
-    """The experts that any of the FILEs chose, for the tasks of any."""
-    from ramoe_megatron.artifacts.expert_sets import merge
-
-    _combine(merge, files, out)
-
-
-@experts.command()
-@click.argument("files", metavar="FILE FILE...", type=FILE, nargs=-1, required=True)
-@click.option("--out", type=FILE, required=True, help="Expert file to write; must not exist.")
-def intersect(files: tuple[Path, ...], out: Path) -> None:
-    """The experts that all FILEs chose, for the tasks that all have."""
-    from ramoe_megatron.artifacts.expert_sets import intersect
-
-    _combine(intersect, files, out)
-
-
-def _combine(how: "Callable[[Sequence[ExpertFile]], ExpertFile]", files: tuple[Path, ...], out: Path) -> None:
-    from ramoe_megatron.artifacts.expert_file import ExpertFile
-    from ramoe_megatron.method.divergence import NoZone
-    from ramoe_megatron.method.experts import describe_empty, rule_from
-
-    if out.exists():
-        raise RamoeError(f"--out {out}: exists already; give another name, or move it away")
-    made = how([ExpertFile.load(file) for file in files])
-    made.save(out)
-    zone = f"none ({made.zone.reason})" if isinstance(made.zone, NoZone) else f"MoE layers {made.zone.first} to {made.zone.last}"
-    click.echo(f"{out}: tasks {', '.join(made.tasks)}; {int(made.expert_mask.sum())} task experts; zone {zone}")
-    for sentence in describe_empty(made.expert_mask, made.tasks, rule_from(made.rule)):
-        click.echo(sentence)
 
 
 @click.command()
@@ -114,7 +70,7 @@ def anchors(taxonomy: Path, anchor: str, named: tuple[str, ...], split: str, out
     _show(out / "anchors.json")
 
 
-FILE_COMMANDS = (status, predict, inspect, experts, anchors)
+FILE_COMMANDS = (status, predict, inspect, anchors)
 """Added to `ramoe` by `cli.py`."""
 
 

@@ -98,24 +98,6 @@ class TopM:
 
 
 Rule = Tau | TopM
-COMBINED = ("merge", "intersect")
-
-
-@dataclass(frozen=True, slots=True)
-class Combined:
-    """The experts of several files taken together (`method/expert_sets.py`): a rule that is told, and chooses nothing itself."""
-
-    name: str
-    """One of `COMBINED`."""
-    of: tuple[tuple[str, "Rule | Combined"], ...]
-    """Each file and its own rule."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The ``rule`` entry of the expert file."""
-        return {"name": self.name, "of": [{"file": file, "rule": rule.as_dict()} for file, rule in self.of]}
-
-    def __str__(self) -> str:
-        return f"{self.name} of " + " and ".join(f"{file} ({rule})" for file, rule in self.of)
 
 
 def parse_rule(text: str) -> Rule:
@@ -135,14 +117,9 @@ def parse_rule(text: str) -> Rule:
     raise RamoeError(f"select: found {text!r}, expected tau=X with X in [-1, 1), as in tau=0.3, or top-m=M, as in top-m=4")
 
 
-def rule_from(entry: Mapping[str, Any]) -> Rule | Combined:
+def rule_from(entry: Mapping[str, Any]) -> Rule:
     """The rule of an expert file's ``rule`` entry; raises RamoeError for an unknown one."""
     name = str(entry.get("name"))
-    if name in COMBINED:
-        try:
-            return Combined(name, tuple((str(part["file"]), rule_from(part["rule"])) for part in entry["of"]))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RamoeError(f"rule: found {dict(entry)!r}, expected `of` with a file and a rule each; {name} the files again") from error
     return parse_rule(f"{name}={entry.get('m' if name == 'top-m' else name)}")
 
 
@@ -163,11 +140,8 @@ def empty_layers(mask: Tensor) -> list[int]:
     return [layer for layer, found in enumerate(mask.any(dim=-1).tolist()) if not found]
 
 
-def describe_empty(mask: Tensor, tasks: tuple[str, ...] | list[str], rule: Rule | Combined) -> list[str]:
+def describe_empty(mask: Tensor, tasks: tuple[str, ...] | list[str], rule: Rule) -> list[str]:
     """One sentence for each task that the rule leaves without experts in some layer; ``mask`` is bool [G, L, E]."""
-    advice = "A lower tau or top-m=M fills them"
-    if isinstance(rule, Combined):
-        advice = "Fewer files to intersect, a merge, or files of a lower tau or of top-m=M fill them"
     sentences = []
     for task, mask_LE in zip(tasks, mask, strict=True):
         layers = empty_layers(mask_LE)
@@ -175,6 +149,6 @@ def describe_empty(mask: Tensor, tasks: tuple[str, ...] | list[str], rule: Rule 
             listed = ", ".join(map(str, layers))
             sentences.append(
                 f"task {task!r}: {rule} chooses no expert in {len(layers)} of {len(mask_LE)} MoE layers ({listed}); "
-                f"nothing is aligned there. {advice}"
+                f"nothing is aligned there. A lower tau or top-m=M fills them"
             )
     return sentences

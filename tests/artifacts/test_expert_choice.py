@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from ramoe_megatron.artifacts.expert_sets import merge
 from ramoe_megatron.artifacts.tables import ExpertFile, ModelShape
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.profile import ProfileOptions
@@ -61,13 +60,6 @@ def test_the_tokens_are_kept_and_a_file_of_all_tokens_does_not_say_so(tmp_path: 
         assert ExpertFile.load(tmp_path / f"{tokens}.safetensors").select_tokens == tokens
     with safe_open(tmp_path / "all.safetensors", "pt") as handle:
         assert "select_tokens" not in str(handle.metadata())
-
-
-def test_files_of_different_tokens_do_not_merge() -> None:
-    last = [expert_file(seed, select_tokens="last") for seed in (0, 1)]
-    assert merge(last).select_tokens == "last"
-    with pytest.raises(RamoeError, match="'last' and 'all'"):
-        merge([last[0], expert_file(1)])
 
 
 def test_flags_that_choose_experts_are_read_before_anything_runs() -> None:
