@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.shapes import Shape
-from ramoe_megatron.artifacts.tables import TOKENS, ExpertFile, ModelShape, Priors, write_taxonomy
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.priors import Priors
+from ramoe_megatron.artifacts.records import write_taxonomy
+from ramoe_megatron.artifacts.tensors import TOKENS, ModelShape
 from ramoe_megatron.data.encode import Encoded, Tokenizer, encode
 from ramoe_megatron.data.parallel import Example, write_rows
 from ramoe_megatron.data.tokenizer import train_tokenizer

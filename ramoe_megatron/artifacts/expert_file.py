@@ -25,6 +25,7 @@ from ramoe_megatron.artifacts.tensors import (
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import NoZone, Zone
 from ramoe_megatron.method.experts import parse_rule, task_experts
+from ramoe_megatron.method.steering import Steering
 
 _TENSORS = ("expert_mask", "delta", "task_frequency", "general_frequency", "layer_number")
 
@@ -126,6 +127,13 @@ class ExpertFile:
             raise bad_metadata(path, error) from error
         experts._validate(path)
         return experts
+
+    def steered_by(self, steering: Steering) -> Tensor:
+        """The experts of each task that a setting of steering raises; bool [G, L, E]. Raises RamoeError for layers of another model."""
+        try:
+            return steering.experts(self.expert_mask, self.delta)
+        except RamoeError as error:
+            raise RamoeError(f"{self.path}: {error}") from error
 
     def chosen_by(self, rule: str | None) -> Self:
         """The same file with its experts chosen anew by `rule` (``tau=X`` or ``top-m=M``); itself without one. Raises RamoeError for a bad

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from ramoe_megatron.artifacts.tables import ExpertFile, read_divergence, read_taxonomy
+from ramoe_megatron.artifacts.anchor_files import check_anchor
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy
 from ramoe_megatron.data.parallel import Example, load_examples, pair_with_anchor
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.check_common import CHECKPOINT_FIX, DATA_FIX, FILE_FIX, Trial, moe_layers, named
@@ -17,7 +19,6 @@ from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.checkpoint import require_checkpoint
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.steer.steering_options import SteeringOptions
-from ramoe_megatron.method.anchors import check_anchor
 from ramoe_megatron.method.experts import parse_rule
 from ramoe_megatron.method.layers import parse_layers
 

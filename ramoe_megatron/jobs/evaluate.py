@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramoe_megatron.artifacts.tables import ExpertFile, atomic_write_text, digests, package_version, save_document
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.files import atomic_write_text, digests, package_version, save_document
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError

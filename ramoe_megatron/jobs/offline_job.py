@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramoe_megatron.artifacts.tables import digests
+from ramoe_megatron.artifacts.files import digests
 from ramoe_megatron.data.parallel import Example, load_examples
 from ramoe_megatron.data.sources import local_files
 from ramoe_megatron.errors import RamoeError

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ramoe_megatron.artifacts.tables import ExpertFile, read_divergence, read_taxonomy, save_document
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.files import save_document
+from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.data.parallel import Example, pair_with_anchor
 from ramoe_megatron.errors import RamoeError

@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ramoe_megatron.artifacts.anchor_files import check_anchor
+from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import files_by_tokens
-from ramoe_megatron.artifacts.tables import TOKENS, ExpertFile, Priors, read_taxonomy, write_divergence
+from ramoe_megatron.artifacts.priors import Priors
+from ramoe_megatron.artifacts.records import read_taxonomy, write_divergence
+from ramoe_megatron.artifacts.tensors import TOKENS
 from ramoe_megatron.artifacts.usage import UsageSum
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.data.parallel import Example, load_examples, pair_with_anchor
@@ -35,7 +39,6 @@ from ramoe_megatron.jobs.shards import SHARD_EXAMPLES, Shards, depends_on
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, run_job
-from ramoe_megatron.method.anchors import check_anchor
 from ramoe_megatron.method.divergence import DivergenceCurve, Zone, mean_curve, zone_from_curve
 from ramoe_megatron.method.experts import FrequencySum, delta, describe_empty, parse_rule, task_experts
 from ramoe_megatron.method.layers import parse_layers

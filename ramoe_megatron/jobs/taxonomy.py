@@ -6,7 +6,8 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from ramoe_megatron.artifacts.tables import package_version, save_document, write_taxonomy
+from ramoe_megatron.artifacts.files import package_version, save_document
+from ramoe_megatron.artifacts.records import write_taxonomy
 from ramoe_megatron.data.parallel import pair_with_anchor
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.offline_job import Progress, checkpoint_name, data_digests, examples_with_anchor, offline_job, write_on_rank_0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.unfinished import tell_unfinished
+from ramoe_megatron.mcore.unfinished import tell_unfinished
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

@@ -12,7 +12,6 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.experts import Tau
 
@@ -88,17 +87,21 @@ class Steering:
         if self.tau is not None and not -1 <= self.tau < 1:
             raise RamoeError(f"steering: found tau {self.tau}, expected one in [-1, 1) (the paper: 0.25 to 0.5)")
 
-    def experts(self, file: ExpertFile) -> Tensor:
-        """The steered experts of each task: those chosen, in the chosen layers. bool [G, L, E]
+    def experts(self, chosen: Tensor, delta: Tensor) -> Tensor:
+        """The steered experts of each task: those that are chosen, in the steered layers. bool [G, L, E]
+
+        Args:
+            chosen: the task experts of the expert file, for a setting without tau; bool [G, L, E].
+            delta: the differences in frequency that tau is compared with; [G, L, E].
 
         Raises:
-            RamoeError: the layers are not those of the file's model.
+            RamoeError: the layers are not those of the tensors.
         """
         first, last = self.layers
-        layers = file.shape.num_moe_layers
+        layers = chosen.shape[1]
         if not 0 <= first <= last < layers:
-            raise RamoeError(f"{file.path}: steering in MoE layers {first} to {last}, but the model has 0 to {layers - 1}")
-        chosen_GLE = file.expert_mask if self.tau is None else Tau(self.tau).choose(file.delta)
+            raise RamoeError(f"steering in MoE layers {first} to {last}, but the model has 0 to {layers - 1}")
+        chosen_GLE = chosen if self.tau is None else Tau(self.tau).choose(delta)
         inside_L = torch.zeros(layers, dtype=torch.bool)
         inside_L[first : last + 1] = True
         return chosen_GLE & inside_L[:, None]

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.unfinished import STATUS
 from ramoe_megatron.recipe.chain import read_stage
 from ramoe_megatron.recipe.doctor import environment_findings, job_findings, table
 from ramoe_megatron.recipe.launcher import Place
@@ -19,7 +20,6 @@ from ramoe_megatron.recipe.nodes import Leader, follow
 from ramoe_megatron.recipe.processes import Stopped, stop_signals
 from ramoe_megatron.recipe.stage import Stage
 from ramoe_megatron.recipe.stages import StageFailed, run_stages
-from ramoe_megatron.unfinished import STATUS
 
 LOCK_SECONDS = 120.0  # of a requeued job, for the processes of its first attempt that a lost node may still hold
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import IO
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.unfinished import STATUS, VARIABLE
 from ramoe_megatron.recipe.output import Progress, parse_progress
 from ramoe_megatron.recipe.processes import MARK, SaveRequest, end_early, end_processes, ignore_warning
-from ramoe_megatron.unfinished import STATUS, VARIABLE
 
 GRACE_SECONDS = 15.0  # between TERM and KILL
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from ramoe_megatron.mcore.select.selective_options import READ_BY
-from ramoe_megatron.recipe.sections import Alignment, Flags, Name, Section, Selection, Steering
+from ramoe_megatron.recipe.sections import AlignmentSection, Flags, Name, Section, SelectionSection, SteeringSection
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,10 @@ class Method(Section):
     """A name of `ramoe methods` has its meaning; any other, with at least one change, is the recipe's alignment with the changes."""
     preset: list[str] | None = None
     """Named methods that this one combines, such as [ra-moe, esft-token]; by default its own name."""
-    alignment: Alignment = Alignment()
+    alignment: AlignmentSection = AlignmentSection()
     """Only the keys that are given change anything; so in the other sections."""
-    selection: Selection = Selection()
-    steering: Steering = Steering()
+    selection: SelectionSection = SelectionSection()
+    steering: SteeringSection = SteeringSection()
     on: str | None = None
     """Steering: the trained method whose checkpoints are steered; the base model when left out."""
     train: Flags = {}
@@ -185,7 +185,7 @@ class Method(Section):
 
     def _refuse_unread(self) -> None:
         """Raise ValueError for a key of this method's steering that nothing would read."""
-        steering = self.steering_of(Steering())
+        steering = self.steering_of(SteeringSection())
         unread = {
             "steer_strength": (steering.steer == "hard" or steering.search, "soft steering without a search"),
             "steer_tau": (steering.search, "steering without a search"),
@@ -211,11 +211,12 @@ class Method(Section):
         own = "alignment" in self.model_fields_set
         return not self.steered and (own or not self.presets or merged(self.presets, "alignment") is not None)
 
-    def alignment_of(self, given: Alignment, seed: int) -> Alignment:
+    def alignment_of(self, given: AlignmentSection, seed: int) -> AlignmentSection:
         """The recipe's alignment with the changes of the presets, and then the method's own; `seed`: of the fine-tune."""
         if not self.aligns:
-            trained = self.selection_of(Selection()).train == "task-experts"  # which experts these are, the alignment's section says
-            return Alignment.model_validate(given.model_dump(by_alias=True, include={"select", "select_tokens"} if trained else set()))
+            trained = self.selection_of(SelectionSection()).train == "task-experts"  # which experts these are, the alignment's section says
+            kept = {"select", "select_tokens"} if trained else set()
+            return AlignmentSection.model_validate(given.model_dump(by_alias=True, include=kept))
         preset = merged(self.presets, "alignment") or {}
         preset = {key: seed if value == RUN_SEED else value for key, value in preset.items()}
         changed = _changed(given, preset, self.alignment)
@@ -223,7 +224,7 @@ class Method(Section):
             return changed.model_copy(update={"layers": f"outside:{given.layers}"})
         return changed
 
-    def selection_of(self, given: Selection) -> Selection:
+    def selection_of(self, given: SelectionSection) -> SelectionSection:
         """Likewise which weights train: of the recipe's own keys, those that the method's choice reads."""
         changes = {"train": "all", **(merged(self.presets, "selection") or {})}
         train = _changed(given, changes, self.selection).train
@@ -239,7 +240,7 @@ class Method(Section):
             written[key] = getattr(self, key).model_dump(by_alias=True, exclude_unset=True)
         return {key: value for key, value in written.items() if value not in ({}, None)}
 
-    def steering_of(self, given: Steering) -> Steering:
+    def steering_of(self, given: SteeringSection) -> SteeringSection:
         """Likewise the steering."""
         return _changed(given, merged(self.presets, "steering") or {}, self.steering)
 

@@ -18,7 +18,7 @@ from ramoe_megatron.recipe.digests import CHECKPOINT_MARK
 from ramoe_megatron.recipe.megatron_flags import SCORING, relevant, render
 from ramoe_megatron.recipe.methods import Method
 from ramoe_megatron.recipe.schema import Recipe
-from ramoe_megatron.recipe.sections import Alignment, FlagValue, Scalar
+from ramoe_megatron.recipe.sections import AlignmentSection, FlagValue, Scalar
 from ramoe_megatron.recipe.stage import JOBS, Stage
 
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".model", ".tsv")
@@ -90,7 +90,7 @@ class PlanContext:
                 files.append(path)
         return flags, files
 
-    def experts_of(self, alignment: Alignment) -> Path:
+    def experts_of(self, alignment: AlignmentSection) -> Path:
         """The expert file that a method aligns by."""
         return self.experts if alignment.select_tokens == "all" else self.expert_files[alignment.select_tokens]
 
@@ -350,7 +350,7 @@ def anchors_stages(plan: PlanContext) -> list[Stage]:
     return [*(_anchor_profile(plan, language, found) for language, found in files.items()), *stages.values()]
 
 
-def labels_of(plan: PlanContext, alignment: Alignment) -> Files:
+def labels_of(plan: PlanContext, alignment: AlignmentSection) -> Files:
     """The taxonomy and, for the target example, the priors that a fine-tune aligns by."""
     if alignment.anchors:
         folder = _anchor_folder(plan, alignment)
@@ -367,7 +367,7 @@ def _check_languages(plan: PlanContext, anchors: list[str]) -> None:
         raise RamoeError(f"alignment.anchors: {', '.join(absent)} will not be in the data, which will have {held}: name some of these")
 
 
-def _anchor_folder(plan: PlanContext, alignment: Alignment) -> Path:
+def _anchor_folder(plan: PlanContext, alignment: AlignmentSection) -> Path:
     return plan.out / "anchors" / f"{'+'.join(alignment.anchors)}-{alignment.tokens}"
 
 
@@ -388,7 +388,7 @@ def _anchor_profile(plan: PlanContext, language: str, files: dict[str, Path]) ->
     return plan.job(name, "profile", plan.scoring(), options, {"data": plan.parallel}, list(files.values()), places, plan.base)
 
 
-def _choice(plan: PlanContext, alignment: Alignment, folder: Path, files: dict[str, dict[str, Path]]) -> Stage:
+def _choice(plan: PlanContext, alignment: AlignmentSection, folder: Path, files: dict[str, dict[str, Path]]) -> Stage:
     """`ramoe anchors`."""
     anchor = plan.recipe.data.anchor_language
     priors = {anchor: plan.priors[alignment.tokens], **{language: files[language][alignment.tokens] for language in alignment.anchors}}

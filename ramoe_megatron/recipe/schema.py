@@ -14,7 +14,7 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.select.selective_options import READS_USAGE
 from ramoe_megatron.recipe.methods import Method
 from ramoe_megatron.recipe.sections import (
-    Alignment,
+    AlignmentSection,
     Data,
     Flags,
     FlagValue,
@@ -22,14 +22,14 @@ from ramoe_megatron.recipe.sections import (
     Name,
     Names,
     Section,
-    Selection,
-    Steering,
+    SelectionSection,
+    SteeringSection,
 )
 
 RULE = r"^(tau=-?[0-9.]+|top-m=[0-9]+)$"
 KEYS = {
     f"--ramoe-{key.alias}": f"{section}.{key.alias}"
-    for section, kind in (("alignment", Alignment), ("selection", Selection), ("steering", Steering))
+    for section, kind in (("alignment", AlignmentSection), ("selection", SelectionSection), ("steering", SteeringSection))
     for key in kind.model_fields.values()
 }
 """By flag, the key of a recipe that is the same."""
@@ -97,10 +97,10 @@ class Recipe(Section):
     data: Data
     taxonomy: Taxonomy = Taxonomy()
     profile: Profile = Profile()
-    alignment: Alignment = Alignment()
-    selection: Selection = Selection()
+    alignment: AlignmentSection = AlignmentSection()
+    selection: SelectionSection = SelectionSection()
     """Budget and share for the methods that train chosen experts alone."""
-    steering: Steering = Steering()
+    steering: SteeringSection = SteeringSection()
     methods: Annotated[list[Method], BeforeValidator(_named), Field(min_length=1)]
     seeds: Annotated[list[int], BeforeValidator(_count_to_seeds), Field(min_length=1)] = [1]
     """Seeds of the fine-tuning runs; a single number n means 1 to n."""
@@ -164,13 +164,13 @@ class Recipe(Section):
         if method.on is not None and (method.on not in names or self.method(method.on).steered):
             raise ValueError(f"{told} acts on {method.on!r}, which is no method of this recipe that trains")
 
-    def _check_options(self, alignment: Alignment, selection: Selection) -> None:
+    def _check_options(self, alignment: AlignmentSection, selection: SelectionSection) -> None:
         """Raise RamoeError for what the fine-tune itself would refuse of its flags."""
         files = {name: f"{name} of the run" for name in ("experts", "taxonomy", "priors")}
         usage = "usage of the run" if selection.train in READS_USAGE else None
         alignment.options(**files).refuse_unread_rule(selection.options(usage=usage).train)
 
-    def _check_anchors(self, alignment: Alignment, told: str) -> None:
+    def _check_anchors(self, alignment: AlignmentSection, told: str) -> None:
         anchor, names = self.data.anchor_language, ", ".join(alignment.anchors)
         if alignment.target != "example":
             one = {"profile": "the profile has one pattern a task", "paired": "a sample has one view beside it"}[alignment.target]
@@ -200,15 +200,15 @@ class Recipe(Section):
         """The named methods that a method of this recipe combines; none for the base model."""
         return next((method.presets for method in self.methods if method.name == name), [])
 
-    def alignment_of(self, method: Method, seed: int = 1) -> Alignment:
+    def alignment_of(self, method: Method, seed: int = 1) -> AlignmentSection:
         """The recipe's alignment with the method's own changes, for the fine-tune of a seed."""
         return method.alignment_of(self.alignment, seed)
 
-    def selection_of(self, method: Method) -> Selection:
+    def selection_of(self, method: Method) -> SelectionSection:
         """Which weights the method trains."""
         return method.selection_of(self.selection)
 
-    def steering_of(self, method: Method) -> Steering:
+    def steering_of(self, method: Method) -> SteeringSection:
         """How the method steers, at inference."""
         return method.steering_of(self.steering)
 

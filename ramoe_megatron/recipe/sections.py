@@ -158,7 +158,7 @@ SelectionKeys: Any = section_of(SelectiveOptions, without=("usage",))
 SteeringKeys: Any = section_of(SteeringOptions, without=("steering",))
 
 
-class Alignment(AlignmentKeys):
+class AlignmentSection(AlignmentKeys):
     """The alignment loss: `--ramoe-NAME`; the plan names the files. `layers: outside` alone means outside the recipe's own layers."""
 
     layer_weights: Literal["equal", "divergence"] = "equal"
@@ -183,11 +183,11 @@ class Alignment(AlignmentKeys):
         return super().options(**{"layer_weights": None, **files})
 
 
-class Selection(SelectionKeys):
+class SelectionSection(SelectionKeys):
     """Which weights train (`--ramoe-NAME`); the rest is frozen."""
 
 
-class Steering(SteeringKeys):
+class SteeringSection(SteeringKeys):
     """Routing steering at inference (`--ramoe-NAME`; arXiv 2510.04694)."""
 
     search: bool = False

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import load_document, read_json
-from ramoe_megatron.artifacts.tables import ExpertFile, read_divergence
+from ramoe_megatron.artifacts.records import read_divergence
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import DivergenceRow, Zone
 

@@ -12,17 +12,12 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import check_document, read_json
-from ramoe_megatron.artifacts.tables import (
-    ExpertFile,
-    Priors,
-    UsageFile,
-    first_line,
-    read_divergence,
-    read_examples,
-    read_taxonomy,
-)
+from ramoe_megatron.artifacts.priors import Priors
+from ramoe_megatron.artifacts.records import first_line, read_divergence, read_examples, read_taxonomy
 from ramoe_megatron.artifacts.tensors import open_any
+from ramoe_megatron.artifacts.usage import UsageFile
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import Zone, mean_curve, zone_from_curve
 from ramoe_megatron.method.experts import describe_empty, rule_from

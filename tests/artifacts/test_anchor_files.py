@@ -9,11 +9,13 @@ from anchor_tables import SHAPE, by_hand, save_priors, tables
 from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 
-from ramoe_megatron.artifacts.files import ANCHOR_FILES
-from ramoe_megatron.artifacts.tables import Priors, load_document, read_taxonomy, save_document, write_taxonomy
+from ramoe_megatron.artifacts.anchor_files import check_anchor, write_anchors
+from ramoe_megatron.artifacts.files import ANCHOR_FILES, load_document, save_document
+from ramoe_megatron.artifacts.priors import Priors
+from ramoe_megatron.artifacts.records import read_taxonomy, write_taxonomy
 from ramoe_megatron.cli import main
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.anchors import anchored, answered, check_anchor, counts, write_anchors
+from ramoe_megatron.method.anchors import anchored, answered, counts
 from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
 
 

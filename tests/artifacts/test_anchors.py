@@ -11,9 +11,10 @@ from anchor_tables import SHAPE, by_hand, save_priors, tables
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramoe_megatron.artifacts.tables import Priors
+from ramoe_megatron.artifacts.anchor_files import gather
+from ramoe_megatron.artifacts.priors import Priors
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.anchors import anchored, answered, choose, counts, gather
+from ramoe_megatron.method.anchors import anchored, answered, choose, counts
 from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 orders = st.lists(st.sampled_from(["en", "zh", "es"]), min_size=1, max_size=3, unique=True)

@@ -9,18 +9,8 @@ from artefact_files import TEXT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ramoe_megatron.artifacts.tables import (
-    atomic_write,
-    atomic_write_text,
-    digests,
-    load_document,
-    read_divergence,
-    read_taxonomy,
-    save_document,
-    sha256,
-    write_divergence,
-    write_taxonomy,
-)
+from ramoe_megatron.artifacts.files import atomic_write, atomic_write_text, digests, load_document, save_document, sha256
+from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy, write_divergence, write_taxonomy
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import DivergenceRow
 from ramoe_megatron.method.taxonomy import TaxonomyRow

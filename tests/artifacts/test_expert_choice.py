@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from ramoe_megatron.artifacts.tables import ExpertFile, ModelShape
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.profile import ProfileOptions
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig

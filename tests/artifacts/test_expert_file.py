@@ -11,7 +11,8 @@ from artefact_files import expert_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ramoe_megatron.artifacts.tables import ExpertFile, sha256
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.files import sha256
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import NoZone, Zone
 

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ramoe_megatron.artifacts.tables import ExpertFile, Priors
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.priors import Priors
 from ramoe_megatron.errors import RamoeError
 
 # --- refusals shared by both tensor files ---

@@ -19,7 +19,8 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import (
 from safetensors.torch import load_file
 from small_run import aligned_flags, offline_flags, outcome, profile_flags, run_table, training_flags, write_world
 
-from ramoe_megatron.artifacts.tables import ExpertFile, read_divergence, read_taxonomy
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy
 from ramoe_megatron.mcore.router import hybrid_moe_layer_numbers
 
 PATTERN = ("--hybrid-layer-pattern", "*E*E*E*E")

@@ -13,7 +13,10 @@ from data_rows import SmallTokenizer, example
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramoe_megatron.artifacts.tables import ExpertFile, ModelShape, Priors, write_taxonomy
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.priors import Priors
+from ramoe_megatron.artifacts.records import write_taxonomy
+from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.data.dataset import SFTDataset
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.labels import AlignedDataset, shuffled_ids

@@ -8,7 +8,7 @@ import torch
 from layout_rows import PLACED, PLACEMENTS, ROWS
 from small_run import SAMPLES, SEQUENCE, gradients, outcome, weights
 
-from ramoe_megatron.artifacts.tables import read_taxonomy
+from ramoe_megatron.artifacts.records import read_taxonomy
 from ramoe_megatron.data.parallel import Example, load_examples
 from ramoe_megatron.data.sampler import order
 

@@ -8,7 +8,9 @@ import pytest
 from safetensors.torch import load_file
 from small_run import LAYERS, SAMPLES, outcome
 
-from ramoe_megatron.artifacts.tables import ExpertFile, Priors, read_taxonomy
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.priors import Priors
+from ramoe_megatron.artifacts.records import read_taxonomy
 from ramoe_megatron.data.parallel import load_examples
 from ramoe_megatron.data.sampler import order
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from small_run import LANGUAGES
 
-from ramoe_megatron.artifacts.tables import ExpertFile, read_divergence, read_taxonomy
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy
 
 
 @pytest.mark.parametrize("layout", ["tp", "pp", "ep"])

@@ -25,7 +25,7 @@ from small_run import (
     write_world,
 )  # fmt: skip
 
-from ramoe_megatron.artifacts.tables import read_divergence, read_taxonomy
+from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy
 from ramoe_megatron.mcore.cpu.backend import cpu_command_line
 from ramoe_megatron.method.divergence import mean_curve
 from ramoe_megatron.method.layer_weights import divergence_weights

@@ -10,7 +10,8 @@ import torch
 from data_rows import SmallTokenizer, example
 from test_mcore_alignment import Chunk, batch
 
-from ramoe_megatron.artifacts.tables import save_document, write_taxonomy
+from ramoe_megatron.artifacts.files import save_document
+from ramoe_megatron.artifacts.records import write_taxonomy
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig

@@ -13,7 +13,8 @@ from small_run import load_flags, outcome, profile_flags, run_table, training_fl
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ramoe_megatron.artifacts.tables import ExpertFile, UsageFile
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.usage import UsageFile
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.data.parallel import load_examples
 from ramoe_megatron.method.selection import esft, rise

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from ramoe_megatron.artifacts.tables import ExpertFile, ModelShape, UsageFile
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.tensors import ModelShape
+from ramoe_megatron.artifacts.usage import UsageFile
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
 from ramoe_megatron.mcore.select.selective_options import SelectiveOptions

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from ramoe_megatron.artifacts.tables import ExpertFile, ModelShape, Priors, save_document, write_taxonomy
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.files import save_document
+from ramoe_megatron.artifacts.priors import Priors
+from ramoe_megatron.artifacts.records import write_taxonomy
+from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.arguments import DataOptions, RoutingAlignmentConfig
 from ramoe_megatron.mcore.train.datasets import check_data

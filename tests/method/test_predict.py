@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramoe_megatron.artifacts.tables import load_document, save_document
+from ramoe_megatron.artifacts.files import load_document, save_document
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import DivergenceRow
 from ramoe_megatron.method.predict import PAPER_N, PAPER_R, TransplantOutcome, predict, sign_word, zone_divergence

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from ramoe_megatron.artifacts.tables import ModelShape, UsageFile
-from ramoe_megatron.artifacts.usage import UsageSum
+from ramoe_megatron.artifacts.tensors import ModelShape
+from ramoe_megatron.artifacts.usage import UsageFile, UsageSum
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.selection import esft, overlap, rise, specificity, zones
 

@@ -14,8 +14,10 @@ from small_run import bases_argv, offline_flags, outcome, profile_flags, run_tab
 from test_method_layouts import recipe, row
 from test_plan import BASE, option, plan
 
-from ramoe_megatron.artifacts.files import ANCHOR_FILES
-from ramoe_megatron.artifacts.tables import ExpertFile, Priors, load_document, read_taxonomy, save_document, write_taxonomy
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.files import ANCHOR_FILES, load_document, save_document
+from ramoe_megatron.artifacts.priors import Priors
+from ramoe_megatron.artifacts.records import read_taxonomy, write_taxonomy
 from ramoe_megatron.cli import main
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.findings import Line

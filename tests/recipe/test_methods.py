@@ -16,7 +16,7 @@ from ramoe_megatron.mcore.steer.steering_options import SteeringOptions
 from ramoe_megatron.recipe.load import validate
 from ramoe_megatron.recipe.methods import METHODS
 from ramoe_megatron.recipe.schema import Recipe
-from ramoe_megatron.recipe.sections import Alignment, Selection, Steering
+from ramoe_megatron.recipe.sections import AlignmentSection, SelectionSection, SteeringSection
 from ramoe_megatron.recipe.stage import Stage
 
 GIVEN = {"selection": {"train-budget": 5, "train-top-p": 0.4}, "alignment": {"coeff": 10, "target": "example", "layers": "1-2"}}
@@ -213,7 +213,12 @@ def test_what_a_fine_tune_would_refuse_of_its_flags_is_refused_in_the_recipes_wo
 def test_a_section_is_the_options_of_its_job() -> None:
     """Each flag of the three dataclasses is a key of the same name, type and default, but for the files that the plan names."""
     files = {"experts", "taxonomy", "priors", "usage", "steering"}
-    for section, options in ((Alignment, RoutingAlignmentConfig), (Selection, SelectiveOptions), (Steering, SteeringOptions)):
+    pairs = (
+        (AlignmentSection, RoutingAlignmentConfig),
+        (SelectionSection, SelectiveOptions),
+        (SteeringSection, SteeringOptions),
+    )
+    for section, options in pairs:
         keys = section.model_fields
         for field in dataclasses.fields(options):
             assert (field.name in keys) == (field.name not in files), field.name

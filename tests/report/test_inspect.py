@@ -10,15 +10,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from ramoe_megatron.artifacts.tables import (
-    ExpertFile,
-    ModelShape,
-    Priors,
-    UsageFile,
-    save_document,
-    write_divergence,
-    write_taxonomy,
-)
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.files import save_document
+from ramoe_megatron.artifacts.priors import Priors
+from ramoe_megatron.artifacts.records import write_divergence, write_taxonomy
+from ramoe_megatron.artifacts.tensors import ModelShape
+from ramoe_megatron.artifacts.usage import UsageFile
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import DivergenceRow, NoZone, Zone
 from ramoe_megatron.method.predict import TransplantOutcome, predict

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from hypothesis import strategies as st
 
-from ramoe_megatron.artifacts.tables import Priors
+from ramoe_megatron.artifacts.priors import Priors
 from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.method.taxonomy import TaxonomyRow
 

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 from hypothesis import strategies as st
 
-from ramoe_megatron.artifacts.tables import ExpertFile, ModelShape, Priors
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.priors import Priors
+from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.method.divergence import NoZone, Zone
 
 SHAPE = ModelShape(num_moe_layers=3, num_experts=4, topk=2, score_function="softmax", hidden_size=8)

@@ -6,7 +6,9 @@ import torch
 from click.testing import CliRunner, Result
 from small_run import write_world
 
-from ramoe_megatron.artifacts.tables import ExpertFile, ModelShape, UsageFile
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.tensors import ModelShape
+from ramoe_megatron.artifacts.usage import UsageFile
 from ramoe_megatron.cli import main
 from ramoe_megatron.jobs.findings import Finding
 from ramoe_megatron.method.divergence import NoZone, Zone

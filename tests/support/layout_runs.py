@@ -18,7 +18,7 @@ from small_run import (
     write_world,
 )
 
-from ramoe_megatron.artifacts.tables import read_taxonomy
+from ramoe_megatron.artifacts.records import read_taxonomy
 from ramoe_megatron.data.parallel import load_examples
 from ramoe_megatron.data.sampler import order
 

@@ -11,7 +11,7 @@ import yaml
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import save_document
-from ramoe_megatron.artifacts.tables import write_divergence
+from ramoe_megatron.artifacts.records import write_divergence
 from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.method.divergence import DivergenceRow, Zone
 from ramoe_megatron.method.predict import TransplantOutcome, predict

@@ -8,7 +8,7 @@ import torch
 from layout_rows import EP, ETP1, FULL, PP, TP, WORLDS
 from small_run import alignment_flags, load_flags, profile_flags, training_flags
 
-from ramoe_megatron.artifacts.tables import UsageFile
+from ramoe_megatron.artifacts.usage import UsageFile
 
 DISTRIBUTED = ("--use-distributed-optimizer",)
 BF16, FP16 = ("--bf16",), ("--fp16", "--initial-loss-scale", "1024")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ramoe_megatron.artifacts.tables import ExpertFile
+from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.jobs.evaluate import EvaluateOptions
 from ramoe_megatron.jobs.offline_job import examples_with_anchor, offline_job

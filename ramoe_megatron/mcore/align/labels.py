@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ramoe_megatron.artifacts.tables import ExpertFile, Priors, read_taxonomy
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.priors import Priors
+from ramoe_megatron.artifacts.records import read_taxonomy
 from ramoe_megatron.data.dataset import SFTDataset
 from ramoe_megatron.data.packing import PackedDataset
 from ramoe_megatron.data.parallel import Example

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
-from ramoe_megatron.artifacts.tables import read_divergence
+from ramoe_megatron.artifacts.records import read_divergence
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.method.divergence import mean_curve

@@ -13,7 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ramoe_megatron.artifacts.tables import ExpertFile, ModelShape
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.data.dataset import pad
 from ramoe_megatron.data.encode import Encoded
 from ramoe_megatron.errors import RamoeError

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ramoe_megatron.artifacts.tables import ExpertFile, UsageFile
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.usage import UsageFile
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.align.resolve import resolve

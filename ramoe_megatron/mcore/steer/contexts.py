@@ -41,7 +41,7 @@ def steering_contexts(model: OfflineModel, experts: ExpertFile, steering: Steeri
 
     An example whose task is not in the expert file is not steered.
     """
-    chosen_GLE = steering.experts(experts)
+    chosen_GLE = experts.steered_by(steering)
     # one row more: no expert, for every other task
     mask_GLE = torch.cat([chosen_GLE, torch.zeros_like(chosen_GLE[:1])]).to(model.device)
     noise_LE = steering_noise(*chosen_GLE.shape[1:]).to(model.device)

@@ -81,7 +81,7 @@ class SteeringOptions:
             found = Steering(self.steer, self.steer_strength if self.steer == "soft" else None, self.steer_tau, layers)
         else:
             return None
-        if found is not None and not found.experts(experts).any():
+        if found is not None and not experts.steered_by(found).any():
             raise RamoeError(f"{experts.path}: no expert to steer by {found}; give a lower --ramoe-steer-tau or other layers")
         return found
 
@@ -97,7 +97,7 @@ def told(steering: "Steering | None", experts: "ExpertFile", tasks: set[str]) ->
     """What is steered, and which of the tasks are not, in sentences."""
     if steering is None:
         return ["steering: the search found nothing better than no steering; nothing is steered"]
-    chosen_GLE = steering.experts(experts)
+    chosen_GLE = experts.steered_by(steering)
     empty = [task for task in experts.tasks if task in tasks and not chosen_GLE[experts.task_index(task)].any()]
     absent = sorted(tasks - set(experts.tasks))
     sentences: list[Any] = [f"steering: {steering}; {int(chosen_GLE.sum())} experts over all tasks and layers"]

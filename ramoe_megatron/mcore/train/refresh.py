@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ramoe_megatron.artifacts.tables import read_taxonomy, write_taxonomy
+from ramoe_megatron.artifacts.anchor_files import check_anchor
+from ramoe_megatron.artifacts.records import read_taxonomy, write_taxonomy
 from ramoe_megatron.data.encode import Tokenizer, encode_choices, encode_prompt, longest_input
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.data.sampler import named_rng
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.labels import ALIGNED, ExampleLabels
-from ramoe_megatron.method.anchors import check_anchor
 from ramoe_megatron.method.taxonomy import CATEGORIES, TaxonomyRow
 
 FOLDER = "ramoe-refresh"

@@ -1,8 +1,4 @@
-"""Every artefact of a run, to read and to write: the one door to the formats.
-
-Tensors (``experts.safetensors``, ``priors.safetensors``, ``usage.safetensors``) and JSON documents have their own files and are named here
-too; this file reads and writes the two tables, ``taxonomy.jsonl`` and ``divergence.csv``.
-"""
+"""The artefacts that are rows of text: ``taxonomy.jsonl``, ``divergence.csv`` and the examples' outcomes."""
 
 import csv
 import io
@@ -13,45 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_type_hints
 
-from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import (
-    atomic_write,
     atomic_write_text,
-    digests,
-    load_document,
-    package_version,
-    read_json,
-    save_document,
-    sha256,
 )
-from ramoe_megatron.artifacts.priors import Priors
-from ramoe_megatron.artifacts.tensors import TOKENS, ModelShape
-from ramoe_megatron.artifacts.usage import UsageFile
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import DivergenceRow
 from ramoe_megatron.method.taxonomy import TaxonomyRow
-
-__all__ = [
-    "TOKENS",
-    "ExpertFile",
-    "ModelShape",
-    "Priors",
-    "UsageFile",
-    "atomic_write",
-    "atomic_write_text",
-    "digests",
-    "first_line",
-    "load_document",
-    "package_version",
-    "read_divergence",
-    "read_examples",
-    "read_json",
-    "read_taxonomy",
-    "save_document",
-    "sha256",
-    "write_divergence",
-    "write_taxonomy",
-]
 
 _TAXONOMY_TYPES = get_type_hints(TaxonomyRow)
 _EXAMPLE_TYPES = {"id": str, "task": str, "language": str, "correct": bool}

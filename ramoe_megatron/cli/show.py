@@ -57,7 +57,7 @@ def anchors(taxonomy: Path, anchor: str, named: tuple[str, ...], split: str, out
 
     Fine-tune with the files in --out as --ramoe-taxonomy and --ramoe-priors (--ramoe-target example).
     """
-    from ramoe_megatron.method.anchors import write_anchors
+    from ramoe_megatron.artifacts.anchor_files import write_anchors
 
     priors: dict[str, Path] = {}
     for text in named:

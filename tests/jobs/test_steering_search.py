@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramoe_megatron.artifacts.tables import ExpertFile, ModelShape
+from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.jobs.steer import Answer, Candidate, best, candidates, parse_tau, search_table
 from ramoe_megatron.method.divergence import Zone
 from ramoe_megatron.method.steering import NO_STEERING, Steering
-from ramoe_megatron.method.steering_search import Answer, Candidate, best, candidates, parse_tau, table
 from ramoe_megatron.statistics import clustered_difference, paired_proportions
 
 # --- settings ---
@@ -35,11 +36,11 @@ def places(mask: torch.Tensor) -> list[list[int]]:
 
 def test_the_experts_are_the_files_or_those_above_tau_inside_the_layers() -> None:
     file = expert_file()
-    assert places(Steering("hard", None, None, (0, 3)).experts(file)) == [[0, 1, 0], [1, 3, 3]]
-    assert places(Steering("hard", None, 0.3, (1, 2)).experts(file)) == [[0, 1, 0], [0, 2, 5]]
-    assert places(Steering("hard", None, 0.25, (2, 2)).experts(file)) == [[0, 2, 5], [1, 2, 3]]
+    assert places(file.steered_by(Steering("hard", None, None, (0, 3)))) == [[0, 1, 0], [1, 3, 3]]
+    assert places(file.steered_by(Steering("hard", None, 0.3, (1, 2)))) == [[0, 1, 0], [0, 2, 5]]
+    assert places(file.steered_by(Steering("hard", None, 0.25, (2, 2)))) == [[0, 2, 5], [1, 2, 3]]
     with pytest.raises(RamoeError, match="MoE layers 2 to 4, but the model has 0 to 3"):
-        Steering("hard", None, 0.25, (2, 4)).experts(file)
+        file.steered_by(Steering("hard", None, 0.25, (2, 4)))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def tried(count: int) -> list[Candidate]:
 def test_a_row_counts_the_targets_alone_and_compares_them_with_no_steering(outcomes: list[tuple[bool, bool]]) -> None:
     answers = [Answer(f"q{n}", "es") for n in range(len(outcomes))] + [Answer("q0", "en"), Answer("q1", "en")]
     plain, steered = [p for p, _ in outcomes], [s for _, s in outcomes]
-    rows = table(tried(2), answers, [[*plain, True, True], [*steered, True, False]], "en")
+    rows = search_table(tried(2), answers, [[*plain, True, True], [*steered, True, False]], "en")
     change = paired_proportions(steered, plain)
     assert (rows[1]["n"], rows[1]["correct"], rows[1]["accuracy"]) == (len(outcomes), sum(steered), sum(steered) / len(outcomes))
     assert (rows[1]["change"], rows[1]["low"], rows[1]["high"], rows[1]["p"]) == (change.change, change.low, change.high, change.p)
@@ -122,12 +123,12 @@ def test_a_row_counts_the_targets_alone_and_compares_them_with_no_steering(outco
 def test_parallel_rows_of_one_example_are_no_independent_draws() -> None:
     answers = [Answer(f"q{n}", language) for n in range(6) for language in ("es", "tr")]
     plain, steered = [False] * 12, [n < 4 for n in range(12)]
-    row = table(tried(2), answers, [plain, steered], "en")[1]
+    row = search_table(tried(2), answers, [plain, steered], "en")[1]
     change = clustered_difference({f"q{n}": [float(n < 2)] * 2 for n in range(6)})
     assert (row["change"], row["low"], row["high"]) == pytest.approx((change.change, change.low, change.high))
     assert row["anchor_accuracy"] is None
     with pytest.raises(RamoeError, match="only 'es' examples"):
-        table(tried(1), [Answer("q", "es")], [[True]], "es")
+        search_table(tried(1), [Answer("q", "es")], [[True]], "es")
 
 
 def test_the_best_is_the_most_right_and_of_equals_the_gentlest() -> None:
