@@ -97,7 +97,7 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
             assert isinstance(tracker, AlignmentMetrics)  # attached before the data are read
             anchors = _examples(options, options.split, [options.anchor])
             tracker.refresh = TaxonomyRefresh(tracker.chunks, labels, train.dataset.examples, anchors, args)
-            tracker.refresh.refuse_long(get_tokenizer())
+            tracker.refresh.refuse_unanswerable(get_tokenizer())
         print_rank_0(samples_block(train.dataset.examples, labels.category, labels.aligned, drawn, options.anchor))
         if labels.unshuffled:
             print_rank_0(f"  note: {labels.unshuffled} aligned ids keep their own target: each is the only aligned one of its task")
