@@ -73,9 +73,9 @@ def score(
     if broken:
         names = [f"{examples[place].id} ({examples[place].language})" for place in sorted(broken)]
         raise RamoeError(
-            f"{model.args.load}: the logits of {len(names)} of {len(examples)} examples hold NaN or infinity: {', '.join(names[:5])}"
-            f"{', ...' if len(names) > 5 else ''}. The checkpoint's weights are damaged, or overflow in this precision: load an "
-            "earlier checkpoint, or use --bf16 in the place of --fp16."
+            f"the model's logits hold NaN or infinity in {len(names)} of {len(examples)} examples: {', '.join(names[:5])}"
+            f"{', ...' if len(names) > 5 else ''}. Its weights are not finite, or overflow in this precision: load an earlier "
+            "checkpoint, or use --bf16 in the place of --fp16."
         )
     if ties and is_rank_0():
         print(f"ramoe: {ties} of {len(with_choices)} examples counted wrong: another choice is as likely as the gold one", flush=True)
