@@ -62,6 +62,11 @@ def encode_choices(example: Example, tokenizer: Tokenizer) -> list[Encoded]:
     return [encode(_with_response(example, choice), tokenizer) for choice in example.choices]
 
 
+def encode_answer(example: Example, tokenizer: Tokenizer) -> Encoded:
+    """The gold answer encoded as the response: what generation has to write to be counted right."""
+    return encode(_with_response(example, example.answer), tokenizer)
+
+
 def longest_input(encoded: Sequence[Encoded]) -> int:
     """Longest model input in tokens: all ids but the last, which is only ever a label."""
     return max((len(e.ids) - 1 for e in encoded), default=0)

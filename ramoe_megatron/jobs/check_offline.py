@@ -1,6 +1,6 @@
 """What a job without training reads, checked as the job itself would check it: data, checkpoint, the files of earlier jobs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ramoe_megatron.artifacts.anchor_files import check_anchor
@@ -54,7 +54,20 @@ def _offline_data(trying: Trial) -> str:
     compares = trying.line.job != "evaluate" and not _priors_alone(trying)
     if compares and not pair_with_anchor(examples, data.anchor):
         raise RamoeError(f"{', '.join(data.data)}: only {data.anchor!r} rows in split {data.split!r}; nothing to compare")
+    _refuse_unanswerable(trying, examples)
     return f"{len(examples)} examples of split {data.split}"
+
+
+def _refuse_unanswerable(trying: Trial, examples: Sequence[Example]) -> None:
+    """As the jobs that score; of a prediction, the targets. The expensive part of the check: once for the same examples and limits."""
+    if trying.line.job == "profile" or trying.tokenizer is None:
+        return
+    args, (data, offline) = trying.args, offline_options(trying.args)
+    scored = [example for example in examples if trying.line.job != "predict" or example.language != data.anchor]
+    limits = (offline.max_new_tokens, args.max_position_embeddings, args.tokenizer_type, args.tokenizer_model)
+    key = repr((data.data, data.split, data.languages, data.columns, len(scored), limits))
+    if key not in trying.read:
+        trying.read[key] = offline.limits(args, scored, trying.tokenizer)
 
 
 def _offline_examples(trying: Trial) -> list[Example]:

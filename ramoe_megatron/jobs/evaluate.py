@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def main() -> None:
     """Write `NAME.json` and the outcome of each example, `NAME.jsonl`, to the output folder."""
     with offline_job(EvaluateOptions, SteeringOptions) as (args, data, options):
         from ramoe_megatron.jobs.scores import answers, by_id, score_parts
-        from ramoe_megatron.mcore.offline.model import OfflineModel
+        from ramoe_megatron.mcore.offline.model import OfflineModel, start
         from ramoe_megatron.mcore.steer.contexts import steering_contexts
 
         own, steer = options_from_args(EvaluateOptions, args), options_from_args(SteeringOptions, args)
@@ -64,6 +65,8 @@ def main() -> None:
         examples = examples_with_anchor(data)
         experts = ExpertFile.load(own.experts) if own.experts else None
         steering = steer.setting(experts, args) if experts else None
+        parts, groups = by_id(examples), groups_of_tasks(examples, experts.tasks if experts else ())
+        limits = options.limits(args, chain.from_iterable(parts), start(args))
         model = OfflineModel(args, options.batch_tokens)
         if experts is not None:
             model.check(experts)
@@ -72,11 +75,10 @@ def main() -> None:
         contexts = steering_contexts(model, experts, steering) if experts and steering else None
         output, digest = Path(str(options.output)), model.weights_digest() if own.weights_digest else None
         name = own.method if own.seed is None else f"{own.method}-seed{own.seed}"
-        parts, groups = by_id(examples), groups_of_tasks(examples, experts.tasks if experts else ())
         total = len(parts) + len(groups)
         with Shards(output, f"evaluate-{name}", total, lambda: depends_on(args, data.data, examples)) as shards:
             progress = Progress(answers(examples), "answers")
-            correct = score_parts(model, parts, options.max_new_tokens, shards, progress, contexts)
+            correct = score_parts(model, parts, limits, shards, progress, contexts)
             outcomes = [(example, correct[example.id, example.language]) for example in examples]
             mass_rows = task_mass(model, groups, experts, shards, len(parts), contexts) if experts else []
 

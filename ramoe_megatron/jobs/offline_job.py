@@ -1,13 +1,15 @@
 """What the offline jobs share: their options, the data they read, and progress lines."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ramoe_megatron.artifacts.files import digests
+from ramoe_megatron.data.answers import new_token_limits
+from ramoe_megatron.data.encode import Tokenizer
 from ramoe_megatron.data.parallel import Example, load_examples
 from ramoe_megatron.data.sources import local_files
 from ramoe_megatron.errors import RamoeError
@@ -32,8 +34,15 @@ class OfflineOptions:
     batch_tokens: int = 4096
     """Tokens of a micro-batch on one rank."""
 
-    max_new_tokens: int = 16
-    """Greedy decoding stops here, for examples without choices."""
+    max_new_tokens: int | None = None
+    """Longest generated answer in tokens, the end token included, for examples without choices. Default: 16, or as many as the longest
+    gold answer needs. A limit that a gold answer does not fit is refused."""
+
+    def limits(self, args: Any, examples: Iterable[Example], tokenizer: Tokenizer) -> list[int]:
+        """New tokens of each example that is scored (`new_token_limits`). Raises RamoeError for examples that nobody can answer right."""
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise RamoeError(f"--ramoe-max-new-tokens {self.max_new_tokens}: expected at least 1")
+        return new_token_limits(list(examples), tokenizer, self.max_new_tokens, args.max_position_embeddings)
 
 
 @contextmanager

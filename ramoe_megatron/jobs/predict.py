@@ -49,7 +49,7 @@ class PredictOptions:
 def main() -> None:
     """Write `predict.json` to the output folder."""
     with offline_job(PredictOptions) as (args, data, options):
-        from ramoe_megatron.mcore.offline.model import OfflineModel
+        from ramoe_megatron.mcore.offline.model import OfflineModel, start
 
         own = options_from_args(PredictOptions, args)
         for flag, value in (("taxonomy", own.taxonomy), ("experts", own.experts), ("divergence-file", own.divergence_file)):
@@ -60,9 +60,10 @@ def main() -> None:
         taxonomy = summarise(read_taxonomy(str(own.taxonomy)))
         divergence = read_divergence(str(own.divergence_file))
         pairs = pair_with_anchor(examples_with_anchor(data), data.anchor)
+        limits = options.limits(args, [target for _, target in pairs], start(args))
         model = OfflineModel(args, options.batch_tokens)
         model.check(experts)
-        outcomes = transplant(model, pairs, range(zone[0], zone[1] + 1), options.max_new_tokens)
+        outcomes = transplant(model, pairs, range(zone[0], zone[1] + 1), limits)
         prediction = predict(taxonomy, divergence, zone, outcomes, data.split)
 
         def write() -> None:
@@ -75,9 +76,13 @@ def transplant(
     model: "OfflineModel",
     pairs: Sequence[tuple[Example, Example]],
     layers: range,
-    max_new_tokens: int,
+    limits: Sequence[int],
 ) -> list[TransplantOutcome]:
-    """Both answers to each target-language example: with its own routing, and with that of its English view."""
+    """Both answers to each target-language example: with its own routing, and with that of its English view.
+
+    Args:
+        limits: new tokens of each target, in the order of the pairs.
+    """
     import torch
 
     from ramoe_megatron.mcore.offline.model import ContextMaker, MicroBatch
@@ -99,8 +104,8 @@ def transplant(
         return context
 
     progress = Progress(2 * sum(len(target.choices or (target,)) for target in targets), "answers")
-    plain = score(model, targets, max_new_tokens, progress=progress)
-    moved = score(model, targets, max_new_tokens, context_for, progress)
+    plain = score(model, targets, limits, progress=progress)
+    moved = score(model, targets, limits, context_for, progress)
     return [
         TransplantOutcome(target.id, target.task, target.language, before, after)
         for target, before, after in zip(targets, plain, moved, strict=True)

@@ -31,7 +31,7 @@ def answers(examples: Sequence[Example]) -> int:
 def score_parts(
     model: "OfflineModel",
     parts: Sequence[Sequence[Example]],
-    max_new_tokens: int,
+    limits: Sequence[int],
     shards: Shards,
     progress: Progress,
     contexts: Callable[[Sequence[Example]], ContextFor] | None = None,
@@ -39,6 +39,7 @@ def score_parts(
     """Whether each example is answered correctly, by (id, language), on every rank; the first shards are the parts, in order.
 
     Args:
+        limits: new tokens of each example, in the order of the parts.
         contexts: the routing contexts of a part's examples (`steering_contexts`).
 
     The state gains "correct", uint8 by example in the order of the parts.
@@ -49,6 +50,7 @@ def score_parts(
         progress(answers(examples[: len(correct)]))
     for number in range(shards.done, len(parts)):
         context_for = contexts(parts[number]) if contexts else None
-        correct += score(model, parts[number], max_new_tokens, context_for, progress)
+        own = limits[len(correct) : len(correct) + len(parts[number])]
+        correct += score(model, parts[number], own, context_for, progress)
         shards.save(number, {"correct": torch.tensor(correct, dtype=torch.uint8)})
     return {(example.id, example.language): bool(right) for example, right in zip(examples, correct, strict=True)}

@@ -83,7 +83,7 @@ def main() -> None:
         import torch
 
         from ramoe_megatron.jobs.scores import answers
-        from ramoe_megatron.mcore.offline.model import OfflineModel
+        from ramoe_megatron.mcore.offline.model import OfflineModel, start
         from ramoe_megatron.mcore.offline.scoring import score
         from ramoe_megatron.mcore.steer.contexts import steering_contexts
 
@@ -91,6 +91,7 @@ def main() -> None:
         own.check(args)
         examples = examples_with_anchor(data)
         experts, tried, skipped = own.to_try(examples, data.anchor)
+        limits = options.limits(args, examples, start(args))
         model = OfflineModel(args, options.batch_tokens)
         model.check(experts)
         if is_rank_0():
@@ -105,7 +106,7 @@ def main() -> None:
                 steering = tried[number].steering
                 context_for = steering_contexts(model, experts, steering)(examples) if steering else None
                 progress.note = str(steering or "no steering")
-                correct.append(score(model, examples, options.max_new_tokens, context_for, progress))
+                correct.append(score(model, examples, limits, context_for, progress))
                 shards.save(number, {"correct": torch.tensor(correct, dtype=torch.uint8)})
 
             rows = search_table(tried, [Answer(e.id, e.language) for e in examples], correct, data.anchor)

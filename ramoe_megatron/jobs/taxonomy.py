@@ -4,6 +4,7 @@
 """
 
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 from ramoe_megatron.artifacts.files import package_version, save_document
@@ -20,17 +21,18 @@ def main() -> None:
     """Write `taxonomy.jsonl` and `taxonomy.json` to the output folder."""
     with offline_job() as (args, data, options):
         from ramoe_megatron.jobs.scores import answers, by_id, score_parts
-        from ramoe_megatron.mcore.offline.model import OfflineModel
+        from ramoe_megatron.mcore.offline.model import OfflineModel, start
 
         examples = examples_with_anchor(data)
         pairs = pair_with_anchor(examples, data.anchor)
         if not pairs:
             raise RamoeError(f"{', '.join(data.data)}: only {data.anchor!r} rows in split {data.split!r}; nothing to compare")
-        model = OfflineModel(args, options.batch_tokens)
         output, parts = Path(str(options.output)), by_id(examples)
+        limits = options.limits(args, chain.from_iterable(parts), start(args))
+        model = OfflineModel(args, options.batch_tokens)
         with Shards(output, "taxonomy", len(parts), lambda: depends_on(args, data.data, examples)) as shards:
             progress = Progress(answers(examples), "answers")
-            correct = score_parts(model, parts, options.max_new_tokens, shards, progress)
+            correct = score_parts(model, parts, limits, shards, progress)
             rows = [
                 TaxonomyRow(
                     target.id, target.task, target.language, target.split,

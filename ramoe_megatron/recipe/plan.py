@@ -166,7 +166,7 @@ class PlanContext:
         places: dict[str, FlagValue] = {"load": str(checkpoint or self.base), "ramoe-output": str(self.out / folder)}
         return {**places, "ramoe-batch-tokens": batch}
 
-    def answer_tokens(self) -> int:
+    def answer_tokens(self) -> int | None:
         return self.recipe.evaluate.max_new_tokens or self.recipe.taxonomy.max_new_tokens
 
 

@@ -42,8 +42,8 @@ def _count_to_seeds(value: Any) -> Any:
 class Taxonomy(Section):
     """Scoring of every parallel example in the anchor and the target language."""
 
-    max_new_tokens: PositiveInt = 16
-    """Longest generated answer, in tokens."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest generated answer in tokens, its end included; 16, or as many as the longest gold answer needs, when left out."""
     splits: Names = ["train", "test"]
     """Splits to score."""
 
@@ -71,7 +71,7 @@ class Evaluate(Section):
 
     split: str = "test"
     max_new_tokens: PositiveInt | None = None
-    """Longest generated answer, in tokens; the taxonomy's when left out."""
+    """Longest generated answer in tokens, its end included; the taxonomy's when left out."""
 
 
 def _named(value: Any) -> Any:

@@ -37,7 +37,7 @@ def argv(folder: Path, job: str, output: str, *more: str) -> list[str]:
     experts = ["--ramoe-experts", str(folder / "profile-whole/experts.safetensors")] if job in ("evaluate", "steer") else []
     if job == "steer":  # 13 settings
         experts += "--ramoe-taus file --ramoe-zones 1-2 0-3 2-3 --ramoe-strengths 0.25 0.5 1.0 --ramoe-languages es".split()
-    return offline_flags(folder, output, "--ramoe-split", "train,test", "--ramoe-max-new-tokens", "2", *experts, *LAYOUT, *more)
+    return offline_flags(folder, output, "--ramoe-split", "train,test", "--ramoe-max-new-tokens", "4", *experts, *LAYOUT, *more)
 
 
 def killed_rows(folder: Path, job: str, generator: random.Random) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ REFUSED = {
 
 def flags(folder: Path, output: str, *more: str) -> list[str]:
     experts = ["--ramoe-experts", str(folder / "profile/experts.safetensors")]
-    return offline_flags(folder, output, *experts, "--ramoe-max-new-tokens", "3", *more)
+    return offline_flags(folder, output, *experts, "--ramoe-max-new-tokens", "4", *more)
 
 
 def refused(folder: Path, words: str) -> list[str]:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_rows import SmallTokenizer
 from safetensors.torch import load_file
 from small_run import LANGUAGES
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy
+from ramoe_megatron.data.parallel import load_examples
 
 
 @pytest.mark.parametrize("layout", ["tp", "pp", "ep"])
@@ -23,11 +25,29 @@ def test_profiles_agree_between_layouts(layouts: Path, layout: str) -> None:
     assert [r.divergence for r in other_curve] == pytest.approx([r.divergence for r in curve], rel=1e-3)
 
 
-@pytest.mark.parametrize("layout", ["tp", "pp", "ep"])
+@pytest.mark.parametrize("layout", ["tp", "pp", "ep", "padded", "padded-tp"])
 def test_scores_agree_between_layouts(layouts: Path, layout: str) -> None:
     one, other = (load_file(layouts / f / "reference.safetensors") for f in ("reference", f"reference-{layout}"))
     for key, tensor in one.items():
         torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("layout", ["scoring", "scoring-tp", "scoring-pp", "scoring-ep"])
+def test_what_a_model_without_an_answer_gets(layouts: Path, layout: str) -> None:
+    """Equal logits prefer no choice of the same length, and write no end. NaN and infinity are an error, the same on every rank."""
+    examples = load_examples([str(layouts / "parallel.jsonl")], split="test")
+    tokenizer = SmallTokenizer((layouts / "tokenizer.model").read_bytes())
+    ranks = json.loads((layouts / layout / "scores.json").read_text())
+    assert ranks == [ranks[0]] * (1 if layout == "scoring" else 2)
+    found = ranks[0]
+    assert found["plain"] == json.loads((layouts / "scoring/scores.json").read_text())[0]["plain"]
+    for example, right in zip(examples, found["equal"], strict=True):
+        if example.choices:
+            gold, *others = (len(tokenizer.tokenize(choice)) for choice in (example.answer, *example.choices[1:]))
+            assert right == (gold < min(others))
+    assert found["cut"] == [False] * sum(example.choices is None for example in examples)
+    for kind in ("nan", "infinite"):
+        assert f"in {len(examples)} of {len(examples)} examples: sum/24 (en), sum/24 (es)" in found[kind]
 
 
 def test_scoring_laws(layouts: Path) -> None:
@@ -75,6 +95,7 @@ def test_job_files(layouts: Path) -> None:
         ("other-model", ["experts.safetensors", "num_experts is 8 in the file, 4 in the model"]),
         ("bad-layers", ["2-9", "0 to 3"]),
         ("bad-tokens", ["priors.safetensors", "'last'", "'all'"]),
+        ("short-limit", ["72 of 72 examples", "24 in en, 24 in es, 24 in tr", "more than --ramoe-max-new-tokens 1"]),
         ("absent", ["nowhere", "latest_checkpointed_iteration.txt"]),
         ("absent-base", ["nowhere", "--pretrained-checkpoint"]),
         ("other-shape", ["base", "does not fit the model flags"]),

@@ -23,7 +23,10 @@ from ramoe_megatron.data.parallel import load_examples
 from ramoe_megatron.data.sampler import order
 
 HERE = Path(__file__).parent
-REFERENCE, STOCK_SCRIPT, MISUSE = (str(HERE / name) for name in ("reference_job.py", "stock_gpt.py", "misused_gpt.py"))
+REFERENCE, SCORING, STOCK_SCRIPT, MISUSE = (
+    str(HERE / name) for name in ("reference_job.py", "scoring_job.py", "stock_gpt.py", "misused_gpt.py")
+)
+PADDED = ("--make-vocab-size-divisible-by", "100")  # the vocabulary of 384 tokens is padded to 400
 
 
 def run_all(folder: Path) -> None:
@@ -113,6 +116,8 @@ def jobs(folder: Path) -> list[dict[str, Any]]:
     return [
         {"name": "taxonomy", "job": "taxonomy", "argv": offline_flags(folder, "taxonomy", "--ramoe-split", "train,test")},
         {"name": "reference", "job": REFERENCE, "argv": offline_flags(folder, "reference")},
+        {"name": "reference-padded", "job": REFERENCE, "argv": offline_flags(folder, "reference-padded", *PADDED)},
+        {"name": "scoring", "job": SCORING, "argv": scoring_flags(folder, "scoring")},
         {"name": "evaluate", "job": "evaluate", "argv": _evaluate(folder)},
         {"name": "predict", "job": "predict", "argv": _predict(folder)},
         {"name": "one", "job": "finetune", "argv": aligned_flags(folder)},
@@ -128,12 +133,25 @@ def stock(folder: Path, layout: str) -> dict[str, Any]:
 def jobs_in_layouts(folder: Path) -> list[dict[str, Any]]:
     return [
         stock(folder, "tp"),
+        {
+            "name": "reference-padded-tp",
+            "job": REFERENCE,
+            "argv": offline_flags(folder, "reference-padded-tp", *PADDED, *LAYOUTS["tp"][1]),
+        },
         *(
             {"name": f"{job}-{layout}", "job": path, "argv": make(folder, f"{job}-{layout}", *LAYOUTS[layout][1])}
             for layout in ("tp", "pp", "ep")
-            for job, path, make in (("profile", "profile", profile_flags), ("reference", REFERENCE, offline_flags))
+            for job, path, make in (
+                ("profile", "profile", profile_flags),
+                ("reference", REFERENCE, offline_flags),
+                ("scoring", SCORING, scoring_flags),
+            )
         ),
     ]
+
+
+def scoring_flags(folder: Path, output: str, *more: str) -> list[str]:
+    return offline_flags(folder, output, "--ramoe-split", "test", *more)
 
 
 def refused(folder: Path) -> list[dict[str, Any]]:
@@ -145,6 +163,7 @@ def refused(folder: Path) -> list[dict[str, Any]]:
         {"name": "bad-tokens", "job": "finetune", "argv": aligned_flags(folder, "--ramoe-tokens", "all")},
         {"name": "absent", "job": "taxonomy", "argv": [*offline_flags(folder, "x"), "--load", absent]},
         {"name": "other-shape", "job": "taxonomy", "argv": [*offline_flags(folder, "x"), "--hidden-size", "64"]},
+        {"name": "short-limit", "job": "taxonomy", "argv": offline_flags(folder, "x", "--ramoe-max-new-tokens", "1")},
         {"name": "absent-base", "job": "finetune", "argv": training_flags(folder, "--pretrained-checkpoint", absent)},
         *(
             {"name": f"calls-{calls}", "job": MISUSE, "argv": aligned_flags(folder, "--model-calls", str(calls), "--train-iters", "1")}

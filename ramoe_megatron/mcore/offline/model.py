@@ -49,20 +49,32 @@ class MicroBatch:
         return self.places >= 0
 
 
+def start(args: Any) -> Any:
+    """Start Megatron for validated arguments, unless it runs, without building the model; returns the tokenizer.
+
+    Raises:
+        RamoeError: there is no checkpoint, or the layout is one that offline jobs do not run.
+    """
+    from megatron.training import get_tokenizer
+    from megatron.training.initialize import initialize_megatron
+
+    if not torch.distributed.is_initialized():
+        refuse_layout(args)
+        require_checkpoint(args.load, "--load")
+        initialize_megatron()
+    return get_tokenizer()
+
+
 class OfflineModel:
     """The chunks of a loaded model in evaluation mode, and how to run them."""
 
     def __init__(self, args: Any, batch_tokens: int) -> None:
-        """Start Megatron, build the model and load `--load`; `batch_tokens`: tokens of a micro-batch on one rank.
+        """Build the model and load `--load`, after `start`; `batch_tokens`: tokens of a micro-batch on one rank.
 
         Raises:
-            RamoeError: there is no checkpoint, it does not fit the flags, or the layout is one that offline jobs do not run.
+            RamoeError: as `start`, or the checkpoint does not fit the flags.
         """
-        from megatron.training.initialize import initialize_megatron
-
-        refuse_layout(args)
-        require_checkpoint(args.load, "--load")
-        initialize_megatron()
+        start(args)
         self._adopt(_load(args), args, batch_tokens)
 
     @classmethod

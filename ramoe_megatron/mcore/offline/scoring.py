@@ -1,5 +1,6 @@
 """Scoring examples with a model run forward only: log-likelihood of choices, and greedy decoding."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,26 +10,38 @@ from ramoe_megatron.data.answers import is_correct
 from ramoe_megatron.data.encode import Encoded, encode_choices, encode_prompt
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.launch import is_rank_0
 from ramoe_megatron.mcore.offline.model import ContextMaker, MicroBatch, OfflineModel
 
 Progress = Callable[[int], None]
 ContextFor = Callable[[Sequence[int]], ContextMaker]
 """From the example that each scored sequence belongs to, to the maker of its routing contexts."""
 
+NOT_FINITE = -1
+"""In the place of a token id: the logits that it would have been read off hold NaN or infinity."""
+
 
 def score(
     model: OfflineModel,
     examples: Sequence[Example],
-    max_new_tokens: int | Sequence[int],
+    limits: Sequence[int],
     context_for: ContextFor | None = None,
     progress: Progress | None = None,
 ) -> list[bool]:
-    """Whether the model answers each example correctly, on every rank; `max_new_tokens`: of all, or of each example.
+    """Whether the model answers each example correctly, on every rank.
 
-    With choices: the choice of the highest log-likelihood as response (sum over its tokens and the end token) is the answer. Without:
-    the greedy continuation of the prompt equals the answer after normalising (`data.answers`).
+    With choices: the gold one has a higher log-likelihood as response (sum over its tokens and the end token) than every other. A tie
+    with another is wrong: the model does not prefer the gold choice. Rank 0 prints how many ties there were. Without choices: the
+    greedy continuation of the prompt ends within the limit and equals the answer after normalising (`data.answers`). An answer that the
+    limit cuts is wrong, since its end is unknown.
+
+    Args:
+        limits: new tokens of each example, from `data.answers.new_token_limits`, which refuses what cannot be scored.
+
+    Raises:
+        RamoeError: on every rank, where logits are not finite (which examples, how many).
     """
-    correct = [False] * len(examples)
+    correct, broken, ties = [False] * len(examples), set[int](), 0
     with_choices = [place for place, example in enumerate(examples) if example.choices]
     generated = [place for place, example in enumerate(examples) if not example.choices]
     if with_choices:
@@ -42,15 +55,30 @@ def score(
         for place in with_choices:
             options = examples[place].choices or ()
             scores = likelihood[start : start + len(options)]
-            correct[place] = options[scores.index(max(scores))] == examples[place].answer
+            gold = scores.pop(options.index(examples[place].answer))
+            if not all(map(math.isfinite, [gold, *scores])):
+                broken.add(place)
+            correct[place], ties = gold > max(scores), ties + (gold == max(scores))
             start += len(options)
     if generated:
         prompts = [encode_prompt(examples[place], model.tokenizer) for place in generated]
         context = context_for(generated) if context_for else None
-        most = max_new_tokens if isinstance(max_new_tokens, int) else [max_new_tokens[place] for place in generated]
-        answers = greedy(model, prompts, most, context, progress)
+        answers = greedy(model, prompts, [limits[place] for place in generated], context, progress)
         for place, ids in zip(generated, answers, strict=True):
-            correct[place] = is_correct(model.tokenizer.detokenize(ids), examples[place].answer)
+            if NOT_FINITE in ids:
+                broken.add(place)
+            elif len(ids) < limits[place]:  # its end is there, and left out
+                text, example = model.tokenizer.detokenize(ids), examples[place]
+                correct[place] = is_correct(text, example.answer, example.language)
+    if broken:
+        names = [f"{examples[place].id} ({examples[place].language})" for place in sorted(broken)]
+        raise RamoeError(
+            f"the model's logits hold NaN or infinity in {len(names)} of {len(examples)} examples: {', '.join(names[:5])}"
+            f"{', ...' if len(names) > 5 else ''}. Its weights are not finite, or overflow in this precision: load an earlier "
+            "checkpoint, or use --bf16 in the place of --fp16."
+        )
+    if ties and is_rank_0():
+        print(f"ramoe: {ties} of {len(with_choices)} examples counted wrong: another choice is as likely as the gold one", flush=True)
     return correct
 
 
@@ -60,7 +88,11 @@ def log_likelihoods(
     context: ContextMaker | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Natural log-likelihood of each response given its prompt, end token included. [N], float64, on every rank"""
+    """Natural log-likelihood of each response given its prompt, end token included. [N], float64, on every rank
+
+    The softmax is over the tokenizer's vocabulary, without the rows that pad it: what they hold depends on the layout. NaN where a logit
+    is not finite.
+    """
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     scores = torch.zeros(len(encoded), dtype=torch.float64, device=model.device)
@@ -71,11 +103,11 @@ def log_likelihoods(
         whole = gather_from_tensor_model_parallel_region(logits[row, column])
         if model.reports:
             label = micro.batch["labels"][row, column].unsqueeze(1)
-            terms = whole.float().log_softmax(dim=-1).gather(1, label).squeeze(1).double()
+            logits_RV = _of_vocabulary(model, whole)
+            terms = logits_RV.log_softmax(dim=-1).gather(1, label).squeeze(1).double()
             sums = torch.zeros(len(logits), dtype=torch.float64, device=model.device).index_add_(0, row, terms)
             scores[micro.places[micro.real]] = sums[micro.real]
 
-    _refuse_long(model, [len(sequence.ids) - 1 for sequence in encoded])
     for group in model.groups([len(sequence.ids) for sequence in encoded]):
         model.run(encoded, group, read, context=context)
         if progress:
@@ -92,11 +124,11 @@ def greedy(
 ) -> list[list[int]]:
     """The greedy continuation of each prompt, up to the end token (left out) or `max_new_tokens` (of all, or of each), on every rank.
 
-    Each step runs the whole sequence again: right in every layout, and quick where answers are short.
+    Where a logit is not finite, the continuation ends in `NOT_FINITE`. Each step runs the whole sequence again, which is right in every
+    layout, and quick where answers are short.
     """
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     lengths = [len(prompt) + new for prompt, new in zip(prompts, most, strict=True)]
-    _refuse_long(model, lengths)
     answers: list[list[int]] = [[] for _ in prompts]
     for group in model.groups(lengths):
         unfinished = [place for place in group if most[place] > 0]
@@ -106,7 +138,8 @@ def greedy(
             tokens = _next_tokens(model, current, unfinished, context)
             for place, token in zip(unfinished, tokens, strict=True):
                 answers[place].append(token)
-            unfinished = [p for p in unfinished if answers[p][-1] != model.tokenizer.eod and len(answers[p]) < most[p]]
+            ends = (model.tokenizer.eod, NOT_FINITE)
+            unfinished = [p for p in unfinished if answers[p][-1] not in ends and len(answers[p]) < most[p]]
         if progress:
             progress(len(group))
     return [[token for token in answer if token != model.tokenizer.eod] for answer in answers]
@@ -125,7 +158,8 @@ def _next_tokens(
         rows = torch.arange(len(logits), device=logits.device)
         last = gather_from_tensor_model_parallel_region(logits[rows, micro.batch["length"] - 1])
         if model.reports:
-            best = last[:, : model.tokenizer.vocab_size].float().argmax(dim=-1)
+            logits_BV = _of_vocabulary(model, last)
+            best = torch.where(logits_BV.isnan().any(dim=-1), NOT_FINITE, logits_BV.argmax(dim=-1))
             tokens[micro.places[micro.real]] = best[micro.real]
 
     def with_owner(micro: MicroBatch) -> object:
@@ -138,10 +172,10 @@ def _next_tokens(
     return model.share(tokens).tolist()
 
 
-def _refuse_long(model: OfflineModel, lengths: Sequence[int]) -> None:
-    limit = model.args.max_position_embeddings
-    if lengths and max(lengths) > limit:
-        raise RamoeError(
-            f"{sum(length > limit for length in lengths)} sequences are longer than --max-position-embeddings {limit} (the longest: "
-            f"{max(lengths)} tokens with its answer); shorten --ramoe-max-new-tokens, or drop those examples in every language"
-        )
+def _of_vocabulary(model: OfflineModel, logits: Tensor) -> Tensor:
+    """Logits of the tokenizer's own tokens, without the rows that pad the vocabulary; NaN in each row with one that is not finite.
+
+    [..., V], float32
+    """
+    own = logits[..., : model.tokenizer.vocab_size].float()
+    return own.masked_fill(~own.isfinite().all(dim=-1, keepdim=True), torch.nan)

@@ -96,7 +96,7 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
             assert state is not None  # attached before the data are read
             anchors = _examples(options, options.split, [options.anchor])
             refresh = TaxonomyRefresh(state.chunks, labels, train.dataset.examples, anchors, args)
-            refresh.refuse_long(get_tokenizer())
+            refresh.refuse_unanswerable(get_tokenizer())
             state.refresh = refresh
         print_rank_0(samples_block(train.dataset.examples, labels.category, labels.aligned, drawn, options.anchor))
         if labels.unshuffled:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ramoe_megatron.artifacts.anchor_files import check_anchor
 from ramoe_megatron.artifacts.records import read_taxonomy, write_taxonomy
-from ramoe_megatron.data.encode import Tokenizer, encode_choices, encode_prompt, longest_input
+from ramoe_megatron.data.answers import new_token_limits
+from ramoe_megatron.data.encode import Tokenizer
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.data.sampler import named_rng
 from ramoe_megatron.errors import RamoeError
@@ -84,17 +85,13 @@ class TaxonomyRefresh:
         """Whether it is ci now. [B], bool"""
         return self.ci_N[example_B]
 
-    def refuse_long(self, tokenizer: Tokenizer) -> None:
-        """Raise RamoeError for examples that may be scored and whose right answer does not fit the model's positions (how many)."""
-        limit = self.args.max_position_embeddings
+    def refuse_unanswerable(self, tokenizer: Tokenizer) -> None:
+        """Raise RamoeError for examples that may be scored and that no model can answer right (`new_token_limits`)."""
         views = {self.examples[n].id: self.views[self.examples[n].id] for n in self.scorable}
-        lengths = [_scored_length(e, tokenizer) for e in [*views.values(), *(self.examples[n] for n in self.scorable)]]
-        if too_long := [length for length in lengths if length > limit]:
-            raise RamoeError(
-                f"--ramoe-refresh-interval scores training examples, and {len(too_long)} of them are longer than --max-position-embeddings "
-                f"{limit} (the longest: {max(too_long)} tokens with its answer): raise --max-position-embeddings, drop those examples in "
-                "every language, or remove --ramoe-refresh-interval"
-            )
+        try:
+            self._limits([*views.values(), *(self.examples[n] for n in self.scorable)], tokenizer)
+        except RamoeError as error:
+            raise RamoeError(f"--ramoe-refresh-interval scores training examples: {error} Or remove --ramoe-refresh-interval.") from error
 
     def step(self, iteration: int) -> None:
         """After iteration `iteration` (from 1): refresh where it is due. Every rank calls it."""
@@ -128,10 +125,10 @@ class TaxonomyRefresh:
         model = OfflineModel.around(self.chunks, self.args, BATCH_TOKENS)
         views = [self.views[id_] for id_ in sorted({self.examples[n].id for n in sample})]
         targets = [self.examples[n] for n in sample]
+        limits = self._limits([*views, *targets], model.tokenizer)
         for chunk in self.chunks:
             chunk.eval()
-        limit = self.args.max_position_embeddings
-        right = score(model, [*views, *targets], [new_tokens(example, model.tokenizer, limit) for example in [*views, *targets]])
+        right = score(model, [*views, *targets], limits)
         for chunk in self.chunks:
             chunk.train()
         english = {view.id: outcome for view, outcome in zip(views, right, strict=False)}
@@ -139,6 +136,9 @@ class TaxonomyRefresh:
             TaxonomyRow(e.id, e.task, e.language, e.split, english[e.id], outcome)
             for e, outcome in zip(targets, right[len(views) :], strict=True)
         ]
+
+    def _limits(self, examples: Sequence[Example], tokenizer: Tokenizer) -> list[int]:
+        return new_token_limits(examples, tokenizer, None, self.args.max_position_embeddings)
 
     def _to_device(self) -> None:
         device = next(parameter.device for chunk in self.chunks for parameter in chunk.parameters())
@@ -180,18 +180,6 @@ class TaxonomyRefresh:
         if first and foreign:  # left by an attempt that ended before its first checkpoint, or of a run with another interval
             told = f"{', '.join(foreign)}: not taken over, since they are no refreshes of --ramoe-refresh-interval {interval}"
             print(f"ramoe: {self.args.load}/{FOLDER}: {told}", flush=True)
-
-
-def new_tokens(example: Example, tokenizer: Tokenizer, limit: int) -> int:
-    """Tokens to generate: those of the right answer, its end and one more, as far as the `limit` of a sequence goes."""
-    return min(len(tokenizer.tokenize(example.answer)) + 2, limit - len(encode_prompt(example, tokenizer)))
-
-
-def _scored_length(example: Example, tokenizer: Tokenizer) -> int:
-    """Input tokens with which an example can be found right."""
-    if example.choices:
-        return longest_input(encode_choices(example, tokenizer))
-    return len(encode_prompt(example, tokenizer)) + len(tokenizer.tokenize(example.answer))
 
 
 def _keep(rows: Sequence[TaxonomyRow], path: Path, kept: Path) -> None:
