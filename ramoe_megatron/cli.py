@@ -9,6 +9,7 @@ import click
 from ramoe_megatron.cli_files import EXISTING, FILE, FILE_COMMANDS, FOLDER, wide_console
 from ramoe_megatron.cli_methods import compare, methods
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.files import refuse_unwritable
 from ramoe_megatron.unfinished import STATUS
 
 PASS_THROUGH = {"ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
@@ -20,6 +21,7 @@ class RamoeGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was named."""
         try:
+            refuse_unwritable(sys.argv[1:], "command line")
             return super().invoke(ctx)
         except RamoeError as error:
             click.secho(f"ramoe: error: {error}", fg="red", err=True)
