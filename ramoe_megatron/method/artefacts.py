@@ -125,15 +125,15 @@ def _records(path: str | os.PathLike[str], types: Mapping[str, type], again: str
 
 
 def _lines(path: str | os.PathLike[str], whole: bool = False) -> Iterator[tuple[int, str]]:
-    """(number, line with its line end) of those that are not blank. With `whole` blank lines count too, since a cell may hold one, and a
-    last line without a line end is refused: a number may be cut short."""
+    """(number, line) of those that are not blank. With `whole` all lines as they are, since a cell may hold a blank one; a last line
+    without a line end is then refused: a number may be cut short."""
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if whole and not line.endswith("\n"):
                     raise RamoeError(f"{path}:{number}: no line end, so the file was cut short; run the stage that writes it again")
                 if whole or line.strip():
-                    yield number, line
+                    yield number, line if whole else line.rstrip()
     except OSError as error:
         raise RamoeError(f"{path}: cannot be read ({error.strerror}); check the path, or run the stage that writes it") from error
     except UnicodeDecodeError as error:
