@@ -149,7 +149,6 @@ def test_an_example_that_does_not_fit_ends_a_fine_tune_in_one_line(tmp_path: Pat
     lines = [line for line in done.stderr.splitlines() if line.startswith("ramoe: error:")]
     assert len(lines) == 1
     assert "examples are longer than --seq-length 16" in lines[0]
-    assert done.stderr.rstrip().endswith(lines[0])
     for word in ("Traceback", "exitcode", "ChildFailedError", "building GPT model", "number of parameters"):
         assert word not in done.stderr + done.stdout, word
 

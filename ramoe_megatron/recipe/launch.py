@@ -107,7 +107,7 @@ def launch(
     ended: TERM, then KILL after `grace` seconds; a second Ctrl-C kills at once. `while_running` is called about twice
     a second.
 
-    The status is 2 when a rank has told the user an error (`RamoeError`), which is then the last thing printed.
+    The status is 2 when a rank has told the user an error (`RamoeError`); torchrun and the other ranks add nothing to it.
 
     A command with Megatron's --exit-signal-handler is not ended by SIGTERM or SIGUSR1: its ranks are asked to save (`SaveRequest`).
     """
