@@ -1,4 +1,4 @@
-"""The one exception whose text is meant for the user, and the note by which a rank's launcher learns of it."""
+"""The one exception whose text is meant for the user, and the note that tells a rank's launcher of it."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ class RamoeError(ValueError):
 
 
 def note_error(text: str) -> bool:
-    """Leave the text for this node's launcher, where there is one; False when another rank has left its own."""
+    """Leave the text for this node's launcher, if there is one; False when another rank has left one."""
     path = os.environ.get(NOTE_VARIABLE)
     if path:
         try:

@@ -141,7 +141,9 @@ def test_chat_template_writes_its_own_special_tokens(wrapping_tokenizer: Any) ->
         ("null-text", "does not tokenise text"),
     ],
 )
-def test_a_tokenizer_without_an_end_token_or_without_text_is_refused(tmp_path: Path, library: str, told: str) -> None:
+def test_a_tokenizer_without_an_end_token_or_without_text_is_refused(
+    tmp_path: Path, library: str, told: str
+) -> None:
     """Each library has its own way to have no end token: an id of -1, None, and an exception."""
     check_tokenizer(TOKENIZER, "that is whole")
     with pytest.raises(RamoeError, match=f"the tokenizer of the test {told}.*--tokenizer-model"):
@@ -160,7 +162,9 @@ def without_end(folder: Path, library: str) -> Any:
             def tokenize(self, text: str) -> list[int]:
                 return list(text.encode())
 
-            text_to_tokens = tokens_to_text = tokens_to_ids = ids_to_tokens = text_to_ids = ids_to_text = tokenize
+            text_to_tokens = tokens_to_text = tokens_to_ids = ids_to_tokens = text_to_ids = ids_to_text = (
+                tokenize
+            )
             add_special_tokens = tokenize
 
         return Bytes()
@@ -176,7 +180,12 @@ def without_end(folder: Path, library: str) -> Any:
         return megatron_tokenizer(folder, library)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT), model_writer=model, vocab_size=60, hard_vocab_limit=False, eos_id=-1, minloglevel=2
+        sentence_iterator=iter(TEXT),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        eos_id=-1,
+        minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return megatron_tokenizer(folder / "tokenizer.model", library)

@@ -64,7 +64,25 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     assert (found.id, found.language) == ("7", "fi")
 
 
-LOOKS_ELSE = ["NA", "N/A", "#N/A", "<NA>", "null", "None", "nan", "True", "no", "1e5", "007", "1.0", "-0", "1,5", "inf", "0x10", "1_000"]
+LOOKS_ELSE = [
+    "NA",
+    "N/A",
+    "#N/A",
+    "<NA>",
+    "null",
+    "None",
+    "nan",
+    "True",
+    "no",
+    "1e5",
+    "007",
+    "1.0",
+    "-0",
+    "1,5",
+    "inf",
+    "0x10",
+    "1_000",
+]
 LOOKS_ELSE += ["2026-01-31", "12:00", "2026-01-31T00:00:00Z", "=1+1", "[]", "{}"]
 LOOKS_ELSE += ['a "b" c', "a\nb", "a\r\nb", "\ta", " a ", "\ufeffa", "\u2028", "\x85"]
 """Texts that a reader of tables takes for something else."""
@@ -79,7 +97,9 @@ def csv_text(rows: list[dict[str, Any]], sep: str = ",") -> str:
     return buffer.getvalue()
 
 
-ANY_TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(LOOKS_ELSE)
+ANY_TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(
+    LOOKS_ELSE
+)
 
 
 @given(st.lists(st.tuples(ANY_TEXT | st.just(""), ANY_TEXT, ANY_TEXT), min_size=1, max_size=5), st.booleans())
@@ -94,11 +114,14 @@ def test_every_cell_is_the_text_that_was_written(
 
 
 def test_texts_that_look_like_something_else_are_texts_from_every_source(tmp_path: Path) -> None:
-    """In a column of texts that all look like numbers, or all like dates, a reader would convert the whole column."""
+    """In a column of texts that all look like numbers, or all like dates, a reader would convert it."""
     import datasets
 
     for number, value in enumerate(LOOKS_ELSE):
-        rows = [row(f"{i}", language=value, task=value, prompt=value, response=value, answer=value, split=value) for i in range(2)]
+        rows = [
+            row(f"{i}", language=value, task=value, prompt=value, response=value, answer=value, split=value)
+            for i in range(2)
+        ]
         here = tmp_path / f"{number}"
         here.mkdir()
         expected = load(here, *rows)
@@ -112,7 +135,10 @@ def test_texts_that_look_like_something_else_are_texts_from_every_source(tmp_pat
 
 def test_an_empty_cell_is_an_empty_text_or_for_an_optional_field_none(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    cells = [row("1", prompt="", answer="", choices="", messages=""), row("2", answer="NA", choices="", messages="")]
+    cells = [
+        row("1", prompt="", answer="", choices="", messages=""),
+        row("2", answer="NA", choices="", messages=""),
+    ]
     path.write_text(csv_text(cells))
     first, second = load_examples([str(path)])
     assert (first.prompt, first.answer, first.choices, first.messages) == ("", "EUR", None, None)
@@ -121,7 +147,9 @@ def test_an_empty_cell_is_an_empty_text_or_for_an_optional_field_none(tmp_path: 
     path.write_text(renamed)
     assert [e.answer for e in load_examples([str(path)], columns={"answer": "gold"})] == ["EUR", "NA"]
     path.write_text(csv_text([row("1", response="")]))
-    with pytest.raises(RamoeError, match=r"rows.csv, line 2: field 'response' is '', expected a string that is not empty"):
+    with pytest.raises(
+        RamoeError, match=r"rows.csv, line 2: field 'response' is '', expected a string that is not empty"
+    ):
         load_examples([str(path)])
     (tmp_path / "rows.jsonl").write_text('{"prompt": null}\n')
     with pytest.raises(RamoeError, match=r"rows.jsonl, line 1: field 'prompt' is null"):
@@ -146,7 +174,9 @@ def test_malformed_csv_is_told_by_file_and_line(tmp_path: Path, text: str | byte
         list(sources.read_source(str(path)))
 
 
-@pytest.mark.parametrize("name", ["id", "language", "task", "prompt", "response", "answer", "split", "choices", "messages"])
+@pytest.mark.parametrize(
+    "name", ["id", "language", "task", "prompt", "response", "answer", "split", "choices", "messages"]
+)
 def test_half_of_a_surrogate_pair_is_told_with_its_line(tmp_path: Path, name: str) -> None:
     """JSON may write one; no file that a job writes can hold it."""
     half, good = "x\ud83d", "x\U0001f600"
@@ -155,12 +185,16 @@ def test_half_of_a_surrogate_pair_is_told_with_its_line(tmp_path: Path, name: st
         fields = {"messages": [{"role": "user", "content": half}, {"role": "assistant", "content": "yes"}]}
     path = tmp_path / "rows.jsonl"
     for text in (half, good):  # a whole pair is one character, however JSON writes it
-        bad = json.dumps(row(**{"id": "2", "prompt": "?", **fields})).replace(json.dumps(half), json.dumps(text))
+        bad = json.dumps(row(**{"id": "2", "prompt": "?", **fields})).replace(
+            json.dumps(half), json.dumps(text)
+        )
         path.write_text(json.dumps(row("1")) + "\n" + bad + "\n")
         if text == good:
             assert len(load_examples([str(path)])) == 2
         else:
-            with pytest.raises(RamoeError, match=rf"rows.jsonl, line 2: '{name}'.*character 2 of .* half of a surrogate pair"):
+            with pytest.raises(
+                RamoeError, match=rf"rows.jsonl, line 2: '{name}'.*character 2 of .* half of a surrogate pair"
+            ):
                 load_examples([str(path)])
 
 
@@ -302,12 +336,22 @@ def test_hub_rows_keep_their_split_and_their_text(tmp_path: Path, kind: str) -> 
         if kind == "parquet":
             datasets.Dataset.from_list(rows).to_parquet(str(path))
         else:
-            write = {"jsonl": lambda r: write_rows(r), "json": json.dumps, "csv": csv_text, "tsv": lambda r: csv_text(r, "\t")}[kind]
+            write = {
+                "jsonl": lambda r: write_rows(r),
+                "json": json.dumps,
+                "csv": csv_text,
+                "tsv": lambda r: csv_text(r, "\t"),
+            }[kind]
             path.write_text(write(rows), encoding="utf-8", newline="")
     rows = dict(sources._read_hub(str(tmp_path)))
-    assert {place.removeprefix(f"{tmp_path}, ").split(", ")[0] for place in rows} == {"split train", "split test"}
+    assert {place.removeprefix(f"{tmp_path}, ").split(", ")[0] for place in rows} == {
+        "split train",
+        "split test",
+    }
     found = [(r["id"], r["prompt"], r["response"], r["answer"], r["split"]) for r in rows.values()]
-    assert sorted(found) == sorted((text, text, text, text, split) for text in texts for split in ("train", "test"))
+    assert sorted(found) == sorted(
+        (text, text, text, text, split) for text in texts for split in ("train", "test")
+    )
 
 
 def test_a_hub_data_set_whose_card_has_a_csv_read_otherwise_is_refused(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def test_text_that_is_no_unicode_is_refused_wherever_it_is_given(tmp_path: Path)
     with pytest.raises(RamoeError, match=r"r.yaml: 'name': character 2 of .* half of a surrogate pair"):
         load_recipe(path)
     path.write_text(yaml.safe_dump(BASE))
-    for change in ('evaluate.split="x\\ud800"', "evaluate.split=x\udcff"):  # the second: a byte of the command line that is no UTF-8
+    # the second: a byte of the command line that is no UTF-8
+    for change in ('evaluate.split="x\\ud800"', "evaluate.split=x\udcff"):
         with pytest.raises(RamoeError, match="half of a surrogate pair"):
             load_recipe(path, [change])
     assert load_recipe(path, ['evaluate.split="x\\U0001f600"']).evaluate.split == "x\U0001f600"

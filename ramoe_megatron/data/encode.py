@@ -44,8 +44,9 @@ def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
         eod = None
     if not isinstance(eod, int) or eod < 0:
         raise RamoeError(
-            f"the tokenizer {name} has no end token (found {eod!r}), which training puts behind each response and generation ends at; "
-            f"{advice}, with one: eos_token of a Hugging Face tokenizer, eos_id of SentencePiece"
+            f"the tokenizer {name} has no end token (found {eod!r}), which training puts behind each "
+            f"response and generation ends at; {advice}, with one: eos_token of a Hugging Face tokenizer, "
+            "eos_id of SentencePiece"
         )
 
 

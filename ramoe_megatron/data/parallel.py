@@ -1,8 +1,8 @@
 """Parallel task data: rows with the same id say the same thing in different languages.
 
 One JSON object a line: `id`, `language`, `task`, `prompt` and `response` (trained on) or `messages`, `answer` (gold;
-without it the response), `choices` (optional), `split`. `data.sources` reads the rows of a file, a folder or a hub
-data set; a fault is told by file and line. Text is what the file says: "NA", "007" and "" are texts.
+without it the response), `choices` (optional), `split`. `data.sources` reads the rows of a file, a folder or
+a hub data set; a fault is told by file and line. Text is what the file says: "NA", "007" and "" are texts.
 """
 
 import json
@@ -62,8 +62,8 @@ def load_examples(
 
     Raises:
         RamoeError: for a missing or malformed source (file, line, column), a missing or mistyped field, two rows of one
-            (id, language), one id in two tasks, text that is no Unicode (half of a surrogate pair), a language or split
-            that no row has.
+            (id, language), one id in two tasks, text that is no Unicode (half of a surrogate pair), a
+            language or split that no row has.
     """
     for name in columns or {}:
         if name not in FIELDS:
@@ -187,7 +187,9 @@ def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> 
     example = Example(
         text("id"), text("language"), text("task"), prompt, response, answer, choices, text("split"), messages
     )
-    refuse_unwritable({column: row.get(column) for name in FIELDS if (column := columns.get(name, name))}, place)
+    refuse_unwritable(
+        {column: row.get(column) for name in FIELDS if (column := columns.get(name, name))}, place
+    )
     return example
 
 

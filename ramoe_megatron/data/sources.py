@@ -1,7 +1,8 @@
 """Rows of a data source, each with the place it came from.
 
-This file reads JSONL, JSON and CSV, so that text is never taken for a number, a date or an absent value. The `datasets` library, which
-reads them with pandas, finds the files of a hub data set, and reads Parquet and Arrow files, whose columns have types.
+This file reads JSONL, JSON and CSV, so that text is never taken for a number, a date or an absent value. The
+`datasets` library, which reads them with pandas, finds the files of a hub data set, and reads Parquet and
+Arrow files, whose columns have types.
 """
 
 import csv
@@ -25,12 +26,12 @@ def read_source(source: str, optional: Collection[str] = ()) -> Iterator[tuple[s
     """(place, row) for each row of a file, a folder or a hub data set; the place is for messages ("FILE, line 3").
 
     Args:
-        optional: columns that a row may lack. CSV has no other way to say so than an empty cell, which is None in these columns; in any
-            other column an empty cell is an empty text.
+        optional: columns that a row may lack. CSV has no other way to say so than an empty cell, which is
+            None in these columns; in any other column an empty cell is an empty text.
 
     Raises:
-        RamoeError: for a source that is not there, a kind of file that is not read, a line that is no JSON object, a CSV file that is not
-            well formed.
+        RamoeError: for a source that is not there, a kind of file that is not read, a line that is no JSON
+            object, a CSV file that is not well formed.
     """
     path = Path(source)
     if path.is_dir():
@@ -92,7 +93,9 @@ def _read_hub(source: str, optional: Collection[str] = ()) -> Iterator[tuple[str
         config = load_dataset_builder(name, configuration or None).config
         if as_text := isinstance(config, (CsvConfig, JsonConfig)):
             manager = DownloadManager()
-            splits = {split: manager.download_and_extract(list(files)) for split, files in config.data_files.items()}
+            splits = {
+                split: manager.download_and_extract(list(files)) for split, files in config.data_files.items()
+            }
         else:
             splits = load_dataset(name, configuration or None)
     except Exception as error:
@@ -100,21 +103,31 @@ def _read_hub(source: str, optional: Collection[str] = ()) -> Iterator[tuple[str
     for split, found in splits.items():
         place = f"{source}, split {split}"
         if as_text:
-            rows = (row for file in manager.iter_files(found) for row in _read_text(Path(file), place, config, optional))
+            rows = (
+                row
+                for file in manager.iter_files(found)
+                for row in _read_text(Path(file), place, config, optional)
+            )
         else:
             rows = ((f"{place}, row {number}", row) for number, row in enumerate(found, 1))
         for where, row in rows:
-            yield where, {**row, "split": row.get("split") or str(split)}  # hub data sets keep the split beside the rows
+            # hub data sets keep the split beside the rows
+            yield where, {**row, "split": row.get("split") or str(split)}
 
 
-def _read_text(path: Path, where: str, config: Any, optional: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_text(
+    path: Path, where: str, config: Any, optional: Collection[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a CSV or JSON file of a hub data set, read by the settings that its card may give."""
     where, sep = f"{where}, {path.name}", getattr(config, "sep", None)
     plain = type(config)(sep=sep) if sep else type(config)()
     ours = {"name", "version", "data_dir", "data_files", "description", "delimiter", "chunksize"}
     for key, value in vars(config).items():
         if key not in ours and value != getattr(plain, key):
-            raise RamoeError(f"{where}: the data set sets {key} to {value!r}, which is not read here; download it, and give files.")
+            raise RamoeError(
+                f"{where}: the data set sets {key} to {value!r}, which is not read here; download it, and "
+                "give files."
+            )
     if sep:
         yield from _read_csv(path, where, optional, sep)
     elif path.read_bytes().lstrip()[:1] == b"[":
@@ -123,8 +136,10 @@ def _read_text(path: Path, where: str, config: Any, optional: Collection[str]) -
         yield from _read_jsonl(path, where)
 
 
-def _read_csv(path: Path, where: str, optional: Collection[str], sep: str = ",") -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a CSV file: the first names the columns, and every cell is the text that is written there."""
+def _read_csv(
+    path: Path, where: str, optional: Collection[str], sep: str = ","
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a CSV file: the first names the columns, and every cell is the text in the file."""
     text = _decode(path.read_bytes(), where)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=sep, strict=True)
@@ -136,24 +151,33 @@ def _read_csv(path: Path, where: str, optional: Collection[str], sep: str = ",")
         except StopIteration:
             return
         except csv.Error as error:
-            raise RamoeError(f"{place}: malformed CSV ({error}). A cell with {sep!r}, a quote or a line break is quoted.") from error
+            raise RamoeError(
+                f"{place}: malformed CSV ({error}). A cell with {sep!r}, a quote or a line break is quoted."
+            ) from error
         if not cells:
             continue
         if not columns:
             columns = cells
             if twice := [column for column in columns if columns.count(column) > 1]:
-                raise RamoeError(f"{place}: two columns are called {twice[0]!r}. Give each column a name of its own.")
+                raise RamoeError(
+                    f"{place}: two columns are called {twice[0]!r}. Give each column a name of its own."
+                )
             continue
         if len(cells) != len(columns):
-            raise RamoeError(f"{place}: found {len(cells)} cells, expected {len(columns)} ({', '.join(columns)}).")
-        yield place, {key: None if cell == "" and key in optional else cell for key, cell in zip(columns, cells, strict=True)}
+            raise RamoeError(
+                f"{place}: found {len(cells)} cells, expected {len(columns)} ({', '.join(columns)})."
+            )
+        row = dict(zip(columns, cells, strict=True))
+        yield place, {key: None if cell == "" and key in optional else cell for key, cell in row.items()}
 
 
 def _read_json(path: Path, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         rows = json.loads(_decode(path.read_bytes(), where))
     except json.JSONDecodeError as error:
-        raise RamoeError(f"{where}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}).") from error
+        raise RamoeError(
+            f"{where}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg})."
+        ) from error
     for number, row in enumerate(rows, 1):
         place = f"{where}, row {number}"
         yield place, _object(row, place, "a list of JSON objects")

@@ -33,7 +33,8 @@ def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = 
         flags: flags that the job itself sets, after the user's.
 
     Raises:
-        RamoeError: a flag that the parser refuses, an argument that is no Unicode, or a tokenizer that `check_tokenizer` refuses.
+        RamoeError: a flag that the parser refuses, an argument that is no Unicode, or a tokenizer that
+            `check_tokenizer` refuses.
     """
     refuse_unwritable(sys.argv[1:], "command line")
 
@@ -103,8 +104,9 @@ def run_job(main: Callable[[], None]) -> None:
     """Run a job's main: an error meant for the user is printed without a traceback, and ends the job with status 2.
 
     Rank 0 tells it at once. Another rank does so a moment later, with its number, so that an error that rank 0 did not meet (a
-    file absent on one node, one pipeline stage) is told too, and one that all ranks met is told once. Under `ramoe`, ranks that fail
-    after another one has told its error, since their collectives end with it, say nothing.
+    file absent on one node, one pipeline stage) is told too, and one that all ranks met is told once. Under
+    `ramoe`, ranks that fail after another one has told its error, since their collectives end with it, say
+    nothing.
     """
     from torch.distributed.checkpoint import CheckpointException  # not an Exception
 

@@ -22,9 +22,9 @@ def check_data(args: Any) -> None:
     """Read the training data and the files of alignment, and raise what is wrong with them before any model is built.
 
     Raises:
-        RamoeError: no data, no rows of a split that is asked for, labels that do not fit the data (`ExampleLabels`), batches that
-            packing or a normaliser cannot work with, a tokenizer that `check_tokenizer` refuses, or examples that are longer than a
-            sequence (`EncodedExamples`).
+        RamoeError: no data, no rows of a split that is asked for, labels that do not fit the data
+            (`ExampleLabels`), batches that packing or a normaliser cannot work with, a tokenizer that
+            `check_tokenizer` refuses, or examples that are longer than a sequence (`EncodedExamples`).
     """
     from megatron.training import get_tokenizer
 
@@ -115,25 +115,41 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
         print_rank_0(f"ramoe: {len(train.examples)} training examples, {len(drawn)} draws")
     if not args.eval_iters:
         return train, None, None
-    return train, _dataset(args, options, "validation", _validation_examples(args, options), num_samples[1]), None
+    validation = _dataset(args, options, "validation", _validation_examples(args, options), num_samples[1])
+    return train, validation, None
 
 
 dataset_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron: build on every rank
 
 
 def _dataset(
-    args: Any, options: DataOptions, name: str, examples: list[Example], count: int, views: list[Example] | None = None
+    args: Any,
+    options: DataOptions,
+    name: str,
+    examples: list[Example],
+    count: int,
+    views: list[Example] | None = None,
 ) -> SFTDataset | PackedDataset:
     from megatron.training import get_tokenizer
 
     weights, encoded = options.weight_mapping(), _encode(args, options, name, examples, views)
     if views is not None:
-        return PairedDataset(examples, views, get_tokenizer(), args.seq_length, count, args.seed, weights, encoded)
+        return PairedDataset(
+            examples, views, get_tokenizer(), args.seq_length, count, args.seed, weights, encoded
+        )
     if not options.pack:
         return SFTDataset(examples, get_tokenizer(), args.seq_length, count, args.seed, weights, encoded)
     multiple = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1  # each sample is sliced apart
     return PackedDataset(
-        examples, get_tokenizer(), args.seq_length, count, args.seed, args.global_batch_size, weights, multiple, encoded
+        examples,
+        get_tokenizer(),
+        args.seq_length,
+        count,
+        args.seed,
+        args.global_batch_size,
+        weights,
+        multiple,
+        encoded,
     )
 
 
@@ -147,7 +163,9 @@ _encoded: dict[str, EncodedExamples] = {}
 """What has been tokenised: once for the check, and for the data set of each virtual stage."""
 
 
-def _encode(args: Any, options: DataOptions, name: str, examples: list[Example], views: list[Example] | None) -> EncodedExamples:
+def _encode(
+    args: Any, options: DataOptions, name: str, examples: list[Example], views: list[Example] | None
+) -> EncodedExamples:
     from megatron.training import get_tokenizer
 
     key = repr((name, options, views is not None, args.seq_length, args.tokenizer_type, args.tokenizer_model))

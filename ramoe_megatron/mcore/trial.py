@@ -106,7 +106,10 @@ def _sizes(args: Any) -> tuple[int, int, int, int, int, int]:
 
 
 def tokenizer(args: Any) -> Any:
-    """Megatron's tokenizer for validated arguments, whose padded vocabulary it sets. Raises RamoeError as `check_tokenizer`."""
+    """Megatron's tokenizer for validated arguments, whose padded vocabulary it sets.
+
+    Raises RamoeError as `check_tokenizer`.
+    """
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     if args.tokenizer_type is None:

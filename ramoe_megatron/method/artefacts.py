@@ -125,8 +125,8 @@ def _records(path: str | os.PathLike[str], types: Mapping[str, type], again: str
 
 
 def _lines(path: str | os.PathLike[str], whole: bool = False) -> Iterator[tuple[int, str]]:
-    """(number, line) of those that are not blank. With `whole` all lines as they are, since a cell may hold a blank one; a last line
-    without a line end is then refused: a number may be cut short."""
+    """(number, line) of those that are not blank. With `whole` all lines as they are, since a cell may hold a
+    blank one; a last line without a line end is then refused: a number may be cut short."""
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):

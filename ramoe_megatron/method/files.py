@@ -129,7 +129,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Any JSON file.
 
     Raises:
-        RamoeError: when it is missing, or not JSON (with line and column), or holds text that is no Unicode (with the key).
+        RamoeError: when it is missing, or not JSON (with line and column), or holds text that is no Unicode
+            (with the key).
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -146,8 +147,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def refuse_unwritable(value: Any, where: str) -> None:
-    """Refuse text that no file can hold. JSON and YAML may write half of a surrogate pair ("\\ud800"), and Python takes a byte of a
-    command line that is no UTF-8 for one; UTF-8 has no such character.
+    """Refuse text that no file can hold. JSON and YAML may write half of a surrogate pair ("\\ud800"), and
+    Python takes a byte of a command line that is no UTF-8 for one; UTF-8 has no such character.
 
     Args:
         value: a text, or lists and mappings with texts at any depth, keys included.
@@ -163,8 +164,9 @@ def refuse_unwritable(value: Any, where: str) -> None:
             except UnicodeEncodeError as error:
                 key = f": {'.'.join(map(repr, path))}" if path else ""
                 raise RamoeError(
-                    f"{where}{key}: character {error.start + 1} of {text[:60]!r} is {text[error.start]!r}, half of a surrogate pair or "
-                    "a byte that is no UTF-8, expected Unicode text; write the whole character, or remove it"
+                    f"{where}{key}: character {error.start + 1} of {text[:60]!r} is {text[error.start]!r}, "
+                    "half of a surrogate pair or a byte that is no UTF-8, expected Unicode text; write the whole "
+                    "character, or remove it"
                 ) from error
 
 

@@ -65,7 +65,8 @@ def python_command(command: Sequence[str], ranks: int, place: Place = Place()) -
     else:
         where = ["--nnodes", str(place.nodes), "--node-rank", str(place.node)]
         where += ["--master-addr", place.address, "--master-port", str(place.port)]
-    return [sys.executable, "-m", "ramoe_megatron.recipe.torchrun", *where, "--nproc-per-node", str(ranks), "-m", *command]
+    torchrun = [sys.executable, "-m", "ramoe_megatron.recipe.torchrun"]
+    return [*torchrun, *where, "--nproc-per-node", str(ranks), "-m", *command]
 
 
 def rank_environment(ranks: int, environment: Mapping[str, str]) -> dict[str, str]:
@@ -107,7 +108,8 @@ def launch(
     ended: TERM, then KILL after `grace` seconds; a second Ctrl-C kills at once. `while_running` is called about twice
     a second.
 
-    The status is 2 when a rank has told the user an error (`RamoeError`); torchrun and the other ranks add nothing to it.
+    The status is 2 when a rank has told the user an error (`RamoeError`); torchrun and the other ranks add
+    nothing to it.
 
     A command with Megatron's --exit-signal-handler is not ended by SIGTERM or SIGUSR1: its ranks are asked to save (`SaveRequest`).
     """

@@ -20,8 +20,8 @@ SCALAR = (str, int, float)
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML without its surprises: 12:00:00 and 2026-01-31 are texts, not 43200 and a date; only true and false are booleans, so that the
-    key `on` and the language `no` are themselves."""
+    """YAML without its surprises: 12:00:00 and 2026-01-31 are texts, not 43200 and a date; only true and
+    false are booleans, so that the key `on` and the language `no` are themselves."""
 
 
 _INTEGER = r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)"
@@ -52,7 +52,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         tree = yaml.compose(text, Loader=RecipeLoader)
         lines = dict(_lines(tree, (), path)) if tree is not None else {}
         raw = yaml.load(text, Loader=RecipeLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a value that its tag, such as !!timestamp, does not fit
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: its tag, such as !!timestamp, does not fit
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise RamoeError(f"{where}: this is no valid YAML: {getattr(error, 'problem', error)}") from error

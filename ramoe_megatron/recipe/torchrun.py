@@ -1,7 +1,10 @@
-"""torchrun, silent where a rank has told the user its error: `python -m ramoe_megatron.recipe.torchrun ARGUMENTS OF TORCHRUN`.
+"""torchrun, silent where a rank has told the user its error.
 
-torchrun adds thirty lines about the rank that failed, and ends with status 1 whatever the rank's own status was. After a `RamoeError`,
-which the rank has printed, nothing is added and the status is 2. In every other case this is torchrun.
+    python -m ramoe_megatron.recipe.torchrun ARGUMENTS OF TORCHRUN
+
+torchrun adds thirty lines about the rank that failed, and ends with status 1 whatever the rank's own status
+was. After a `RamoeError`, which the rank has printed, nothing is added and the status is 2. In every other
+case this is torchrun.
 """
 
 import logging
