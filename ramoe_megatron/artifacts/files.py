@@ -129,10 +129,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Any JSON file.
 
     Raises:
-        RamoeError: when it is missing, or not JSON (with line and column).
+        RamoeError: when it is missing, or not JSON (with line and column), or holds text that is no Unicode
+            (with the key).
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise _unreadable(path, error) from error
     except UnicodeDecodeError as error:
@@ -141,6 +142,44 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise RamoeError(
             f"{path}: line {error.lineno} column {error.colno}: {error.msg}; the file is not JSON or was cut short: write it again"
         ) from error
+    refuse_unwritable(found, str(path))
+    return found
+
+
+def refuse_unwritable(value: Any, where: str) -> None:
+    """Refuse text that no file can hold. JSON and YAML may write half of a surrogate pair ("\\ud800"), and
+    Python takes a byte of a command line that is no UTF-8 for one; UTF-8 has no such character.
+
+    Args:
+        value: a text, or lists and mappings with texts at any depth, keys included.
+        where: the file and line, or the flag, for the message.
+
+    Raises:
+        RamoeError: naming `where`, the key, and the character.
+    """
+    for path, text in _texts(value, ()):
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                key = f": {'.'.join(map(repr, path))}" if path else ""
+                raise RamoeError(
+                    f"{where}{key}: character {error.start + 1} of {text[:60]!r} is {text[error.start]!r}, "
+                    "half of a surrogate pair or a byte that is no UTF-8, expected Unicode text; write the whole "
+                    "character, or remove it"
+                ) from error
+
+
+def _texts(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _texts(key, path)
+            yield from _texts(entry, (*path, key))
+    elif isinstance(value, (list, tuple)):
+        for number, entry in enumerate(value):
+            yield from _texts(entry, (*path, number))
 
 
 def _unreadable(path: str | os.PathLike[str], error: OSError) -> RamoeError:

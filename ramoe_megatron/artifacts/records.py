@@ -9,9 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_type_hints
 
-from ramoe_megatron.artifacts.files import (
-    atomic_write_text,
-)
+from ramoe_megatron.artifacts.files import atomic_write_text, refuse_unwritable
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import DivergenceRow
 from ramoe_megatron.method.taxonomy import TaxonomyRow
@@ -73,6 +71,7 @@ def _records(path: str | os.PathLike[str], types: Mapping[str, type], again: str
             raise RamoeError(f"{where}: column {error.colno}: {error.msg}, expected one JSON object; {again}") from error
         if not isinstance(found, dict):
             raise RamoeError(f"{where}: found {type(found).__name__}, expected one JSON object; {again}")
+        refuse_unwritable(found, where)
         for key, kind in types.items():
             if not isinstance(found.get(key), kind):
                 value = repr(found[key]) if key in found else "nothing"
@@ -86,14 +85,15 @@ def _records(path: str | os.PathLike[str], types: Mapping[str, type], again: str
 
 
 def _lines(path: str | os.PathLike[str], whole: bool = False) -> Iterator[tuple[int, str]]:
-    """(number, line) of those that are not blank; with `whole`, a last line without a line end is refused: a number may be cut short."""
+    """(number, line) of those that are not blank. With `whole` all lines as they are, since a cell may hold a
+    blank one; a last line without a line end is then refused: a number may be cut short."""
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if whole and not line.endswith("\n"):
                     raise RamoeError(f"{path}:{number}: no line end, so the file was cut short; run the stage that writes it again")
-                if line.strip():
-                    yield number, line.rstrip()
+                if whole or line.strip():
+                    yield number, line if whole else line.rstrip()
     except OSError as error:
         raise RamoeError(f"{path}: cannot be read ({error.strerror}); check the path, or run the stage that writes it") from error
     except UnicodeDecodeError as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ramoe_megatron.artifacts.files import refuse_unwritable
 from ramoe_megatron.cli.show import EXISTING, FILE, FILE_COMMANDS, FOLDER, wide_console
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.unfinished import STATUS
@@ -19,6 +20,7 @@ class RamoeGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was named."""
         try:
+            refuse_unwritable(sys.argv[1:], "command line")
             return super().invoke(ctx)
         except RamoeError as error:
             click.secho(f"ramoe: error: {error}", fg="red", err=True)

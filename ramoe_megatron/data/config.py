@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ramoe_megatron.artifacts.files import read_json
+from ramoe_megatron.artifacts.files import read_json, refuse_unwritable
 from ramoe_megatron.errors import RamoeError
 
 
@@ -16,8 +16,10 @@ def config_from_mapping[T](kind: type[T], values: Mapping[str, Any]) -> T:
     """A config dataclass from its field values; lists become tuples, numbers are checked.
 
     Raises:
-        RamoeError: for an unknown key (with the nearest valid one), or a value of the wrong type or out of range.
+        RamoeError: for an unknown key (with the nearest valid one), a value of the wrong type or out of
+            range, or text that is no Unicode.
     """
+    refuse_unwritable(values, kind.__name__)
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:

@@ -75,14 +75,18 @@ class SFTDataset(torch.utils.data.Dataset):
         num_samples: int,
         seed: int,
         weights: Mapping[str, float] | None = None,
+        encoded: EncodedExamples | None = None,
     ) -> None:
         """
+        Args:
+            encoded: the examples, where they are tokenised already.
+
         Raises:
             RamoeError: as `EncodedExamples` and `sampler.order`.
         """
         self.examples = examples
         self.order = order(examples, num_samples, seed, weights)
-        self.encoded = EncodedExamples(examples, tokenizer, seq_length)
+        self.encoded = EncodedExamples(examples, tokenizer, seq_length) if encoded is None else encoded
         self._seq_length = seq_length
 
     def __len__(self) -> int:

@@ -25,6 +25,31 @@ class Encoded:
     prompt_length: int
 
 
+def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
+    """Refuse a tokenizer that cannot do what training and scoring ask of it; `name` is for the message.
+
+    Raises:
+        RamoeError: the tokenizer makes no tokens of text, or has no end token.
+    """
+    advice = "give the model's own tokenizer (--tokenizer-type, --tokenizer-model)"
+    try:
+        ids = list(tokenizer.tokenize("word 1"))
+    except Exception as error:
+        raise RamoeError(f"the tokenizer {name} does not tokenise text ({error}); {advice}") from error
+    if not ids:
+        raise RamoeError(f"the tokenizer {name} makes no token of 'word 1'; {advice}")
+    try:
+        eod = tokenizer.eod
+    except Exception:  # each library has its own way to say that there is none
+        eod = None
+    if not isinstance(eod, int) or eod < 0:
+        raise RamoeError(
+            f"the tokenizer {name} has no end token (found {eod!r}), which training puts behind each "
+            f"response and generation ends at; {advice}, with one: eos_token of a Hugging Face tokenizer, "
+            "eos_id of SentencePiece"
+        )
+
+
 def encode(example: Example, tokenizer: Tokenizer) -> Encoded:
     """Ids of prompt + response + eod.
 

@@ -39,17 +39,19 @@ class PackedDataset(torch.utils.data.Dataset):
         global_batch_size: int,
         weights: Mapping[str, float] | None = None,
         multiple: int = 1,
+        encoded: EncodedExamples | None = None,
     ) -> None:
         """
         Args:
             global_batch_size: in packs.
             multiple: what the room of each sample is rounded up to (2 cp under context parallelism).
+            encoded: the examples, where they are tokenised already.
 
         Raises:
             RamoeError: as `SFTDataset`.
         """
         self.examples = examples
-        self.encoded = EncodedExamples(examples, tokenizer, seq_length)
+        self.encoded = EncodedExamples(examples, tokenizer, seq_length) if encoded is None else encoded
         self.room = np.maximum(-(-self.encoded.lengths // multiple), 1) * multiple
         count = num_packs
         while True:  # a longer order starts with the shorter one

@@ -29,11 +29,13 @@ class PairedDataset(SFTDataset):
         num_samples: int,
         seed: int,
         weights: Mapping[str, float] | None = None,
+        encoded: EncodedExamples | None = None,
     ) -> None:
         """
         Args:
             views: the anchor-language examples; their ids find them.
             num_samples: places, views included.
+            encoded: the examples and behind them the views, where they are tokenised already.
 
         Raises:
             RamoeError: as `SFTDataset`, or examples without a view (how many, the first five).
@@ -50,7 +52,7 @@ class PairedDataset(SFTDataset):
         view_of = np.array([n if e.language in anchors else place[e.id] for n, e in enumerate(examples)], dtype=np.int64)
         self.examples = [*examples, *views]
         self.order = np.stack([view_of[draws], draws], axis=1).ravel()
-        self.encoded = EncodedExamples(self.examples, tokenizer, seq_length)
+        self.encoded = EncodedExamples(self.examples, tokenizer, seq_length) if encoded is None else encoded
         self._seq_length = seq_length
 
     def __getitem__(self, sample: int) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Parallel task data: rows with the same id say the same thing in different languages.
 
 One JSON object a line: `id`, `language`, `task`, `prompt` and `response` (trained on) or `messages`, `answer` (gold;
-without it the response), `choices` (optional), `split`. JSONL is read here, so that a fault is told by file, line and
-column; every other source (Parquet or CSV files, folders of them, a hub name) is read by the `datasets` library.
+without it the response), `choices` (optional), `split`. `data.sources` reads the rows of a file, a folder or
+a hub data set; a fault is told by file and line. Text is what the file says: "NA", "007" and "" are texts.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ramoe_megatron.artifacts.files import refuse_unwritable
 from ramoe_megatron.data import sources as files
 from ramoe_megatron.errors import RamoeError
 
@@ -40,6 +41,8 @@ class Example:
 
 
 FIELDS = tuple(field.name for field in fields(Example))
+OPTIONAL = ("answer", "choices", "messages")
+"""Fields that a row may lack; of a CSV file, an empty cell there."""
 
 
 def load_examples(
@@ -59,7 +62,8 @@ def load_examples(
 
     Raises:
         RamoeError: for a missing or malformed source (file, line, column), a missing or mistyped field, two rows of one
-            (id, language), one id in two tasks, a language or split that no row has.
+            (id, language), one id in two tasks, text that is no Unicode (half of a surrogate pair), a
+            language or split that no row has.
     """
     for name in columns or {}:
         if name not in FIELDS:
@@ -69,7 +73,7 @@ def load_examples(
     examples: list[Example] = []
     places: dict[tuple[str, str], str] = {}
     tasks: dict[str, tuple[str, str]] = {}
-    for place, row in _rows(sources):
+    for place, row in _rows(sources, columns or {}):
         example = _example(row, columns or {}, place)
         key = (example.id, example.language)
         if key in places:
@@ -137,9 +141,10 @@ def write_rows(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _rows(sources: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(sources: Sequence[str], columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    optional = {columns.get(name, name) for name in OPTIONAL}
     for source in sources:
-        yield from files.read_source(source)
+        yield from files.read_source(source, optional)
 
 
 def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Example:
@@ -149,6 +154,8 @@ def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> 
         if value is None and (required or (name in columns and column not in row)):
             found = ", ".join(map(repr, row)) or "none"
             mapped = f" (for field {name!r})" if column != name else ""
+            if column in row:
+                raise RamoeError(f"{place}: field {column!r}{mapped} is null, expected a string.")
             raise RamoeError(f"{place}: missing field {column!r}{mapped}. Fields found: {found}.")
         return value
 
@@ -177,9 +184,13 @@ def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> 
         if answer not in choices:
             raise RamoeError(f"{place}: answer {answer!r} is none of the choices {choices!r}.")
         choices = tuple(choices)
-    return Example(
+    example = Example(
         text("id"), text("language"), text("task"), prompt, response, answer, choices, text("split"), messages
     )
+    refuse_unwritable(
+        {column: row.get(column) for name in FIELDS if (column := columns.get(name, name))}, place
+    )
+    return example
 
 
 def _messages(value: Any, place: str) -> tuple[dict[str, str], ...]:

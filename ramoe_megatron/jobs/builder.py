@@ -27,7 +27,7 @@ def run_builder[T](
     try:
         stats = build(config_from_json(kind, options.config), options.out)
     except RamoeError as error:
-        print(error, file=sys.stderr)
+        print(f"ramoe: error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(dataclasses.asdict(stats), indent=1))
     return 0

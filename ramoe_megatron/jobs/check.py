@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.check_common import Trial
 from ramoe_megatron.jobs.evaluate import EvaluateOptions
 from ramoe_megatron.jobs.findings import ANSWER, Finding, Line, attempt
@@ -129,8 +128,6 @@ def _tokenizer(trying: Trial) -> str:
     args = trying.args
     if written := trying.written_by(args.tokenizer_model, args.vocab_file, args.merge_file):
         return written
-    if trying.line.job == "finetune" and args.tokenizer_type and args.tokenizer_type.startswith("Null"):
-        raise RamoeError(f"--tokenizer-type {args.tokenizer_type}: text has to be tokenised; give the model's tokenizer")
     trying.tokenizer = trial.tokenizer(args)
     return f"{args.tokenizer_type} of {trying.tokenizer.vocab_size} tokens, padded to {args.padded_vocab_size}"
 

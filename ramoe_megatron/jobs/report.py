@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         page = write_report(options.run)
     except RamoeError as error:
-        print(error, file=sys.stderr)
+        print(f"ramoe: error: {error}", file=sys.stderr)
         return 2
     print(f"report: {page}")
     return 0

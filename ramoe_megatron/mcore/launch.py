@@ -11,9 +11,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.artifacts.files import refuse_unwritable
+from ramoe_megatron.data.encode import check_tokenizer
+from ramoe_megatron.errors import RamoeError, error_noted, note_error
 from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.cpu.backend import cpu_backend, cpu_command_line
 from ramoe_megatron.mcore.missing import name_missing_ranks
@@ -29,18 +31,34 @@ def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = 
     Args:
         extra_args_provider: adds our flags to Megatron's parser.
         flags: flags that the job itself sets, after the user's.
+
+    Raises:
+        RamoeError: a flag that the parser refuses, an argument that is no Unicode, or a tokenizer that
+            `check_tokenizer` refuses.
     """
+    refuse_unwritable(sys.argv[1:], "command line")
+
+    def provider(parser: Any) -> Any:
+        parser.error = _refuse_flag  # argparse prints a thousand lines of usage for each rank
+        return extra_args_provider(parser)
+
     with cpu_backend() as on_cpu:
+        from megatron.training import get_tokenizer
         from megatron.training.arguments import parse_and_validate_args
 
         compat.skip_helper_compilation()
         with command_line(sys.argv[1:] + (flags or []), on_cpu) as left_out:
             if left_out and is_rank_0():
                 print(f"ramoe: the CPU backend leaves out {', '.join(left_out)}", flush=True)
-            args = parse_and_validate_args(extra_args_provider=extra_args_provider, args_defaults={})
+            args = parse_and_validate_args(extra_args_provider=provider, args_defaults={})
+        check_tokenizer(get_tokenizer(), f"{args.tokenizer_type} {args.tokenizer_model or ''}".strip())
         if on_cpu and args.save:
             fork_writer_queue()
         yield args
+
+
+def _refuse_flag(message: str) -> NoReturn:
+    raise RamoeError(f"{message} (`--help` lists the flags)")
 
 
 def fork_writer_queue() -> None:
@@ -86,7 +104,9 @@ def run_job(main: Callable[[], None]) -> None:
     """Run a job's main: an error meant for the user is printed without a traceback, and ends the job with status 2.
 
     Rank 0 tells it at once. Another rank does so a moment later, with its number, so that an error that rank 0 did not meet (a
-    file absent on one node, one pipeline stage) is told too, and one that all ranks met is told once.
+    file absent on one node, one pipeline stage) is told too, and one that all ranks met is told once. Under
+    `ramoe`, ranks that fail after another one has told its error, since their collectives end with it, say
+    nothing.
     """
     from torch.distributed.checkpoint import CheckpointException  # not an Exception
 
@@ -97,9 +117,12 @@ def run_job(main: Callable[[], None]) -> None:
         if not is_rank_0():
             time.sleep(GRACE_SECONDS)
             where = f"(rank {os.environ['RANK']}) "
-        print(f"ramoe: error: {where}{error}", file=sys.stderr, flush=True)
+        if note_error(f"{where}{error}"):
+            print(f"ramoe: error: {where}{error}", file=sys.stderr, flush=True)
         _leave(2)
     except (Exception, CheckpointException) as error:
+        if error_noted():
+            _leave(2)
         traceback.print_exc()
         name_missing_ranks(error, Path(sys.argv[0]).stem)
         _leave(1)

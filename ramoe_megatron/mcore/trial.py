@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ramoe_megatron.data.encode import check_tokenizer
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore import compat
 
@@ -105,14 +106,16 @@ def _sizes(args: Any) -> tuple[int, int, int, int, int, int]:
 
 
 def tokenizer(args: Any) -> Any:
-    """Megatron's tokenizer for validated arguments, whose padded vocabulary it sets; tried on a word."""
+    """Megatron's tokenizer for validated arguments, whose padded vocabulary it sets.
+
+    Raises RamoeError as `check_tokenizer`.
+    """
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     if args.tokenizer_type is None:
         raise RamoeError("--tokenizer-type is missing: expected one of Megatron's, such as SentencePieceTokenizer")
     built = build_tokenizer(args)
-    if not built.tokenize("word 1"):
-        raise RamoeError(f"the tokenizer {args.tokenizer_model} makes no token of 'word 1'")
+    check_tokenizer(built, f"{args.tokenizer_type} {args.tokenizer_model or ''}".strip())
     return built
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.errors import NOTE_VARIABLE, RamoeError
 from ramoe_megatron.mcore.unfinished import STATUS, VARIABLE
 from ramoe_megatron.recipe.output import Progress, parse_progress
 from ramoe_megatron.recipe.processes import MARK, SaveRequest, end_early, end_processes, ignore_warning
@@ -65,7 +65,8 @@ def python_command(command: Sequence[str], ranks: int, place: Place = Place()) -
     else:
         where = ["--nnodes", str(place.nodes), "--node-rank", str(place.node)]
         where += ["--master-addr", place.address, "--master-port", str(place.port)]
-    return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks), "-m", *command]
+    torchrun = [sys.executable, "-m", "ramoe_megatron.recipe.torchrun"]
+    return [*torchrun, *where, "--nproc-per-node", str(ranks), "-m", *command]
 
 
 def rank_environment(ranks: int, environment: Mapping[str, str]) -> dict[str, str]:
@@ -107,6 +108,9 @@ def launch(
     ended: TERM, then KILL after `grace` seconds; a second Ctrl-C kills at once. `while_running` is called about twice
     a second.
 
+    The status is 2 when a rank has told the user an error (`RamoeError`); torchrun and the other ranks add
+    nothing to it.
+
     A command with Megatron's --exit-signal-handler is not ended by SIGTERM or SIGUSR1: its ranks are asked to save (`SaveRequest`).
     """
     mark = uuid.uuid4().hex
@@ -127,7 +131,7 @@ def launch(
             sink.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(command)}\n".encode())
         process = subprocess.Popen(
             command,
-            env={**environment, MARK: mark, VARIABLE: str(note)},
+            env={**environment, MARK: mark, VARIABLE: str(note), NOTE_VARIABLE: str(Path(scratch) / "error")},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if sink else None,
             stderr=subprocess.STDOUT if sink else None,

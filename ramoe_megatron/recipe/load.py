@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ramoe_megatron.artifacts.files import refuse_unwritable
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.recipe.schema import Recipe
 
@@ -19,16 +20,17 @@ SCALAR = (str, int, float)
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML without its surprises: 12:00:00 is a text and not 43200; only true and false are booleans, so that the key `on` and the
-    language `no` are themselves."""
+    """YAML without its surprises: 12:00:00 and 2026-01-31 are texts, not 43200 and a date; only true and
+    false are booleans, so that the key `on` and the language `no` are themselves."""
 
 
 _INTEGER = r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)"
 _FLOAT = r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
 _BOOLEAN = "true|True|TRUE|false|False|FALSE"
 _READ = {f"tag:yaml.org,2002:{kind}": pattern for kind, pattern in (("int", _INTEGER), ("float", _FLOAT), ("bool", _BOOLEAN))}
+_NOT_READ = {*_READ, "tag:yaml.org,2002:timestamp"}
 RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _READ]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NOT_READ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _tag, _pattern in _READ.items():
@@ -38,24 +40,28 @@ for _tag, _pattern in _READ.items():
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file with `key.path=value` changes applied.
 
-    Raises RamoeError when the file is absent or no YAML, or when a key or value is not valid.
+    Raises RamoeError when the file is absent or no YAML in UTF-8, or when a key or value is not valid.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise RamoeError(f"{path}: the recipe cannot be read ({error.strerror}); give the path of a YAML recipe") from error
+    except UnicodeDecodeError as error:
+        raise RamoeError(f"{path}: not UTF-8 text at byte {error.start}; save the recipe as UTF-8") from error
     try:
         tree = yaml.compose(text, Loader=RecipeLoader)
         lines = dict(_lines(tree, (), path)) if tree is not None else {}
         raw = yaml.load(text, Loader=RecipeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: its tag, such as !!timestamp, does not fit
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise RamoeError(f"{where}: this is no valid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(raw, dict):
         raise RamoeError(f"{path}: expected a mapping with keys such as name, model and data, found {type(raw).__name__}")
     for change in changes:
+        refuse_unwritable(change, "--set")
         raw = set_value(raw, change)
+    refuse_unwritable(raw, str(path))
     return validate(raw, str(path), lines)
 
 
@@ -78,7 +84,7 @@ def set_value(raw: dict[str, Any], change: str) -> dict[str, Any]:
         raise RamoeError(f"--set {change}: expected key.path=value, such as --set train.lr=1e-4")
     try:
         value = yaml.load(text, Loader=RecipeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RamoeError(f"--set {change}: the value is no valid YAML ({error.__class__.__name__}); quote it") from error
     return _set(raw, path.split("."), value, change)
 

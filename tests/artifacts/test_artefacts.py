@@ -9,7 +9,7 @@ from artefact_files import TEXT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ramoe_megatron.artifacts.files import atomic_write, atomic_write_text, digests, load_document, save_document, sha256
+from ramoe_megatron.artifacts.files import atomic_write, atomic_write_text, digests, load_document, read_json, save_document, sha256
 from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy, write_divergence, write_taxonomy
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import DivergenceRow
@@ -76,6 +76,7 @@ def test_taxonomy_round_trip(tmp_path: Path, rows: list[TaxonomyRow]) -> None:
         ('{"id": "b", ', r"column 12: .*expected one JSON object"),
         ("[1]", "found list, expected one JSON object"),
         ({"id": 7}, "key 'id': found 7, expected str"),
+        ({"id": "x\ud800"}, "'id': character 2 of .* half of a surrogate pair"),
         ({"english_correct": 1}, "key 'english_correct': found 1, expected bool"),
         ({"category": "ii"}, "key 'category': found 'ii', expected 'ci'"),
         ({"id": "a"}, "id 'a' in 'tr' stands on line 1 already"),
@@ -111,8 +112,8 @@ def divergence_rows(languages: list[str]) -> list[DivergenceRow]:
     ]
 
 
-def test_divergence_round_trip_keeps_undefined_means(tmp_path: Path) -> None:
-    rows = divergence_rows(["tr", 'a,"b'])
+def test_divergence_round_trip_keeps_undefined_means_and_names_as_they_are(tmp_path: Path) -> None:
+    rows = divergence_rows(["tr", 'a,"b', "NA", "007", " a ", "a\n\nb ", "\u2028", "null"])
     write_divergence(tmp_path / "divergence.csv", rows)
     assert read_divergence(tmp_path / "divergence.csv") == rows
 
@@ -143,6 +144,18 @@ def test_document_round_trip(tmp_path: Path) -> None:
     save_document(tmp_path / "predict.json", "ramoe-prediction", BODY)
     expected = {"format": "ramoe-prediction", "version": 1, **BODY}
     assert load_document(tmp_path / "predict.json", "ramoe-prediction") == expected
+
+
+def test_json_may_begin_with_a_mark_but_holds_unicode_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": ["\\ud83d\\ude00"]}')
+    assert read_json(path) == {"a": ["\U0001f600"]}
+    path.write_text('{"a": [{"b": "x\\ude00"}]}')
+    with pytest.raises(RamoeError, match=r"a\.json: 'a'\.0\.'b': character 2 of .* half of a surrogate pair"):
+        read_json(path)
+    path.write_text('{"x\\ude00": 1}')
+    with pytest.raises(RamoeError, match="half of a surrogate pair"):
+        read_json(path)
 
 
 def test_foreign_documents_are_refused_by_name(tmp_path: Path) -> None:

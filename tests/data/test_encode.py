@@ -1,14 +1,16 @@
 """Laws of encoding, with real tokenizers: the border of prompt and response, chat templates, special tokens."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 from data_rows import TEXT, SmallTokenizer, example
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramoe_megatron.data.encode import encode, encode_choices, encode_prompt, longest_input
+from ramoe_megatron.data.encode import check_tokenizer, encode, encode_choices, encode_prompt, longest_input
 from ramoe_megatron.data.tokenizer import train_tokenizer
 from ramoe_megatron.errors import RamoeError
 
@@ -128,3 +130,62 @@ def test_chat_template_writes_its_own_special_tokens(wrapping_tokenizer: Any) ->
     words = wrapping_tokenizer._tokenizer.ids_to_tokens(encoded.ids)
     assert words[:5] == ["<s>", "system", ":", "one", "</s>"]
     assert words[encoded.prompt_length - 2 :] == ["assistant", ":", "no", "perhaps", "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("library", "told"),
+    [
+        ("sentencepiece", "has no end token"),
+        ("huggingface", "has no end token"),
+        ("none", "has no end token"),
+        ("null-text", "does not tokenise text"),
+    ],
+)
+def test_a_tokenizer_without_an_end_token_or_without_text_is_refused(
+    tmp_path: Path, library: str, told: str
+) -> None:
+    """Each library has its own way to have no end token: an id of -1, None, and an exception."""
+    check_tokenizer(TOKENIZER, "that is whole")
+    with pytest.raises(RamoeError, match=f"the tokenizer of the test {told}.*--tokenizer-model"):
+        check_tokenizer(without_end(tmp_path, library), "of the test")
+
+
+def without_end(folder: Path, library: str) -> Any:
+    if library == "null-text":
+        return megatron_tokenizer(folder, library, vocab_size=9)
+    if library == "none":
+        from megatron.core.tokenizers.text.libraries.abstract_tokenizer import MegatronTokenizerTextAbstract
+
+        class Bytes(MegatronTokenizerTextAbstract):
+            """Of no library: Megatron's own base raises AttributeError."""
+
+            def tokenize(self, text: str) -> list[int]:
+                return list(text.encode())
+
+            text_to_tokens = tokens_to_text = tokens_to_ids = ids_to_tokens = text_to_ids = ids_to_text = (
+                tokenize
+            )
+            add_special_tokens = tokenize
+
+        return Bytes()
+    if library == "huggingface":
+        from tokenizers import Tokenizer
+        from tokenizers.models import WordLevel
+        from tokenizers.pre_tokenizers import Whitespace
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = Tokenizer(WordLevel({"word": 0, "1": 1, "?": 2}, unk_token="?"))
+        tokenizer.pre_tokenizer = Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+        return megatron_tokenizer(folder, library)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return megatron_tokenizer(folder / "tokenizer.model", library)

@@ -1,5 +1,7 @@
 """Reading parallel rows: what is read is what was written, and every fault is told with its place."""
 
+import csv
+import io
 import json
 import os
 import subprocess
@@ -60,6 +62,151 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     rows = [{"key": 7, "lang": "fi", **row(id=None, language=None)}]  # type: ignore[arg-type]
     (found,) = load(tmp_path, *rows, columns={"id": "key", "language": "lang"})
     assert (found.id, found.language) == ("7", "fi")
+
+
+LOOKS_ELSE = [
+    "NA",
+    "N/A",
+    "#N/A",
+    "<NA>",
+    "null",
+    "None",
+    "nan",
+    "True",
+    "no",
+    "1e5",
+    "007",
+    "1.0",
+    "-0",
+    "1,5",
+    "inf",
+    "0x10",
+    "1_000",
+]
+LOOKS_ELSE += ["2026-01-31", "12:00", "2026-01-31T00:00:00Z", "=1+1", "[]", "{}"]
+LOOKS_ELSE += ['a "b" c', "a\nb", "a\r\nb", "\ta", " a ", "\ufeffa", "\u2028", "\x85"]
+"""Texts that a reader of tables takes for something else."""
+
+
+def csv_text(rows: list[dict[str, Any]], sep: str = ",") -> str:
+    """Rows with the same keys, as Python's csv module writes them."""
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, list(rows[0]), delimiter=sep)
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+ANY_TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(
+    LOOKS_ELSE
+)
+
+
+@given(st.lists(st.tuples(ANY_TEXT | st.just(""), ANY_TEXT, ANY_TEXT), min_size=1, max_size=5), st.booleans())
+def test_every_cell_is_the_text_that_was_written(
+    tmp_path_factory: pytest.TempPathFactory, cells: list[tuple[str, str, str]], mark: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("cells")
+    rows = [row(f"00{i}", prompt=p, response=r, answer=a) for i, (p, r, a) in enumerate(cells)]
+    text = ("\ufeff" if mark else "") + csv_text(rows)
+    (folder / "rows.csv").write_text(text, encoding="utf-8", newline="")
+    assert load_examples([str(folder / "rows.csv")]) == load(folder, *rows)
+
+
+def test_texts_that_look_like_something_else_are_texts_from_every_source(tmp_path: Path) -> None:
+    """In a column of texts that all look like numbers, or all like dates, a reader would convert it."""
+    import datasets
+
+    for number, value in enumerate(LOOKS_ELSE):
+        rows = [
+            row(f"{i}", language=value, task=value, prompt=value, response=value, answer=value, split=value)
+            for i in range(2)
+        ]
+        here = tmp_path / f"{number}"
+        here.mkdir()
+        expected = load(here, *rows)
+        assert {e.answer for e in expected} == {value}
+        (here / "rows.csv").write_text(csv_text(rows), encoding="utf-8", newline="")
+        assert load_examples([str(here / "rows.csv")]) == expected
+        if number % 8 == 0:  # seconds each
+            datasets.Dataset.from_list(rows).to_parquet(str(here / "rows.parquet"))
+            assert load_examples([str(here / "rows.parquet")]) == expected
+
+
+def test_an_empty_cell_is_an_empty_text_or_for_an_optional_field_none(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    cells = [
+        row("1", prompt="", answer="", choices="", messages=""),
+        row("2", answer="NA", choices="", messages=""),
+    ]
+    path.write_text(csv_text(cells))
+    first, second = load_examples([str(path)])
+    assert (first.prompt, first.answer, first.choices, first.messages) == ("", "EUR", None, None)
+    assert second.answer == "NA"
+    renamed = csv_text(cells).replace("answer", "gold", 1)
+    path.write_text(renamed)
+    assert [e.answer for e in load_examples([str(path)], columns={"answer": "gold"})] == ["EUR", "NA"]
+    path.write_text(csv_text([row("1", response="")]))
+    with pytest.raises(
+        RamoeError, match=r"rows.csv, line 2: field 'response' is '', expected a string that is not empty"
+    ):
+        load_examples([str(path)])
+    (tmp_path / "rows.jsonl").write_text('{"prompt": null}\n')
+    with pytest.raises(RamoeError, match=r"rows.jsonl, line 1: field 'prompt' is null"):
+        load_examples([str(tmp_path / "rows.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,language\n1,en\n2\n", "line 3: found 1 cells, expected 2"),
+        ('id,language\n1,"a\nb"\n\n2,en,more\n', "line 5: found 3 cells, expected 2"),
+        ("id,id\n1,en\n", "line 1: two columns are called 'id'"),
+        ('id,language\n1,"en\n2,fi\n', "line 2: malformed CSV"),
+        ('id,language\n1,"en"x\n', "line 2: malformed CSV"),
+        (b"id,language\n1,\xff\n", "byte 15: not UTF-8"),
+    ],
+)
+def test_malformed_csv_is_told_by_file_and_line(tmp_path: Path, text: str | bytes, message: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RamoeError, match=f"rows.csv, {message}"):
+        list(sources.read_source(str(path)))
+
+
+@pytest.mark.parametrize(
+    "name", ["id", "language", "task", "prompt", "response", "answer", "split", "choices", "messages"]
+)
+def test_half_of_a_surrogate_pair_is_told_with_its_line(tmp_path: Path, name: str) -> None:
+    """JSON may write one; no file that a job writes can hold it."""
+    half, good = "x\ud83d", "x\U0001f600"
+    fields: dict[str, Any] = {"choices": ["EUR", half]} if name == "choices" else {name: half}
+    if name == "messages":
+        fields = {"messages": [{"role": "user", "content": half}, {"role": "assistant", "content": "yes"}]}
+    path = tmp_path / "rows.jsonl"
+    for text in (half, good):  # a whole pair is one character, however JSON writes it
+        bad = json.dumps(row(**{"id": "2", "prompt": "?", **fields})).replace(
+            json.dumps(half), json.dumps(text)
+        )
+        path.write_text(json.dumps(row("1")) + "\n" + bad + "\n")
+        if text == good:
+            assert len(load_examples([str(path)])) == 2
+        else:
+            with pytest.raises(
+                RamoeError, match=rf"rows.jsonl, line 2: '{name}'.*character 2 of .* half of a surrogate pair"
+            ):
+                load_examples([str(path)])
+
+
+def test_parquet_whose_text_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {name: pyarrow.array([value]) for name, value in row().items()}
+    broken = pyarrow.array([b"\xff\xfe"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table(columns | {"prompt": broken}), tmp_path / "rows.parquet")
+    with pytest.raises(RamoeError, match=r"rows.parquet: not readable as parquet"):
+        load_examples([str(tmp_path / "rows.parquet")])
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
@@ -177,13 +324,42 @@ def test_ids_without_anchor_are_counted_and_the_first_five_named(tmp_path: Path)
         pair_with_anchor(found, "de")
 
 
-def test_hub_rows_keep_their_split(tmp_path: Path) -> None:
-    """A folder stands in for the hub: `datasets` gives both the same way, as named splits."""
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_hub_rows_keep_their_split_and_their_text(tmp_path: Path, kind: str) -> None:
+    """A folder stands in for the hub: `datasets` finds the files of both the same way, as named splits."""
+    import datasets
+
+    texts = ["007", "2026-01-31", "NA"]
     for split in ("train", "test"):
-        write_jsonl(tmp_path / f"{split}.jsonl", [row(split, split=None)])
+        rows = [row(text, prompt=text, response=text, answer=text, split=None) for text in texts]
+        path = tmp_path / f"{split}.{kind}"
+        if kind == "parquet":
+            datasets.Dataset.from_list(rows).to_parquet(str(path))
+        else:
+            write = {
+                "jsonl": lambda r: write_rows(r),
+                "json": json.dumps,
+                "csv": csv_text,
+                "tsv": lambda r: csv_text(r, "\t"),
+            }[kind]
+            path.write_text(write(rows), encoding="utf-8", newline="")
     rows = dict(sources._read_hub(str(tmp_path)))
-    assert {place.removeprefix(f"{tmp_path}, ") for place in rows} == {"split train, row 1", "split test, row 1"}
-    assert sorted(r["split"] for r in rows.values()) == ["test", "train"]
+    assert {place.removeprefix(f"{tmp_path}, ").split(", ")[0] for place in rows} == {
+        "split train",
+        "split test",
+    }
+    found = [(r["id"], r["prompt"], r["response"], r["answer"], r["split"]) for r in rows.values()]
+    assert sorted(found) == sorted(
+        (text, text, text, text, split) for text in texts for split in ("train", "test")
+    )
+
+
+def test_a_hub_data_set_whose_card_has_a_csv_read_otherwise_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("id,language\n1,en\n")
+    card = "---\nconfigs:\n- config_name: default\n  data_files: train.csv\n  skiprows: 1\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    with pytest.raises(RamoeError, match=r"train.csv: the data set sets skiprows to 1"):
+        list(sources._read_hub(str(tmp_path)))
 
 
 def test_hub_name_out_of_reach_is_told() -> None:

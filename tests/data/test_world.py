@@ -229,4 +229,4 @@ def test_job_tells_a_fault_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ramoe_megatron.jobs.world", "--config", '{"sede": 1}', "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("WorldConfig: unknown key 'sede'; did you mean 'seed'?")
+    assert run.stderr.startswith("ramoe: error: WorldConfig: unknown key 'sede'; did you mean 'seed'?")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_rows import SmallTokenizer
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import save_document
@@ -20,6 +21,7 @@ from ramoe_megatron.method.divergence import Zone
 from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 IDS = [f"sum/{number}" for number in range(9)]
+TOKENIZER = SmallTokenizer()
 SHAPE = ModelShape(num_moe_layers=4, num_experts=4, topk=2, score_function="softmax", hidden_size=16)
 
 
@@ -47,6 +49,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def tokenizer(monkeypatch: pytest.MonkeyPatch) -> SmallTokenizer:
+    """As Megatron's parser leaves it, for `get_tokenizer()`."""
+    from megatron.training import global_vars
+
+    monkeypatch.setattr(global_vars, "_GLOBAL_TOKENIZER", TOKENIZER)
+    return TOKENIZER
+
+
 def arguments(folder: Path, **changes: Any) -> types.SimpleNamespace:
     """As Megatron's parser leaves them, as far as the check reads them."""
     options = {field: getattr(config(), field) for config in (DataOptions, RoutingAlignmentConfig) for field in vars(config())}
@@ -55,7 +66,8 @@ def arguments(folder: Path, **changes: Any) -> types.SimpleNamespace:
     settings = {f"ramoe_{name}": value for name, value in options.items()}
     megatron = {"eval_iters": 0, "full_validation": False, "micro_batch_size": 1, "rampup_batch_size": None, "dataloader_type": "single"}
     megatron |= {"step_batch_size_schedule": None, "calculate_per_token_loss": False, "context_parallel_size": 1}
-    megatron |= {"overlap_param_gather": False, "moe_input_jitter_eps": None}
+    megatron |= {"overlap_param_gather": False, "moe_input_jitter_eps": None, "seq_length": 40}
+    megatron |= {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": None}
     return types.SimpleNamespace(**settings | megatron | changes)
 
 
@@ -84,6 +96,8 @@ def test_data_that_fits_is_let_through(folder: Path) -> None:
          ["--ramoe-reverse", "--calculate-per-token-loss"]),
         ({"ramoe_refresh_interval": 2, "moe_input_jitter_eps": 0.01}, ["--ramoe-refresh-interval", "--moe-input-jitter-eps 0.01"]),
         ({"ramoe_refresh_interval": 2, "ramoe_taxonomy": "several.jsonl"}, ["--ramoe-refresh-interval", "--ramoe-taxonomy", "'en', 'tr'"]),
+        ({"seq_length": 3}, ["18 of 18 examples are longer than --seq-length 3", "--seq-length to at least"]),
+        ({"seq_length": 3, "ramoe_pack": True}, ["18 of 18 examples are longer than --seq-length 3"]),
         ({"ramoe_layers": "3-9"}, ["3-9", "0 to 3"]),
         ({"ramoe_taxonomy": "short.jsonl"}, ["short.jsonl", "8 training examples have no category", "sum/1 (tr)"]),
         ({"ramoe_target": "example", "ramoe_priors": "priors.safetensors"},
@@ -97,3 +111,24 @@ def test_data_that_does_not_fit_is_told(folder: Path, changes: dict[str, Any], w
         check_data(arguments(folder, **changes | paths))
     for word in words:
         assert word in str(error.value), error.value
+
+
+def test_validation_examples_and_the_views_of_pairs_must_fit_too(folder: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    long = "1 + 1 = " * 20
+    for changed, changes in (
+        ([*rows, {**rows[0], "id": "sum/v", "split": "validation", "prompt": long}], {"eval_iters": 1}),
+        (
+            [{**row, "prompt": long} if row["language"] == "en" else row for row in rows],
+            {"ramoe_languages": ["tr"], "ramoe_target": "paired", "micro_batch_size": 2},
+        ),
+    ):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+        with pytest.raises(RamoeError, match="examples are longer than --seq-length 40"):
+            check_data(arguments(folder, ramoe_data=[str(tmp_path / "rows.jsonl")], **changes))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TOKENIZER, "eod", -1)
+    with pytest.raises(RamoeError, match="has no end token"):
+        check_data(arguments(folder))

@@ -107,6 +107,66 @@ sys.exit(3)
     assert outcome.last_lines[-1] == "no newline at the end"
 
 
+ALONE = """
+import sys
+import torch.distributed as dist
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore import launch
+launch.GRACE_SECONDS = 0.0
+def main():
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        raise RamoeError("a.jsonl, line 3: no answer") if sys.argv[1] == "ours" else ValueError("a bug")
+    dist.barrier()
+launch.run_job(main)
+"""
+
+
+def test_an_error_that_one_rank_meets_alone_is_all_that_is_told_and_a_bug_is_told_in_full(
+    tmp_path: Path,
+) -> None:
+    """The other rank's collective fails with it, and torchrun would add a summary and end with 1."""
+    (tmp_path / "alone.py").write_text(ALONE)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    outcomes = {
+        kind: launch(python_command(("alone", kind), 2), rank_environment(2, environment), tmp_path / kind)
+        for kind in ("ours", "bug")
+    }
+    said = [
+        line
+        for line in outcomes["ours"].last_lines
+        if "Warning" not in line and line.strip() and "warnings.warn" not in line
+    ]
+    assert outcomes["ours"].status == 2, said
+    assert [line for line in said if "Gloo connected" not in line] == [
+        "ramoe: error: (rank 1) a.jsonl, line 3: no answer"
+    ]
+    assert outcomes["bug"].status == 1
+    text = "\n".join(outcomes["bug"].last_lines)
+    assert "ValueError: a bug" in text
+    assert "ChildFailedError" in text
+
+
+def test_an_example_that_does_not_fit_ends_a_fine_tune_in_one_line(tmp_path: Path) -> None:
+    from small_run import training_flags, write_world
+
+    write_world(tmp_path)
+    flags = training_flags(tmp_path, "--seq-length", "16")
+    command = [sys.executable, "-m", "ramoe_megatron.cli", "finetune", "--ranks", "2", *flags]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("ramoe: error:")]
+    assert len(lines) == 1
+    assert "examples are longer than --seq-length 16" in lines[0]
+    for word in ("Traceback", "exitcode", "ChildFailedError", "building GPT model", "number of parameters"):
+        assert word not in done.stderr + done.stdout, word
+
+
 @given(
     st.integers(0, 10**6),
     st.integers(1, 10**6),

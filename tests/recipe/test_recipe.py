@@ -69,6 +69,31 @@ def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
         load_recipe(path)
 
 
+def test_text_that_is_no_unicode_is_refused_wherever_it_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(BASE | {"name": "NAME"}).replace("NAME", '"x\\ud800"'))
+    with pytest.raises(RamoeError, match=r"r.yaml: 'name': character 2 of .* half of a surrogate pair"):
+        load_recipe(path)
+    path.write_text(yaml.safe_dump(BASE))
+    # the second: a byte of the command line that is no UTF-8
+    for change in ('evaluate.split="x\\ud800"', "evaluate.split=x\udcff"):
+        with pytest.raises(RamoeError, match="half of a surrogate pair"):
+            load_recipe(path, [change])
+    assert load_recipe(path, ['evaluate.split="x\\U0001f600"']).evaluate.split == "x\U0001f600"
+    path.write_bytes(b"name: \xff\n")
+    with pytest.raises(RamoeError, match=r"r.yaml: not UTF-8 text at byte 6"):
+        load_recipe(path)
+
+
+def test_what_looks_like_a_date_is_text_and_what_is_said_to_be_one_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    for text in ("2026-01-31", "2026-99-99", "12:00:00"):
+        assert load_recipe(path, [f"evaluate.split={text}"]).evaluate.split == text
+    with pytest.raises(RamoeError, match="no valid YAML"):
+        load_recipe(path, ["name=!!timestamp 2026-99-99"])
+
+
 def test_broken_yaml_and_an_absent_file_are_told(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("name: x\nmodel: [1,\n")

@@ -25,7 +25,12 @@ def test_the_stages_by_hand(cluster: SlurmCluster, slurm_world: Path, tmp_path: 
     evaluate, _ = submit("evaluate", finetune, CHECKPOINT=run / "checkpoints/by-hand", METHOD="ra-moe")
     jobs = [taxonomy, profile, finetune, evaluate]
 
-    wait_for(lambda: said.exists() and "torch.distributed.run" in said.read_text(), 600, "the ranks of the taxonomy", cluster.log)
+    wait_for(
+        lambda: said.exists() and "recipe.torchrun" in said.read_text(),
+        600,
+        "the ranks of the taxonomy",
+        cluster.log,
+    )
     cluster.call("scancel", "--signal=USR1", str(taxonomy))
     wait_for(lambda: cluster.job(taxonomy)["Restarts"] == "1", 300, "its way back into the queue", said.read_text)
     states = cluster.wait(*jobs, seconds=1800)

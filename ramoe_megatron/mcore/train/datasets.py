@@ -3,7 +3,8 @@
 import functools
 from typing import Any
 
-from ramoe_megatron.data.dataset import SFTDataset
+from ramoe_megatron.data.dataset import EncodedExamples, SFTDataset
+from ramoe_megatron.data.encode import check_tokenizer
 from ramoe_megatron.data.packing import PackedDataset
 from ramoe_megatron.data.paired import PairedDataset
 from ramoe_megatron.data.parallel import Example, load_examples, select
@@ -21,11 +22,20 @@ def check_data(args: Any) -> None:
     """Read the training data and the files of alignment, and raise what is wrong with them before any model is built.
 
     Raises:
-        RamoeError: no data, no rows of a split that is asked for, labels that do not fit the data (`ExampleLabels`), or batches that
-            packing or a normaliser cannot work with.
+        RamoeError: no data, no rows of a split that is asked for, labels that do not fit the data
+            (`ExampleLabels`), batches that packing or a normaliser cannot work with, a tokenizer that
+            `check_tokenizer` refuses, or examples that are longer than a sequence (`EncodedExamples`).
     """
+    from megatron.training import get_tokenizer
+
     _read.cache_clear()
+    _encoded.clear()
     check_labels(args, check_examples(args))
+    check_tokenizer(get_tokenizer(), "of the flags")
+    options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
+    _encode(args, options, "train", _examples(options, options.split), _views(options, alignment))
+    if args.eval_iters:
+        _encode(args, options, "validation", _validation_examples(args, options), None)
 
 
 def check_examples(args: Any) -> list[Example]:
@@ -81,8 +91,8 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
     options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
     _refuse_batches(args, options, alignment)
     # One batch more than is drawn: Megatron's sampler refuses to resume a run that has drawn all there is.
-    views = _examples(options, options.split, [options.anchor]) if alignment.coeff > 0 and alignment.target == "paired" else None
-    train: Any = _dataset(args, options, _examples(options, options.split), num_samples[0] + args.global_batch_size, views)
+    count, views = num_samples[0] + args.global_batch_size, _views(options, alignment)
+    train: Any = _dataset(args, options, "train", _examples(options, options.split), count, views)
     if isinstance(train, PackedDataset):
         per_pack = len(train.order) / len(train)
         print_rank_0(f"ramoe: packed: {per_pack:.1f} samples a sequence, {100 * train.fill:.0f} % of its tokens are samples")
@@ -105,24 +115,63 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
         print_rank_0(f"ramoe: {len(train.examples)} training examples, {len(drawn)} draws")
     if not args.eval_iters:
         return train, None, None
-    return train, _dataset(args, options, _validation_examples(args, options), num_samples[1]), None
+    validation = _dataset(args, options, "validation", _validation_examples(args, options), num_samples[1])
+    return train, validation, None
 
 
 dataset_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron: build on every rank
 
 
 def _dataset(
-    args: Any, options: DataOptions, examples: list[Example], count: int, views: list[Example] | None = None
+    args: Any,
+    options: DataOptions,
+    name: str,
+    examples: list[Example],
+    count: int,
+    views: list[Example] | None = None,
 ) -> SFTDataset | PackedDataset:
     from megatron.training import get_tokenizer
 
-    weights = options.weight_mapping()
+    weights, encoded = options.weight_mapping(), _encode(args, options, name, examples, views)
     if views is not None:
-        return PairedDataset(examples, views, get_tokenizer(), args.seq_length, count, args.seed, weights)
+        return PairedDataset(
+            examples, views, get_tokenizer(), args.seq_length, count, args.seed, weights, encoded
+        )
     if not options.pack:
-        return SFTDataset(examples, get_tokenizer(), args.seq_length, count, args.seed, weights)
+        return SFTDataset(examples, get_tokenizer(), args.seq_length, count, args.seed, weights, encoded)
     multiple = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1  # each sample is sliced apart
-    return PackedDataset(examples, get_tokenizer(), args.seq_length, count, args.seed, args.global_batch_size, weights, multiple)
+    return PackedDataset(
+        examples,
+        get_tokenizer(),
+        args.seq_length,
+        count,
+        args.seed,
+        args.global_batch_size,
+        weights,
+        multiple,
+        encoded,
+    )
+
+
+def _views(options: DataOptions, alignment: RoutingAlignmentConfig) -> list[Example] | None:
+    """The anchor's examples, for the target paired."""
+    paired = alignment.coeff > 0 and alignment.target == "paired"
+    return _examples(options, options.split, [options.anchor]) if paired else None
+
+
+_encoded: dict[str, EncodedExamples] = {}
+"""What has been tokenised: once for the check, and for the data set of each virtual stage."""
+
+
+def _encode(
+    args: Any, options: DataOptions, name: str, examples: list[Example], views: list[Example] | None
+) -> EncodedExamples:
+    from megatron.training import get_tokenizer
+
+    key = repr((name, options, views is not None, args.seq_length, args.tokenizer_type, args.tokenizer_model))
+    if key not in _encoded:
+        _encoded[key] = EncodedExamples([*examples, *(views or [])], get_tokenizer(), args.seq_length)
+    return _encoded[key]
 
 
 def _validation_examples(args: Any, options: DataOptions) -> list[Example]:
