@@ -45,9 +45,9 @@ def finetuning(folder: Path, ranks: int) -> list[dict[str, Any]]:
     return [
         *({"name": name, "job": "finetune", "lm": row.lm, "argv": argv(folder, name, row)} for name, row in rows.items()),
         *(
-            {"name": f"resumed-{layout}", "job": "finetune", "argv": resumed(folder, f"through-{layout}")}
-            for layout in ("one", "tp")
-            if ROWS[f"through-{layout}"].ranks == ranks
+            {"name": name.replace("through", "resumed"), "job": "finetune", "argv": resumed(folder, name)}
+            for name in rows
+            if name.startswith("through-")
         ),
     ]
 
