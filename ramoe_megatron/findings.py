@@ -1,9 +1,11 @@
 """What is checked before a job runs, and what was found: the lines of `ramoe doctor`."""
 
+import ast
 import linecache
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Literal
 
 State = Literal["ok", "warning", "fatal"]
@@ -49,12 +51,51 @@ def attempt(check: str, look: Callable[[], str], advice: str) -> Finding:
 
 
 def reason(error: BaseException) -> str:
-    """An error in a line: our own texts whole; others by their class, and a bare assert by its source."""
+    """An error in a line. Our own texts are whole. Others have their class, the place in Megatron where there is one, and the expression
+    that failed with the values in it."""
     from ramoe_megatron.errors import RamoeError
 
     text = " ".join(str(error).split())
     if isinstance(error, RamoeError):
         return text
-    if not text and (frames := traceback.extract_tb(error.__traceback__)):
-        text = linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip()
-    return f"{type(error).__name__}: {text}"[:LONGEST]
+    frames = list(_frames(error.__traceback__))
+    in_megatron = [frame for frame in frames if "/megatron/" in frame[0].filename]
+    where = ""
+    if in_megatron:
+        summary, _ = in_megatron[-1]
+        where = f" in megatron/{summary.filename.rpartition('/megatron/')[2]}, line {summary.lineno}"
+    failed = _failed_expression(*(in_megatron or frames)[-1]) if in_megatron or (frames and not text) else ""
+    return f"{type(error).__name__}{where}: " + (f"{text} ({failed})" if text and failed else text or failed)[:LONGEST]
+
+
+def _frames(trace: TracebackType | None) -> Iterator[tuple[traceback.FrameSummary, Mapping[str, object]]]:
+    """The frames of a traceback, outermost first, each with its local names."""
+    for summary, (frame, _) in zip(traceback.extract_tb(trace), traceback.walk_tb(trace), strict=False):
+        yield summary, frame.f_locals
+
+
+def _failed_expression(summary: traceback.FrameSummary, names: Mapping[str, object]) -> str:
+    """The expression that a frame stopped in, and the numbers, flags and texts that it reads; empty for a statement that raises."""
+    first, last = summary.lineno or 0, summary.end_lineno or 0
+    lines = [linecache.getline(summary.filename, line).encode() for line in range(first, last + 1)]
+    if not lines or summary.colno is None:
+        return ""
+    lines[-1] = lines[-1][: summary.end_colno]
+    code = " ".join(b"".join([lines[0][summary.colno :], *lines[1:]]).decode().split())
+    try:
+        (statement,) = ast.parse(code).body
+    except (SyntaxError, ValueError):  # a piece of a longer statement
+        return ""
+    if not isinstance(statement, ast.Assert | ast.Expr):
+        return ""
+    expression = statement.test if isinstance(statement, ast.Assert) else statement.value
+    values = {}
+    for node in ast.walk(expression):
+        found: object = node
+        if isinstance(node, ast.Name):
+            found = names.get(node.id, node)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found = getattr(names.get(node.value.id), node.attr, node)
+        if found is None or isinstance(found, bool | int | float | str):
+            values[ast.unparse(node)] = found
+    return ast.unparse(expression) + (f", where {', '.join(f'{name} is {value!r}' for name, value in values.items())}" if values else "")

@@ -97,8 +97,15 @@ def _check(line: Line, left_out: Sequence[str], read: dict[str, Any]) -> list[Fi
     args = held["args"]
     trying = Trial(line, args, read=read)
     tokenizer = attempt("tokenizer", lambda: _tokenizer(trying), "give --tokenizer-type and --tokenizer-model of the model")
-    config = attempt("flags", keep("config", lambda: trial.transformer_config(args), taken), correct)
     layout = attempt("layout", lambda: _layout(line, args), "change the ranks, the parallel sizes or the batch sizes")
+    if layout.state == "fatal":
+        return [flags, layout, tokenizer]
+
+    def make() -> Any:
+        with trial.micro_batches(args):
+            return trial.made_from_arguments(args, trains=line.job == "finetune")
+
+    config = attempt("flags", keep("config", make, taken), correct)
     if config.state == "fatal":
         return [config, layout, tokenizer]
     trying.config = held["config"]

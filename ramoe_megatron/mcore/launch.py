@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore import compat
+from ramoe_megatron.findings import reason
+from ramoe_megatron.mcore import compat, trial
 from ramoe_megatron.mcore.cpu import cpu_backend, cpu_command_line
 from ramoe_megatron.mcore.missing import name_missing_ranks
 
@@ -23,12 +24,16 @@ GRACE_SECONDS = 3.0
 
 
 @contextlib.contextmanager
-def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = None) -> Iterator[Any]:
+def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = None, trains: bool = False) -> Iterator[Any]:
     """Megatron's validated arguments, with the CPU backend around the body where there is no CUDA device.
 
     Args:
         extra_args_provider: adds our flags to Megatron's parser.
         flags: flags that the job itself sets, after the user's.
+        trains: whether the job trains; what Megatron makes from a training's arguments is then made once for a check.
+
+    Raises:
+        RamoeError: Megatron refuses the arguments.
     """
     with cpu_backend() as on_cpu:
         from megatron.training.arguments import parse_and_validate_args
@@ -37,10 +42,23 @@ def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = 
         with command_line(sys.argv[1:] + (flags or []), on_cpu) as left_out:
             if left_out and is_rank_0():
                 print(f"ramoe: the CPU backend leaves out {', '.join(left_out)}", flush=True)
-            args = parse_and_validate_args(extra_args_provider=extra_args_provider, args_defaults={})
+            with refusals_of_megatron():
+                args = parse_and_validate_args(extra_args_provider=extra_args_provider, args_defaults={})
+                trial.made_from_arguments(args, trains)
         if on_cpu and args.save:
             fork_writer_queue()
         yield args
+
+
+@contextlib.contextmanager
+def refusals_of_megatron() -> Iterator[None]:
+    """Around what depends on the flags alone. Raises RamoeError for whatever Megatron raises: its file, line and condition."""
+    try:
+        yield
+    except RamoeError:
+        raise
+    except Exception as error:
+        raise RamoeError(f"Megatron does not take these flags: {reason(error)}") from error
 
 
 def fork_writer_queue() -> None:
