@@ -51,8 +51,8 @@ def attempt(check: str, look: Callable[[], str], advice: str) -> Finding:
 
 
 def reason(error: BaseException) -> str:
-    """An error in a line. Our own texts are whole. Others have their class, the place in Megatron where there is one, and the expression
-    that failed with the values in it."""
+    """An error in a line. Our own texts are whole. Other errors have their class, the file and line in Megatron, and the
+    expression that failed with its values."""
     from ramoe_megatron.errors import RamoeError
 
     text = " ".join(str(error).split())
@@ -65,7 +65,8 @@ def reason(error: BaseException) -> str:
         summary, _ = in_megatron[-1]
         where = f" in megatron/{summary.filename.rpartition('/megatron/')[2]}, line {summary.lineno}"
     failed = _failed_expression(*(in_megatron or frames)[-1]) if in_megatron or (frames and not text) else ""
-    return f"{type(error).__name__}{where}: " + (f"{text} ({failed})" if text and failed else text or failed)[:LONGEST]
+    told = f"{text} ({failed})" if text and failed else text or failed
+    return f"{type(error).__name__}{where}: {told[:LONGEST]}"
 
 
 def _frames(trace: TracebackType | None) -> Iterator[tuple[traceback.FrameSummary, Mapping[str, object]]]:
@@ -75,7 +76,7 @@ def _frames(trace: TracebackType | None) -> Iterator[tuple[traceback.FrameSummar
 
 
 def _failed_expression(summary: traceback.FrameSummary, names: Mapping[str, object]) -> str:
-    """The expression that a frame stopped in, and the numbers, flags and texts that it reads; empty for a statement that raises."""
+    """The expression that a frame stopped in, and the numbers, booleans and texts that it reads. Empty for a `raise`."""
     first, last = summary.lineno or 0, summary.end_lineno or 0
     lines = [linecache.getline(summary.filename, line).encode() for line in range(first, last + 1)]
     if not lines or summary.colno is None:
@@ -98,4 +99,5 @@ def _failed_expression(summary: traceback.FrameSummary, names: Mapping[str, obje
             found = getattr(names.get(node.value.id), node.attr, node)
         if found is None or isinstance(found, bool | int | float | str):
             values[ast.unparse(node)] = found
-    return ast.unparse(expression) + (f", where {', '.join(f'{name} is {value!r}' for name, value in values.items())}" if values else "")
+    told = ", ".join(f"{name} is {value!r}" for name, value in values.items())
+    return ast.unparse(expression) + (f", where {told}" if told else "")

@@ -15,6 +15,7 @@ from small_run import (
     profile_flags,
     run_table,
     training_flags,
+    without_value,
     write_world,
 )
 
@@ -139,12 +140,15 @@ def jobs_in_layouts(folder: Path) -> list[dict[str, Any]]:
 def refused(folder: Path) -> list[dict[str, Any]]:
     scratch = ("--pretrained-checkpoint", "", "--train-iters", "1")
     absent = str(folder / "nowhere")
+    unevaluated = without_value(training_flags(folder), "--eval-interval")
     return [
         {"name": "other-model", "job": "finetune", "argv": aligned_flags(folder, "--num-experts", "4", *scratch)},
         {"name": "bad-layers", "job": "finetune", "argv": aligned_flags(folder, "--ramoe-layers", "2-9")},
         {"name": "bad-tokens", "job": "finetune", "argv": aligned_flags(folder, "--ramoe-tokens", "all")},
         {"name": "absent", "job": "taxonomy", "argv": [*offline_flags(folder, "x"), "--load", absent]},
         {"name": "other-shape", "job": "taxonomy", "argv": [*offline_flags(folder, "x"), "--hidden-size", "64"]},
+        {"name": "warm-up", "job": "finetune", "argv": training_flags(folder, "--lr-warmup-iters", "5")},
+        {"name": "unevaluated", "job": "finetune", "argv": unevaluated},
         {"name": "absent-base", "job": "finetune", "argv": training_flags(folder, "--pretrained-checkpoint", absent)},
         *(
             {"name": f"calls-{calls}", "job": MISUSE, "argv": aligned_flags(folder, "--model-calls", str(calls), "--train-iters", "1")}

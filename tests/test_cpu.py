@@ -133,7 +133,7 @@ def test_megatrons_parser_reads_the_last_of_two() -> None:
 
 
 @pytest.mark.usefixtures("no_cuda")
-@pytest.mark.parametrize("reentrant", [True, False])  # True: a backward pass inside the backward pass, as in Megatron's own recompute
+@pytest.mark.parametrize("reentrant", [True, False])  # True: as Megatron's own recompute, a backward pass in another
 @pytest.mark.parametrize("way", ["method", "function", "grad"])
 def test_what_a_backward_pass_recomputes_is_answered_with_the_cpu(way: str, reentrant: bool) -> None:
     """Megatron's causal mask, which it makes on the device "cuda", anew in each recomputed layer."""

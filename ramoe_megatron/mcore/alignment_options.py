@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Self, get_args, get_origin, get_type_hints
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.options import options_from_args
+from ramoe_megatron.mcore.options import flag_of, options_from_args
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class RoutingAlignmentConfig:
 
     coeff_unit: Literal["absolute", "lm-loss"] = "absolute"
     """absolute: the coefficient as it stands. lm-loss: in units of parity, so that with 1 the term starts as large as the
-    language-model loss (XLR, arXiv 2610.01921): both are measured on the first global batch that has an aligned sample, and nothing
-    is aligned until then."""
+    language-model loss (XLR, arXiv 2610.01921): both are measured on the first global batch that has an aligned
+    sample, and nothing is aligned until then."""
 
     tokens: Literal["prompt", "response", "all", "last"] = "last"
     """Tokens whose routing is pooled; last is the last prompt token."""

@@ -196,8 +196,8 @@ def _torch_stand_ins() -> list[tuple[Any, str, Any]]:
         *((owner, "manual_seed_all", nothing) for owner in (cuda, cuda.random)),  # torch.manual_seed calls it too
         # autograd's Function and checkpointing would otherwise look for an accelerator that matches is_available().
         (torch.accelerator, "is_available", lambda: False),
-        # Torch turns a mode off while its handler runs, and a backward pass runs in the handler. What is recomputed there may ask for
-        # CUDA tensors: Megatron's causal mask.
+        # Torch turns a mode off while its handler runs, and a backward pass runs in the handler. What is recomputed
+        # there may ask for CUDA tensors: Megatron's causal mask.
         (torch.autograd, "_engine_run_backward", backward_under_the_mode),
         (torch.nn.Module, "cuda", lambda self, *_: self),
         (torch.utils.data.DataLoader, "__init__", unpinned_loader),

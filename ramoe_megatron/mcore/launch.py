@@ -24,13 +24,15 @@ GRACE_SECONDS = 3.0
 
 
 @contextlib.contextmanager
-def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = None, trains: bool = False) -> Iterator[Any]:
+def megatron_arguments(
+    extra_args_provider: Callable, flags: list[str] | None = None, trains: bool = False
+) -> Iterator[Any]:
     """Megatron's validated arguments, with the CPU backend around the body where there is no CUDA device.
 
     Args:
         extra_args_provider: adds our flags to Megatron's parser.
         flags: flags that the job itself sets, after the user's.
-        trains: whether the job trains; what Megatron makes from a training's arguments is then made once for a check.
+        trains: whether the job trains, for `trial.made_from_arguments`.
 
     Raises:
         RamoeError: Megatron refuses the arguments.
@@ -52,7 +54,8 @@ def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = 
 
 @contextlib.contextmanager
 def refusals_of_megatron() -> Iterator[None]:
-    """Around what depends on the flags alone. Raises RamoeError for whatever Megatron raises: its file, line and condition."""
+    """Around what depends on the flags alone: whatever Megatron raises becomes a RamoeError with Megatron's file, line
+    and condition."""
     try:
         yield
     except RamoeError:

@@ -127,10 +127,12 @@ def tokenizer(args: Any) -> Any:
 
 
 def made_from_arguments(args: Any, trains: bool) -> Any:
-    """Make, by Megatron's own code and before any model, what Megatron makes from validated arguments alone: its later refusals come now.
+    """Make, by Megatron's own code, what Megatron makes from validated arguments alone, before any model: what Megatron
+    would refuse later is refused now.
 
-    That is the model's configuration; for a training also all other configurations, the schedules of learning rate and weight decay, and
-    the number of samples. Megatron's count of micro-batches has to be set up. Without a tokenizer, a vocabulary stands for its own.
+    For every job: the model's configuration. For a training also: all other configurations, the schedules of learning
+    rate and weight decay, and the number of samples. Megatron's count of micro-batches has to be set up. Without a
+    tokenizer the vocabulary has the smallest padded size.
 
     Returns:
         the model's `TransformerConfig`.
@@ -151,7 +153,8 @@ def made_from_arguments(args: Any, trains: bool) -> Any:
         get_args, training.get_args = training.get_args, lambda: args
         try:
             if not args.skip_train:
-                training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[{}]))  # it asks an optimizer for nothing else
+                optimizer = SimpleNamespace(param_groups=[{}])  # the schedules read nothing else of it
+                training.get_optimizer_param_scheduler(optimizer)
             training.get_train_valid_test_num_samples()
         finally:
             training.get_args = get_args
