@@ -2,6 +2,7 @@
 
 import ast
 import linecache
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ STATES: tuple[State, ...] = ("ok", "warning", "fatal")  # from good to bad
 ANSWER = "RAMOE-CHECK "  # what begins the line of `jobs.check` that holds its answer
 WRITTEN = "written by stage "  # what begins the text about a file that is still to come
 LONGEST = 400  # characters of a reason that is not ours
+MEGATRON = re.compile(r".*/(?=megatron/(core|training)/)")  # what is before a file of Megatron's packages
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,11 @@ def reason(error: BaseException) -> str:
     if isinstance(error, RamoeError):
         return text
     frames = list(_frames(error.__traceback__))
-    in_megatron = [frame for frame in frames if "/megatron/" in frame[0].filename]
+    in_megatron = [frame for frame in frames if MEGATRON.search(frame[0].filename)]
     where = ""
     if in_megatron:
         summary, _ = in_megatron[-1]
-        where = f" in megatron/{summary.filename.rpartition('/megatron/')[2]}, line {summary.lineno}"
+        where = f" in {MEGATRON.sub('', summary.filename)}, line {summary.lineno}"
     failed = _failed_expression(*(in_megatron or frames)[-1]) if in_megatron or (frames and not text) else ""
     told = f"{text} ({failed})" if text and failed else text or failed
     return f"{type(error).__name__}{where}: {told[:LONGEST]}"
