@@ -131,6 +131,7 @@ def _job(name: str, summary: str) -> None:
 
         place = Place.from_environment(nodes, os.environ)
         words = python_command((f"ramoe_megatron.jobs.{name}", *flags), ranks, place)
+        place.refuse_taken(0)
         if place.node == 0:
             click.echo(f"ramoe: {shlex.join(words)}", err=True)
         with stop_signals():
