@@ -164,7 +164,7 @@ _job("steer", "Search the setting of routing steering that answers best on a val
 def world(out: Path, config: str) -> None:
     """Write the embedded world: parallel, pretraining and general text from CLDR, and a tokenizer. Needs no
     download."""
-    _plain_job("world", "--config", config, "--out", str(out))
+    _plain_job("generate", "world", "--config", config, "--out", str(out))
 
 
 @main.command()
@@ -183,7 +183,7 @@ def sib200(source: Path | None, out: Path, config: str) -> None:
         except json.JSONDecodeError as error:
             raise RamoeError(f"--config: column {error.colno}: malformed JSON ({error.msg})") from error
         config = json.dumps({**given, "source": str(source)})
-    _plain_job("sib200", "--config", config, "--out", str(out))
+    _plain_job("generate", "sib200", "--config", config, "--out", str(out))
 
 
 @main.command()
