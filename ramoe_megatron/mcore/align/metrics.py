@@ -15,11 +15,14 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from megatron.core.transformer.moe import moe_logging
 from torch import Tensor
 
+from ramoe_megatron.mcore.cpu.backend import uncompiled
 from ramoe_megatron.mcore.train.coefficient import Coefficient
 from ramoe_megatron.mcore.train.refresh import TaxonomyRefresh
+
+with uncompiled():
+    from megatron.core.transformer.moe import moe_logging
 
 COLUMNS = ("loss", "unit", "aligned", "samples", "ci_mass", "ci", "other_mass", "other")
 LOSS, SHARE = "routing_alignment_loss", "ramoe/aligned_share"

@@ -5,14 +5,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
 from ramoe_megatron.data.dataset import SEQUENCE_KEYS
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.batch import routing_batch
 from ramoe_megatron.mcore.align.metrics import AlignmentMetrics
+from ramoe_megatron.mcore.cpu.backend import uncompiled
 from ramoe_megatron.mcore.placement import context_parallel_rows
+
+with uncompiled():
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 
 def next_batch(data_iterator: Iterator[Mapping[str, Tensor]]) -> dict[str, Tensor]:
