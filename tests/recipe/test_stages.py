@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from bench import Bench
 from rich.console import Console
-from test_runner import Bench, bench  # noqa: F401  (a fixture)
 
 from ramoe_megatron.recipe.manifest import Manifest, locked
 from ramoe_megatron.recipe.processes import Stopped, stop_signals
@@ -35,7 +35,7 @@ Path(output).write_text(name)
 """
 
 
-def run(bench: Bench, at_once: int, partners: dict[str, list[str]] | None = None) -> Manifest:  # noqa: F811
+def run(bench: Bench, at_once: int, partners: dict[str, list[str]] | None = None) -> Manifest:
     """The plan of `Bench`, where given with stages that wait for partners in the place of the sums."""
     plan = bench.plan()
     if partners is not None:
@@ -56,7 +56,7 @@ def run(bench: Bench, at_once: int, partners: dict[str, list[str]] | None = None
 
 
 @pytest.mark.parametrize("at_once", [2, 3, 8])
-def test_the_results_are_those_of_one_after_another(bench: Bench, at_once: int) -> None:  # noqa: F811
+def test_the_results_are_those_of_one_after_another(bench: Bench, at_once: int) -> None:
     manifest = run(bench, at_once)
     assert {name: (bench.folder / f"{name}.txt").read_text() for name in "abcd"} == {"a": "10", "b": "30", "c": "60", "d": "50"}
     assert {entry.state for entry in manifest.stages.values()} == {"done"}
@@ -64,12 +64,12 @@ def test_the_results_are_those_of_one_after_another(bench: Bench, at_once: int) 
     assert bench.shown.count("stands") == 4
 
 
-def test_stages_that_wait_for_no_other_run_at_once(bench: Bench) -> None:  # noqa: F811
+def test_stages_that_wait_for_no_other_run_at_once(bench: Bench) -> None:
     run(bench, 2, {"b": ["d"], "d": ["b"]})
     assert (bench.folder / "c.txt").read_text() == "c"
 
 
-def test_a_stage_waits_for_what_it_reads(bench: Bench) -> None:  # noqa: F811
+def test_a_stage_waits_for_what_it_reads(bench: Bench) -> None:
     (bench.code / "linger-a").touch()
     run(bench, 4, {})
     order = [line.split()[1] for line in bench.shown.splitlines() if "] " in line and ("done" in line or "runs" in line)]
@@ -77,7 +77,7 @@ def test_a_stage_waits_for_what_it_reads(bench: Bench) -> None:  # noqa: F811
     assert bench.shown.index("a done") < bench.shown.index("b runs") < bench.shown.index("b done") < bench.shown.index("c runs")
 
 
-def test_what_runs_beside_a_failed_stage_ends_and_nothing_else_begins(bench: Bench) -> None:  # noqa: F811
+def test_what_runs_beside_a_failed_stage_ends_and_nothing_else_begins(bench: Bench) -> None:
     (bench.code / "fail-b").touch()
     (bench.code / "linger-d").touch()
     with pytest.raises(StageFailed, match="stage b failed"):
@@ -86,7 +86,7 @@ def test_what_runs_beside_a_failed_stage_ends_and_nothing_else_begins(bench: Ben
     assert states == {"a": "done", "b": "failed", "d": "done"}
 
 
-def test_a_signal_ends_all_that_run(bench: Bench) -> None:  # noqa: F811
+def test_a_signal_ends_all_that_run(bench: Bench) -> None:
     def stop() -> None:
         until = time.monotonic() + 60
         while not all((bench.code / f"began-{name}").exists() for name in "bd") and time.monotonic() < until:

@@ -10,7 +10,6 @@ nothing, and memory figures are zero.
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -133,11 +132,11 @@ def cpu_backend() -> Iterator[bool]:
         _set_variable(stack, "TORCHDYNAMO_DISABLE", "1")
         # Megatron asks for it with TP or CP; without CUDA it says nothing.
         _set_variable(stack, "CUDA_DEVICE_MAX_CONNECTIONS", os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"))
+        # For what was decorated before. Optimizers import torch._dynamo too, which has to see torch without the stand-ins.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(uncompiled())
         for owner, name, stand_in in [*_torch_stand_ins(), *_megatron_stand_ins()]:
             _replace(stack, owner, name, stand_in)
-        if "torch._dynamo" in sys.modules:  # something was decorated before
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_CudaMeansCpu())
         yield True
 
