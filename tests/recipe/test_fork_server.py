@@ -29,8 +29,11 @@ def told():
         "threads": torch.get_num_threads(), "variable": os.environ.get("OF_THIS_STAGE"), "ranks": os.environ["WORLD_SIZE"],
         "spawned as": sys.modules["__main__"].__spec__.name,
         "term": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "int": signal.getsignal(signal.SIGINT) == signal.default_int_handler,
-        "child": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, "compiler": "torch._inductor" in sys.modules,
-    }, {"draws": [random.random(), float(numpy.random.rand()), float(torch.rand(1))], "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+        "compiler": "torch._inductor" in sys.modules, "child": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
+    }, {
+        "draws": [random.random(), float(numpy.random.rand()), float(torch.rand(1))],
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
 def spawned(queue):
     queue.put(os.environ["RANK"])
 if __name__ == "__main__":

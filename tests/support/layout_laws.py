@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from layout_errors import measured
+from layout_errors import note
 from layout_rows import ROWS
 from small_run import gradients, outcome
 
@@ -16,7 +16,7 @@ def assert_same(world: Path, name: str, reference: str, scale: float = 1.0, boun
     assert sorted(found) == sorted(expected)
     for layer, gradient in expected.items():
         difference = (found[layer] / scale - gradient).norm()
-        measured.note(name, float(difference / gradient.norm()) if difference else 0.0)
+        note(name, float(difference / gradient.norm()) if difference else 0.0)
         assert difference <= bound * gradient.norm(), f"layer {layer}: {difference} of {gradient.norm()}"  # where it is 0, exactly 0
     assert_same_figures(world, name, reference, bound)
 

@@ -19,6 +19,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -56,6 +57,8 @@ def main() -> None:
         known_flags()  # reads them, before there are forks
         for row in table:
             run_in_fork(row, out)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(f"cpu seconds: {sum(one.ru_utime + one.ru_stime for one in used):.1f}", flush=True)
 
 
 def run_in_fork(row: dict[str, Any], out: Path) -> None:
