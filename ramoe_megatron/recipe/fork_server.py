@@ -28,7 +28,11 @@ from ramoe_megatron.recipe.processes import MARK, ignore_warning
 END_SECONDS = 30.0  # between TERM and KILL for the ranks beside one that failed, as torchrun's
 IMPORTED = (  # what most stages need; not the jobs themselves, which run as __main__
     "ramoe_megatron.mcore.router",
+    "ramoe_megatron.mcore.align.labels",
     "ramoe_megatron.mcore.offline.model",
+    "ramoe_megatron.mcore.offline.routing",
+    "ramoe_megatron.mcore.select.freeze",
+    "ramoe_megatron.mcore.train.datasets",
     "ramoe_megatron.mcore.train.step",
     "megatron.core.datasets.helpers_cpp",
     "megatron.core.models.mimo",

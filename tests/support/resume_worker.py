@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from worker import IMPORTED, meet_apart
+from worker import meet_apart
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe.fork_server import IMPORTED
 
 SHARD = 3
 RANK = int(os.environ.get("RANK", "0"))

@@ -28,21 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe.fork_server import IMPORTED
 
 if __name__ != "__mp_main__":  # Megatron's checkpoint writer starts a process that imports this file again, and needs nothing of it
     import torch
     from safetensors.torch import save_file
-
-IMPORTED = (  # by most rows
-    "megatron.core.datasets.helpers_cpp",
-    "megatron.core.models.mimo",
-    "megatron.core.tokenizers.text.models",
-    "megatron.training.checkpointing",
-    "ramoe_megatron.jobs.finetune",
-    "ramoe_megatron.mcore.offline.model",
-    "ramoe_megatron.mcore.train.step",
-)
-
 
 def main() -> None:
     table, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
@@ -51,7 +41,7 @@ def main() -> None:
     from ramoe_megatron.mcore.cpu.backend import cpu_backend
 
     with cpu_backend():
-        for module in IMPORTED:
+        for module in (*IMPORTED, "ramoe_megatron.jobs.finetune"):
             importlib.import_module(module)
         remember_docstrings()
         known_flags()  # reads them, before there are forks
