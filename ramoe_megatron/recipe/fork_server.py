@@ -88,6 +88,7 @@ class ForkServer:
         if self._link:
             self._link.close()
         if self._process:
+            self._process.kill()  # it may still import
             self._process.wait()
 
     def start(self, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> Forked | None:
@@ -130,10 +131,10 @@ class ForkServer:
                 start_new_session=True,
                 preexec_fn=ignore_warning,
             )
-        if link.recv(1):
-            self._link = link
-        else:
+        self._link = link
+        if not link.recv(1):
             link.close()
+            self._link = None
 
 
 def main(link: socket.socket) -> Sequence[str] | None:

@@ -1,16 +1,19 @@
 """Stages side by side: what may run at once, what waits, and what a failure or Ctrl-C leaves. Stages are real processes."""
 
+import dataclasses
 import io
 import os
 import signal
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from bench import Bench
 from rich.console import Console
 
+from ramoe_megatron.recipe.fork_server import ForkServer
 from ramoe_megatron.recipe.manifest import Manifest, locked
 from ramoe_megatron.recipe.processes import Stopped, stop_signals
 from ramoe_megatron.recipe.stages import StageFailed, run_stages
@@ -101,6 +104,27 @@ def test_a_signal_ends_all_that_run(bench: Bench) -> None:
     assert states == {"a": "done", "b": "started", "d": "started"}
     left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if _reads(path, str(bench.folder))]
     assert not left
+
+
+@pytest.mark.parametrize("devices", [None, 1])
+def test_a_stage_with_ranks_is_forked_only_where_there_is_no_cuda_device(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, devices: int | None
+) -> None:
+    """Else torchrun starts it, as it does where the server gives None."""
+    asked = []
+
+    def start(server: ForkServer, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> None:
+        asked.append((list(command), ranks))
+
+    monkeypatch.setattr(ForkServer, "start", start)  # None: torchrun takes over, as after a server that has ended
+    monkeypatch.setattr("ramoe_megatron.recipe.stages.cuda_devices", lambda environment: devices)
+    stage = dataclasses.replace(bench.plan()[0], ranks=1)
+    with locked(bench.folder):
+        manifest = Manifest(bench.folder, "bench")
+        manifest.write()
+        run_stages([stage], 0, 1, manifest, Console(file=io.StringIO(), width=200))
+    assert (bench.folder / "a.txt").read_text() == "10"
+    assert asked == ([] if devices else [(list(stage.command), 1)])
 
 
 def _reads(path: Path, word: str) -> bool:
