@@ -163,7 +163,9 @@ def _lead(request: int, output: int, status: int) -> Sequence[str]:
     import torch
 
     os.setsid()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell has it ignored, as torchrun does
     with os.fdopen(request) as file:
         asked = json.load(file)
     for place in (1, 2):

@@ -131,7 +131,7 @@ def end_processes(process: Started, mark: str, grace: float) -> None:
         while time.monotonic() < deadline and (process.poll() is None or _family(mark, process.pid)):
             time.sleep(0.1)
     finally:  # also on a second Ctrl-C
-        for _ in range(50):  # again, for a process that was forking while the first round was read
+        for _ in range(200):  # again, for a process that was forking while the first round was read; a busy machine is slow to end one
             if process.poll() is None:
                 _signal_group(process.pid, signal.SIGKILL)
             left = _family(mark, process.pid)

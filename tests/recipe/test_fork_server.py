@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def alive(process: int) -> bool:
         return False
 
 
-def ranks(folder: Path) -> list[int]:
+def pids(folder: Path) -> list[int]:
     return [int((folder / f"pid{rank}").read_text()) for rank in (0, 1)]
 
 
@@ -155,13 +156,13 @@ def test_a_rank_that_fails_ends_the_others_and_gives_its_status(
     assert outcome.status == status
     text, found = relevant_lines(outcome.last_lines)
     assert (told in text, found) == (True, mendable) if told else not found
-    assert not any(map(alive, ranks(tmp_path)))
+    assert not any(map(alive, pids(tmp_path)))
 
 
 def test_what_outlives_its_ranks_is_ended(server: ForkServer, environment: dict[str, str], tmp_path: Path) -> None:
     """Its environment is that of the server, which has no mark; and it ignores TERM."""
     assert run(server, environment, tmp_path, "leave").status == 0
-    assert not any(map(alive, ranks(tmp_path)))
+    assert not any(map(alive, pids(tmp_path)))
 
 
 def test_an_interruption_ends_the_ranks_and_not_the_server(server: ForkServer, environment: dict[str, str], tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_an_interruption_ends_the_ranks_and_not_the_server(server: ForkServer, e
 
     with pytest.raises(KeyboardInterrupt):
         run(server, environment, tmp_path, "wait", while_running=interrupt)
-    assert not any(map(alive, ranks(tmp_path)))
+    assert not any(map(alive, pids(tmp_path)))
     assert run(server, environment, tmp_path / "after", "tell").status == 0
 
 
@@ -209,20 +210,24 @@ time.sleep(100)
         time.sleep(0.05)
 
 
-def test_a_forked_training_ends_with_the_bytes_of_one_by_torchrun(server: ForkServer, environment: dict[str, str], tmp_path: Path) -> None:
-    """Two data-parallel ranks, dropout, and as many threads as cores: the checkpoints' files, and each line of the log but its times."""
+@pytest.mark.parametrize(("ranks", "threads"), [(2, 1), (1, 2)])
+def test_a_forked_training_ends_with_the_bytes_of_one_by_torchrun(
+    server: ForkServer, environment: dict[str, str], tmp_path: Path, ranks: int, threads: int
+) -> None:
+    """With dropout; on two data-parallel ranks, and with more threads than the server has: checkpoints, and what the log says."""
     write_world(tmp_path)
     logs = []
     for made in (server, None):
         saved = tmp_path / ("forked" if made else "fresh")
         more = ["--hidden-dropout", "0.1", "--save", str(saved), "--save-interval", "2", "--train-iters", "2"]
         command = ("ramoe_megatron.jobs.finetune", *training_flags(tmp_path, *more))
-        fork = partial(made.start, command, 2) if made else None
-        given = rank_environment(1, environment | {"OMP_NUM_THREADS": "2"})
-        outcome = launch(python_command(command, 2), given, tmp_path / f"{saved.name}.log", fork=fork)
+        fork = partial(made.start, command, ranks) if made else None
+        given = rank_environment(ranks, environment | {"OMP_NUM_THREADS": str(threads)})
+        outcome = launch(python_command(command, ranks), given, tmp_path / f"{saved.name}.log", fork=fork)
         assert outcome.status == 0, outcome.last_lines[-20:]
-        logs.append([line.partition("| learning rate")[2] for line in outcome.last_lines if " iteration " in line])
-    assert logs[0] == logs[1] != []
+        logs.append(re.findall(r" iteration +\d.*?(learning rate:.*?grad norm: \S+)", "\n".join(outcome.last_lines)))
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 2
     files = [sorted(path.relative_to(folder) for path in folder.rglob("*.distcp")) for folder in (tmp_path / "forked", tmp_path / "fresh")]
     assert files[0] == files[1] != []
     for name in files[0]:
