@@ -22,9 +22,10 @@ settings.load_profile("ramoe")
 
 # What starts ranks or jobs, by session fixture or file, what takes longest first. Tests of one name run in one process.
 STARTS = (
-    "slurm_world", "cluster", "layouts", "test_method_layouts", "test_selective", "test_faults", "test_fork_server", "test_resume_jobs",
-    "test_hybrid", "test_anchor_stages", "test_steering_job", "test_benchmarks", "test_cpu_attention", "test_doctor", "test_model_flags",
-    "test_launch", "test_stages", "test_runner", "test_mcore_launch", "test_example_script", "test_slurm_scripts",
+    "slurm_world", "cluster", "layouts", "test_method_layouts", "test_selective", "test_faults", "test_fork_server",
+    "test_resume_jobs", "test_hybrid", "test_anchor_stages", "test_steering_job", "test_benchmarks", "test_cpu_attention",
+    "test_doctor", "test_doctor_recipes", "test_model_flags", "test_launch", "test_stages", "test_runner", "test_mcore_launch",
+    "test_example_script", "test_slurm_scripts",
 )  # fmt: skip
 SHARED = {"cluster": "slurm_world"}
 

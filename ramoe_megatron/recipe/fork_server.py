@@ -145,6 +145,7 @@ def main(link: socket.socket) -> Sequence[str] | None:
         return None
     for module in IMPORTED:
         importlib.import_module(module)
+    sys.stdout.flush()  # else each fork would print what an import has
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the leaders
     link.send(b".")
     while True:
