@@ -1,6 +1,6 @@
 """Runs a table of offline jobs on one set of ranks, some of which are killed with SIGKILL on their way.
 
-    python -m torch.distributed.run --nproc-per-node N tests/support/resume_worker.py TABLE.json OUT
+    tests/support/resume_worker.py TABLE.json OUT, on each rank
 
 Each row: {"name", "job", "argv"}, run in a fork of its rank as in `worker.py`, with shards of `SHARD` examples. More keys:
 "kill": [ranks, saves, seconds]: these ranks kill themselves that long after they begin to save so many shards (0: a pass);

@@ -1,6 +1,6 @@
 """Runs a table of jobs one after another on one set of ranks, and records what each produced.
 
-    python -m torch.distributed.run --nproc-per-node N tests/support/worker.py TABLE.json OUT
+    tests/support/worker.py TABLE.json OUT, on each rank
 
 Each row: {"name", "job", "argv"}: a job of `ramoe_megatron.jobs`, or a script, run as from the command line; with "lm": 0 the language-
 model loss is multiplied by 0; with "everything": true, the weights before the first step, the gradients of all weights, the routers'
