@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ramoe_megatron.mcore.cpu import backend as cpu
 from ramoe_megatron.mcore.cpu.backend import CPU_FLAGS, CUDA_ONLY_FLAGS, cpu_backend, cpu_command_line
-from ramoe_megatron.mcore.cpu.backend import backend as cpu
 
 VARIABLES = ("TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS")
 
 
 def replaced() -> list[tuple[Any, str]]:
-    return [(owner, name) for owner, name, _ in [*cpu._torch_stand_ins(), *cpu._megatron_stand_ins()]]
+    return [(owner, name) for owner, name, _ in [*cpu._torch_stand_ins(), *cpu._megatron_stand_ins()]] + [(torch, "compile")]
 
 
 def values() -> list[Any]:
