@@ -23,7 +23,7 @@ from ramoe_megatron.jobs.offline import (
 )
 from ramoe_megatron.jobs.shards import Shards, depends_on
 from ramoe_megatron.jobs.steering import SteeringOptions, told
-from ramoe_megatron.mcore.launch import is_rank_0, run_job
+from ramoe_megatron.mcore.launch import is_rank_0, refuse_conversations, run_job
 from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.method.artefacts import ExpertFile, atomic_write_text, digests, package_version, save_document
 from ramoe_megatron.method.losses import mass
@@ -61,6 +61,7 @@ def main() -> None:
         own, steer = options_from_args(EvaluateOptions, args), options_from_args(SteeringOptions, args)
         check_steering(own, steer, args)
         examples = examples_with_anchor(data)
+        refuse_conversations(examples)
         experts = ExpertFile.load(own.experts) if own.experts else None
         steering = steer.setting(experts, args) if experts else None
         model = OfflineModel(args, options.batch_tokens)

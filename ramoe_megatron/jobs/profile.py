@@ -30,7 +30,7 @@ from ramoe_megatron.jobs.offline import (
 from ramoe_megatron.jobs.profile_passes import Passes
 from ramoe_megatron.jobs.shards import Shards, depends_on
 from ramoe_megatron.mcore.arguments import DataOptions
-from ramoe_megatron.mcore.launch import is_rank_0, run_job
+from ramoe_megatron.mcore.launch import is_rank_0, refuse_conversations, run_job
 from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.method.anchors import check_anchor
 from ramoe_megatron.method.artefacts import TOKENS, ExpertFile, Priors, read_taxonomy, write_divergence
@@ -118,6 +118,7 @@ def _profile(args: Any, data: DataOptions, options: OfflineOptions, own: Profile
     check_anchor(str(own.taxonomy), data.anchor)
     correct = {row.id for row in read_taxonomy(str(own.taxonomy)) if row.english_correct}
     english = [example for example in examples if example.language == data.anchor]
+    refuse_conversations([*examples, *general])
     model = OfflineModel(args, options.batch_tokens)
     output, shape = Path(str(options.output)), model.shape
     given = None if own.layers == "auto" else parse_layers(own.layers, shape.num_moe_layers)
@@ -175,6 +176,7 @@ def _priors_alone(args: Any, data: DataOptions, options: OfflineOptions, own: Pr
     from ramoe_megatron.mcore.offline import OfflineModel
 
     english = examples_with_anchor(own.rows_of(data))
+    refuse_conversations(english)
     model = OfflineModel(args, options.batch_tokens)
     output, passes = Path(str(options.output)), Passes(model, [], english, [], set(), own, data.anchor)
     # the job's name is the whole profile's: both write priors.safetensors

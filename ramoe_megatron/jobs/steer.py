@@ -24,7 +24,7 @@ from ramoe_megatron.jobs.offline import (
     write_on_rank_0,
 )
 from ramoe_megatron.jobs.shards import Shards, depends_on
-from ramoe_megatron.mcore.launch import is_rank_0, run_job
+from ramoe_megatron.mcore.launch import is_rank_0, refuse_conversations, run_job
 from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.mcore.refusals import refuse_hard_steering
 from ramoe_megatron.method.artefacts import ExpertFile, digests, package_version, save_document
@@ -87,6 +87,7 @@ def main() -> None:
         own = options_from_args(SteerOptions, args)
         own.check(args)
         examples = examples_with_anchor(data)
+        refuse_conversations(examples)
         experts, tried, skipped = own.to_try(examples, data.anchor)
         model = OfflineModel(args, options.batch_tokens)
         model.check(experts)

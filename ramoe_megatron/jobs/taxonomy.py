@@ -10,7 +10,7 @@ from ramoe_megatron.data.parallel import pair_with_anchor
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.offline import Progress, checkpoint_name, data_digests, examples_with_anchor, offline_job, write_on_rank_0
 from ramoe_megatron.jobs.shards import Shards, depends_on
-from ramoe_megatron.mcore.launch import run_job
+from ramoe_megatron.mcore.launch import refuse_conversations, run_job
 from ramoe_megatron.method.artefacts import package_version, save_document, write_taxonomy
 from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
 
@@ -25,6 +25,7 @@ def main() -> None:
         pairs = pair_with_anchor(examples, data.anchor)
         if not pairs:
             raise RamoeError(f"{', '.join(data.data)}: only {data.anchor!r} rows in split {data.split!r}; nothing to compare")
+        refuse_conversations(examples)
         model = OfflineModel(args, options.batch_tokens)
         output, parts = Path(str(options.output)), by_id(examples)
         with Shards(output, "taxonomy", len(parts), lambda: depends_on(args, data.data, examples)) as shards:

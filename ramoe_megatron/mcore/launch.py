@@ -8,11 +8,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
+from ramoe_megatron.data.encode import check_conversations
+from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.cpu import cpu_backend, cpu_command_line
@@ -41,6 +43,14 @@ def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = 
         if on_cpu and args.save:
             fork_writer_queue()
         yield args
+
+
+def refuse_conversations(examples: Sequence[Example]) -> None:
+    """Try the chat template of the job's tokenizer on the examples that have `messages`. Raises as `check_conversations`."""
+    if any(example.messages is not None for example in examples):
+        from megatron.training import get_tokenizer  # Megatron builds the tokenizer with the arguments, before any model
+
+        check_conversations(examples, get_tokenizer())
 
 
 def fork_writer_queue() -> None:

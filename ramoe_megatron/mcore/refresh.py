@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ramoe_megatron.data.encode import Tokenizer, encode_choices, encode_prompt, longest_input
+from ramoe_megatron.data.encode import Tokenizer, answer_length, encode_choices, encode_prompt, longest_input
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.data.sampler import named_rng
 from ramoe_megatron.errors import RamoeError
@@ -188,14 +188,14 @@ class TaxonomyRefresh:
 
 def new_tokens(example: Example, tokenizer: Tokenizer, limit: int) -> int:
     """Tokens to generate: those of the right answer, its end and one more, as far as the `limit` of a sequence goes."""
-    return min(len(tokenizer.tokenize(example.answer)) + 2, limit - len(encode_prompt(example, tokenizer)))
+    return min(answer_length(example, tokenizer) + 1, limit - len(encode_prompt(example, tokenizer)))
 
 
 def _scored_length(example: Example, tokenizer: Tokenizer) -> int:
     """Input tokens with which an example can be found right."""
     if example.choices:
         return longest_input(encode_choices(example, tokenizer))
-    return len(encode_prompt(example, tokenizer)) + len(tokenizer.tokenize(example.answer))
+    return len(encode_prompt(example, tokenizer)) + answer_length(example, tokenizer) - 1
 
 
 def _keep(rows: Sequence[TaxonomyRow], path: Path, kept: Path) -> None:

@@ -11,6 +11,7 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.alignment_options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.labels import AlignedDataset, ExampleLabels, refuse_weightless_views
+from ramoe_megatron.mcore.launch import refuse_conversations
 from ramoe_megatron.mcore.metrics import AlignmentMetrics
 from ramoe_megatron.mcore.options import options_from_args
 from ramoe_megatron.mcore.refresh import TaxonomyRefresh, refuse_other_anchors, refuse_refresh
@@ -21,11 +22,12 @@ def check_data(args: Any) -> None:
     """Read the training data and the files of alignment, and raise what is wrong with them before any model is built.
 
     Raises:
-        RamoeError: no data, no rows of a split that is asked for, labels that do not fit the data (`ExampleLabels`), or batches that
-            packing or a normaliser cannot work with.
+        RamoeError: no data, no rows of a split that is asked for, labels that do not fit the data (`ExampleLabels`), batches that
+            packing or a normaliser cannot work with, or conversations that the chat template cannot write (`check_conversations`).
     """
     _read.cache_clear()
     check_labels(args, check_examples(args))
+    refuse_conversations(examples_read(args))
 
 
 def check_examples(args: Any) -> list[Example]:
@@ -42,6 +44,14 @@ def training_languages(args: Any) -> list[str]:
     """Languages of the training examples, in alphabetical order."""
     options = options_from_args(DataOptions, args)
     return sorted({example.language for example in _examples(options, options.split)})
+
+
+def examples_read(args: Any) -> list[Example]:
+    """All examples that a run tokenises: training, validation, and views in the anchor language where it runs them."""
+    options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
+    views = alignment.coeff > 0 and (alignment.target == "paired" or alignment.refresh_interval is not None)
+    languages = [*options.languages, options.anchor] if views and options.languages else None
+    return [*_examples(options, options.split, languages), *(_validation_examples(args, options) if args.eval_iters else [])]
 
 
 def check_labels(args: Any, examples: list[Example]) -> None:
