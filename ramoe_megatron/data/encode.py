@@ -1,5 +1,6 @@
 """From an example to token ids: prompt, response and end of document, with the place where the response starts."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ class Tokenizer(Protocol):
     def eod(self) -> int: ...
     def tokenize(self, text: str) -> list[int]: ...
     def detokenize(self, ids: list[int]) -> str: ...
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +54,18 @@ class _Turn:
 
     start: str
     """All before the turn: the earlier messages, and the header of the assistant's turn."""
+    prompt: list[int]
+    """Ids of `start`."""
     lead: str
     tail: str
     ending: list[int]
     """Ids of the tail, from the token that ends the turn. Empty where the template has no such token."""
     close: str
     """Text of the tail before `ending`, without outer white space."""
+
+    def decoding(self, tokenizer: Tokenizer) -> Decoding:
+        lead = tokenizer.detokenize(_tokenize(self.lead, tokenizer)).strip()
+        return Decoding(self.prompt, frozenset([tokenizer.eod, *self.ending[:1]]), lead, self.close)
 
 
 CONTENT = "ramoecontent"
@@ -113,9 +121,7 @@ def decoding(example: Example, tokenizer: Tokenizer) -> Decoding:
     """How greedy decoding answers the example. Raises as `encode`."""
     if example.messages is None:
         return Decoding(encode_prompt(example, tokenizer), frozenset([tokenizer.eod]))
-    turn = _turn(example, tokenizer)
-    lead = tokenizer.detokenize(_tokenize(turn.lead, tokenizer)).strip()
-    return Decoding(_tokenize(turn.start, tokenizer), frozenset([tokenizer.eod, *turn.ending[:1]]), lead, turn.close)
+    return _turn(example, tokenizer).decoding(tokenizer)
 
 
 def answer_length(example: Example, tokenizer: Tokenizer) -> int:
@@ -138,12 +144,13 @@ def check_conversations(examples: Iterable[Example], tokenizer: Tokenizer) -> No
     for example in examples:
         if example.messages is None:
             continue
-        encoded = encode(example, tokenizer)
+        turn = _turn(example, tokenizer)
+        encoded = _encode_turn(example, tokenizer, turn)
         if example.choices is not None:
             _refuse_equal_choices(example, encode_choices(example, tokenizer))
         elif example.answer == example.response:
             written = encoded.ids[encoded.prompt_length : -1]  # up to the stop
-            text = decoding(example, tokenizer).answer(written, tokenizer)
+            text = turn.decoding(tokenizer).answer(written, tokenizer)
             if not is_correct(text, example.answer):
                 raise RamoeError(
                     f"{_name(example)}: a model that writes the last message as the chat template does gives the answer "
@@ -170,10 +177,17 @@ def _tokenize(text: str, tokenizer: Tokenizer, start: bool = False) -> list[int]
     Hugging Face tokenizers wrap every text in such tokens. Before a response, after a prompt or around a rendered chat
     template, which writes its own, they would be wrong.
     """
+    before, after = _wrapping(tokenizer)
+    ids = list(tokenizer.tokenize(text))
+    return ids[0 if start else before : len(ids) - after]
+
+
+@functools.lru_cache(maxsize=8)
+def _wrapping(tokenizer: Tokenizer) -> tuple[int, int]:
+    """How many tokens the tokenizer puts before every text, and how many after."""
     wrap, letter = list(tokenizer.tokenize("")), list(tokenizer.tokenize("a"))
     before = next((i for i, (one, other) in enumerate(zip(wrap, letter, strict=False)) if one != other), len(wrap))
-    ids = list(tokenizer.tokenize(text))
-    return ids[0 if start else before : len(ids) - (len(wrap) - before)]
+    return before, len(wrap) - before
 
 
 def _turn(example: Example, tokenizer: Tokenizer) -> _Turn:
@@ -187,19 +201,28 @@ def _turn(example: Example, tokenizer: Tokenizer) -> _Turn:
             f"{_name(example)}: the chat template writes the content of the last message "
             f"{'more than once' if content else 'nowhere'}. {INSTEAD}"
         )
-    ids = _added(CONTENT + tail, CONTENT, tokenizer)
+    return _Turn(start, _tokenize(start, tokenizer), lead, tail, *_ending(tail, tokenizer))
+
+
+@functools.lru_cache(maxsize=8)
+def _ending(tail: str, tokenizer: Tokenizer) -> tuple[list[int], str]:
+    """`ending` and `close` of a turn with this tail."""
+
+    def ids_of(text: str) -> list[int]:
+        return _added(CONTENT + text, CONTENT, _tokenize(CONTENT, tokenizer), tokenizer)
+
+    ids = ids_of(tail)
     texts = [tokenizer.detokenize([token]).strip() for token in ids]
     first = next((n for n, text in enumerate(texts) if text), None)
     ends = [n for n, token in enumerate(ids) if token == tokenizer.eod]
     if first is not None and [texts[first]] == tail.split()[:1]:  # one token writes the first word of the tail
         ends.append(first)
-    written = ids[: min(ends)] if ends else _added(CONTENT + tail.rstrip(), CONTENT, tokenizer)
-    return _Turn(start, lead, tail, ids[min(ends) :] if ends else [], tokenizer.detokenize(written).strip())
+    written = ids[: min(ends)] if ends else ids_of(tail.rstrip())
+    return ids[min(ends) :] if ends else [], tokenizer.detokenize(written).strip()
 
 
 def _encode_turn(example: Example, tokenizer: Tokenizer, turn: _Turn) -> Encoded:
     """The whole conversation, of whose last turn `_turn` found what the template writes around the content."""
-    prompt = _tokenize(turn.start, tokenizer)
     added = _after(example, turn.start, _render(example, tokenizer, example.messages))
     if not added.endswith(turn.tail):
         raise RamoeError(
@@ -207,22 +230,22 @@ def _encode_turn(example: Example, tokenizer: Tokenizer, turn: _Turn) -> Encoded
             f"{turn.tail!r}, so the end of the answer is unknown. {INSTEAD}"
         )
     if turn.ending:
-        response, ending = _added(turn.start + added, turn.start, tokenizer), turn.ending
+        response, ending = _added(turn.start + added, turn.start, turn.prompt, tokenizer), turn.ending
     else:
         text = turn.start + added.removesuffix(turn.tail) + turn.tail.rstrip()
-        response, ending = [*_added(text, turn.start, tokenizer), tokenizer.eod], [tokenizer.eod]
+        response, ending = [*_added(text, turn.start, turn.prompt, tokenizer), tokenizer.eod], [tokenizer.eod]
     stop = next((n for n, token in enumerate(response) if token in (ending[0], tokenizer.eod)), None)
     if stop is None or response[stop:] != ending:
         raise RamoeError(
             f"{_name(example)}: the turn ends with {tokenizer.detokenize(ending[:1])!r}, and the template or the last "
             f"message writes an end token before that: {added!r}. Generation would stop there. {INSTEAD}"
         )
-    return Encoded([*prompt, *response[: stop + 1]], len(prompt))
+    return Encoded([*turn.prompt, *response[: stop + 1]], len(turn.prompt))
 
 
-def _added(text: str, start: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids that a text adds to those of its start. A token that straddles the border is split there."""
-    ids, before = _tokenize(text, tokenizer), _tokenize(start, tokenizer)
+def _added(text: str, start: str, before: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Ids that a text adds to those of its start, `before`. A token that straddles the border is split there."""
+    ids = _tokenize(text, tokenizer)
     return ids[len(before) :] if ids[: len(before)] == before else _tokenize(text[len(start) :], tokenizer)
 
 
