@@ -70,7 +70,6 @@ def test_what_is_trained_is_right(tokenizers: dict[str, Any], name: str, questio
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_ids_are_the_rendered_text_up_to_the_end_of_the_turn(tokenizers: dict[str, Any], name: str) -> None:
     tokenizer, family = tokenizers[name], FAMILIES[name]
-    asked = chat("EUR", "What is the currency of AT ?", "EUR", "Sure ?", roles=("user", "assistant"))
     asked = chat("EUR", "Which ?", "EUR", "What is the currency of AT ?")
     encoded = encode(asked, tokenizer)
     text = "".join(rendered(asked, tokenizer).split())
