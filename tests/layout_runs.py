@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from layout_rows import LAYOUTS, PLACEMENTS, ROWS, WORLDS, Row
+from layout_rows import LAYOUTS, PLACEMENTS, PROFILE_OF, ROWS, WORLDS, Row
 from packed_rows import samples_of_first_packs
 from small_run import (
     aligned_flags,
@@ -54,7 +54,8 @@ def finetuning(folder: Path, ranks: int) -> list[dict[str, Any]]:
 
 def argv(folder: Path, name: str, row: Row) -> list[str]:
     suffix = f"-{row.world}" if row.world else ""
-    alignment = alignment_flags(folder, "profile" if row.world == "mtp" else f"profile{suffix}") if row.aligned else []
+    profiled = PROFILE_OF.get(row.world, row.world)
+    alignment = alignment_flags(folder, f"profile-{profiled}" if profiled else "profile") if row.aligned else []
     if row.ci:
         alignment += ["--ramoe-taxonomy", str(folder / f"taxonomy-{row.ci}.jsonl")]
     saved = ["--save", str(folder / name), "--save-interval", "5"] if name.startswith(SAVED) else []
@@ -88,7 +89,7 @@ def bases(folder: Path) -> list[dict[str, Any]]:
         *(
             profile(f"profile-{world}", "--load", str(folder / f"base-{world}"), *flags)
             for world, flags in WORLDS.items()
-            if world != "mtp"
+            if world not in PROFILE_OF
         ),
     ]
 

@@ -121,6 +121,7 @@ def run_row(row: dict[str, Any], out: Path) -> None:
     if seen["everything"]:
         kept_optimizer(seen)
         kept_norms(seen)
+    kept_figures(seen)
     if row.get("lm") == 0:
         training.masked_loss = without_loss
     sys.argv = [row["job"], *row["argv"]]
@@ -139,6 +140,7 @@ def run_row(row: dict[str, Any], out: Path) -> None:
         result["error"] = str(error)
     steps = [*seen["steps"], logged()]
     result |= {"first": steps[0], "figures": steps[-1], "steps": steps, "seconds": time.monotonic() - started}
+    result |= {"megatron": seen["megatron"]}
     result |= {"gradient_norms": seen["norms"]} if seen["everything"] else {}
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     if seen["models"] is not None:
@@ -155,6 +157,29 @@ def logged() -> dict[str, float]:
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
     return {name: float(value) for name, value in getattr(get_moe_metrics_tracker(), "latest", {}).items()}
+
+
+def kept_figures(seen: dict[str, Any]) -> None:
+    """Note what Megatron logs of its own losses at the routers, and of multi-token prediction, in each step."""
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    aggregate, track, seen["megatron"] = MoEMetricsTracker._aggregate, MTPLossLoggingHelper.track_mtp_metrics, []
+
+    def aggregated(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = aggregate(*args, **kwargs)
+        seen["megatron"].append({name: float(value) for name, value in found.items()})
+        return found
+
+    def tracked(scale: float, iteration: int, writer: Any, wandb_writer: Any, total_loss_dict: dict[str, Any]) -> None:
+        figures: dict[str, Any] = {}
+        track(scale, iteration, writer, wandb_writer, figures)
+        seen["megatron"][-1] |= {name: float(value) for name, value in figures.items()}
+        for name, value in figures.items():
+            total_loss_dict[name] = total_loss_dict.get(name, 0) + value
+
+    MoEMetricsTracker._aggregate = aggregated
+    MTPLossLoggingHelper.track_mtp_metrics = staticmethod(tracked)
 
 
 def watch(models: list[Any], seen: dict[str, Any]) -> list[Any]:
@@ -202,8 +227,8 @@ def gather_gradients(chunk: Any) -> None:
 def tensors(seen: dict[str, Any]) -> dict[str, torch.Tensor]:
     found = {f"grad.{layer}": grad.contiguous() for layer, grad in (seen["grads"] or {}).items()}
     found |= parameters(seen["models"], "weight") | seen.get("start", {}) | seen.get("all grads", {})
+    found |= biases(seen["models"])
     if seen["everything"]:
-        found |= biases(seen["models"])
         found["elements"] = elements(seen["models"], seen["optimizer"])
     return found
 
