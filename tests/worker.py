@@ -7,8 +7,9 @@ model loss is multiplied by 0; with "everything": true, the weights before the f
 expert biases at the end, the elements in gradient buffers and in the optimizer's state, and the gradient norms that were logged are
 recorded too. A row runs in a fork of its rank, which has imported Megatron and done nothing else: imports are paid once, and no row sees
 what another left. Recorded per row and rank, in OUT/NAME.RANK.safetensors: the router gradients of the first step after
-`finalize_model_grads` (before clipping), and the weights at the end; in OUT/NAME.json (rank 0): the figures that each step logged
-("steps"; "first" and "figures" are the first and the last of them) and the seconds that the row took, or the error.
+`finalize_model_grads` (before clipping), and the weights and expert biases at the end; in OUT/NAME.json (rank 0): the figures that each
+step logged ("steps"; "first" and "figures" are the first and the last of them; "megatron": Megatron's own) and the seconds that the row
+took, or the error.
 """
 
 from __future__ import annotations
@@ -227,8 +228,9 @@ def gather_gradients(chunk: Any) -> None:
 def tensors(seen: dict[str, Any]) -> dict[str, torch.Tensor]:
     found = {f"grad.{layer}": grad.contiguous() for layer, grad in (seen["grads"] or {}).items()}
     found |= parameters(seen["models"], "weight") | seen.get("start", {}) | seen.get("all grads", {})
-    found |= biases(seen["models"])
+    found |= layer_biases(seen["models"] or [])
     if seen["everything"]:
+        found |= biases(seen["models"])
         found["elements"] = elements(seen["models"], seen["optimizer"])
     return found
 
@@ -248,6 +250,18 @@ def biases(models: list[Any]) -> dict[str, torch.Tensor]:
         for number, chunk in enumerate(models)
         for name, buffer in chunk.named_buffers()
         if name.endswith(".expert_bias")
+    }
+
+
+def layer_biases(models: list[Any]) -> dict[str, torch.Tensor]:
+    """The same by layer: "expert_bias.N", multi-token prediction's "expert_bias.mtp.N"."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    routers = [module for chunk in models for module in chunk.modules() if isinstance(module, TopKRouter)]
+    return {
+        f"expert_bias.{'mtp.' * router.is_mtp_layer}{router.layer_number}": router.expert_bias.detach().clone()
+        for router in routers
+        if router.expert_bias is not None
     }
 
 
