@@ -39,13 +39,16 @@ PACK_KEYS = ("start", "cu_seqlens", "sample_share")
 
 @contextlib.contextmanager
 def routing_batch(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put around the model call of a `forward_step`: the routers of `model` align the samples of `batch`, and Megatron's own losses at
-    the routers leave padding out, with and without alignment. The model needs no `padding_mask`.
+    """Put around the model call of a `forward_step`: the routers of `model` align the samples of `batch`.
+
+    Megatron's own losses at the routers leave padding out, with and without alignment (`real_tokens`). The
+    model needs no `padding_mask`.
 
     Args:
         model: the model chunk that is about to be called.
-        batch: the micro-batch of our dataset: `prompt_length`, `length` [B]; with alignment also `loss_mask` [B, S_whole] (before any
-            context-parallel slicing) and the keys in `BATCH_KEYS`. Not looked at while the model evaluates.
+        batch: the micro-batch of our dataset: `prompt_length`, `length` [B]; with alignment also `loss_mask`
+            [B, S_whole] (before any context-parallel slicing) and the keys in `BATCH_KEYS`. Not looked at
+            while the model evaluates.
 
     Raises:
         RamoeError: the batch lacks a key, or an aligned layer of this chunk did not run exactly once.
@@ -65,20 +68,21 @@ def routing_batch(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def _losses_opened(chunk: Any) -> bool:
-    """Whether Megatron's own losses at the chunk's routers are over real tokens. Opens the routers, and says where it cannot, once."""
+    """Whether the chunk has losses of Megatron's at its routers, and samples reach them: opens the routers once."""
     if not hasattr(chunk, "ramoe_losses_opened"):
         reasons = unreached(getattr(chunk, "config", None))
         chunk.ramoe_losses_opened = not reasons and open_losses(chunk)
         if reasons and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
-            print(f"ramoe: note: Megatron's own losses at the routers count padding under {'; '.join(reasons)}", flush=True)
+            where = "; ".join(reasons)
+            print(f"ramoe: note: Megatron's own losses at the routers count padding under {where}", flush=True)
     return chunk.ramoe_losses_opened
 
 
 class TrainingContext:
-    """One micro-batch in training: which of its rows are real tokens (`real_tokens`), for Megatron's own losses at the routers."""
+    """One micro-batch in training: which of its rows are real tokens, for Megatron's own losses at the routers."""
 
     def __init__(self, batch: Mapping[str, Tensor], needed: Sequence[str] = ()) -> None:
-        """`needed`: keys of the batch beside the lengths. Raises RamoeError for a batch that lacks one, and for several packs."""
+        """`needed`: keys of the batch beside the lengths. RamoeError for a batch without one, or of several packs."""
         packed = "start" in batch
         missing = [key for key in ["prompt_length", "length", *needed, *(PACK_KEYS if packed else ())] if key not in batch]
         if missing:

@@ -1,19 +1,27 @@
-"""Megatron's own losses at the routers, taken over the real tokens of each sample: padding counts for nothing, in any layout.
+"""Megatron's own losses at the routers, over real tokens: padding counts for nothing, in any layout.
 
-Megatron 0.19 knows a padding mask, as an argument of the model. On the way to the routers the mask is lost or spoilt: `GPTModel` cuts it
-for sequence parallelism on the first pipeline stage alone, `HybridModel` never does, and multi-token prediction rolls a padding row
-into the real ones. So here the routers find their rows themselves, from the micro-batch that `routing_batch` holds.
+Megatron 0.19 knows a padding mask, as an argument of the model. On the way to the routers the mask is lost
+or spoilt: `GPTModel` cuts it for sequence parallelism on the first pipeline stage alone, `HybridModel`
+never does, and multi-token prediction rolls a padding row into the real ones. So here the routers find
+their rows themselves, from the micro-batch that `routing_batch` holds.
 
-Every loss stays Megatron's. What Megatron's methods get wrong with a mask is mended around them, in `RealTokenLosses`:
+Every loss stays Megatron's. What its methods get wrong with a mask is mended around them, in
+`RealTokenLosses`:
 
-    z-loss          is a mean over the real tokens of a rank's piece of the sequence; a mean of the ranks' means is not one over tokens
-    per-token loss  scales each rank's gradient by its own real tokens, though the loss is divided by those of all ranks
-    seq_aux_loss    divides each sample by the mean length of the micro-batch, and takes a pack for one sample
-    expert bias     lays the mask [tokens] over the map [tokens, E] (NVIDIA/Megatron-LM #6111, mended on its main branch by #6114)
+    z-loss          is a mean over the real tokens of a rank's piece of the sequence; a mean of the ranks'
+                    means is not one over tokens
+    per-token loss  scales each rank's gradient by its own real tokens, though the loss is divided by
+                    those of all ranks
+    seq_aux_loss    divides each sample by the mean length of the micro-batch, and takes a pack for one
+                    sample
+    expert bias     lays the mask [tokens] over the map [tokens, E] (NVIDIA/Megatron-LM #6111, mended on
+                    its main branch by #6114)
 
-On one rank, with samples of one length, the arithmetic is Megatron's bit for bit. Remove a method when Megatron's own is right.
+On one rank, with samples of one length, the arithmetic is Megatron's bit for bit. Remove a method when
+Megatron's own is right.
 
-Shape suffixes: S rows of the sequence dimension on this rank, C columns (packed: 1, else B), B samples, E experts.
+Shape suffixes: S rows of the sequence dimension on this rank, C columns (packed: 1, else B), B samples,
+E experts.
 """
 
 from dataclasses import dataclass
@@ -34,22 +42,25 @@ class RealTokens:
         """
         Args:
             selection: the samples of the micro-batch.
-            share: what one sample counts for in the micro-batch's mean over samples: 1 / B, or `sample_share` of a pack.
+            share: what one sample counts for in the micro-batch's mean over samples: 1 / B, or `sample_share`
+                of a pack.
         """
         self.share = share
         self._selections = {0: selection}
         self._rows: dict[tuple[int, int], RealRows] = {}
 
     def at(self, router: Any, count: int) -> "RealRows":
-        """The real tokens in the `count` rows that reach a router. Found once for all routers that see the same rows."""
+        """The real tokens in the `count` rows that reach a router. Routers that see the same rows share them."""
         depth = getattr(router, "ramoe_mtp_depth", 0)
         if (depth, count) not in self._rows:
             selection = self._selections.setdefault(depth, self._shortened(depth))
-            self._rows[depth, count] = RealRows(selection.local(router, count), selection.length_B, self.share)
+            local = selection.local(router, count)
+            self._rows[depth, count] = RealRows(local, selection.length_B, self.share)
         return self._rows[depth, count]
 
     def _shortened(self, depth: int) -> TokenSelection:
-        # A multi-token prediction layer of depth k reads at each row the token k rows later: the last k rows of a sample have none.
+        # A multi-token prediction layer of depth k reads at each row the token k rows later. The last k rows
+        # of a sample have none.
         whole = self._selections[0]
         length_B = (whole.length_B - depth).clamp(min=0)
         return TokenSelection(whole.prompt_length_B, length_B, whole.start_B, whole.cu_seqlens)
@@ -57,7 +68,7 @@ class RealTokens:
 
 @dataclass(frozen=True)
 class RealRows:
-    """The real tokens among one router's rows: `local`; and those of each whole sample, over all ranks: `length_B`."""
+    """The real tokens among one router's rows (`local`), and the number in each whole sample (`length_B`)."""
 
     local: LocalTokens
     length_B: Tensor
@@ -85,7 +96,7 @@ class RealRows:
 
 
 class RealTokenLosses(TopKRouter):
-    """A router whose own losses are over real tokens while `real_rows` says which those are. As a base class only."""
+    """A router whose own losses are over the real tokens of `real_rows`, where that is set. A base class only."""
 
     real_rows: RealRows | None = None
 
@@ -94,13 +105,14 @@ class RealTokenLosses(TopKRouter):
         rows, coeff = self.real_rows, self.config.moe_z_loss_coeff
         if rows is None or coeff is None or not (self.training and torch.is_grad_enabled()):
             return super().apply_z_loss(logits, padding_mask)
+        # Megatron's mean over this rank's real tokens, weighted by their share of all.
         z_loss = megatron_router.z_loss_func(logits, coeff, padding_mask=padding_mask) * rows.part
         return self.attach_and_log_load_balancing_loss(
             logits, coeff, z_loss, "z_loss", self.tp_cp_group, valid_token_count=rows.total
         )
 
     def attach_and_log_load_balancing_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Megatron's, which multiplies the tokens by the number of ranks that share them: their mean over those ranks."""
+        """As Megatron's, with the mean number of real tokens of the ranks that share the sequences."""
         if self.real_rows is not None:
             kwargs["valid_token_count"] = self.real_rows.total / self.tp_cp_group.size()
         return super().attach_and_log_load_balancing_loss(*args, **kwargs)
@@ -108,7 +120,10 @@ class RealTokenLosses(TopKRouter):
     def _apply_seq_aux_loss(
         self, probs: Tensor, scores: Tensor, routing_map: Tensor, seq_length: int, bsz: int, **kwargs: Any
     ) -> Tensor:
-        """As Megatron's, of each sample over its own tokens. Megatron's loss is made of sums over a sample's rows: give it the sums."""
+        """As Megatron's, of each sample over its own tokens.
+
+        Megatron's loss is made of sums over a sample's rows. It is given the sums: one row, B samples.
+        """
         rows = self.real_rows
         if rows is None or self.get_aux_loss_coeff("seq_aux_loss") == 0:
             return super()._apply_seq_aux_loss(probs, scores, routing_map, seq_length, bsz, **kwargs)
@@ -119,7 +134,8 @@ class RealTokenLosses(TopKRouter):
         # Under per-token loss a sample counts by its tokens, so that it counts the same in any micro-batch.
         unit_B = relative_B if self.calculate_per_token_loss else rows.share * samples
         weight_B = (unit_B / relative_B.square()).masked_fill(rows.length_B == 0, 0.0)
-        return super()._apply_seq_aux_loss(probs, scores_BE * weight_B[:, None], count_BE, 1, samples, **kwargs)
+        weighted_BE = scores_BE * weight_B[:, None]
+        return super()._apply_seq_aux_loss(probs, weighted_BE, count_BE, 1, samples, **kwargs)
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """As Megatron's, which is given the choices of real tokens alone."""
@@ -130,5 +146,7 @@ class RealTokenLosses(TopKRouter):
 
 def counts_tokens(router: TopKRouter) -> bool:
     """Whether a router has a loss or a bias of Megatron's that counts tokens, and may be given a mask."""
-    balanced = router.is_aux_loss_enabled() or router.config.moe_z_loss_coeff is not None or router.enable_expert_bias
-    return balanced and router.routing_type != "quantile_balancing"
+    if router.routing_type == "quantile_balancing":
+        return False  # takes no mask
+    z_loss = router.config.moe_z_loss_coeff is not None
+    return router.is_aux_loss_enabled() or z_loss or router.enable_expert_bias

@@ -1,7 +1,7 @@
 """Megatron's router, opened: a subclass of the `TopKRouter` of any built model, and how MoE layers are numbered.
 
-Only methods around Megatron's own are added: `routing` here, the losses in `real_tokens`. Nothing of it is copied. State-dict keys stay
-Megatron's.
+Only methods around Megatron's own are added: `routing` here, the losses in `real_tokens`. Nothing of
+Megatron is copied. State-dict keys stay Megatron's.
 """
 
 import functools
@@ -20,8 +20,8 @@ from ramoe_megatron.mcore.real_tokens import RealRows, RealTokenLosses, counts_t
 
 @functools.cache
 def observed(kind: type[TopKRouter]) -> type[TopKRouter]:
-    """The subclass of a router class that hands each micro-batch's logits and routing to the current routing context, and takes
-    Megatron's own losses over the context's real tokens.
+    """The subclass of a router class that hands each micro-batch's logits and routing to the current routing
+    context, and takes Megatron's own losses over the context's real tokens.
 
     Its instances are laid out as those of `kind`: the class of a built router can be changed to it.
     """
