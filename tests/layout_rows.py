@@ -208,6 +208,9 @@ for tokens, per_token in (("", ()), ("-tokens", PER_TOKEN)):
     flags = (*per_token, *LONGER)
     add_every(f"every-one-aligned-longer{tokens}", f"every-one-aligned{tokens}", 1, flags, aligned=True)
 
+for name, flags in (("every-twice", ()), ("every-evaluated", ("--eval-interval", "1", "--eval-iters", "2"))):
+    add(name, Row((*WORLDS["every"], *flags), losses=EVERY, world="every", aligned=False, steps=2))
+
 # Reduced precision, on samples of which no token's choice of experts is so close that rounding changes it.
 SEED = ("--seed", "2")
 PRECISIONS: dict[str, tuple[tuple[str, ...], float]] = {  # flags, loss scale

@@ -9,7 +9,7 @@ import torch
 from layout_errors import measured
 from layout_rows import OTHERS, PER_TOKEN, PRECISIONS, ROWS, SAME_LOSSES, WITHOUT_MTP_LOSS
 from safetensors.torch import load_file
-from small_run import gradients, outcome
+from small_run import gradients, outcome, weights
 from test_layouts import BOUND, assert_same, assert_same_figures
 
 
@@ -44,21 +44,31 @@ def test_megatrons_own_losses_are_over_real_tokens(layouts: Path, name: str) -> 
         return  # Megatron logs means over micro-batches, and the packs hold different numbers of samples
     (logged,), (figures,) = (outcome(layouts, row)["megatron"] for row in (name, reference))
     for figure, value in figures.items():
-        if figure.startswith("mtp") and (figure not in logged or set(WITHOUT_MTP_LOSS) <= set(ROWS[name].flags)):
+        by_rank = set(WITHOUT_MTP_LOSS) <= set(ROWS[name].flags)
+        if figure.startswith("mtp") and (by_rank or figure not in logged):
             continue  # only the last pipeline stage logs it, and as a mean of context-parallel ranks' means
         assert logged[figure] == pytest.approx(value, rel=BOUND), figure
+
+
+def test_evaluation_counts_no_tokens(layouts: Path) -> None:
+    """A validation between two steps changes no expert bias, so no weight."""
+    evaluated, twice = (expert_biases(layouts, name) for name in ("every-evaluated", "every-twice"))
+    assert all(torch.equal(evaluated[layer], bias) for layer, bias in twice.items())
+    found, expected = (weights(layouts, name) for name in ("every-evaluated", "every-twice"))
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert any("validation loss at iteration 1 " in log.read_text() for log in layouts.glob("*.log"))
 
 
 def test_each_loss_is_there_and_in_each_layout(layouts: Path) -> None:
     """Or the comparison above would be of nothing."""
     (figures,) = outcome(layouts, "every-one")["megatron"]
-    named = {"load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss", "z_loss", "mtp_1 loss"}
-    assert all(figures[name] > 0.1 for name in named)
+    balancing = ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss")
+    assert all(figures[name] > 0.1 for name in (*balancing, "z_loss", "mtp_1 loss"))
     assert all(bias.any() for bias in expert_biases(layouts, "every-one").values())
     assert {ROWS[name].ranks for name in SAME_LOSSES} == {1, 2, 4}
     assert packed_rows.SAME_LOSSES is SAME_LOSSES
-    for tokens in ("", "-tokens"):
-        assert {f"every-{layout}-longer{tokens}" for layout in ("one", "dp", "tp", "cp", "tp-pp", "tp-cp")} <= SAME_LOSSES.keys()
+    for layout in ("one", "dp", "tp", "cp", "tp-pp", "tp-cp"):
+        assert {f"every-{layout}-longer", f"every-{layout}-longer-tokens"} <= SAME_LOSSES.keys()
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -68,21 +68,21 @@ def routing_batch(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def _losses_opened(chunk: Any) -> bool:
-    """Whether the chunk has losses of Megatron's at its routers, and samples reach them: opens the routers once."""
+    """Whether Megatron has losses at the chunk's routers, and samples reach them. Opens the routers, once."""
     if not hasattr(chunk, "ramoe_losses_opened"):
         reasons = unreached(getattr(chunk, "config", None))
         chunk.ramoe_losses_opened = not reasons and open_losses(chunk)
         if reasons and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
-            where = "; ".join(reasons)
-            print(f"ramoe: note: Megatron's own losses at the routers count padding under {where}", flush=True)
+            note = "ramoe: note: Megatron's own losses at the routers count padding under "
+            print(note + "; ".join(reasons), flush=True)
     return chunk.ramoe_losses_opened
 
 
 class TrainingContext:
-    """One micro-batch in training: which of its rows are real tokens, for Megatron's own losses at the routers."""
+    """One micro-batch in training: which of its rows are real tokens, for Megatron's losses at the routers."""
 
     def __init__(self, batch: Mapping[str, Tensor], needed: Sequence[str] = ()) -> None:
-        """`needed`: keys of the batch beside the lengths. RamoeError for a batch without one, or of several packs."""
+        """`needed`: keys of the batch beside the lengths. RamoeError where one lacks, or for several packs."""
         packed = "start" in batch
         missing = [key for key in ["prompt_length", "length", *needed, *(PACK_KEYS if packed else ())] if key not in batch]
         if missing:

@@ -50,7 +50,7 @@ class RealTokens:
         self._rows: dict[tuple[int, int], RealRows] = {}
 
     def at(self, router: Any, count: int) -> "RealRows":
-        """The real tokens in the `count` rows that reach a router. Routers that see the same rows share them."""
+        """The real tokens in the `count` rows that reach a router. Found once for the same rows."""
         depth = getattr(router, "ramoe_mtp_depth", 0)
         if (depth, count) not in self._rows:
             selection = self._selections.setdefault(depth, self._shortened(depth))
@@ -96,7 +96,7 @@ class RealRows:
 
 
 class RealTokenLosses(TopKRouter):
-    """A router whose own losses are over the real tokens of `real_rows`, where that is set. A base class only."""
+    """A router whose own losses are over the tokens of `real_rows`, where that is set. A base class only."""
 
     real_rows: RealRows | None = None
 
