@@ -111,13 +111,17 @@ def write_placements(folder: Path) -> None:
 
 def jobs(folder: Path) -> list[dict[str, Any]]:
     """The offline jobs, and training as other scripts do it."""
+    script = str(HERE.parent / "examples/pretrain_gpt.py")
+    every = training_flags(folder, *load_flags(folder, "base-every"), *WORLDS["every"])
     return [
         {"name": "taxonomy", "job": "taxonomy", "argv": offline_flags(folder, "taxonomy", "--ramoe-split", "train,test")},
         {"name": "reference", "job": REFERENCE, "argv": offline_flags(folder, "reference")},
         {"name": "evaluate", "job": "evaluate", "argv": _evaluate(folder)},
         {"name": "predict", "job": "predict", "argv": _predict(folder)},
         {"name": "one", "job": "finetune", "argv": aligned_flags(folder)},
-        {"name": "script", "job": str(HERE.parent / "examples/pretrain_gpt.py"), "argv": aligned_flags(folder)},
+        {"name": "script", "job": script, "argv": aligned_flags(folder)},
+        {"name": "one-every", "job": "finetune", "argv": every},
+        {"name": "script-every", "job": script, "argv": every},
         stock(folder, "one"),
     ]
 

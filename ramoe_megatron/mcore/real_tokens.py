@@ -107,9 +107,7 @@ class RealTokenLosses(TopKRouter):
             return super().apply_z_loss(logits, padding_mask)
         # Megatron's mean over this rank's real tokens, weighted by their share of all.
         z_loss = megatron_router.z_loss_func(logits, coeff, padding_mask=padding_mask) * rows.part
-        return self.attach_and_log_load_balancing_loss(
-            logits, coeff, z_loss, "z_loss", self.tp_cp_group, valid_token_count=rows.total
-        )
+        return self.attach_and_log_load_balancing_loss(logits, coeff, z_loss, "z_loss", self.tp_cp_group)
 
     def attach_and_log_load_balancing_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """As Megatron's, with the mean number of real tokens of the ranks that share the sequences."""
