@@ -88,9 +88,9 @@ def test_an_answer_without_the_lead_is_right_and_one_with_more_words_is_wrong(to
     tokenizer = tokenizers[name]
     asked = chat("EUR", "What is the currency of AT ?")
     how = decoding(asked, tokenizer)
-    assert is_correct(how.answer(tokenizer.tokenize("EUR")[bool(FAMILIES[name].bos) :], tokenizer), "EUR")
+    assert is_correct(how.answer(tokenizer.tokenize("EUR")[bool(FAMILIES[name].bos) :], tokenizer), "EUR", "en")
     longer = encode(chat("EUR and more", "What is the currency of AT ?"), tokenizer)
-    assert not is_correct(how.answer(longer.ids[longer.prompt_length : -1], tokenizer), "EUR")
+    assert not is_correct(how.answer(longer.ids[longer.prompt_length : -1], tokenizer), "EUR", "en")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
