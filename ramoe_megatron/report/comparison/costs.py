@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ramoe_megatron.report.comparison.contrasts import Row, spread
-from ramoe_megatron.report.comparison.study import Study, Values, matched
+from ramoe_megatron.report.comparison.study import Row, Study, Values, matched, spread
 from ramoe_megatron.report.inputs import RunInputs
 
 _ITERATION = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
@@ -17,7 +16,7 @@ _RESIDENT = re.compile(r"ramoe: peak resident memory: ([0-9.]+) MiB")
 _ALLOCATED = re.compile(r"\| max allocated: ([0-9.]+)")
 
 
-def costs(study: Study) -> list[Row]:
+def cost_rows(study: Study) -> list[Row]:
     """A row for each trained method: median of each measure, and its ratio to the reference's over paired seeds.
 
     wall: seconds of the fine-tuning stage, with start-up and saving. iteration: milliseconds, median of the logged ones

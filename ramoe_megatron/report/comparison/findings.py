@@ -1,199 +1,171 @@
-"""What came out, in sentences made from the figures of comparison.json alone, whatever they say."""
+"""What came out: a short list of sentences, made from the tables of comparison.json."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from ramoe_megatron.report.comparison.contrasts import ALPHA, direction, unknown
-from ramoe_megatron.report.comparison.words import UNTRAINED, Comparison, count, is_, marked, points, ratio
-from ramoe_megatron.report.tables import correlation_text, interval, label, number
+from ramoe_megatron.report.comparison.study import ALPHA
+from ramoe_megatron.report.vocabulary import (
+    Record,
+    compared,
+    correlation,
+    count,
+    direction,
+    listed,
+    number,
+    p_phrase,
+    percent,
+    points,
+    ratio,
+)
 
-ALIKE = 0.01
-"""Two methods did as well as each other where the whole interval of their difference lies within this much of zero: a point."""
+VERDICT_WORDS = {
+    "supported": "{main} scored higher than {controls}",
+    "supported before correction only": "{main} scored higher than {controls}, but not after Holm's correction",
+    "not shown": "no difference from {controls} is shown",
+    "contradicted before correction only": "{main} scored lower than {controls}, but not after Holm's correction",
+    "contradicted": "{main} scored lower than {controls}",
+}
 
 
-def findings(c: Comparison) -> list[str]:
-    """The main method first, then the other methods, claims, English, prediction, ci share, cost and the check of zero."""
+def comparison_findings(c: Record) -> list[str]:
+    """The main contrast, the reference and the base model, the other methods, controls, English, prediction, cost."""
     rows = {row["method"]: row for row in c["headline"]}
-    told = [*_main(c, rows), *_others(c, rows), *_base(c, rows), *map(claim, c["claims"])]
-    return [*told, *_english(c), *_hits(c), *_ci(c), *_cost(c), *_zero(c)]
+    found = (_main(c, rows), _reference(c, rows), _others(c, rows), _controls(c), _english(c), _prediction(c), _ci(c), _cost(c))
+    return [sentence for sentence in (*found, _zero(c)) if sentence]
 
 
-def _main(c: Comparison, rows: Mapping[str, Any]) -> list[str]:
-    main, other = label(c["main"]), label(c["reference"])
-    found = (rows.get(c["main"]) or {}).get("against")
-    if found is None:
-        return [f"{main} was not run beside {other}, so it cannot be compared with it."]
-    where = direction(found)
-    tests = f"{points(found)} in target languages over {count(found['n'], 'paired seed')}"
-    if found["p"] is not None:
-        tests += f" (p {is_(found['p'])}, after Holm's correction p {is_(found['p_holm'])})"
-    tests += f", higher in {found['seeds_higher']} and lower in {found['seeds_lower']} of {found['n']}"
-    told = [
-        {
-            "above": f"{main} beat {other}: {tests}.",
-            "below": f"{main} did worse than {other}: {tests}.",
-            "holds zero": f"{main} did not beat {other}, as far as this comparison can tell: {tests}; the interval holds zero.",
-            "unknown": f"{main} against {other}: {tests}; {unknown(found)}.",
-        }[where]
-    ]
-    if where in ("above", "below") and found["p_holm"] is not None and found["p_holm"] > ALPHA:
-        told.append(f"That does not stand after Holm's correction for {_family(c)} comparisons: adjusted p {is_(found['p_holm'])}.")
-    examples = direction(found["by_example"])
-    if examples != where:
-        shown = interval(found["by_example"], "change", "low", "high", signed=True)
-        word = {"above": "lies above zero", "below": "lies below zero", "holds zero": "holds zero", "unknown": "cannot be given"}[examples]
-        told.append(f"The interval over examples, for the seeds that were run, {word}: {shown} points.")
-    if len(found["by_base"]) > 1:
-        own = "; ".join(f"{row['base']} {points(row)}, {count(row['n'], 'seed')}{_room(c, row['base'])}" for row in found["by_base"])
-        told.append(f"By base model: {own}.")
+def _main(c: Record, rows: Mapping[str, Any]) -> str:
+    main, other = c["main"], c["reference"]
+    against = (rows.get(main) or {}).get("against")
+    if against is None:
+        return f"{main} was not run beside {other}, so they cannot be compared."
+    told = f"{compared(main, other, against)}, higher in {against['seeds_higher']} of "
+    told += f"{count(against['n'], 'paired run')}."
+    where, over_examples = direction(against), direction(against["by_example"])
+    if where == "unknown":
+        told += f" There is no interval: {'no spread over seeds' if against['n'] > against['bases'] else 'too few seeds'}."
+    elif where == "holds zero":
+        told += " The interval holds zero: no difference is shown."
+    elif against["p_holm"] is not None and against["p_holm"] > ALPHA:
+        family = sum(row["against"] is not None and row["against"]["p"] is not None for row in rows.values())
+        told += f" The difference does not hold after Holm's correction for {count(family, 'comparison')}."
+    if over_examples not in ("unknown", where):
+        words = {"above": "lies above zero", "below": "lies below zero", "holds zero": "holds zero"}
+        told += f" The interval over examples {words[over_examples]}: {points(against['by_example'])} points."
     return told
 
 
-def _room(c: Comparison, base: str) -> str:
-    """What a base model left to gain: its ci share, and what the transplant test promised."""
-    share = next((row["ci_share"] for row in c["bases"] if row["base"] == base), None)
-    test = next((row["transplant"] for row in c["transplant"]["bases"] if row["base"] == base), None)
-    told = [] if share is None else [f"ci share {number(100 * share, '.1f')} %"]
-    told += [] if test is None else [f"transplant test {number(100 * test, '+.1f')} points"]
-    return f" ({', '.join(told)})" if told else ""
-
-
-def _family(c: Comparison) -> int:
-    return sum(row["against"] is not None and row["against"]["p"] is not None for row in c["headline"])
-
-
-def _others(c: Comparison, rows: Mapping[str, Any]) -> list[str]:
-    compared = [row for row in rows.values() if row["against"] is not None]
-    if len(compared) < 2:
-        return []
-    trained, untrained = ([row for row in compared if (row["seeds"] > 0) == wanted] for wanted in (True, False))
-    other = label(c["reference"])
-    told = [f"Of {count(len(trained), 'trained method')} compared with {other}, {_differing(trained)}."] if trained else []
-    if untrained:
-        told.append(
-            f"Of {count(len(untrained), 'method')} that train{'s' if len(untrained) == 1 else ''} nothing ({UNTRAINED}), "
-            f"{_differing(untrained)}; but the spread there is that of {other} alone."
-        )
-    highest = max(row["accuracy"] for row in rows.values())
-    best = [row for row in rows.values() if math.isclose(row["accuracy"], highest, rel_tol=1e-9)]
-    names = " and ".join(f"{label(row['method'])}, {interval(row, 'accuracy', 'low', 'high')} %," for row in best)
-    return [*told, f"The highest target accuracy {'is' if len(best) == 1 else 'is shared: it is'} that of {names.removesuffix(',')}."]
-
-
-def _differing(rows: Sequence[Mapping[str, Any]]) -> str:
-    stands = [row for row in rows if row["against"]["p_holm"] is not None and row["against"]["p_holm"] <= ALPHA]
-    told = "; ".join(f"{label(row['method'])} {marked(row, points(row['against']))}" for row in stands)
-    return f"{len(stands)} differ{'s' if len(stands) == 1 else ''} from it after Holm's correction{': ' + told if told else ''}"
-
-
-def _base(c: Comparison, rows: Mapping[str, Any]) -> list[str]:
+def _reference(c: Record, rows: Mapping[str, Any]) -> str:
     """Where fine-tuning itself harms, a lead over the reference may be nothing but restraint: that has to be said."""
-    base, found = rows.get("base"), (rows.get(c["reference"]) or {}).get("from_base")
-    if base is None or found is None:
-        return []
-    apart = _apart(c, found["by_base"])
+    other, found = c["reference"], (rows.get(c["reference"]) or {}).get("from_base")
+    if found is None or "base" not in rows:
+        return ""
+    helped, harmed = ([r for r in found["by_base"] if sign * r["change"] > 0] for sign in (1, -1))
+    apart = ""
+    if helped and harmed:  # two cases, of which a mean shows neither
+        up, down = (listed(f"{r['base']} ({points(r)} points)" for r in side) for side in (helped, harmed))
+        apart = f"{other} helps {up} and harms {down}: read each base model before any mean."
     if found["change"] >= 0:
         return apart
-    turned = {"change": found["change"], "low": found["high"], "high": found["low"]}
-    below = {name: None if value is None else -value for name, value in turned.items()}
-    where = direction(found)
-    doubt = {"holds zero": ", though the interval holds zero", "unknown": f" ({unknown(found)})"}.get(where, "")
-    forgets = "it may forget" if where == "holds zero" else "it forgets"
-    others = [row for row in rows.values() if row["method"] not in ("base", c["reference"])]
-    above = [row for row in others if row["from_base"] is not None and row["from_base"]["change"] > 0]
-    named = "; ".join(f"{label(row['method'])} {points(row['from_base'])}" for row in above)
-    return [
-        f"{label(c['reference'])} stands {interval(below, 'change', 'low', 'high')} points below the model before fine-tuning "
-        f"({number(100 * base['accuracy'], '.1f')} %){doubt}: {forgets} more than it learns here, so a method may lead it by changing "
-        f"less. {len(above)} of {count(len(others), 'method')} {'stands' if len(above) == 1 else 'stand'} above that "
-        f"model{named and ': ' + named}.",
-        *apart,
+    doubt = " The interval holds zero." if direction(found) == "holds zero" else ""
+    above = [r for r in rows.values() if r["from_base"] is not None and r["method"] != other and r["from_base"]["change"] > 0]
+    others = len(rows.keys() - {"base", other})
+    return (
+        f"{compared(other, 'base', found)}, which has {number(100 * rows['base']['accuracy'], '.1f')} % right: a method can "
+        f"beat {other} by changing less.{doubt} {len(above)} of {count(others, 'other method')} "
+        f"{_score(len(above))} higher than base. {apart}"
+    ).rstrip()
+
+
+def _others(c: Record, rows: Mapping[str, Any]) -> str:
+    """A method that trains nothing is left out: its spread is the reference's alone."""
+    trained = [row for row in rows.values() if row["against"] is not None and row["seeds"] > 0]
+    if len(trained) < 2:
+        return ""
+    clear = [row["against"]["change"] for row in trained if row["against"]["p_holm"] is not None and row["against"]["p_holm"] <= ALPHA]
+    higher, lower = sum(change > 0 for change in clear), sum(change < 0 for change in clear)
+    best = max(row["accuracy"] for row in rows.values())
+    names = listed(method for method, row in rows.items() if best - row["accuracy"] < 1e-9)
+    told = f"{higher} of {count(len(trained), 'trained method')} {_score(higher)} higher than {c['reference']}"
+    told += f" and {lower} {_score(lower)} lower"
+    if not clear:
+        told = f"none of {count(len(trained), 'trained method')} differs from {c['reference']}"
+    return f"After Holm's correction, {told}. The highest target accuracy is {100 * best:.1f} % ({names})."
+
+
+def _score(methods: int) -> str:
+    return "scores" if methods == 1 else "score"
+
+
+def _controls(c: Record) -> str:
+    groups: dict[str, list[str]] = {}
+    for row in c["claims"]:
+        groups.setdefault(row["verdict"], []).append(f"{row['control']} ({points(row)})")
+    told = [
+        words.format(main=c["main"], controls=listed(groups[verdict]))
+        for verdict, words in VERDICT_WORDS.items()
+        if verdict in groups
     ]
+    return f"Controls, difference in points: {'; '.join(told)}." if told else ""
 
 
-def _apart(c: Comparison, bases: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Base models that fine-tuning helps and others that it harms are two cases, of which a mean shows neither."""
-    if len({row["change"] > 0 for row in bases if row["change"]}) < 2:
-        return []
-    each = "; ".join(f"{row['base']} {points(row)}" for row in bases)
-    return [f"{label(c['reference'])} helps one base model and harms another: {each}. Read the rows of each base model before any mean."]
-
-
-def claim(row: Mapping[str, Any]) -> str:
-    """A sentence for one control."""
-    main, control, found = label(row["method"]), label(row["control"]), points(row)
-    start = f"“{row['claim'][0].upper()}{row['claim'][1:]}” is {row['verdict']}:"
-    where = direction(row)
-    corrected = f" (p {is_(row['p_holm'])} after Holm's correction over the claims)" if row["p_holm"] is not None else ""
-    if where == "above":
-        return f"{start} {main} did better than {control}, by {found}{corrected}."
-    if where == "below":
-        return f"{start} {control} did better than {main}; {main} minus {control} is {found}{corrected}."
-    if where == "unknown":
-        return f"{start} {unknown(row)}; {main} minus {control} is {found}."
-    if max(abs(row["low"]), abs(row["high"])) <= ALIKE:
-        return f"{start} {control} did as well as {main}, within {100 * ALIKE:g} point: the difference is {found}."
-    return f"{start} {control} is not told apart from {main}: the difference is {found}."
-
-
-def _english(c: Comparison) -> list[str]:
+def _english(c: Record) -> str:
     rows = {row["method"]: row for row in c["english"]}
-    kept = [f"{label(m)} {points(rows[m]['from_base'])}" for m in (c["reference"], c["main"]) if m in rows and rows[m]["from_base"]]
-    if not kept:
-        return []
+    methods = [m for m in (c["reference"], c["main"]) if m in rows and rows[m]["from_base"]]
+    if not methods:
+        return ""
+    told = f"Anchor language ({c['anchor']}), change from base in points: "
+    told += ", ".join(f"{method} {points(rows[method]['from_base'])}" for method in methods)
     against = rows.get(c["main"], {}).get("against")
-    beside = f"; {label(c['main'])} minus {label(c['reference'])} {points(against)}" if against else ""
-    return [f"The anchor language ({c['anchor']}), change from the base model: {', '.join(kept)}{beside}."]
+    return told + (f"; {c['main']} minus {c['reference']} {points(against)}." if against else ".")
 
 
-def _hits(c: Comparison) -> list[str]:
-    told = []
-    for level, what in (("pairs", "pairs of task and language"), ("tasks", "tasks")):
-        row = next((r for r in c["transplant"]["hits"] if (r["level"], r["base"]) == (level, None)), None)
-        if row is None or not row["n"]:
-            continue
-        rate = interval(row, "rate", "low", "high")
-        test = "no test, since one side has a single sign" if row["p"] is None else f"Fisher's exact test p {is_(row['p'])}"
-        told.append(
-            f"The sign of the transplant test agreed with the sign of {label(c['main'])} minus {label(c['reference'])} in {row['hits']} of "
-            f"{row['n']} {what} ({rate} %, {row['ties']} ties left out; {100 * row['expected']:.0f} % by the margins alone; {test})."
-        )
-    return told
+def _prediction(c: Record) -> str:
+    row = next((r for r in c["transplant"]["hits"] if (r["level"], r["base"]) == ("pairs", None)), None)
+    if row is None or not row["n"]:
+        return ""
+    test = "no test: one side has a single sign" if row["p"] is None else f"Fisher's exact test, {p_phrase(row['p'])}"
+    return (
+        f"The transplant test gave the sign of {c['main']} minus {c['reference']} in {row['hits']} of "
+        f"{count(row['n'], 'pair')} of task and language, {percent(row, 'rate')} %; two unrelated columns with as many ups "
+        f"would agree in {100 * row['expected']:.0f} % ({test})."
+    )
 
 
-def _ci(c: Comparison) -> list[str]:
+def _ci(c: Record) -> str:
     found = {(row["method"], row["over"]): row for row in c["ci_gain"]["correlations"] if row["base"] is None}
-    main, other = found.get((c["main"], "base")), found.get((c["reference"], "base"))
-    if main is None or main["r"] is None or other is None:
-        return []
-    within = ", within base models" if len(c["bases"]) > 1 else ""
-    over = correlation_text(found.get((c["main"], "reference"), {}))
-    return [
-        f"ci share against gain over the base model{within}: {label(c['main'])} {correlation_text(main)}; {label(c['reference'])}, which "
-        f"aligns nothing, {correlation_text(other)}: that much is headroom. Against {label(c['main'])}'s gain over "
-        f"{label(c['reference'])}: {over}."
-    ]
+    main, other = (found.get((method, "base"), {}) for method in (c["main"], c["reference"]))
+    if main.get("r") is None or not other:
+        return ""
+    over = correlation(found.get((c["main"], "reference"), {}))
+    return (
+        f"ci share against gain over base: {c['main']} {correlation(main)}; {c['reference']}, which aligns nothing, "
+        f"{correlation(other)}: that much is headroom. Against the gain of {c['main']} over {c['reference']}: {over}."
+    )
 
 
-def _cost(c: Comparison) -> list[str]:
-    row = next((row for row in c["cost"] if row["method"] == c["main"]), None)
+def _cost(c: Record) -> str:
+    row: Record = next((row for row in c["cost"] if row["method"] == c["main"]), {})
     names = {"iteration": "time of an iteration", "wall": "time of the whole stage", "memory": "peak memory"}
-    told = [f"{what} {ratio(row[name]['ratio'])}" for name, what in names.items() if row and row[name]["ratio"]]
-    return [f"{label(c['main'])} against {label(c['reference'])}, ratio: {', '.join(told)}."] if told else []
+    told = [f"{words} {ratio(row[name]['ratio'])}" for name, words in names.items() if row and row[name]["ratio"]]
+    return f"Cost of {c['main']} as a multiple of {c['reference']}: {', '.join(told)}." if told else ""
 
 
-def _zero(c: Comparison) -> list[str]:
-    rows = c["coefficient_zero"]
+def _zero(c: Record) -> str:
+    rows = c.get("coefficient_zero")
     if not rows:
-        return []
+        return ""
     wrong = [row for row in rows if not row["outcomes_equal"] or row["weights_equal"] is False]
     if wrong:
-        told = "; ".join(
-            f"{row['base']} seed {row['seed']}, {count(row['differing'], 'answer')}{' and the weights' * (row['weights_equal'] is False)}"
+        told = listed(
+            f"{row['base']} seed {row['seed']}: {count(row['differing'], 'answer')}"
+            f"{' and the weights' if row['weights_equal'] is False else ''}"
             for row in wrong
         )
-        return [f"A coefficient of zero did NOT leave training as it was ({told}): explain that before trusting any other figure here."]
+        return (
+            f"A coefficient of zero did NOT leave training as it was ({told}): explain that before trusting any other "
+            "number here."
+        )
     weighed = sum(row["weights_equal"] is True for row in rows)
     weights = f"the same weights in {weighed} of them" if weighed else "no digest of the weights was recorded"
-    return [f"A coefficient of zero gave the answers of {label(c['reference'])} in all {count(len(rows), 'run')}; {weights}."]
+    return f"A coefficient of zero gave the answers of {c['reference']} in all {count(len(rows), 'run')}; {weights}."
