@@ -248,7 +248,7 @@ def transplant_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | N
     ]
     shown = [(m, [p for p in points if p["method"] == m]) for m in unique(p["method"] for p in points)]
     x_label = "change by transplanted English routing, points"
-    return scatter(shown, "gain_over_sft", "change", x_label, "gain over SFT, points") if shown else None
+    return scatter(shown, "gain_over_sft", "change", x_label, "gain over sft, points") if shown else None
 
 
 def scatter(shown: "list[tuple[str, list[dict[str, Any]]]]", y: str, x: str, x_label: str, y_label: str) -> "Figure":
@@ -261,18 +261,31 @@ def scatter(shown: "list[tuple[str, list[dict[str, Any]]]]", y: str, x: str, x_l
             colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
             across, up = [100 * p[x] for p in own], [100 * p[y] for p in own]
             axis.scatter(across, up, label=plain(task), color=colour, marker=marker, s=22)
-            if len(points) > 30:  # names would cover each other
-                continue
-            for point, at in zip(own, zip(across, up, strict=True), strict=True):
-                text: dict[str, Any] = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": 7}
-                axis.annotate(plain(point["language"]), at, **text)
         axis.axhline(0, color="#888888", lw=0.8)
         axis.set_title(plain(title))
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
         axis.grid(alpha=0.3)
+    for axis, (_, points) in zip(axes, shown, strict=True):  # now that the common scale is known
+        if len(points) <= 30:  # more names would cover each other
+            name_points(axis, [(100 * p[x], 100 * p[y], plain(p["language"])) for p in points])
     legend_below(figure, axes)
     return figure
+
+
+def name_points(axis: "Axes", points: Sequence[tuple[float, float, str]]) -> None:
+    """Write names beside points, each on the first side where it covers no earlier name."""
+    width, height = (72 * inches for inches in axis.figure.get_size_inches())  # typographic points
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    box, taken = axis.get_position(), []
+    for x, y, name in points:
+        at = (x - left) / (right - left) * box.width * width, (y - low) / (high - low) * box.height * height
+        for side, up in ((3, 3), (3, -9), (-3 - 4.5 * len(name), 3), (-3 - 4.5 * len(name), -9)):
+            place = at[0] + side, at[1] + up, at[0] + side + 4.5 * len(name), at[1] + up + 7
+            if all(place[0] >= t[2] or t[0] >= place[2] or place[1] >= t[3] or t[1] >= place[3] for t in taken):
+                break
+        taken.append(place)
+        axis.annotate(name, (x, y), xytext=(side, up), textcoords="offset points", fontsize=7)
 
 
 # --- before training ---
@@ -290,7 +303,7 @@ def divergence_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | N
         line = LINES[place // len(COLOURS) % len(LINES)]
         axis.plot([row.moe_layer for row in rows], [row.divergence or 0.0 for row in rows], line, **style)
     whole_layers(axis)
-    axis.set_ylabel(f"divergence from {plain(run.anchor)} routing\n(0 = alike, 1 = as far as can be)")
+    axis.set_ylabel(f"divergence from {plain(run.anchor)} routing\n(0: the same, 1: nothing in common)")
     from_zero([axis])
     axis.grid(axis="y", alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -25,7 +25,7 @@ CellValue = str | int | float | None
 DPI = 144
 """Dots per inch of the figures."""
 NAME_WIDTH = 32
-"""Console: a column of names up to this width is not folded, since a folded name cannot be read."""
+"""A column of names up to this many characters is not folded: a folded name cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Table:
     def cells(self) -> list[list[str]]:
         """The rows as text."""
         return [[_text(value) for value in row] for row in self.rows]
+
+    @property
+    def long(self) -> list[int]:
+        """Columns of words that may be folded."""
+        return [place for place in self.left if any(len(row[place]) > NAME_WIDTH for row in self.cells)]
 
 
 @dataclass(frozen=True)
@@ -143,14 +148,13 @@ def _console_table(table: Table) -> RenderableType:
     title = [Text(table.title, style="bold")] if table.title else []  # a rich title folds at the table's width
     if not table.rows:
         return Group(*title, Text(table.absent or NONE))
-    cells = table.cells
     shown = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_header=bool(table.heads))
-    for place in range(len(cells[0])):
+    for place in range(len(table.rows[0])):
         words = place in table.left
-        fits = words and max(len(row[place]) for row in cells) <= NAME_WIDTH
         head = Text(table.heads[place]) if table.heads else ""
+        fits = words and place not in table.long
         shown.add_column(head, justify="left" if words else "right", overflow="fold", no_wrap=fits)
-    for row in cells:
+    for row in table.cells:
         shown.add_row(*map(Text, row))
     return Group(*title, shown, *([Text(table.note)] if table.note else []))
 

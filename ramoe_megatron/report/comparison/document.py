@@ -193,8 +193,9 @@ def _headline_table(c: Record) -> Table:
         shown = (row["method"], runs, percent(row), points(row["from_base"]), marked(row, points(against)))
         tests = _tests(against, "p", "p_holm", "p_bh")
         rows.append((*shown, points(against and against["by_example"]), *tests, seeds_higher(against)))
-    heads = ("method", "runs on base models", "target, %", "change from base, points", f"change from {c['reference']}, points")
+    heads = ("method", "runs", "target, %", "change from base, points", f"change from {c['reference']}, points")
     note = (
+        "Runs: evaluated checkpoints and base models. "
         f"Change from {c['reference']}: mean over pairs of base model and seed with Student's 95 % interval by the spread "
         "within base models, which says nothing of a new base model. p belongs to it. Beside it the same difference over "
         "examples, clustered by example. Go by Holm's correction: it bounds the chance of any false finding, whatever the "
