@@ -8,7 +8,7 @@ from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.method.divergence import NoZone, Zone
 from ramoe_megatron.method.steering import Steering
 from ramoe_megatron.method.taxonomy import CATEGORIES
-from ramoe_megatron.report.rendering import Bullets, Part, Table, facts
+from ramoe_megatron.report.rendering import Bullets, Part, Table
 from ramoe_megatron.report.vocabulary import (
     NONE,
     Record,
@@ -47,7 +47,8 @@ def summary_table(results: Record) -> Table:
 
 
 def differences(results: Record) -> list[dict[str, Any]]:
-    """Every paired difference of results.json, one form for all: method, reference, group, change, low, high, p, ..."""
+    """Every paired difference of results.json, one form for all: method, reference, group, change, low, high,
+    p, ..."""
     rows = []
     for row in results["summary"]:
         names = {"method": row["method"], "group": row["group"]}
@@ -64,7 +65,8 @@ def differences(results: Record) -> list[dict[str, Any]]:
 
 
 def differences_table(results: Record) -> Table:
-    """Methods against sft, against the model before fine-tuning, and the first method against its controls."""
+    """Methods against sft, against the model before fine-tuning, and the first method against its
+    controls."""
     rows = []
     for row in differences(results):
         seeds = (seeds_higher(row), f"{row['seeds_lower']} of {row['n']}") if "n" in row else (None, None)
@@ -72,8 +74,8 @@ def differences_table(results: Record) -> Table:
         rows.append((*names, points(row), p_value(row.get("p")), *seeds))
     heads = ("method", "against", "languages", "difference, points", "p", "seeds higher", "seeds lower")
     note = (
-        "Method minus the other, on the same examples with the same seed. Student's 95 % interval, clustered by example: "
-        "it covers new examples, for these seeds. English is the anchor language."
+        "Method minus the other, on the same examples with the same seed. Student's 95 % interval, "
+        "clustered by example: it covers new examples, for these seeds. English is the anchor language."
     )
     return Table(heads, rows, "Paired differences", (0, 1, 2), note, "There is nothing to compare yet.")
 
@@ -91,8 +93,8 @@ def languages_table(results: Record) -> Table:
         rows.append((task, language, n, *map(percent, own)))
     heads = ("task", "language", "examples", *(f"{method}, %" for method in results["methods"]))
     note = (
-        "Mean over seeds. Wilson's 95 % interval at the effective number of examples of one seed: the rows of one example "
-        "in several languages are a cluster."
+        "Mean over seeds. Wilson's 95 % interval at the effective number of examples of one seed: the rows "
+        "of one example in several languages are a cluster."
     )
     return Table(heads, rows, "Each task and language", (0, 1), note, folded=True)
 
@@ -180,7 +182,7 @@ def prediction_parts(document: Record) -> list[Part]:
         told = f", {p_phrase(found['p'])}" if found.get("p") is not None else ""
         note += f" The last row: {found['examples']} rows of {found['ids']} examples, clustered by example{told}."
     heads = ("task", "language", "n", "ci share, %", "divergence in the zone", "target, %", "with English routing, %")
-    table = Table((*heads, "change, points"), rows, "Before training", (0, 1), note, "There is no prediction.")
+    table = Table((*heads, "change, points"), rows, "ci share, divergence and transplant test", (0, 1), note, "There is no prediction.")
     return [*sentences, table, Bullets(document["limits"])]
 
 
@@ -211,16 +213,11 @@ def steering_setting(path: Path, entry: Record) -> str:
 # --- what several artefacts record ---
 
 
-def head_table(path: Path, kind: str, entries: Record) -> Table:
-    """What an artefact says of itself."""
-    return facts(f"{path}: {kind}", entries)
-
-
 def shape_text(shape: ModelShape) -> str:
     """The model's shape in a line."""
     return (
-        f"{shape.num_moe_layers} MoE layers, {shape.num_experts} experts, top-{shape.topk}, {shape.score_function} "
-        f"scores, hidden size {shape.hidden_size}"
+        f"{shape.num_moe_layers} MoE layers, {shape.num_experts} experts, top-{shape.topk}, "
+        f"{shape.score_function} scores, hidden size {shape.hidden_size}"
     )
 
 

@@ -1,10 +1,11 @@
 """Any artefact of a run as tables for the console: ``ramoe inspect FILE``.
 
-Layers are shown by their 0-based place among the MoE layers, with Megatron's own 1-based ``layer_number`` beside it.
+Layers are shown by their 0-based place among the MoE layers, with Megatron's own 1-based ``layer_number``
+beside it.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ramoe_megatron.method.experts import describe_empty, rule_from
 from ramoe_megatron.method.taxonomy import summarise
 from ramoe_megatron.report import artefact_tables as tables
 from ramoe_megatron.report.comparison.document import comparison_sections
-from ramoe_megatron.report.rendering import Part, Table, console, console_sections
+from ramoe_megatron.report.rendering import CellValue, Part, Table, console, console_sections, facts
 from ramoe_megatron.report.vocabulary import Record, number
 
 LAYER_HEADS = ("MoE layer (from 0)", "layer_number")
@@ -47,9 +48,9 @@ def describe(path: str | os.PathLike[str]) -> RenderableType:
     """
     path = Path(path)
     if path.suffix == ".csv":
-        return console(_divergence(path))
+        return console(_divergence_parts(path))
     if path.suffix == ".jsonl":
-        return console([_lines(path)])
+        return console([_lines_table(path)])
     tensors = path.suffix == ".safetensors"
     document: Any = open_any(path, "ramoe-experts, ramoe-priors or ramoe-usage")[1] if tensors else read_json(path)
     name = document.get("format") if isinstance(document, dict) else None
@@ -69,60 +70,63 @@ def describe(path: str | os.PathLike[str]) -> RenderableType:
         ) from error
 
 
-def _written_by(version: str) -> dict[str, str]:
-    return {"written by": f"ramoe-megatron {version}"}
+def _head(
+    path: Path, kind: str, entries: Mapping[str, CellValue], data: Iterable[Mapping[str, str]], version: str = ""
+) -> Table:
+    """What an artefact says of itself, the files that it was made of, and the version that wrote it."""
+    written = {"written by": f"ramoe-megatron {version}"} if version else {}
+    return facts(f"{path}: {kind}", {**entries, "data": tables.data_text(data), **written})
 
 
 # --- documents ---
 
 
-def _taxonomy(path: Path, document: Record) -> list[Part]:
-    entries = {key: document[key] for key in ("anchor", "checkpoint")} | {"data": tables.data_text(document["data"])}
+def _taxonomy_parts(path: Path, document: Record) -> list[Part]:
+    entries = {key: document[key] for key in ("anchor", "checkpoint")}
     if "anchors" in document:
         entries["anchors"] = ", ".join(document["anchors"])
     return [
-        tables.head_table(path, "ramoe-taxonomy", entries | _written_by(document["package_version"])),
+        _head(path, "ramoe-taxonomy", entries, document["data"], document["package_version"]),
         tables.taxonomy_table("taxonomy by task, target language and split", document["pairs"]),
     ]
 
 
-def _anchors(path: Path, document: Record) -> list[Part]:
+def _anchors_parts(path: Path, document: Record) -> list[Part]:
     entries = {"anchors": ", ".join(document["anchors"]), "taxonomy's anchor": document["anchor"]}
-    entries |= {"checkpoint": document["checkpoint"], "data": tables.data_text(document["data"])}
-    head = tables.head_table(path, "ramoe-anchors", entries | _written_by(document["package_version"]))
+    entries["checkpoint"] = document["checkpoint"]
+    head = _head(path, "ramoe-anchors", entries, document["data"], document["package_version"])
     return [head, tables.anchors_table(document)]
 
 
-def _evaluation(path: Path, document: Record) -> list[Part]:
+def _evaluation_parts(path: Path, document: Record) -> list[Part]:
     entries = {key: document[key] for key in ("method", "seed", "checkpoint", "split", "examples")}
     if "steering" in document:
         entries["steering"] = tables.steering_setting(path, document["steering"])
     rows = ((row["task"], row["language"], row["correct"], row["n"]) for row in document["rows"])
     return [
-        tables.head_table(path, "ramoe-evaluation", entries | {"data": tables.data_text(document["data"])}),
+        _head(path, "ramoe-evaluation", entries, document["data"]),
         tables.evaluation_table("right answers", rows),
         *tables.mass_tables(document["mass"], ("task", "language")),
     ]
 
 
-def _prediction(path: Path, document: Record) -> list[Part]:
+def _prediction_parts(path: Path, document: Record) -> list[Part]:
     return [f"{path}: ramoe-prediction", *tables.prediction_parts(document)]
 
 
-def _steering(path: Path, document: Record) -> list[Part]:
+def _steering_parts(path: Path, document: Record) -> list[Part]:
     entries = {key: document[key] for key in ("anchor", "checkpoint", "split")}
-    entries |= {key: tables.data_text(document[key]) for key in ("data", "experts")}
+    entries |= {"experts": tables.data_text(document["experts"]), "left out": "\n".join(document["skipped"]) or None}
     entries["best"] = tables.steering_setting(path, document["best"])
-    entries["left out"] = "\n".join(document["skipped"]) or None
-    head = tables.head_table(path, "ramoe-steering", entries | _written_by(document["package_version"]))
+    head = _head(path, "ramoe-steering", entries, document["data"], document["package_version"])
     return [head, tables.steering_table(path, document)]
 
 
-def _results(path: Path, document: Record) -> list[Part]:
+def _results_parts(path: Path, document: Record) -> list[Part]:
     entries = {"recipe": document["recipe"], "anchor": document["anchor"]}
     entries |= {key: ", ".join(map(str, document[key])) for key in ("methods", "seeds")}
     return [
-        tables.head_table(path, "ramoe-results", entries),
+        facts(f"{path}: ramoe-results", entries),
         tables.summary_table(document),
         tables.differences_table(document),
         tables.languages_table(document),
@@ -135,7 +139,7 @@ def _results(path: Path, document: Record) -> list[Part]:
 # --- safetensors ---
 
 
-def _experts(path: Path, _document: Record) -> list[Part]:
+def _experts_parts(path: Path, _document: Record) -> list[Part]:
     experts = ExpertFile.load(path)
     rule = rule_from(experts.rule)
     of = "" if experts.select_tokens == "all" else f" over the tokens {experts.select_tokens!r}"
@@ -147,9 +151,8 @@ def _experts(path: Path, _document: Record) -> list[Part]:
         "anchor": experts.anchor or "not recorded",
         "English patterns": ", ".join(experts.english_pattern) or "none",
         "sequences": tables.flat_text(experts.sequences),
-        "data": tables.data_text(experts.data),
     }
-    parts: list[Part] = [tables.head_table(path, "ramoe-experts", entries | _written_by(experts.package_version))]
+    parts: list[Part] = [_head(path, "ramoe-experts", entries, experts.data, experts.package_version)]
     for task, mask, delta in zip(experts.tasks, experts.expert_mask, experts.delta, strict=True):
         rows = []
         for layer, layer_number in enumerate(experts.layer_number.tolist()):
@@ -167,27 +170,25 @@ def _first(experts: list[str]) -> str:
     return ", ".join(experts[:SHOWN_EXPERTS]) + (", ..." if len(experts) > SHOWN_EXPERTS else "")
 
 
-def _priors(path: Path, _document: Record) -> list[Part]:
+def _priors_parts(path: Path, _document: Record) -> list[Part]:
     priors = Priors.load(path)
     entries = {
         "model": tables.shape_text(priors.shape),
         "checkpoint": priors.checkpoint,
         "examples": f"{len(priors.ids)}, first {', '.join(priors.ids[:5])}",
         "tokens": priors.tokens,
-        "data": tables.data_text(priors.data),
     }
-    return [tables.head_table(path, "ramoe-priors", entries | _written_by(priors.package_version))]
+    return [_head(path, "ramoe-priors", entries, priors.data, priors.package_version)]
 
 
-def _usage(path: Path, _document: Record) -> list[Part]:
+def _usage_parts(path: Path, _document: Record) -> list[Part]:
     usage = UsageFile.load(path)
     entries = {
         "model": tables.shape_text(usage.shape),
         "checkpoint": usage.checkpoint,
         "tokens": tables.flat_text(dict(zip(usage.languages, usage.tokens.tolist(), strict=True))),
-        "data": tables.data_text(usage.data),
     }
-    parts: list[Part] = [tables.head_table(path, "ramoe-usage", entries | _written_by(usage.package_version))]
+    parts: list[Part] = [_head(path, "ramoe-usage", entries, usage.data, usage.package_version)]
     for language, frequency, gate in zip(usage.languages, usage.frequency, usage.gate, strict=True):
         rows = []
         for layer, layer_number in enumerate(usage.layer_number.tolist()):
@@ -203,7 +204,7 @@ def _usage(path: Path, _document: Record) -> list[Part]:
 # --- tables of lines ---
 
 
-def _lines(path: Path) -> Table:
+def _lines_table(path: Path) -> Table:
     if '"correct"' not in first_line(path):
         pairs = [asdict(pair) for pair in summarise(read_taxonomy(path))]
         return tables.taxonomy_table(f"{path}: taxonomy by task, target language and split", pairs)
@@ -214,34 +215,30 @@ def _lines(path: Path) -> Table:
     return tables.evaluation_table(f"{path}: right answers", rows)
 
 
-def _divergence(path: Path) -> list[Part]:
+def _divergence_parts(path: Path) -> list[Part]:
     rows = read_divergence(path)
     curve = mean_curve(rows)
-    by_layer: dict[int, list[str]] = {}
-    numbers: dict[int, int] = {}
-    undefined: dict[int, int] = {}
-    for row in rows:
-        by_layer.setdefault(row.moe_layer, []).append(number(row.divergence, ".4f"))
-        numbers[row.moe_layer] = row.layer_number
-        undefined[row.moe_layer] = undefined.get(row.moe_layer, 0) + row.undefined_pairs
-    shown = [
-        (layer, numbers[layer], *cells, number(float(curve[layer]), ".4f"), undefined[layer])
-        for layer, cells in sorted(by_layer.items())
-    ]
+    shown, numbers = [], []
+    for layer in sorted({row.moe_layer for row in rows}):
+        own = [row for row in rows if row.moe_layer == layer]
+        numbers.append(own[0].layer_number)
+        values = [*(row.divergence for row in own), float(curve[layer])]
+        cells = [number(value, ".4f") for value in values]
+        shown.append((layer, numbers[-1], *cells, sum(row.undefined_pairs for row in own)))
     heads = (*LAYER_HEADS, *dict.fromkeys(row.language for row in rows), "mean", "undefined pairs")
     title = f"{path}: entropy-normalised JS divergence from the anchor language, in [0, 1]"
-    zone = tables.zone_text(zone_from_curve(curve), [numbers[layer] for layer in sorted(numbers)])
+    zone = tables.zone_text(zone_from_curve(curve), numbers)
     return [Table(heads, shown, title, ()), f"zone by the curve: {zone}"]
 
 
 _DESCRIBE: dict[str, Callable[[Path, Record], list[Part]]] = {
-    "ramoe-taxonomy": _taxonomy,
-    "ramoe-anchors": _anchors,
-    "ramoe-evaluation": _evaluation,
-    "ramoe-prediction": _prediction,
-    "ramoe-steering": _steering,
-    "ramoe-results": _results,
-    "ramoe-experts": _experts,
-    "ramoe-priors": _priors,
-    "ramoe-usage": _usage,
+    "ramoe-taxonomy": _taxonomy_parts,
+    "ramoe-anchors": _anchors_parts,
+    "ramoe-evaluation": _evaluation_parts,
+    "ramoe-prediction": _prediction_parts,
+    "ramoe-steering": _steering_parts,
+    "ramoe-results": _results_parts,
+    "ramoe-experts": _experts_parts,
+    "ramoe-priors": _priors_parts,
+    "ramoe-usage": _usage_parts,
 }

@@ -31,72 +31,79 @@ FIGURE_TEXTS = {
     "accuracy": (
         "Accuracy by language and method",
         "the evaluate stage makes it",
-        "Each mark is the share of right answers, mean over seeds. The bar is Wilson's 95 % interval at the number of "
-        "examples of one seed. The anchor language comes first. Bars that overlap do not mean that two methods are "
-        "alike: they answer the same examples, so read the paired differences above.",
+        "Each mark is the share of right answers, mean over seeds. The bar is Wilson's 95 % interval at "
+        "the number of examples of one seed. The anchor language comes first. Bars that overlap do not "
+        "mean that two methods are alike: they answer the same examples, so read the paired differences "
+        "above.",
     ),
     "mass_layers": (
         "Routing mass on the task experts, by layer",
         "the evaluate stage makes it",
-        "Share of the router's probability on the task's experts at the last prompt token, mean over target languages "
-        "and seeds. Alignment should move the coloured lines from base towards the dashed English line inside the "
-        "zone. Look for lines that overshoot it, or that also move outside the zone. {numbers}",
+        "Share of the router's probability on the task's experts at the last prompt token, mean over "
+        "target languages and seeds. Alignment should move the coloured lines from base towards the dashed "
+        "English line inside the zone. Look for lines that overshoot it, or that also move outside the "
+        "zone. {numbers}",
     ),
     "mass_languages": (
         "Routing mass on the task experts, by language",
         "the evaluate stage makes it",
-        "The same, by language: mean over the layers {layers}, tasks and seeds. The anchor language comes first: a "
-        "method that moves it changes English routing as well.",
+        "The same, by language: mean over the layers {layers}, tasks and seeds. The anchor language comes "
+        "first: a method that moves it changes English routing as well.",
     ),
     "ci_gain": (
         "ci share against gain",
         "the taxonomy and evaluate stages make it, for base and at least one method",
-        "Each point is a task and target language, named beside it where there are at most 30. The gain is accuracy "
-        "after minus before, mean over seeds. The interval of r is Fisher's. A large ci share leaves more room to gain "
-        "for any training, so compare the panels: alignment helps only where a method beats sft.{over_sft}",
+        "Each point is a task and target language, named beside it where there are at most 30. The gain is "
+        "accuracy after minus before, mean over seeds. The interval of r is Fisher's. A large ci share "
+        "leaves more room to gain for any training, so compare the panels: alignment helps only where a "
+        "method beats sft.{over_sft}",
     ),
     "transplant": (
         "Transplant test against gain",
         "the predict and evaluate stages make it, for sft and at least one aligned method",
-        "Across: change of the base model's target accuracy, without training, when its router probabilities in the "
-        "zone are replaced by those of the parallel English prompt. Up: accuracy of the method minus sft after "
-        "training. If routing is the bottleneck, points lie to the upper right.",
+        "Across: change of the base model's target accuracy, without training, when its router "
+        "probabilities in the zone are replaced by those of the parallel English prompt. Up: accuracy of "
+        "the method minus sft after training. If routing is the bottleneck, points lie to the upper right.",
     ),
     "taxonomy": (
         "Taxonomy: right and wrong answers before training",
         "the taxonomy stage makes it",
-        "Each bar is a task and target language, scored with the base model on the {split} split. The hatched orange "
-        "part is the ci share (number in the bar, in %): English right, target language wrong. By default, alignment "
-        "uses these examples only. ic, the opposite, shows how often that happens by chance or by unequal knowledge.",
+        "Each bar is a task and target language, scored with the base model on the {split} split. The "
+        "hatched orange part is the ci share (number in the bar, in %): English right, target language "
+        "wrong. By default, alignment uses these examples only. ic, the opposite, shows how often that "
+        "happens by chance or by unequal knowledge.",
     ),
     "divergence": (
         "Routing divergence from the anchor language",
         "the profile stage makes it",
-        "Entropy-normalised Jensen-Shannon divergence between the router's distributions on parallel text (arXiv "
-        "2510.04694), mean over examples. Large pretrained models show a U over depth, lowest in the middle. {zone} "
-        "{numbers}",
+        "Entropy-normalised Jensen-Shannon divergence between the router's distributions on parallel text "
+        "(arXiv 2510.04694), mean over examples. Large pretrained models show a U over depth, lowest in "
+        "the middle. {zone} {numbers}",
     ),
     "experts": (
         "Task experts",
         "the profile stage makes it",
-        "Colour: how much more often an expert is in the top-k on English task data than on general English text, per "
-        "token. Dots: the task experts, chosen by the rule {rule}. Dashed lines: the alignment zone. A task without "
-        "strong colours has no specialised experts, and aligning their mass then says little. {numbers}",
+        "Colour: how much more often an expert is in the top-k on English task data than on general "
+        "English text, per token. Dots: the task experts, chosen by the rule {rule}. Dashed lines: the "
+        "alignment zone. A task without strong colours has no specialised experts, and aligning their mass "
+        "then says little. {numbers}",
     ),
 }
 """Title, what makes it, and caption of each figure."""
-LIMITS = (
-    "This is RA-MoE as we read it (arXiv 2605.28306). The stages, the taxonomy, the alignment of ci examples in the "
-    "middle layers, and the aim to match both the total routing mass on the task experts and its relative allocation "
-    "are the paper's. We do not know its exact divergence, target, token choice, pooling and coefficient: each is an "
-    "option of the recipe, shown under Settings. Nothing here reproduces, or fails to reproduce, the paper's numbers.",
-    "The rule that picks the task experts is that of arXiv 2510.04694, equation 3. The rule that reads the alignment "
-    "zone off the divergence curve is our own.",
-    "Intervals of differences are over examples, for the seeds that were run. They do not cover another base model, "
-    "other data or other languages. With few seeds they say little about another seed: see how many agree.",
+REPORT_LIMITS = (
+    "This is RA-MoE as we read it (arXiv 2605.28306). The stages, the taxonomy, the alignment of ci "
+    "examples in the middle layers, and the aim to match both the total routing mass on the task experts "
+    "and its relative allocation are the paper's. We do not know its exact divergence, target, token "
+    "choice, pooling and coefficient: each is an option of the recipe, shown under Settings. Nothing here "
+    "reproduces, or fails to reproduce, the paper's numbers.",
+    "The rule that picks the task experts is that of arXiv 2510.04694, equation 3. The rule that reads the "
+    "alignment zone off the divergence curve is our own.",
+    "Intervals of differences are over examples, for the seeds that were run. They do not cover another "
+    "base model, other data or other languages. With few seeds they say little about another seed: see how "
+    "many agree.",
     "Several methods and languages are compared without correction for the number of comparisons.",
-    "A correlation between ci share and gain over a handful of task-language pairs gives no slope, and part of it is "
-    "headroom.",
+    "A correlation between ci share and gain over a handful of task-language pairs gives no slope, and "
+    "part of it is headroom.",
 )
 
 
@@ -134,7 +141,7 @@ def report_sections(run: RunInputs, results: Mapping[str, Any], plots: Mapping[s
             "Go or no-go, estimated before training",
             tables.prediction_parts(run.prediction) if run.prediction else [missing.format("predict")],
         ),
-        Section("limits", "Limits", [Bullets(LIMITS)]),
+        Section("limits", "Limits", [Bullets(REPORT_LIMITS)]),
         Section("settings", "Settings", [settings, Table((), list(_versions().items()), "Versions", (0, 1))]),
         Section("files", "Stages and files", [_stages_table(stages), Table((), files, "Files", (0, 1), folded=True)]),
     ]
@@ -196,7 +203,8 @@ def _stages_table(stages: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _files(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Each file that a stage read or wrote, with its digest; the digest at writing wins over that at reading."""
+    """Each file that a stage read or wrote, with its digest; the digest at writing wins over that at
+    reading."""
     read = {path: digest for s in stages.values() for path, digest in s.get("inputs", {}).items() if digest}
     return read | {path: digest for s in stages.values() for path, digest in s.get("outputs", {}).items()}
 
@@ -220,7 +228,8 @@ def run_findings(run: RunInputs, results: Mapping[str, Any]) -> list[str]:
     if kept:
         before = next(row for row in results["summary"] if (row["method"], row["group"]) == ("base", "english"))
         sentences.append(
-            f"English ({run.anchor}): base has {percent(before)} % right; change in points: {', '.join(kept)}."
+            f"English ({run.anchor}): base has {percent(before)} % right; change in points: "
+            f"{', '.join(kept)}."
         )
     correlations = [c for c in results["ci_gain"]["correlations"] if c["over"] == "base" and c["r"] is not None]
     if correlations:
@@ -239,8 +248,8 @@ def _run_setting(run: RunInputs, results: Mapping[str, Any]) -> str:
         model = f" The model has {shape.num_moe_layers} MoE layers of {shape.num_experts} experts, top-{shape.topk}."
     where = f"{count(len(tasks), 'task')} in {count(len(targets), 'target language')} ({', '.join(targets)})"
     return (
-        f"{where}, evaluated on the {results['split']} split, {count(len(results['seeds']), 'seed')} for each method."
-        f"{model}"
+        f"{where}, evaluated on the {results['split']} split, {count(len(results['seeds']), 'seed')} for "
+        f"each method.{model}"
     )
 
 

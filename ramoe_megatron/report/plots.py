@@ -84,19 +84,13 @@ def method_style(method: str, place: int) -> tuple[str, str]:
 
 def shade_zone(axis: "Axes", run: RunInputs) -> None:
     if run.zone is not None:
-        axis.axvspan(
-            run.zone.first - 0.5,
-            run.zone.last + 0.5,
-            color="#F0E442",
-            alpha=0.35,
-            lw=0,
-            zorder=0,
-            label="alignment zone",
-        )
+        style: dict[str, Any] = {"color": "#F0E442", "alpha": 0.35, "lw": 0, "zorder": 0}
+        axis.axvspan(run.zone.first - 0.5, run.zone.last + 0.5, label="alignment zone", **style)
 
 
 def from_zero(axes: "Sequence[Axes]") -> None:
-    """Axes that share their scale, from zero to a little above the highest line: called once all lines are drawn, since a limit set
+    """Axes that share their scale, from zero to a little above the highest line: called once all lines are
+    drawn, since a limit set
     earlier would cut off what comes after."""
     heights = [np.asarray(line.get_ydata(), dtype=float) for axis in axes for line in axis.get_lines()]
     highest = max((float(height.max()) for height in heights if height.size), default=1.0)
@@ -131,9 +125,8 @@ def language_axis(axis: "Axes", languages: Sequence[str]) -> None:
 
 def legend_below(figure: "Figure", axes: "Sequence[Axes]") -> None:
     handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=min(4, len(handles)), fontsize=8
-    )
+    columns = min(4, len(handles))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 # --- after training ---
@@ -157,9 +150,7 @@ def accuracy_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | Non
             colour, marker = method_style(method, place)
             axis.errorbar(x, y, yerr=[below, above], fmt=marker, color=colour, ms=4, lw=1, label=plain(method))
         language_axis(axis, languages)
-        axis.set_ylim(-2, 102)
-        axis.set_ylabel("right answers, %")
-        axis.set_title(plain(title))
+        axis.set(ylim=(-2, 102), ylabel="right answers, %", title=plain(title))
         axis.grid(axis="y", alpha=0.3)
     legend_below(figure, axes)
     return figure
@@ -185,8 +176,7 @@ def mass_layers_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | 
                 name = f"targets, {plain(method)}"
                 axis.plot(range(len(curve)), curve, color=colour, marker=marker, ms=4, label=name)
         whole_layers(axis)
-        axis.set_ylabel("routing mass")
-        axis.set_title(plain(task))
+        axis.set(ylabel="routing mass", title=plain(task))
         axis.grid(axis="y", alpha=0.3)
     from_zero(axes)
     legend_below(figure, axes)
@@ -199,16 +189,13 @@ def mass_languages_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure
     languages = order(run, (row["language"] for row in results["mass"]))
     figure, (axis,) = panels(1, max(5.5, 1.5 + 0.6 * len(languages)), 2.8)
     for place, method in enumerate(results["methods"]):
-        points = []
-        for at, language in enumerate(languages):
-            rows = [row for row in results["mass"] if row["method"] == method and row["language"] == language]
-            if rows:
-                mass = fmean([fmean(in_zone(run, row["mass"])) for row in rows])
-                points.append((at + offset(place, len(results["methods"])), mass))
+        own: dict[str, list[float]] = {}
+        for row in results["mass"]:
+            if row["method"] == method:
+                own.setdefault(row["language"], []).append(fmean(in_zone(run, row["mass"])))
+        x = [languages.index(language) + offset(place, len(results["methods"])) for language in own]
         colour, marker = method_style(method, place)
-        axis.plot(
-            [x for x, _ in points], [y for _, y in points], marker, color=colour, ms=5, label=plain(method)
-        )
+        axis.plot(x, list(map(fmean, own.values())), marker, color=colour, ms=5, label=plain(method))
     language_axis(axis, languages)
     axis.set_ylabel("routing mass on task experts,\nmean over zone and tasks")
     from_zero([axis])
@@ -223,16 +210,20 @@ def in_zone(run: RunInputs, mass: Sequence[float]) -> Sequence[float]:
 
 
 def ci_gain_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None":
-    points = results["ci_gain"]["points"]
-    methods = unique(point["method"] for point in points)
-    if not methods:
-        return None
-    found = {(c["method"], c["over"]): c for c in results["ci_gain"]["correlations"]}
-    shown = []
-    for method in methods:
-        title = f"{method}\n{correlation(found.get((method, 'base'), {}))}"
-        shown.append((title, [point for point in points if point["method"] == method]))
-    return scatter(shown, "gain", "ci_share", "ci share, %", "gain over base, points")
+    found = {c["method"]: c for c in results["ci_gain"]["correlations"] if c["over"] == "base"}
+    shown = [
+        (f"{method}\n{correlation(found.get(method, {}))}", points)
+        for method, points in by_method(results["ci_gain"]["points"]).items()
+    ]
+    return scatter(shown, "gain", "ci_share", "ci share, %", "gain over base, points") if shown else None
+
+
+def by_method(points: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Points of ci share and gain, grouped by their method."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for point in points:
+        found.setdefault(point["method"], []).append(point)
+    return found
 
 
 def transplant_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None":
@@ -246,12 +237,14 @@ def transplant_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | N
         for p in results["ci_gain"]["points"]
         if p["method"] != "sft" and p["gain_over_sft"] is not None and (p["task"], p["language"]) in changes
     ]
-    shown = [(m, [p for p in points if p["method"] == m]) for m in unique(p["method"] for p in points)]
+    shown = list(by_method(points).items())
     x_label = "change by transplanted English routing, points"
     return scatter(shown, "gain_over_sft", "change", x_label, "gain over sft, points") if shown else None
 
 
-def scatter(shown: "list[tuple[str, list[dict[str, Any]]]]", y: str, x: str, x_label: str, y_label: str) -> "Figure":
+def scatter(
+    shown: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], y: str, x: str, x_label: str, y_label: str
+) -> "Figure":
     """One panel a method; a point a task-language pair, coloured by task, named by language."""
     figure, axes = panels(len(shown), 4.4, 3.2, sharex=True, sharey=True)
     tasks = unique(point["task"] for _, points in shown for point in points)
@@ -262,9 +255,8 @@ def scatter(shown: "list[tuple[str, list[dict[str, Any]]]]", y: str, x: str, x_l
             across, up = [100 * p[x] for p in own], [100 * p[y] for p in own]
             axis.scatter(across, up, label=plain(task), color=colour, marker=marker, s=22)
         axis.axhline(0, color="#888888", lw=0.8)
-        axis.set_title(plain(title))
-        axis.set_xlabel(x_label)
-        axis.set_ylabel(y_label)
+        axis.set(title=plain(title), xlabel=x_label, ylabel=y_label)
+        axis.margins(0.08)  # room for the names
         axis.grid(alpha=0.3)
     for axis, (_, points) in zip(axes, shown, strict=True):  # now that the common scale is known
         if len(points) <= 30:  # more names would cover each other
@@ -322,28 +314,18 @@ def taxonomy_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | Non
         left = [0.0] * len(own)
         for name, (meaning, colour, hatch) in CATEGORY_STYLE.items():
             shares = [100 * pair[name] / pair["n"] for pair in own]
-            style: dict[str, Any] = {
-                "color": colour,
-                "hatch": hatch,
-                "edgecolor": "white",
-                "linewidth": 0.6,
-                "height": 0.8,
-            }
-            axis.barh(range(len(own)), shares, left=left, label=meaning, **style)
+            style: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.6}
+            bars = axis.barh(range(len(own)), shares, left=left, label=meaning, **style)
             if name == "ci":
                 box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-                for place, (start, share) in enumerate(zip(left, shares, strict=True)):
-                    if share >= 8:
-                        axis.text(
-                            start + share / 2, place, f"{share:.0f}", ha="center", va="center", fontsize=7.5, bbox=box
-                        )
+                texts = [f"{share:.0f}" if share >= 8 else "" for share in shares]
+                for text in axis.bar_label(bars, texts, label_type="center", fontsize=7.5):
+                    text.set_bbox(box if text.get_text() else None)
             left = [a + b for a, b in zip(left, shares, strict=True)]
         axis.set_yticks(range(len(own)), [f"{plain(pair['language'])}  n={pair['n']}" for pair in own])
         axis.invert_yaxis()
-        axis.set_xlim(0, 100)
-        axis.set_title(plain(task))
-        axis.set_xlabel("share of examples, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+        axis.set(xlim=(0, 100), title=plain(task), xlabel="share of examples, %")
+    legend_below(figure, axes)
     return figure
 
 
@@ -365,22 +347,14 @@ def experts_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None
     limit = max(float(abs(delta).max()), 1e-6)
     for task, axis in enumerate(axes):
         image = axis.imshow(delta[task], cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-        places = chosen[task].nonzero()
-        axis.scatter(
-            places[1],
-            places[0],
-            s=max(4.0, 900 / max(count, 4 * layers)),
-            marker="o",
-            color="black",
-            edgecolor="white",
-            lw=0.6,
-        )
+        rows, columns = chosen[task].nonzero()
+        size = max(4.0, 900 / max(count, 4 * layers))
+        axis.scatter(columns, rows, s=size, marker="o", color="black", edgecolor="white", lw=0.6)
         if run.zone is not None:
             for edge in (run.zone.first - 0.5, run.zone.last + 0.5):
                 axis.axhline(edge, color="black", lw=1, ls="--")
-        axis.set_title(f"{plain(run.experts.tasks[task])}: {int(chosen[task].sum())} chosen")
-        axis.set_xlabel("expert (0-based)")
-        axis.set_ylabel(LAYER_AXIS)
+        title = f"{plain(run.experts.tasks[task])}: {int(chosen[task].sum())} chosen"
+        axis.set(title=title, xlabel="expert (0-based)", ylabel=LAYER_AXIS)
         axis.locator_params(axis="y", integer=True)
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.set_label("delta: top-k frequency on the task\nminus general English, per token")
@@ -400,7 +374,8 @@ FIGURES: "dict[str, Callable[[RunInputs, Mapping[str, Any]], Figure | None]]" = 
 
 
 def plot_all(run: RunInputs, results: Mapping[str, Any]) -> dict[str, Path]:
-    """Draw every figure whose inputs are there: name -> PNG. An older PNG of a figure without inputs is removed."""
+    """Draw every figure whose inputs are there: name -> PNG. An older PNG of a figure without inputs is
+    removed."""
     return save_all(run.root / "plots", {name: functools.partial(draw, run, results) for name, draw in FIGURES.items()})
 
 

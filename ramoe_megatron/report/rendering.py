@@ -1,4 +1,5 @@
-"""What a report is made of (text, tables, figures, code), and the three ways to show it: console, page, Markdown.
+"""What a report is made of (text, tables, figures, code), and the three ways to show it: console, page,
+Markdown.
 
 A text from the data is shown as it is, never read as markup.
 """
@@ -47,7 +48,7 @@ class Table:
     @property
     def cells(self) -> list[list[str]]:
         """The rows as text."""
-        return [[_text(value) for value in row] for row in self.rows]
+        return [[_cell_text(value) for value in row] for row in self.rows]
 
     @property
     def long(self) -> list[int]:
@@ -87,7 +88,8 @@ class Figure:
 
     @property
     def width(self) -> int:
-        """In CSS pixels, 96 an inch: the size that the figure was drawn for. Bytes 16 to 20 of a PNG are its width."""
+        """In CSS pixels, 96 an inch: the size that the figure was drawn for. Bytes 16 to 20 of a PNG are its
+        width."""
         return int(struct.unpack(">I", self.data[16:20])[0] * 96 // DPI)
 
 
@@ -117,7 +119,7 @@ def facts(title: str, entries: Mapping[str, CellValue]) -> Table:
     return Table((), list(entries.items()), title, left=(0, 1))
 
 
-def _text(value: CellValue) -> str:
+def _cell_text(value: CellValue) -> str:
     return NONE if value is None else number(value) if isinstance(value, float) else str(value)
 
 

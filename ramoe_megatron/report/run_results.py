@@ -1,4 +1,5 @@
-"""results.json: accuracies with intervals, paired differences, English retention, and ci share against gain."""
+"""results.json: accuracies with intervals, paired differences, English retention, and ci share against
+gain."""
 
 import dataclasses
 from collections import defaultdict
@@ -99,7 +100,8 @@ def _comparisons(by_method: Mapping[str, list[Evaluation]], anchor: str) -> list
 
 
 def ci_counts(run: RunInputs) -> dict[tuple[str, str], tuple[int, int]]:
-    """ci examples and all examples of each (task, target language) on the evaluated split; on all splits when that one was not scored."""
+    """ci examples and all examples of each (task, target language) on the evaluated split; on all splits when
+    that one was not scored."""
     pairs = [p for p in (run.taxonomy or {}).get("pairs", []) if p["language"] != run.anchor]
     chosen = [p for p in pairs if p["split"] == run.evaluated_split()] or pairs
     counts: dict[tuple[str, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
@@ -115,7 +117,8 @@ def ci_shares(run: RunInputs) -> dict[tuple[str, str], float]:
 
 
 def _ci_gain(by_pair: list[dict[str, Any]], run: RunInputs) -> dict[str, Any]:
-    """Pearson's r of ci share with the gain over base, and over SFT, of each method, over task-language pairs."""
+    """Pearson's r of ci share with the gain over base, and over SFT, of each method, over task-language
+    pairs."""
     shares = ci_shares(run)
     accuracy = {(row["method"], row["task"], row["language"]): row["accuracy"] for row in by_pair}
     points, correlations = [], []

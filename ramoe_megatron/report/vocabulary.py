@@ -1,4 +1,5 @@
-"""How a number, a share, an interval, a p-value and "no value" are written, in every table, figure and sentence."""
+"""How a number, a share, an interval, a p-value and "no value" are written, in every table, figure and
+sentence."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -106,14 +107,16 @@ def legend(methods: Sequence[str]) -> str:
 
 
 def direction(row: Record | None) -> str:
-    """``above``, ``below`` or ``holds zero``, from a difference's interval; ``unknown`` without an interval."""
+    """``above``, ``below`` or ``holds zero``, from a difference's interval; ``unknown`` without an
+    interval."""
     if row is None or row["low"] is None or row["high"] is None:
         return "unknown"
     return "above" if row["low"] > 0 else "below" if row["high"] < 0 else "holds zero"
 
 
 def compared(method: str, other: str, row: Record, where: str = "in the target languages") -> str:
-    """``ra-moe scored 2.0 points higher than sft in the target languages``, with the interval and p in brackets."""
+    """``ra-moe scored 2.0 points higher than sft in the target languages``, with the interval and p in
+    brackets."""
     size = number(100 * abs(row["change"]), ".1f")
     word = "higher" if row["change"] > 0 else "lower"
     start = f"{method} scored {size} points {word} than {other}" if size != "0.0" else f"{method} scored the same as {other}"

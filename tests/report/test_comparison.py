@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from comparison_runs import CELLS, SEEDS, TARGETS, N, plain, rising, row, write_run
 
-from ramoe_megatron.report.comparison.build import compare
+from ramoe_megatron.report.comparison.assemble import compare
 from ramoe_megatron.report.comparison.contrasts import claim_verdict
 from ramoe_megatron.statistics import wilson
 

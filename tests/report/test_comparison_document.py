@@ -13,9 +13,9 @@ from rich.console import Console
 from scipy import stats
 
 from ramoe_megatron.artifacts.files import load_document
-from ramoe_megatron.report.comparison.build import compare, write_comparison
+from ramoe_megatron.report.comparison.assemble import compare, write_comparison
 from ramoe_megatron.report.comparison.document import comparison_markdown, write_document
-from ramoe_megatron.report.comparison.findings import comparison_findings
+from ramoe_megatron.report.comparison.summary import comparison_findings
 from ramoe_megatron.report.inspect import describe
 
 HOSTILE = "<script>alert('|$x$')</script>"
@@ -45,7 +45,8 @@ def test_a_lead_over_a_reference_that_lost_is_told_beside_what_it_lost(tmp_path:
     right = {"sft": 2, "ra-moe": 3, "rise": 5}
     worse = {(method, seed): {("a", "es"): n} for method, n in right.items() for seed in SEEDS}
     told = " ".join(comparison_findings(compare([write_run(tmp_path / "one", worse)])))
-    assert "sft scored 5.0 points lower than base in the target languages, which has 40.0 % right" in told
+    assert "sft scored 5.0 points lower than base in the target languages" in told
+    assert "base has 40.0 % right, so a method can beat sft by changing less" in told
     assert "1 of 2 other methods scores higher than base." in told
     better = " ".join(comparison_findings(compare([write_run(tmp_path / "two", rising())])))
     assert "lower than base" not in better

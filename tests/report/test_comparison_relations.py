@@ -8,7 +8,7 @@ import pytest
 from comparison_runs import TARGETS, plain, row, write_run
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
-from ramoe_megatron.report.comparison.build import compare
+from ramoe_megatron.report.comparison.assemble import compare
 from ramoe_megatron.report.comparison.document import comparison_markdown
 from ramoe_megatron.report.comparison.relations import sign_hits
 

@@ -1,4 +1,5 @@
-"""Rows of comparison.json on how the methods differ: further methods, and training flags that are not the reference's."""
+"""Rows of comparison.json on how the methods differ: further methods, and training flags that are not the
+reference's."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -27,7 +28,8 @@ COEFF = "ramoe-coeff"
 
 
 def ablation_rows(study: Study, found: Sequence[Row], known: Collection[str]) -> list[Row]:
-    """The recipe's further methods: what each changes, its change against the reference (p as in the headline), against the model before
+    """The recipe's further methods: what each changes, its change against the reference (p as in the
+    headline), against the model before
     fine-tuning, and, of a method that aligns, against the method that trains likewise without (`without`, whose name is `beside`)."""
     rows = []
     for row in found:
@@ -49,7 +51,8 @@ def ablation_rows(study: Study, found: Sequence[Row], known: Collection[str]) ->
 
 
 def _without_alignment(study: Study, run: RunInputs, method: str) -> str | None:
-    """The method that trains the same weights by the same flags of Megatron and aligns nothing; None of one that aligns nothing itself."""
+    """The method that trains the same weights by the same flags of Megatron and aligns nothing; None of one
+    that aligns nothing itself."""
     stages = (run.manifest or {}).get("stages", {})
     found = {name: _stage_flags(stages, "finetune", name) for name in study.by_method}
     training = {name: training_flags(flags) for name, flags in found.items() if flags is not None}
@@ -67,7 +70,8 @@ def training_flags(flags: dict[str, str]) -> dict[str, str]:
 
 
 def _settings(study: Study, run: RunInputs, method: str) -> list[str]:
-    """Flags of the stage that differ from those of the main method (of the reference where nothing is aligned, of the base model's
+    """Flags of the stage that differ from those of the main method (of the reference where nothing is
+    aligned, of the base model's
     evaluation where nothing is trained), as run: `coeff 20 (ra-moe: 50)`."""
     stages = (run.manifest or {}).get("stages", {})
     own = _stage_flags(stages, "finetune", method)
@@ -86,7 +90,8 @@ def _settings(study: Study, run: RunInputs, method: str) -> list[str]:
 
 
 def _stage_flags(stages: dict[str, Any], kind: str, method: str) -> dict[str, str] | None:
-    """Flags of the method's first stage of a kind, without what differs between any two stages; of files, those of `CHOSEN_FILES`."""
+    """Flags of the method's first stage of a kind, without what differs between any two stages; of files,
+    those of `CHOSEN_FILES`."""
     name = next((name for name in sorted(stages) if re.fullmatch(rf"{kind}/{re.escape(method)}(-seed\d+)?", name)), None)
     if name is None:
         return None
@@ -104,10 +109,11 @@ def _stage_flags(stages: dict[str, Any], kind: str, method: str) -> dict[str, st
 
 
 def training_rows(study: Study) -> list[Row]:
-    """A row for each training flag of a method (train-iters, lr, ...) that differs from the reference's: method, flag, value, reference.
+    """A row for each training flag of a method (train-iters, lr, ...) that differs from the reference's:
+    method, flag, value, reference.
 
-    The flags are those of the recipe, which every folder has alike. That a target paired at the current weights doubles the batch is
-    not among them: half of its places are views, and the samples are the same.
+    The flags are those of the recipe, which every folder has alike. That a target paired at the current
+    weights doubles the batch is not among them: half of its places are views, and the samples are the same.
     """
     run = next(iter(study.runs.values()))
     expected = _recipe_flags(run, study.reference)

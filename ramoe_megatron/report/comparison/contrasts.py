@@ -8,7 +8,16 @@ from typing import Any
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.layers import parse_layers
 from ramoe_megatron.report.comparison.costs import hours
-from ramoe_megatron.report.comparison.study import ALPHA, Row, Study, Values, average, correct, matched, spread
+from ramoe_megatron.report.comparison.study import (
+    ALPHA,
+    Row,
+    Study,
+    Values,
+    average,
+    correct,
+    matched,
+    spread,
+)
 from ramoe_megatron.report.inputs import RunInputs
 from ramoe_megatron.report.pairing import pooled
 from ramoe_megatron.report.run_results import ci_counts
@@ -36,7 +45,8 @@ UNCORRECTED = " before correction only"
 
 
 def base_row(name: str, run: RunInputs) -> Row:
-    """What one base model was: its recipe, size, zone, seeds, steps, evaluated examples and the share of ci among them."""
+    """What one base model was: its recipe, size, zone, seeds, steps, evaluated examples and the share of ci
+    among them."""
     train = run.recipe.get("train") or {}
     base = next(e for e in run.evaluations if e.method == "base")
     shape = run.experts.shape if run.experts is not None else None
@@ -68,7 +78,8 @@ def _right(what: str, rows: Iterable[Row]) -> Row:
 
 
 def zone_of(run: RunInputs) -> tuple[int, int] | None:
-    """First and last MoE layer that the recipe aligns; None where it says auto and the profile found no zone."""
+    """First and last MoE layer that the recipe aligns; None where it says auto and the profile found no
+    zone."""
     if run.experts is None:
         return None
     layers = str((run.recipe.get("alignment") or {}).get("layers") or "auto")
@@ -79,7 +90,8 @@ def zone_of(run: RunInputs) -> tuple[int, int] | None:
 
 
 def headline_rows(study: Study) -> list[Row]:
-    """A row a method: target accuracy, `from_base`, its change from the model before fine-tuning, and `against` the reference; p of
+    """A row a method: target accuracy, `from_base`, its change from the model before fine-tuning, and
+    `against` the reference; p of
     the latter corrected over all methods compared with it."""
     rows = []
     for method, evaluations in study.by_method.items():
@@ -129,7 +141,8 @@ def english_rows(study: Study) -> list[Row]:
 
 
 def mass_rows(study: Study) -> list[Row]:
-    """Share of the router's probability on the task's experts at the last prompt token: mean over the zone (all layers where
+    """Share of the router's probability on the task's experts at the last prompt token: mean over the zone
+    (all layers where
     there is none), tasks and target languages; `anchor` is the same in the anchor language."""
     values = {method: _masses(study, method, anchor=False) for method in study.by_method}
     rows = []
@@ -146,7 +159,8 @@ def mass_rows(study: Study) -> list[Row]:
 
 
 def _uniform_mass(run: RunInputs) -> float | None:
-    """What `mass` would be if every expert had the same probability: the share of the experts that are task experts."""
+    """What `mass` would be if every expert had the same probability: the share of the experts that are task
+    experts."""
     tasks = {task for e in run.evaluations for task in e.tasks.values()}
     if run.experts is None or not (own := [place for place, task in enumerate(run.experts.tasks) if task in tasks]):
         return None
@@ -165,7 +179,8 @@ def _masses(study: Study, method: str, anchor: bool) -> Values:
 
 
 def claims_rows(study: Study, asked: Sequence[Claim]) -> list[Row]:
-    """The method minus its control, for every control that was run; p is corrected over them, and the verdict needs both."""
+    """The method minus its control, for every control that was run; p is corrected over them, and the verdict
+    needs both."""
     rows = []
     for claim in asked:
         found = study.against(claim.method, claim.control, study.target_keys)
@@ -176,7 +191,8 @@ def claims_rows(study: Study, asked: Sequence[Claim]) -> list[Row]:
 
 
 def claim_verdict(row: Mapping[str, Any]) -> str:
-    """What a claim's interval and corrected p come to: supported, contradicted, either before correction only, or not shown."""
+    """What a claim's interval and corrected p come to: supported, contradicted, either before correction
+    only, or not shown."""
     word = VERDICTS.get(direction(row))
     if word is None:
         return "not shown"
@@ -186,7 +202,8 @@ def claim_verdict(row: Mapping[str, Any]) -> str:
 def zero_rows(study: Study, off: str) -> list[Row]:
     """Whether the coefficient of zero left everything as the reference has it, for each base model and seed.
 
-    `outcomes_equal`: every example answered by both, alike; `weights_equal`: None where no digest was recorded.
+    `outcomes_equal`: every example answered by both, alike; `weights_equal`: None where no digest was
+    recorded.
     """
     reference = {(e.base, e.seed): e for e in study.by_method.get(study.reference, [])}
     rows = []
@@ -211,8 +228,8 @@ def zero_rows(study: Study, off: str) -> list[Row]:
 def counts_table(study: Study) -> Row:
     """Right answers by method, base model, seed and cell: every p-value of the comparison follows from them.
 
-    `cells`: task and language of each place in `n` and `correct`. A difference between two methods is, for each base
-    model and seed, the right answers of one minus those of the other, over the n of the cells.
+    `cells`: task and language of each place in `n` and `correct`. A difference between two methods is, for
+    each base model and seed, the right answers of one minus those of the other, over the n of the cells.
     """
     rows = []
     for method, evaluations in study.by_method.items():

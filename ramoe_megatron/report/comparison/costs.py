@@ -1,4 +1,5 @@
-"""What fine-tuning cost against the reference: time of the stage, time of an iteration, memory; ratios over paired seeds."""
+"""What fine-tuning cost against the reference: time of the stage, time of an iteration, memory; ratios over
+paired seeds."""
 
 import datetime
 import math
@@ -17,10 +18,12 @@ _ALLOCATED = re.compile(r"\| max allocated: ([0-9.]+)")
 
 
 def cost_rows(study: Study) -> list[Row]:
-    """A row for each trained method: median of each measure, and its ratio to the reference's over paired seeds.
+    """A row for each trained method: median of each measure, and its ratio to the reference's over paired
+    seeds.
 
-    wall: seconds of the fine-tuning stage, with start-up and saving. iteration: milliseconds, median of the logged ones
-    without the first. memory: MiB at the peak, of rank 0 or of the largest device. None where nothing was recorded.
+    wall: seconds of the fine-tuning stage, with start-up and saving. iteration: milliseconds, median of the
+    logged ones without the first. memory: MiB at the peak, of rank 0 or of the largest device. None where
+    nothing was recorded.
     """
     measures = {name: _measured(study, of) for name, of in (("wall", _wall), ("iteration", _iteration), ("memory", _memory))}
     rows = []
@@ -35,7 +38,8 @@ def cost_rows(study: Study) -> list[Row]:
 
 
 def _ratio(own: Values, other: Values) -> Row | None:
-    """Ratio of geometric means: Student's t on the logarithms of the paired ratios, by their spread within base models."""
+    """Ratio of geometric means: Student's t on the logarithms of the paired ratios, by their spread within
+    base models."""
     pairs = matched(own, other)
     if not pairs:
         return None
@@ -56,7 +60,8 @@ def _measured(study: Study, of: Callable[[RunInputs, str], float | None]) -> dic
 
 
 def hours(run: RunInputs) -> float | None:
-    """Time in which at least one stage was at work; breaks between two calls do not count, stages side by side count once."""
+    """Time in which at least one stage was at work; breaks between two calls do not count, stages side by
+    side count once."""
     spans = sorted(span for name in _stages(run) if (span := _span(run, name)))
     if not spans:
         return None

@@ -1,4 +1,5 @@
-"""The comparison as sections of tables, and the two documents that show them: comparison.html and the Markdown one."""
+"""The comparison as sections of tables, and the two documents that show them: comparison.html and the
+Markdown one."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -6,8 +7,18 @@ from typing import Any
 
 from ramoe_megatron.artifacts.files import atomic_write_text, save_document
 from ramoe_megatron.report.comparison.figures import CAPTIONS, marked
-from ramoe_megatron.report.comparison.findings import comparison_findings
-from ramoe_megatron.report.rendering import Bullets, Code, Figure, Links, Part, Section, Table, html_page, markdown
+from ramoe_megatron.report.comparison.summary import comparison_findings
+from ramoe_megatron.report.rendering import (
+    Bullets,
+    Code,
+    Figure,
+    Links,
+    Part,
+    Section,
+    Table,
+    html_page,
+    markdown,
+)
 from ramoe_megatron.report.vocabulary import (
     NONE,
     UNTRAINED,
@@ -25,27 +36,28 @@ from ramoe_megatron.report.vocabulary import (
     seeds_higher,
 )
 
-LIMITS = (
-    "p and its interval come from Student's t over pairs of base model and seed, by their spread within base models "
-    "(degrees of freedom: pairs less base models). They cover new seeds for these base models and say nothing of a new "
-    "base model: for that, read each base model's own difference.",
-    "The interval over examples is clustered by example and covers new examples for these seeds and base models. "
-    "Neither interval covers other data or other languages.",
-    "A method that trains nothing (‡) has one outcome for a base model, which is paired with every seed of {reference}. "
-    "The spread of its difference is that of {reference} alone, and its p tests whether {reference} scatters round that "
-    "outcome.",
-    "Three families are corrected, each by itself: the methods against {reference}, the claims, and all cells of "
-    "method, task and language. A result that was sought elsewhere in this document is not corrected.",
-    "An interval that holds zero shows no difference. It does not show that there is none: its width says how large a "
-    "difference may be.",
-    "This is RA-MoE as we read it (arXiv 2605.28306). The choices that the paper leaves open are settings of the recipe. "
-    "What a small model shows need not hold for a large one, and nothing here reproduces, or fails to reproduce, the "
-    "paper's numbers.",
-    "The pairs of the transplant table and of the ci share have models and examples in common. They are fewer "
-    "independent ones than they count, so their p-values and intervals are optimistic. Fisher's test asks whether the "
-    "signs go together, not whether most are up.",
-    "Times on a machine that does other work at once are rough. The time of an iteration is closer to what the method "
-    "costs than the time of the stage.",
+COMPARISON_LIMITS = (
+    "p and its interval come from Student's t over pairs of base model and seed, by their spread within "
+    "base models (degrees of freedom: pairs less base models). They cover new seeds for these base models "
+    "and say nothing of a new base model: for that, read each base model's own difference.",
+    "The interval over examples is clustered by example and covers new examples for these seeds and base "
+    "models. Neither interval covers other data or other languages.",
+    "A method that trains nothing (‡) has one outcome for a base model, which is paired with every seed of "
+    "{reference}. The spread of its difference is that of {reference} alone, and its p tests whether "
+    "{reference} scatters round that outcome.",
+    "Three families are corrected, each by itself: the methods against {reference}, the claims, and all "
+    "cells of method, task and language. A result that was sought elsewhere in this document is not "
+    "corrected.",
+    "An interval that holds zero shows no difference. It does not show that there is none: its width says "
+    "how large a difference may be.",
+    "This is RA-MoE as we read it (arXiv 2605.28306). The choices that the paper leaves open are settings "
+    "of the recipe. What a small model shows need not hold for a large one, and nothing here reproduces, "
+    "or fails to reproduce, the paper's numbers.",
+    "The pairs of the transplant table and of the ci share have models and examples in common. They are "
+    "fewer independent ones than they count, so their p-values and intervals are optimistic. Fisher's test "
+    "asks whether the signs go together, not whether most are up.",
+    "Times on a machine that does other work at once are rough. The time of an iteration is closer to what "
+    "the method costs than the time of the stage.",
 )
 
 
@@ -88,11 +100,12 @@ def comparison_sections(
 
     commands = dict.fromkeys(base["command"] for base in c["bases"] if base["command"])
     made = (
-        f"By ramoe-megatron {c['package_version']}, from the run folders {_listed(base['base'] for base in c['bases'])}. "
-        f"Every number comes from {data}, which is made of the folders' evaluations, taxonomy, prediction, expert file, "
-        f"manifest and logs. The right answers by method, base model, seed, task and language are there under `counts`: "
-        f"the differences and their p-values can be computed again from them. The intervals over examples need the "
-        f"evaluations themselves."
+        f"By ramoe-megatron {c['package_version']}, from the run folders "
+        f"{_listed(base['base'] for base in c['bases'])}. Every number comes from {data}, which is made of "
+        "the folders' evaluations, taxonomy, prediction, expert file, manifest and logs. The right answers "
+        "by method, base model, seed, task and language are there under `counts`: the differences and their "
+        "p-values can be computed again from them. The intervals over examples need the evaluations "
+        "themselves."
     )
     return [
         Section("run", "What was run", [*_setting(c), _bases_table(c), _before_table(c), Code(list(commands))]),
@@ -111,7 +124,7 @@ def comparison_sections(
         Section(
             "limits",
             "Limits",
-            [Bullets([limit.format(**names) for limit in LIMITS]), Links("Each base model's own report", reports or {})],
+            [Bullets([limit.format(**names) for limit in COMPARISON_LIMITS]), Links("Each base model's own report", reports or {})],
         ),
     ]
 
@@ -128,17 +141,19 @@ def _setting(c: Record) -> list[str]:
     uneven = len({len(base["seeds"]) for base in c["bases"]}) > 1
     weights = " The base models have different numbers of seeds: a mean over runs gives the one with more seeds more weight."
     return [
-        f"{count(len(c['methods']), 'method')} ({_listed(c['methods'])}) on {count(len(c['bases']), 'base model')} "
-        f"({_listed(base['base'] for base in c['bases'])}), seeds {_listed(seeds) or 'none'}; "
-        f"{count(len(c['tasks']), 'task')} ({_listed(c['tasks'])}) in {count(len(c['languages']), 'target language')} "
-        f"({_listed(c['languages'])}), anchor {c['anchor']}, evaluated on the {c['split']} split.",
+        f"{count(len(c['methods']), 'method')} ({_listed(c['methods'])}) on "
+        f"{count(len(c['bases']), 'base model')} ({_listed(base['base'] for base in c['bases'])}), seeds "
+        f"{_listed(seeds) or 'none'}; {count(len(c['tasks']), 'task')} ({_listed(c['tasks'])}) in "
+        f"{count(len(c['languages']), 'target language')} ({_listed(c['languages'])}), anchor "
+        f"{c['anchor']}, evaluated on the {c['split']} split.",
         _training(c),
         legend(c["methods"]) + (weights if uneven else ""),
     ]
 
 
 def _training(c: Record) -> str:
-    """Methods with other training flags than the reference: their difference from it is not the method's alone."""
+    """Methods with other training flags than the reference: their difference from it is not the method's
+    alone."""
     if not c.get("training"):
         return f"Every trained method has the training flags of {c['reference']}: steps, batch, learning rate and the others."
     own: dict[str, list[str]] = {}
@@ -146,8 +161,8 @@ def _training(c: Record) -> str:
         own.setdefault(row["method"], []).append(f"{row['flag']} {row['value']} ({row['reference']})")
     flags = "; ".join(f"{method} {_listed(flags)}" for method, flags in own.items())
     return (
-        f"These methods have other training flags than {c['reference']} (its value in brackets), so their difference from "
-        f"it is not the method's alone: {flags}."
+        f"These methods have other training flags than {c['reference']} (its value in brackets), so their "
+        f"difference from it is not the method's alone: {flags}."
     )
 
 
@@ -161,8 +176,8 @@ def _bases_table(c: Record) -> Table:
         rows.append((*told, b["steps"], b["batch"], hours, b["package_version"]))
     heads = ("base model", "recipe", "model", "zone", "seeds", "steps", "batch", "hours", "package")
     note = (
-        "Zone: the aligned MoE layers, counted from 0. Hours: those in which a stage of the run was at work, from the data "
-        "to the last evaluation."
+        "Zone: the aligned MoE layers, counted from 0. Hours: those in which a stage of the run was at "
+        "work, from the data to the last evaluation."
     )
     return Table(heads, rows, left=(0, 1, 2, 3, 4), note=note)
 
@@ -195,13 +210,13 @@ def _headline_table(c: Record) -> Table:
         rows.append((*shown, points(against and against["by_example"]), *tests, seeds_higher(against)))
     heads = ("method", "runs", "target, %", "change from base, points", f"change from {c['reference']}, points")
     note = (
-        "Runs: evaluated checkpoints and base models. "
-        f"Change from {c['reference']}: mean over pairs of base model and seed with Student's 95 % interval by the spread "
-        "within base models, which says nothing of a new base model. p belongs to it. Beside it the same difference over "
-        "examples, clustered by example. Go by Holm's correction: it bounds the chance of any false finding, whatever the "
-        "dependence, and these tests have their reference runs in common. BH (Benjamini-Hochberg) bounds the share of "
-        "false findings. Target: mean, Wilson's interval at the effective examples of one run, where the parallel rows of "
-        f"an example are a cluster (Kott and Carr 1997).{_untrained_note(c)}"
+        f"Runs: evaluated checkpoints and base models. Change from {c['reference']}: mean over pairs of base "
+        "model and seed with Student's 95 % interval by the spread within base models, which says nothing "
+        "of a new base model. p belongs to it. Beside it the same difference over examples, clustered by "
+        "example. Go by Holm's correction: it bounds the chance of any false finding, whatever the "
+        "dependence, and these tests have their reference runs in common. BH (Benjamini-Hochberg) bounds "
+        "the share of false findings. Target: mean, Wilson's interval at the effective examples of one run, "
+        f"where the parallel rows of an example are a cluster (Kott and Carr 1997).{_untrained_note(c)}"
     )
     return Table((*heads, "over examples", "p", "p, Holm", "p, BH", "seeds higher"), rows, note=note)
 
@@ -218,8 +233,8 @@ def _untrained_note(c: Record, shown: Collection[str] | None = None) -> str:
         return ""
     other = c["reference"]
     return (
-        f" {UNTRAINED}: trains nothing, so it has one outcome for a base model, paired with every seed of {other}; the "
-        f"spread is that of {other} alone."
+        f" {UNTRAINED}: trains nothing, so it has one outcome for a base model, paired with every seed of "
+        f"{other}; the spread is that of {other} alone."
     )
 
 
@@ -236,9 +251,10 @@ def _claims_table(c: Record) -> Table:
     ]
     heads = ("claim", "method", "control", "difference, points", "p", "p, Holm", "seeds higher", "verdict")
     note = (
-        "Method minus control in the target languages, over pairs of base model and seed, by their spread within base "
-        "models. Supported: the whole 95 % interval lies above zero and p after Holm's correction over the claims is at "
-        "most 0.05. Before correction only: the interval alone. Contradicted: likewise below zero. Otherwise not shown."
+        "Method minus control in the target languages, over pairs of base model and seed, by their spread "
+        "within base models. Supported: the whole 95 % interval lies above zero and p after Holm's "
+        "correction over the claims is at most 0.05. Before correction only: the interval alone. "
+        "Contradicted: likewise below zero. Otherwise not shown."
     )
     return Table(heads, rows, left=(0, 1, 2, 7), note=note, absent="No control was run.")
 
@@ -253,8 +269,8 @@ def _by_base_table(c: Record) -> Table:
             rows.append((row["method"], *beside, *(points(before.get(name)) for name in names)))
     heads = ("method", *(f"{name}, from {c['reference']}" for name in names), *(f"{name}, from base" for name in names))
     note = (
-        f"Change in the target languages, points, from {c['reference']} and from the model before fine-tuning. Student's "
-        f"95 % interval over the seeds of one base model.{_untrained_note(c)}"
+        f"Change in the target languages, points, from {c['reference']} and from the model before "
+        f"fine-tuning. Student's 95 % interval over the seeds of one base model.{_untrained_note(c)}"
     )
     return Table(heads, rows, note=note, absent=f"No other method was run beside {c['reference']}.")
 
@@ -270,8 +286,8 @@ def _cells_table(c: Record) -> Table:
     heads = ("task", "language", *(f"{method}, %" for method in shown), "change, points", "p", "p, Holm", "seeds higher")
     family = sum(row["against"] is not None and row["against"]["p"] is not None for row in c["cells"])
     note = (
-        f"Change: {c['main']} minus {c['reference']}. Holm's correction is over all {family} tested cells of method, task "
-        "and language."
+        f"Change: {c['main']} minus {c['reference']}. Holm's correction is over all {family} tested cells of "
+        "method, task and language."
     )
     return Table(heads, rows, left=(0, 1), note=note)
 
@@ -306,10 +322,11 @@ def _hits_table(c: Record) -> Table:
     ]
     names = ("unit", "base model", "task", *(name.replace("_", "/") for name in counts))
     note = (
-        "Sign of the change by transplanted anchor routing, before any training / sign of "
-        f"{c['main']} minus {c['reference']} after it. A unit is a pair of task and language, a task, or a base model. "
-        "Ties, where either is zero, are left out. p: Fisher's exact test, two-sided, that the two signs go together; "
-        "none where one side has a single sign. By margins: the rate of two unrelated columns with as many ups."
+        f"Sign of the change by transplanted anchor routing, before any training / sign of {c['main']} minus "
+        f"{c['reference']} after it. A unit is a pair of task and language, a task, or a base model. Ties, "
+        "where either is zero, are left out. p: Fisher's exact test, two-sided, that the two signs go "
+        "together; none where one side has a single sign. By margins: the rate of two unrelated columns "
+        "with as many ups."
     )
     absent = f"No prediction to set beside {c['main']}."
     return Table((*names, "hits", "hit rate, %", "p", "by margins, %"), rows, left=(0, 1, 2), note=note, absent=absent)
@@ -328,8 +345,8 @@ def _ci_table(c: Record) -> Table:
     heads = ("method", "gain over", "within base models" if several else "r", *(name for name in names if name))
     within = " Within base models: points are set off from the mean of their base model." if several else ""
     note = (
-        f"Pearson's r over pairs of task and language, with Fisher's 95 % interval. The row of {c['reference']} is the "
-        f"headroom that any training fills.{within}"
+        "Pearson's r over pairs of task and language, with Fisher's 95 % interval. The row of "
+        f"{c['reference']} is the headroom that any training fills.{within}"
     )
     return Table(heads, rows, left=(0, 1), note=note, absent="No ci share was measured.")
 
@@ -344,10 +361,9 @@ def _mass_table(c: Record) -> Table:
     given = next(iter(uniform.values()), "") if len({*uniform.values()}) == 1 else _listed(f"{v} ({b})" for b, v in uniform.items())
     compared = [row["method"] for row in c["mass"] if row["against"] is not None and row["method"] != "base"]
     note = (
-        "On the profile's own task experts, whatever a method aligns by, at the last prompt token: mean over the zone (all "
-        "MoE layers without a zone), tasks, target languages, base models and seeds."
-        f"{f' Uniform routing would give {given}: the share of the experts that are task experts.' if given else ''}"
-        f"{_untrained_note(c, compared)}"
+        "On the profile's own task experts, whatever a method aligns by, at the last prompt token: mean "
+        "over the zone (all MoE layers without a zone), tasks, target languages, base models and "
+        f"seeds.{f' Uniform routing would give {given}: the share of the experts that are task experts.' if given else ''}{_untrained_note(c, compared)}"
     )
     heads = ("method", "mass, target languages", "mass, anchor", f"change from {c['reference']}")
     return Table(heads, rows, note=note, absent="No routing mass was recorded.")
@@ -362,9 +378,10 @@ def _cost_table(c: Record) -> Table:
         rows.append((row["method"], *cells))
     heads = ("method", "iteration, ms", "ratio", "stage, s", "ratio", "peak memory, MiB", "ratio")
     note = (
-        f"Medians over runs. Ratio to {c['reference']}: geometric mean over pairs of base model and seed, Student's 95 % "
-        "interval on the logarithms by their spread within base models. Iteration: median of the logged ones without the "
-        "first. Stage: wall time of the fine-tuning stage with start-up and saving."
+        f"Medians over runs. Ratio to {c['reference']}: geometric mean over pairs of base model and seed, "
+        "Student's 95 % interval on the logarithms by their spread within base models. Iteration: median of "
+        "the logged ones without the first. Stage: wall time of the fine-tuning stage with start-up and "
+        "saving."
     )
     return Table(heads, rows, note=note, absent="No times were recorded.")
 
@@ -390,8 +407,8 @@ def _ablation_table(c: Record) -> Table:
         rows.append((row["method"], "; ".join(row["settings"]) or None, *tests, without, points(row["from_base"])))
     heads = ("method", "what it changes", "change, points", "p", "p, Holm", "seeds higher", "what alignment adds", "change from base")
     note = (
-        "Target languages; p as in the table of all methods. What alignment adds: difference from the method in brackets, "
-        "which trains the same weights with the same flags and aligns nothing."
-        f"{_untrained_note(c, [row['method'] for row in c.get('ablation', [])])}"
+        "Target languages; p as in the table of all methods. What alignment adds: difference from the "
+        "method in brackets, which trains the same weights with the same flags and aligns "
+        f"nothing.{_untrained_note(c, [row['method'] for row in c.get('ablation', [])])}"
     )
     return Table(heads, rows, left=(0, 1), note=note, absent="The recipes hold no further methods.")

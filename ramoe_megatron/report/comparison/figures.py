@@ -1,11 +1,21 @@
-"""Figures of the comparison: every method against the reference, tasks by languages, ci share against gain."""
+"""Figures of the comparison: every method against the reference, tasks by languages, ci share against
+gain."""
 
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ramoe_megatron.report.comparison.study import ALPHA
-from ramoe_megatron.report.plots import COLOURS, MARKERS, legend_below, panels, plain, save_all, scatter
+from ramoe_megatron.report.plots import (
+    COLOURS,
+    MARKERS,
+    by_method,
+    legend_below,
+    panels,
+    plain,
+    save_all,
+    scatter,
+)
 from ramoe_megatron.report.vocabulary import NONE, UNTRAINED, Record, correlation, number
 
 if TYPE_CHECKING:
@@ -13,23 +23,27 @@ if TYPE_CHECKING:
 
 CAPTIONS = {
     "forest": (
-        "Change of target accuracy against {reference}. Black: mean over pairs of base model and seed with Student's 95 % interval by the "
-        "spread within base models; grey band: the interval over examples, for these seeds; small marks: the mean of each base model. "
-        "‡: trains nothing, and the spread is that of {reference} alone."
+        "Change of target accuracy against {reference}. Black: mean over pairs of base model and seed with "
+        "Student's 95 % interval by the spread within base models; grey band: the interval over examples, "
+        "for these seeds; small marks: the mean of each base model. ‡: trains nothing, and the spread is "
+        "that of {reference} alone."
     ),
     "cells": (
-        "{main} minus {reference}, points, by task and target language: mean over base models and seeds. A star: p at most 0.05 "
-        "after Holm's correction over all cells of all methods; a dagger: at most 0.05 without it, which one cell in twenty is by chance."
+        "{main} minus {reference}, points, by task and target language: mean over base models and seeds. A "
+        "star: p at most 0.05 after Holm's correction over all cells of all methods; a dagger: at most 0.05 "
+        "without it, which one cell in twenty is by chance."
     ),
     "ci": (
-        "Each point is a task and target language of one base model; the gain is accuracy after minus before, mean over seeds. Where the "
-        "ci share is large there is more room for any training: what {main} shares with {reference} is headroom. r is within base models."
+        "Each point is a task and target language of one base model; the gain is accuracy after minus "
+        "before, mean over seeds. Where the ci share is large there is more room for any training: what "
+        "{main} shares with {reference} is headroom. r is within base models."
     ),
 }
 
 
 def marked(row: Record, text: str) -> str:
-    """A method's difference from the reference, with a mark where the method of this row of the headline trains nothing."""
+    """A method's difference from the reference, with a mark where the method of this row of the headline
+    trains nothing."""
     return f"{text} {UNTRAINED}" if row["seeds"] == 0 and text != NONE else text
 
 
@@ -102,11 +116,9 @@ def _low(p: float | None) -> bool:
 
 def comparison_ci_figure(c: Record) -> "Figure | None":
     found = {(row["method"], row["over"]): row for row in c["ci_gain"]["correlations"] if row["base"] is None}
-    shown = []
-    for method in (c["reference"], c["main"]):
-        points = [point for point in c["ci_gain"]["points"] if point["method"] == method]
-        if points:
-            shown.append((f"{method}\n{correlation(found.get((method, 'base'), {}))}", points))
+    points = by_method(c["ci_gain"]["points"])
+    methods = [method for method in (c["reference"], c["main"]) if method in points]
+    shown = [(f"{method}\n{correlation(found.get((method, 'base'), {}))}", points[method]) for method in methods]
     return scatter(shown, "over_base", "ci_share", "ci share, %", "gain over base, points") if shown else None
 
 

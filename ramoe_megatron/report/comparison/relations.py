@@ -12,10 +12,11 @@ SIGNS = {1: "up", -1: "down"}
 
 
 def ci_gain_rows(study: Study) -> Row:
-    """Points of (base, task, language), and Pearson's r of ci share with each method's gain over base and over the reference.
+    """Points of (base, task, language), and Pearson's r of ci share with each method's gain over base and
+    over the reference.
 
-    The reference's own gain over base has a row too: the part of r that is headroom, which any training would fill. `base` None: r
-    within base models, so that what sets one base model apart from another is not in it.
+    The reference's own gain over base has a row too: the part of r that is headroom, which any training would
+    fill. `base` None: r within base models, so that what sets one base model apart from another is not in it.
     """
     points: list[Row] = []
     for name, run in study.runs.items():
@@ -49,8 +50,8 @@ def _gain(study: Study, method: str, other: str, base: str, cell: Cell) -> float
 def transplant_rows(study: Study) -> Row:
     """The transplant test's sign against the sign of the main method minus the reference, at three levels.
 
-    `pairs`: each (base, task, language); `tasks`: each (base, task), languages taken together by number of examples;
-    `bases`: each base model. `hits` counts each level, for each base model and for all.
+    `pairs`: each (base, task, language); `tasks`: each (base, task), languages taken together by number of
+    examples; `bases`: each base model. `hits` counts each level, for each base model and for all.
     """
     units: list[Row] = []
     for name, run in study.runs.items():
@@ -79,9 +80,10 @@ def transplant_rows(study: Study) -> Row:
 def sign_hits(units: Iterable[Row]) -> Row:
     """Counts of predicted/observed signs; ties are left out of n and counted.
 
-    rate with Wilson's interval; `expected`: the rate that the margins alone would give, since where nearly all signs
-    agree with each other, guessing is often right too; and p of Fisher's exact test that the two signs go together,
-    which holds the margins fixed: None where one of them is zero, as then nothing can be told.
+    rate with Wilson's interval; `expected`: the rate that the margins alone would give, since where nearly
+    all signs agree with each other, guessing is often right too; and p of Fisher's exact test that the two
+    signs go together, which holds the margins fixed: None where one of them is zero, as then nothing can be
+    told.
     """
     counts = dict.fromkeys(("up_up", "up_down", "down_up", "down_down", "ties"), 0)
     for unit in units:

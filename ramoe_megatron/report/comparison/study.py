@@ -1,11 +1,14 @@
-"""The evaluations of several run folders side by side, and one method against another over base models and seeds.
+"""The evaluations of several run folders side by side, and one method against another over base models and
+seeds.
 
 Two intervals of one difference say different things:
 
-- By seed: one difference per (base model, seed), Student's t by their spread within base models. It covers new seeds
-  for these base models, and says nothing of a new one: for that, read each base model's own difference. p comes from
-  here.
-- By example: the same differences example by example, the standard error clustered by example id over languages, seeds
+- By seed: one difference per (base model, seed), Student's t by their spread within base models. It covers
+  new seeds
+  for these base models, and says nothing of a new one: for that, read each base model's own difference. p
+  comes from here.
+- By example: the same differences example by example, the standard error clustered by example id over
+  languages, seeds
   and base models, which all answer the same facts. It covers new examples for these seeds and base models.
 """
 
@@ -87,12 +90,14 @@ class Study:
         return self._pairs[method, other]
 
     def against(self, method: str, other: str, keys: list[ExampleKey]) -> Row | None:
-        """`method` minus `other` on these examples; None for a method with itself, or when nothing is shared."""
+        """`method` minus `other` on these examples; None for a method with itself, or when nothing is
+        shared."""
         return None if method == other else contrast(self.pairs(method, other), keys)
 
 
 def matched(own: Values, other: Values) -> dict[str, list[tuple[float, float]]]:
-    """Numbers of the same base model and seed, by base model; one without a seed goes with every seed of the other."""
+    """Numbers of the same base model and seed, by base model; one without a seed goes with every seed of the
+    other."""
     found = {}
     for (base, seed), value in own.items():
         for (other_base, other_seed), beside in other.items():
@@ -107,7 +112,8 @@ def matched(own: Values, other: Values) -> dict[str, list[tuple[float, float]]]:
 def contrast(pairs: Sequence[Pair], keys: Collection[ExampleKey]) -> Row | None:
     """Mean difference over `pairs` on the examples `keys`, all in [-1, 1]; None where nothing is shared.
 
-    Keys: change, low, high, p, n, bases (by seed), seeds_higher, seeds_lower, by_example (change, low, high, n), by_base.
+    Keys: change, low, high, p, n, bases (by seed), seeds_higher, seeds_lower, by_example (change, low, high,
+    n), by_base.
     """
     seeds: list[tuple[str, int | None, float]] = []
     clusters: dict[str, list[float]] = defaultdict(list)
@@ -137,12 +143,14 @@ def contrast(pairs: Sequence[Pair], keys: Collection[ExampleKey]) -> Row | None:
 
 
 def spread(by_base: Mapping[str, Sequence[float]]) -> Row:
-    """Mean of differences that are one a base model and seed, Student's t within base models: change, low, high, p, n, bases."""
+    """Mean of differences that are one a base model and seed, Student's t within base models: change, low,
+    high, p, n, bases."""
     return {**dataclasses.asdict(stratified_difference(by_base)), "bases": len(by_base)}
 
 
 def correct(rows: Sequence[Row]) -> None:
-    """Put p_holm and p_bh into each row that has a p, over all of these rows as one family; None where there is no p."""
+    """Put p_holm and p_bh into each row that has a p, over all of these rows as one family; None where there
+    is no p."""
     tested = [row for row in rows if row.get("p") is not None]
     p = [row["p"] for row in tested]
     for row in rows:

@@ -28,9 +28,10 @@ VERDICT_WORDS = {
 
 
 def comparison_findings(c: Record) -> list[str]:
-    """The main contrast, the reference and the base model, the other methods, controls, English, prediction, cost."""
+    """The main contrast, the reference and the base model, the other methods, controls, English, prediction,
+    cost."""
     rows = {row["method"]: row for row in c["headline"]}
-    found = (_main(c, rows), _reference(c, rows), _others(c, rows), _controls(c), _english(c), _prediction(c), _ci(c), _cost(c))
+    found = (_main(c, rows), _reference(c, rows), _others(c, rows), _controls(c), _english(c), _transplant(c), _ci(c), _cost(c))
     return [sentence for sentence in (*found, _zero(c)) if sentence]
 
 
@@ -56,7 +57,8 @@ def _main(c: Record, rows: Mapping[str, Any]) -> str:
 
 
 def _reference(c: Record, rows: Mapping[str, Any]) -> str:
-    """Where fine-tuning itself harms, a lead over the reference may be nothing but restraint: that has to be said."""
+    """Where fine-tuning itself harms, a lead over the reference may be nothing but restraint: that has to be
+    said."""
     other, found = c["reference"], (rows.get(c["reference"]) or {}).get("from_base")
     if found is None or "base" not in rows:
         return ""
@@ -71,9 +73,9 @@ def _reference(c: Record, rows: Mapping[str, Any]) -> str:
     above = [r for r in rows.values() if r["from_base"] is not None and r["method"] != other and r["from_base"]["change"] > 0]
     others = len(rows.keys() - {"base", other})
     return (
-        f"{compared(other, 'base', found)}, which has {number(100 * rows['base']['accuracy'], '.1f')} % right: a method can "
-        f"beat {other} by changing less.{doubt} {len(above)} of {count(others, 'other method')} "
-        f"{_score(len(above))} higher than base. {apart}"
+        f"{compared(other, 'base', found)}.{doubt} base has {number(100 * rows['base']['accuracy'], '.1f')} "
+        f"% right, so a method can beat {other} by changing less: {len(above)} of "
+        f"{count(others, 'other method')} {_score(len(above))} higher than base. {apart}"
     ).rstrip()
 
 
@@ -120,15 +122,15 @@ def _english(c: Record) -> str:
     return told + (f"; {c['main']} minus {c['reference']} {points(against)}." if against else ".")
 
 
-def _prediction(c: Record) -> str:
+def _transplant(c: Record) -> str:
     row = next((r for r in c["transplant"]["hits"] if (r["level"], r["base"]) == ("pairs", None)), None)
     if row is None or not row["n"]:
         return ""
     test = "no test: one side has a single sign" if row["p"] is None else f"Fisher's exact test, {p_phrase(row['p'])}"
     return (
         f"The transplant test gave the sign of {c['main']} minus {c['reference']} in {row['hits']} of "
-        f"{count(row['n'], 'pair')} of task and language, {percent(row, 'rate')} %; two unrelated columns with as many ups "
-        f"would agree in {100 * row['expected']:.0f} % ({test})."
+        f"{count(row['n'], 'pair')} of task and language, {percent(row, 'rate')} %; two unrelated columns "
+        f"with as many ups would agree in {100 * row['expected']:.0f} % ({test})."
     )
 
 
@@ -139,8 +141,9 @@ def _ci(c: Record) -> str:
         return ""
     over = correlation(found.get((c["main"], "reference"), {}))
     return (
-        f"ci share against gain over base: {c['main']} {correlation(main)}; {c['reference']}, which aligns nothing, "
-        f"{correlation(other)}: that much is headroom. Against the gain of {c['main']} over {c['reference']}: {over}."
+        f"ci share against gain over base: {c['main']} {correlation(main)}; {c['reference']}, which aligns "
+        f"nothing, {correlation(other)}: that much is headroom. Against the gain of {c['main']} over "
+        f"{c['reference']}: {over}."
     )
 
 
@@ -163,8 +166,8 @@ def _zero(c: Record) -> str:
             for row in wrong
         )
         return (
-            f"A coefficient of zero did NOT leave training as it was ({told}): explain that before trusting any other "
-            "number here."
+            f"A coefficient of zero did NOT leave training as it was ({told}): explain that before trusting "
+            "any other number here."
         )
     weighed = sum(row["weights_equal"] is True for row in rows)
     weights = f"the same weights in {weighed} of them" if weighed else "no digest of the weights was recorded"

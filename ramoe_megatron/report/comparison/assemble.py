@@ -1,4 +1,5 @@
-"""comparison.json: many methods over many seeds and several base models, from the run folders that `ramoe run` wrote."""
+"""comparison.json: many methods over many seeds and several base models, from the run folders that `ramoe
+run` wrote."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ def compare(
         command: the command line that made the comparison, to be quoted.
 
     Raises:
-        RamoeError: a folder or a file of it is missing (with the stage to run) or malformed, or folders or evaluations are not
+        RamoeError: a folder or a file of it is missing (with the stage to run) or malformed, or folders or
+        evaluations are not
             alike where they have to be.
     """
     runs = load_folders(folders, reference)
@@ -80,7 +82,8 @@ def compare(
 
 
 def write_comparison(folders: Sequence[Path], out: Path, **options: Any) -> Path:
-    """Write comparison.json, comparison.html, experiment.md and comparison-plots/ under `out`; returns the page's path.
+    """Write comparison.json, comparison.html, experiment.md and comparison-plots/ under `out`; returns the
+    page's path.
 
     `options` are those of `compare`.
     """
