@@ -29,7 +29,8 @@ from ramoe_megatron.report.vocabulary import (
 def summary_table(results: Record) -> Table:
     """The table that `ramoe run` ends with; it fits eighty columns."""
     groups = {(row["method"], row["group"]): row for row in results["summary"]}
-    against = {r["method"]: r for r in differences(results) if (r["reference"], r["group"]) == ("sft", "target")}
+    shown = [row for row in differences(results) if (row["reference"], row["group"]) == ("sft", "target")]
+    against = {row["method"]: row for row in shown}
     rows = []
     for method in results["methods"]:
         target, english = (groups.get((method, group), {}) for group in ("target", "english"))
@@ -43,7 +44,8 @@ def summary_table(results: Record) -> Table:
         "English: in brackets, the change from base in points."
     )
     seeds = ", ".join(map(str, results["seeds"])) or "none"
-    return Table(heads, rows if groups else [], f"{results['recipe']}: right answers, seeds {seeds}", note=note)
+    title = f"{results['recipe']}: right answers, seeds {seeds}"
+    return Table(heads, rows if groups else [], title, note=note)
 
 
 def differences(results: Record) -> list[dict[str, Any]]:
@@ -54,8 +56,8 @@ def differences(results: Record) -> list[dict[str, Any]]:
         names = {"method": row["method"], "group": row["group"]}
         if row["method"] not in ("base", "sft") and row.get("change_vs_sft") is not None:
             ends = {"change": row["change_vs_sft"], "low": row["change_low"], "high": row["change_high"]}
-            seeds = {"seeds_higher": row["seeds_higher"], "seeds_lower": row["seeds_lower"], "n": row["seeds_paired"]}
-            rows.append({**names, "reference": "sft", **ends, "p": row["p"], **seeds})
+            tested = {key: row[key] for key in ("p", "seeds_higher", "seeds_lower")}
+            rows.append({**names, "reference": "sft", **ends, **tested, "n": row["seeds_paired"]})
         if row["method"] != "base" and row.get("change_vs_base") is not None:
             ends = {"low": row["change_vs_base_low"], "high": row["change_vs_base_high"]}
             rows.append({**names, "reference": "base", "change": row["change_vs_base"], **ends})
@@ -101,11 +103,11 @@ def languages_table(results: Record) -> Table:
 
 def correlations_table(results: Record) -> Table:
     """ci share against gain, over pairs of task and language."""
-    found = results["ci_gain"].get("correlations", [])
-    over = {"base": "base", "sft": "sft"}
-    rows = [(row["method"], over[row["over"]], correlation(row), p_value(row["p"])) for row in found if row["n"]]
+    found = [row for row in results["ci_gain"].get("correlations", []) if row["n"]]
+    rows = [(row["method"], row["over"], correlation(row), p_value(row["p"])) for row in found]
     note = "Pearson's r over pairs of task and language, with Fisher's 95 % interval."
-    return Table(("method", "gain over", "r", "p"), rows, "ci share against gain", (0, 1), note, "No ci share was measured.")
+    heads, absent = ("method", "gain over", "r", "p"), "No ci share was measured."
+    return Table(heads, rows, "ci share against gain", (0, 1), note, absent)
 
 
 def runs_table(results: Record) -> Table:
@@ -153,7 +155,7 @@ def anchors_table(document: Record) -> Table:
         for row in document["tasks"]
     ]
     heads = ("task", "examples", *names, "none right", f"ci with {names[0]} alone", "ci", "ci gained")
-    title = "examples by the anchor they are pulled to (the first where none is right), and ci rows of the taxonomy"
+    title = "examples by the anchor they are pulled to (the first where none is right), and ci rows"
     return Table(heads, rows, title)
 
 
@@ -162,7 +164,8 @@ def prediction_parts(document: Record) -> list[Part]:
     verdict, change = document["verdict"], ("transplant_change", "transplant_low", "transplant_high")
     sentences = [f"{str(verdict['word']).capitalize()}. {verdict['reading']}"] if "word" in verdict else []
     if verdict.get("tasks"):
-        sentences.append("By task: " + ", ".join(f"{task} {word}" for task, word in verdict["tasks"].items()) + ".")
+        words = (f"{task} {word}" for task, word in verdict["tasks"].items())
+        sentences.append(f"By task: {', '.join(words)}.")
     sentences += [verdict[key] for key in ("pairs", "ci_share", "paper") if key in verdict]
     rows = [
         (
@@ -177,12 +180,15 @@ def prediction_parts(document: Record) -> list[Part]:
     ]
     note = "95 % intervals in brackets."
     if found := verdict.get("transplant"):
-        accuracies = (percent(found), percent(found, "accuracy_with_english_routing", "", ""))
-        rows.append(("all", "all", found["examples"], NONE, NONE, percent(found, low="", high=""), accuracies[1], points(found)))
+        names = ("accuracy", "accuracy_with_english_routing")
+        accuracies = (percent(found, name, "", "") for name in names)
+        rows.append(("all", "all", found["examples"], NONE, NONE, *accuracies, points(found)))
         told = f", {p_phrase(found['p'])}" if found.get("p") is not None else ""
-        note += f" The last row: {found['examples']} rows of {found['ids']} examples, clustered by example{told}."
-    heads = ("task", "language", "n", "ci share, %", "divergence in the zone", "target, %", "with English routing, %")
-    table = Table((*heads, "change, points"), rows, "ci share, divergence and transplant test", (0, 1), note, "There is no prediction.")
+        note += f" Last row: {found['examples']} rows of {found['ids']} examples, clustered by example{told}."
+    heads = ("task", "language", "n", "ci share, %", "divergence in the zone", "target, %")
+    heads += ("with English routing, %", "change, points")
+    title = "ci share, divergence and transplant test"
+    table = Table(heads, rows, title, (0, 1), note, "Nothing is predicted.")
     return [*sentences, table, Bullets(document["limits"])]
 
 

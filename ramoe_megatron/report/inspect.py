@@ -52,7 +52,8 @@ def describe(path: str | os.PathLike[str]) -> RenderableType:
     if path.suffix == ".jsonl":
         return console([_lines_table(path)])
     tensors = path.suffix == ".safetensors"
-    document: Any = open_any(path, "ramoe-experts, ramoe-priors or ramoe-usage")[1] if tensors else read_json(path)
+    binary = "ramoe-experts, ramoe-priors or ramoe-usage"
+    document: Any = open_any(path, binary)[1] if tensors else read_json(path)
     name = document.get("format") if isinstance(document, dict) else None
     expected = (*_DESCRIBE, "ramoe-comparison")
     if name not in expected:
@@ -71,7 +72,11 @@ def describe(path: str | os.PathLike[str]) -> RenderableType:
 
 
 def _head(
-    path: Path, kind: str, entries: Mapping[str, CellValue], data: Iterable[Mapping[str, str]], version: str = ""
+    path: Path,
+    kind: str,
+    entries: Mapping[str, CellValue],
+    data: Iterable[Mapping[str, str]],
+    version: str = "",
 ) -> Table:
     """What an artefact says of itself, the files that it was made of, and the version that wrote it."""
     written = {"written by": f"ramoe-megatron {version}"} if version else {}
@@ -116,7 +121,8 @@ def _prediction_parts(path: Path, document: Record) -> list[Part]:
 
 def _steering_parts(path: Path, document: Record) -> list[Part]:
     entries = {key: document[key] for key in ("anchor", "checkpoint", "split")}
-    entries |= {"experts": tables.data_text(document["experts"]), "left out": "\n".join(document["skipped"]) or None}
+    entries["experts"] = tables.data_text(document["experts"])
+    entries["left out"] = "\n".join(document["skipped"]) or None
     entries["best"] = tables.steering_setting(path, document["best"])
     head = _head(path, "ramoe-steering", entries, document["data"], document["package_version"])
     return [head, tables.steering_table(path, document)]

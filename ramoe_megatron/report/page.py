@@ -129,10 +129,11 @@ def report_sections(run: RunInputs, results: Mapping[str, Any], plots: Mapping[s
     shown: list[Part] = [missing.format("evaluate")]
     if results["summary"]:
         shown = [legend(results["methods"])]
-        shown += [make(results) for make in (tables.summary_table, tables.differences_table, tables.languages_table)]
+        makers = (tables.summary_table, tables.differences_table, tables.languages_table)
+        shown += [make(results) for make in makers]
     after = [figure for name, figure in figures.items() if name not in BEFORE]
     settings = Code(run.recipe_text.splitlines()) if run.recipe_text else missing.format("first")
-    files = sorted(_files(stages).items())
+    files = Table((), sorted(_files(stages).items()), "Files", (0, 1), folded=True)
     return [
         Section("results", "Results", [*shown, *after]),
         Section("before", "Before training", [figures[name] for name in BEFORE]),
@@ -143,23 +144,24 @@ def report_sections(run: RunInputs, results: Mapping[str, Any], plots: Mapping[s
         ),
         Section("limits", "Limits", [Bullets(REPORT_LIMITS)]),
         Section("settings", "Settings", [settings, Table((), list(_versions().items()), "Versions", (0, 1))]),
-        Section("files", "Stages and files", [_stages_table(stages), Table((), files, "Files", (0, 1), folded=True)]),
+        Section("files", "Stages and files", [_stages_table(stages), files]),
     ]
 
 
 def figure_caption(name: str, run: RunInputs, results: Mapping[str, Any]) -> str:
     """How to read one figure, with this run's zone, rule and layer numbers filled in."""
-    zone, rule, layers, numbers = "No zone is shaded: none was found, or no profile was made.", "", "of the model", ""
+    zone = "No zone is shaded: none was found, or no profile was made."
+    rule, layers, numbers = "", "of the model", ""
     if run.experts is not None:
         rule = str(rule_from(run.experts.rule)).replace("=", " = ")
         numbers = _layer_numbers([int(layer_number) for layer_number in run.experts.layer_number])
         zone = f"No alignment zone: {run.experts.zone.reason}."
     if run.zone is not None:
         first, last = run.zone.first, run.zone.last
-        zone = f"Shaded: the alignment zone, MoE layers {first} to {last} ({run.zone.how}: {run.zone.reason})."
+        why = f"{run.zone.how}: {run.zone.reason}"
+        zone = f"Shaded: the alignment zone, MoE layers {first} to {last} ({why})."
         layers = f"{first} to {last} of the zone"
-    found = results["ci_gain"]["correlations"]
-    over = "; ".join(f"{c['method']} {correlation(c)}" for c in found if c["over"] == "sft" and c["r"] is not None)
+    over = "; ".join(_correlations(results, "sft"))
     pairs = shown_pairs(run)
     return FIGURE_TEXTS[name][2].format(
         zone=zone,
@@ -226,16 +228,20 @@ def run_findings(run: RunInputs, results: Mapping[str, Any]) -> list[str]:
         sentences.append(f"{compared('sft', 'base', trained)}.")
     kept = [f"{method} {points(row)}" for (method, group), row in base.items() if group == "english"]
     if kept:
-        before = next(row for row in results["summary"] if (row["method"], row["group"]) == ("base", "english"))
+        before = next(r for r in results["summary"] if (r["method"], r["group"]) == ("base", "english"))
         sentences.append(
             f"English ({run.anchor}): base has {percent(before)} % right; change in points: "
             f"{', '.join(kept)}."
         )
-    correlations = [c for c in results["ci_gain"]["correlations"] if c["over"] == "base" and c["r"] is not None]
-    if correlations:
-        told = "; ".join(f"{c['method']} {correlation(c)}" for c in correlations)
+    if told := "; ".join(_correlations(results, "base")):
         sentences.append(f"ci share against gain over base, across pairs of task and language: {told}.")
     return sentences
+
+
+def _correlations(results: Mapping[str, Any], over: str) -> list[str]:
+    """r of ci share with the gain over this method, of each method for which r is defined."""
+    found = [row for row in results["ci_gain"]["correlations"] if row["over"] == over]
+    return [f"{row['method']} {correlation(row)}" for row in found if row["r"] is not None]
 
 
 def _run_setting(run: RunInputs, results: Mapping[str, Any]) -> str:
@@ -245,7 +251,7 @@ def _run_setting(run: RunInputs, results: Mapping[str, Any]) -> str:
     model = ""
     if run.experts is not None:
         shape = run.experts.shape
-        model = f" The model has {shape.num_moe_layers} MoE layers of {shape.num_experts} experts, top-{shape.topk}."
+        model = f" Model: {shape.num_moe_layers} MoE layers of {shape.num_experts} experts, top-{shape.topk}."
     where = f"{count(len(tasks), 'task')} in {count(len(targets), 'target language')} ({', '.join(targets)})"
     return (
         f"{where}, evaluated on the {results['split']} split, {count(len(results['seeds']), 'seed')} for "

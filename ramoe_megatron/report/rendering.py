@@ -147,7 +147,7 @@ def console_sections(sections: Iterable[Section]) -> RenderableType:
 
 
 def _console_table(table: Table) -> RenderableType:
-    title = [Text(table.title, style="bold")] if table.title else []  # a rich title folds at the table's width
+    title = [Text(table.title, style="bold")] if table.title else []
     if not table.rows:
         return Group(*title, Text(table.absent or NONE))
     shown = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_header=bool(table.heads))
@@ -187,7 +187,8 @@ def _markdown_part(part: Part) -> str:
     rule = ["---" if place in part.left else "---:" for place in range(len(part.cells[0]))]
     lines = [part.heads or [""] * len(rule), *part.cells]
     rows = ["| " + " | ".join(map(_escaped, line)) + " |" for line in lines]
-    return "\n\n".join([*title, "\n".join([rows[0], f"| {' | '.join(rule)} |", *rows[1:]]), _escaped(part.note)]).rstrip()
+    shown = "\n".join([rows[0], f"| {' | '.join(rule)} |", *rows[1:]])
+    return "\n\n".join([*title, shown, _escaped(part.note)]).rstrip()
 
 
 def _escaped(text: str) -> str:

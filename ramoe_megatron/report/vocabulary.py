@@ -25,7 +25,12 @@ def number(value: float | None, form: str = ".3g") -> str:
 
 
 def interval(
-    row: Record | None, value: str, low: str = "low", high: str = "high", form: str = ".1f", scale: float = 100
+    row: Record | None,
+    value: str,
+    low: str = "low",
+    high: str = "high",
+    form: str = ".1f",
+    scale: float = 100,
 ) -> str:
     """``46.2 [43.1, 49.3]`` from the named entries of `row`; without brackets where an end is missing."""
     if row is None or row.get(value) is None:
@@ -119,10 +124,12 @@ def compared(method: str, other: str, row: Record, where: str = "in the target l
     brackets."""
     size = number(100 * abs(row["change"]), ".1f")
     word = "higher" if row["change"] > 0 else "lower"
-    start = f"{method} scored {size} points {word} than {other}" if size != "0.0" else f"{method} scored the same as {other}"
+    how = "the same as" if size == "0.0" else f"{size} points {word} than"
+    start = f"{method} scored {how} {other}"
     told = []
     if direction(row) != "unknown":
-        told.append(f"95 % interval {number(100 * row['low'], '+.1f')} to {number(100 * row['high'], '+.1f')}")
+        low, high = (number(100 * row[end], "+.1f") for end in ("low", "high"))
+        told.append(f"95 % interval {low} to {high}")
     if row.get("p") is not None:
         told.append(p_phrase(row["p"]))
     if row.get("p_holm") is not None:

@@ -129,7 +129,7 @@ def test_methods_of_other_training_flags_are_told_with_what_was_run(tmp_path: Pa
     ]
     told = markdown_of(c)
     assert "ra-moe train-iters 144 (72); rise lr 0.1 (not given); steered train-iters 144 (72)." in told
-    assert "Every trained method has the training flags of sft" in markdown_of(compare([write_run(tmp_path / "two", rising())]))
+    assert "Every trained method has the training flags of sft (steps" in markdown_of(compare([write_run(tmp_path / "two", rising())]))
 
 
 def test_a_lone_seed_gives_no_verdict_and_no_p(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def comparison_sections(
         "themselves."
     )
     return [
-        Section("run", "What was run", [*_setting(c), _bases_table(c), _before_table(c), Code(list(commands))]),
+        Section("run", "What was run", [*_setting(c), _bases_table(c), _before_table(c), Code([*commands])]),
         Section("headline", f"All methods against {c['reference']}", [*figure("forest"), _headline_table(c)]),
         Section("claims", "Claims and their controls", [_claims_table(c)]),
         Section("bases", "Each base model", [_by_base_table(c)]),
@@ -124,7 +124,10 @@ def comparison_sections(
         Section(
             "limits",
             "Limits",
-            [Bullets([limit.format(**names) for limit in COMPARISON_LIMITS]), Links("Each base model's own report", reports or {})],
+            [
+                Bullets([limit.format(**names) for limit in COMPARISON_LIMITS]),
+                Links("Each base model's own report", reports or {}),
+            ],
         ),
     ]
 
@@ -139,7 +142,7 @@ def _listed(names: Any) -> str:
 def _setting(c: Record) -> list[str]:
     seeds = sorted({seed for base in c["bases"] for seed in base["seeds"]})
     uneven = len({len(base["seeds"]) for base in c["bases"]}) > 1
-    weights = " The base models have different numbers of seeds: a mean over runs gives the one with more seeds more weight."
+    weights = " The base models differ in their number of seeds: a mean over runs weighs more seeds more."
     return [
         f"{count(len(c['methods']), 'method')} ({_listed(c['methods'])}) on "
         f"{count(len(c['bases']), 'base model')} ({_listed(base['base'] for base in c['bases'])}), seeds "
@@ -155,7 +158,7 @@ def _training(c: Record) -> str:
     """Methods with other training flags than the reference: their difference from it is not the method's
     alone."""
     if not c.get("training"):
-        return f"Every trained method has the training flags of {c['reference']}: steps, batch, learning rate and the others."
+        return f"Every trained method has the training flags of {c['reference']} (steps, learning rate, ...)."
     own: dict[str, list[str]] = {}
     for row in c["training"]:
         own.setdefault(row["method"], []).append(f"{row['flag']} {row['value']} ({row['reference']})")
@@ -169,10 +172,10 @@ def _training(c: Record) -> str:
 def _bases_table(c: Record) -> Table:
     rows = []
     for b in c["bases"]:
-        model = None if b["layers"] is None else f"{b['layers']} MoE layers of {b['experts']} experts, top-{b['topk']}"
+        model = f"{b['layers']} MoE layers of {b['experts']} experts, top-{b['topk']}"
         zone = None if b["zone"] is None else f"{b['zone'][0]} to {b['zone'][1]}"
         hours = number(b["hours"], ".2f")
-        told = (b["base"], b["recipe"], model, zone, _listed(b["seeds"]) or None)
+        told = (b["base"], b["recipe"], model if b["layers"] else None, zone, _listed(b["seeds"]) or None)
         rows.append((*told, b["steps"], b["batch"], hours, b["package_version"]))
     heads = ("base model", "recipe", "model", "zone", "seeds", "steps", "batch", "hours", "package")
     note = (
@@ -187,11 +190,9 @@ def _before_table(c: Record) -> Table:
     change = {row["base"]: row["transplant"] for row in c["transplant"].get("bases", [])}
     rows = []
     for b in c["bases"]:
-        shares = (number(None if b[key] is None else 100 * b[key], ".1f") for key in ("target_accuracy", "anchor_accuracy"))
-        ci = b.get("ci_share")
-        test = change.get(b["base"])
-        left = (number(None if ci is None else 100 * ci, ".1f"), number(None if test is None else 100 * test, "+.1f"))
-        rows.append((b["base"], *shares, *left, b["target_examples"], b["anchor_examples"]))
+        shares = (percent(b, key, "", "") for key in ("target_accuracy", "anchor_accuracy", "ci_share"))
+        test = points({"change": change.get(b["base"])})
+        rows.append((b["base"], *shares, test, b["target_examples"], b["anchor_examples"]))
     heads = ("base model", "target right, %", "anchor right, %", "ci share, %", "transplant test, points")
     note = "Before fine-tuning. Examples: evaluated rows, each in one language."
     return Table((*heads, "target examples", "anchor examples"), rows, note=note)
@@ -208,7 +209,9 @@ def _headline_table(c: Record) -> Table:
         shown = (row["method"], runs, percent(row), points(row["from_base"]), marked(row, points(against)))
         tests = _tests(against, "p", "p_holm", "p_bh")
         rows.append((*shown, points(against and against["by_example"]), *tests, seeds_higher(against)))
-    heads = ("method", "runs", "target, %", "change from base, points", f"change from {c['reference']}, points")
+    changes = (f"change from {name}, points" for name in ("base", c["reference"]))
+    heads = ("method", "runs", "target, %", *changes, "over examples")
+    heads += ("p", "p, Holm", "p, BH", "seeds higher")
     note = (
         f"Runs: evaluated checkpoints and base models. Change from {c['reference']}: mean over pairs of base "
         "model and seed with Student's 95 % interval by the spread within base models, which says nothing "
@@ -218,7 +221,7 @@ def _headline_table(c: Record) -> Table:
         "the share of false findings. Target: mean, Wilson's interval at the effective examples of one run, "
         f"where the parallel rows of an example are a cluster (Kott and Carr 1997).{_untrained_note(c)}"
     )
-    return Table((*heads, "over examples", "p", "p, Holm", "p, BH", "seeds higher"), rows, note=note)
+    return Table(heads, rows, note=note)
 
 
 def _tests(row: Record | None, *names: str) -> list[str]:
@@ -263,11 +266,11 @@ def _by_base_table(c: Record) -> Table:
     names = [base["base"] for base in c["bases"]]
     rows = []
     for row in c["headline"]:
-        against, before = ({b["base"]: b for b in (row[key] or {}).get("by_base", ())} for key in ("against", "from_base"))
-        if against or before:
-            beside = (marked(row, points(against.get(name))) for name in names)
-            rows.append((row["method"], *beside, *(points(before.get(name)) for name in names)))
-    heads = ("method", *(f"{name}, from {c['reference']}" for name in names), *(f"{name}, from base" for name in names))
+        found = ({b["base"]: b for b in (row[key] or {}).get("by_base", ())} for key in ("against", "from_base"))
+        against, before = ([points(own.get(name)) for name in names] for own in found)
+        if {*against, *before} != {NONE}:
+            rows.append((row["method"], *(marked(row, change) for change in against), *before))
+    heads = ("method", *(f"{name}, from {other}" for other in (c["reference"], "base") for name in names))
     note = (
         f"Change in the target languages, points, from {c['reference']} and from the model before "
         f"fine-tuning. Student's 95 % interval over the seeds of one base model.{_untrained_note(c)}"
@@ -282,8 +285,10 @@ def _cells_table(c: Record) -> Table:
     for task, language in dict.fromkeys((row["task"], row["language"]) for row in c["cells"]):
         own = [found.get((method, task, language)) for method in shown]
         against = (own[-1] or {}).get("against")
-        rows.append((task, language, *map(percent, own), points(against), *_tests(against, "p", "p_holm"), seeds_higher(against)))
-    heads = ("task", "language", *(f"{method}, %" for method in shown), "change, points", "p", "p, Holm", "seeds higher")
+        tested = (points(against), *_tests(against, "p", "p_holm"), seeds_higher(against))
+        rows.append((task, language, *map(percent, own), *tested))
+    heads = ("task", "language", *(f"{method}, %" for method in shown))
+    heads += ("change, points", "p", "p, Holm", "seeds higher")
     family = sum(row["against"] is not None and row["against"]["p"] is not None for row in c["cells"])
     note = (
         f"Change: {c['main']} minus {c['reference']}. Holm's correction is over all {family} tested cells of "
@@ -294,12 +299,13 @@ def _cells_table(c: Record) -> Table:
 
 def _english_table(c: Record) -> Table:
     found = {row["method"]: row for row in c["headline"]}
-    rows = [
-        (row["method"], percent(row), points(row["from_base"]), marked(found[row["method"]], points(row["against"])))
-        for row in c["english"]
-    ]
+    rows = []
+    for row in c["english"]:
+        against = marked(found[row["method"]], points(row["against"]))
+        rows.append((row["method"], percent(row), points(row["from_base"]), against))
     heads = ("method", "right, %", "change from base, points", f"change from {c['reference']}, points")
-    return Table(heads, rows, note=_untrained_note(c).strip(), absent="The anchor language was not evaluated.")
+    absent = "The anchor language was not evaluated."
+    return Table(heads, rows, note=_untrained_note(c).strip(), absent=absent)
 
 
 # --- what goes with the outcome ---
@@ -320,7 +326,8 @@ def _hits_table(c: Record) -> Table:
         )
         for row in c["transplant"]["hits"]
     ]
-    names = ("unit", "base model", "task", *(name.replace("_", "/") for name in counts))
+    heads = ("unit", "base model", "task", *(name.replace("_", "/") for name in counts))
+    heads += ("hits", "hit rate, %", "p", "by margins, %")
     note = (
         f"Sign of the change by transplanted anchor routing, before any training / sign of {c['main']} minus "
         f"{c['reference']} after it. A unit is a pair of task and language, a task, or a base model. Ties, "
@@ -329,7 +336,7 @@ def _hits_table(c: Record) -> Table:
         "with as many ups."
     )
     absent = f"No prediction to set beside {c['main']}."
-    return Table((*names, "hits", "hit rate, %", "p", "by margins, %"), rows, left=(0, 1, 2), note=note, absent=absent)
+    return Table(heads, rows, left=(0, 1, 2), note=note, absent=absent)
 
 
 def _ci_table(c: Record) -> Table:
@@ -342,7 +349,7 @@ def _ci_table(c: Record) -> Table:
         own = [found[method, other, name] for name in names]
         if any(row["n"] for row in own):
             rows.append((method, over[other], *(correlation(row) if row["n"] else NONE for row in own)))
-    heads = ("method", "gain over", "within base models" if several else "r", *(name for name in names if name))
+    heads = ("method", "gain over", "within base models" if several else "r", *filter(None, names))
     within = " Within base models: points are set off from the mean of their base model." if several else ""
     note = (
         "Pearson's r over pairs of task and language, with Fisher's 95 % interval. The row of "
@@ -353,17 +360,20 @@ def _ci_table(c: Record) -> Table:
 
 def _mass_table(c: Record) -> Table:
     methods = {row["method"]: row for row in c["headline"]}
-    rows = [
-        (row["method"], mass(row["mass"]), mass(row["anchor"]), marked(methods[row["method"]], mass_change(row["against"])))
-        for row in c["mass"]
-    ]
+    rows = []
+    for row in c["mass"]:
+        against = marked(methods[row["method"]], mass_change(row["against"]))
+        rows.append((row["method"], mass(row["mass"]), mass(row["anchor"]), against))
     uniform = {b["base"]: mass(b["uniform_mass"]) for b in c["bases"] if b["uniform_mass"] is not None}
-    given = next(iter(uniform.values()), "") if len({*uniform.values()}) == 1 else _listed(f"{v} ({b})" for b, v in uniform.items())
+    given = _listed(f"{value} ({base})" for base, value in uniform.items())
+    if len({*uniform.values()}) == 1:
+        given = next(iter(uniform.values()))
+    expected = f" Uniform routing would give {given}: the share of the experts that are task experts."
     compared = [row["method"] for row in c["mass"] if row["against"] is not None and row["method"] != "base"]
     note = (
         "On the profile's own task experts, whatever a method aligns by, at the last prompt token: mean "
         "over the zone (all MoE layers without a zone), tasks, target languages, base models and "
-        f"seeds.{f' Uniform routing would give {given}: the share of the experts that are task experts.' if given else ''}{_untrained_note(c, compared)}"
+        f"seeds.{expected if given else ''}{_untrained_note(c, compared)}"
     )
     heads = ("method", "mass, target languages", "mass, anchor", f"change from {c['reference']}")
     return Table(heads, rows, note=note, absent="No routing mass was recorded.")
@@ -374,7 +384,8 @@ def _cost_table(c: Record) -> Table:
     for row in c["cost"]:
         cells = []
         for name in ("iteration", "wall", "memory"):
-            cells += [number(row[name]["median"], ",.0f"), NONE if row["method"] == c["reference"] else ratio(row[name]["ratio"])]
+            own = row["method"] == c["reference"]
+            cells += [number(row[name]["median"], ",.0f"), NONE if own else ratio(row[name]["ratio"])]
         rows.append((row["method"], *cells))
     heads = ("method", "iteration, ms", "ratio", "stage, s", "ratio", "peak memory, MiB", "ratio")
     note = (
@@ -392,9 +403,10 @@ def _zero_table(c: Record) -> Table:
         (r["base"], r["seed"], words[r["outcomes_equal"]], r["differing"], words[r["weights_equal"]])
         for r in c.get("coefficient_zero", [])
     ]
-    note = f"Against {c['reference']} of the same base model and seed: answers and weights must both be equal."
+    note = f"Against {c['reference']} of the same base model and seed: answers and weights must be equal."
     absent = "The control with a coefficient of zero was not run."
-    return Table(("base model", "seed", "answers", "differing", "weights"), rows, left=(0, 2, 4), note=note, absent=absent)
+    heads = ("base model", "seed", "answers", "differing", "weights")
+    return Table(heads, rows, left=(0, 2, 4), note=note, absent=absent)
 
 
 def _ablation_table(c: Record) -> Table:
@@ -403,9 +415,12 @@ def _ablation_table(c: Record) -> Table:
     for row in c.get("ablation", []):
         against = row["against"]
         without = f"{points(row['without'])} ({row['beside']})" if row["without"] else None
-        tests = (marked(methods[row["method"]], points(against)), *_tests(against, "p", "p_holm"), seeds_higher(against))
-        rows.append((row["method"], "; ".join(row["settings"]) or None, *tests, without, points(row["from_base"])))
-    heads = ("method", "what it changes", "change, points", "p", "p, Holm", "seeds higher", "what alignment adds", "change from base")
+        change = marked(methods[row["method"]], points(against))
+        tests = (change, *_tests(against, "p", "p_holm"), seeds_higher(against))
+        settings = "; ".join(row["settings"]) or None
+        rows.append((row["method"], settings, *tests, without, points(row["from_base"])))
+    heads = ("method", "what it changes", "change, points", "p", "p, Holm", "seeds higher")
+    heads += ("what alignment adds", "change from base")
     note = (
         "Target languages; p as in the table of all methods. What alignment adds: difference from the "
         "method in brackets, which trains the same weights with the same flags and aligns "

@@ -20,9 +20,9 @@ from ramoe_megatron.report.vocabulary import (
 
 VERDICT_WORDS = {
     "supported": "{main} scored higher than {controls}",
-    "supported before correction only": "{main} scored higher than {controls}, but not after Holm's correction",
+    "supported before correction only": "{main} scored higher than {controls} before Holm's correction only",
     "not shown": "no difference from {controls} is shown",
-    "contradicted before correction only": "{main} scored lower than {controls}, but not after Holm's correction",
+    "contradicted before correction only": "{main} scored lower than {controls} before Holm's correction only",
     "contradicted": "{main} scored lower than {controls}",
 }
 
@@ -31,8 +31,9 @@ def comparison_findings(c: Record) -> list[str]:
     """The main contrast, the reference and the base model, the other methods, controls, English, prediction,
     cost."""
     rows = {row["method"]: row for row in c["headline"]}
-    found = (_main(c, rows), _reference(c, rows), _others(c, rows), _controls(c), _english(c), _transplant(c), _ci(c), _cost(c))
-    return [sentence for sentence in (*found, _zero(c)) if sentence]
+    found = [_main(c, rows), _reference(c, rows), _others(c, rows)]
+    found += [make(c) for make in (_controls, _english, _transplant, _ci, _cost, _zero)]
+    return [sentence for sentence in found if sentence]
 
 
 def _main(c: Record, rows: Mapping[str, Any]) -> str:
@@ -44,7 +45,8 @@ def _main(c: Record, rows: Mapping[str, Any]) -> str:
     told += f"{count(against['n'], 'paired run')}."
     where, over_examples = direction(against), direction(against["by_example"])
     if where == "unknown":
-        told += f" There is no interval: {'no spread over seeds' if against['n'] > against['bases'] else 'too few seeds'}."
+        why = "no spread over seeds" if against["n"] > against["bases"] else "too few seeds"
+        told += f" There is no interval: {why}."
     elif where == "holds zero":
         told += " The interval holds zero: no difference is shown."
     elif against["p_holm"] is not None and against["p_holm"] > ALPHA:
@@ -57,8 +59,7 @@ def _main(c: Record, rows: Mapping[str, Any]) -> str:
 
 
 def _reference(c: Record, rows: Mapping[str, Any]) -> str:
-    """Where fine-tuning itself harms, a lead over the reference may be nothing but restraint: that has to be
-    said."""
+    """Where fine-tuning itself harms, a method may lead the reference merely by changing less."""
     other, found = c["reference"], (rows.get(c["reference"]) or {}).get("from_base")
     if found is None or "base" not in rows:
         return ""
@@ -70,12 +71,12 @@ def _reference(c: Record, rows: Mapping[str, Any]) -> str:
     if found["change"] >= 0:
         return apart
     doubt = " The interval holds zero." if direction(found) == "holds zero" else ""
-    above = [r for r in rows.values() if r["from_base"] is not None and r["method"] != other and r["from_base"]["change"] > 0]
-    others = len(rows.keys() - {"base", other})
+    others = [row for row in rows.values() if row["method"] not in ("base", other)]
+    above = sum(row["from_base"] is not None and row["from_base"]["change"] > 0 for row in others)
     return (
         f"{compared(other, 'base', found)}.{doubt} base has {number(100 * rows['base']['accuracy'], '.1f')} "
-        f"% right, so a method can beat {other} by changing less: {len(above)} of "
-        f"{count(others, 'other method')} {_score(len(above))} higher than base. {apart}"
+        f"% right, so a method can beat {other} by changing less: {above} of "
+        f"{count(len(others), 'other method')} {_score(above)} higher than base. {apart}"
     ).rstrip()
 
 
@@ -84,14 +85,15 @@ def _others(c: Record, rows: Mapping[str, Any]) -> str:
     trained = [row for row in rows.values() if row["against"] is not None and row["seeds"] > 0]
     if len(trained) < 2:
         return ""
-    clear = [row["against"]["change"] for row in trained if row["against"]["p_holm"] is not None and row["against"]["p_holm"] <= ALPHA]
+    tested = [row["against"] for row in trained if row["against"]["p_holm"] is not None]
+    clear = [against["change"] for against in tested if against["p_holm"] <= ALPHA]
     higher, lower = sum(change > 0 for change in clear), sum(change < 0 for change in clear)
     best = max(row["accuracy"] for row in rows.values())
     names = listed(method for method, row in rows.items() if best - row["accuracy"] < 1e-9)
-    told = f"{higher} of {count(len(trained), 'trained method')} {_score(higher)} higher than {c['reference']}"
-    told += f" and {lower} {_score(lower)} lower"
+    methods = count(len(trained), "trained method")
+    told = f"{higher} of {methods} {_score(higher)} higher than {c['reference']}, {lower} {_score(lower)} lower"
     if not clear:
-        told = f"none of {count(len(trained), 'trained method')} differs from {c['reference']}"
+        told = f"none of {methods} differs from {c['reference']}"
     return f"After Holm's correction, {told}. The highest target accuracy is {100 * best:.1f} % ({names})."
 
 
@@ -126,7 +128,9 @@ def _transplant(c: Record) -> str:
     row = next((r for r in c["transplant"]["hits"] if (r["level"], r["base"]) == ("pairs", None)), None)
     if row is None or not row["n"]:
         return ""
-    test = "no test: one side has a single sign" if row["p"] is None else f"Fisher's exact test, {p_phrase(row['p'])}"
+    test = "no test: one side has a single sign"
+    if row["p"] is not None:
+        test = f"Fisher's exact test, {p_phrase(row['p'])}"
     return (
         f"The transplant test gave the sign of {c['main']} minus {c['reference']} in {row['hits']} of "
         f"{count(row['n'], 'pair')} of task and language, {percent(row, 'rate')} %; two unrelated columns "
@@ -150,7 +154,8 @@ def _ci(c: Record) -> str:
 def _cost(c: Record) -> str:
     row: Record = next((row for row in c["cost"] if row["method"] == c["main"]), {})
     names = {"iteration": "time of an iteration", "wall": "time of the whole stage", "memory": "peak memory"}
-    told = [f"{words} {ratio(row[name]['ratio'])}" for name, words in names.items() if row and row[name]["ratio"]]
+    found = {words: row[name]["ratio"] for name, words in names.items() if row}
+    told = [f"{words} {ratio(value)}" for words, value in found.items() if value]
     return f"Cost of {c['main']} as a multiple of {c['reference']}: {', '.join(told)}." if told else ""
 
 
@@ -171,4 +176,5 @@ def _zero(c: Record) -> str:
         )
     weighed = sum(row["weights_equal"] is True for row in rows)
     weights = f"the same weights in {weighed} of them" if weighed else "no digest of the weights was recorded"
-    return f"A coefficient of zero gave the answers of {c['reference']} in all {count(len(rows), 'run')}; {weights}."
+    runs = count(len(rows), "run")
+    return f"A coefficient of zero gave the answers of {c['reference']} in all {runs}; {weights}."
