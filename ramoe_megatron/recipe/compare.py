@@ -69,7 +69,9 @@ def compare_recipe(
     if document is not None:
         write_document(read_json(root / "comparison.json"), document)
     console.print(f"comparison: {page}", soft_wrap=True, highlight=False)
-    console.print(f"document: {document or root / 'experiment.md'}", soft_wrap=True, highlight=False)
+    written = document or root / "experiment.md"
+    data = document.with_suffix(".json") if document else root / "comparison.json"
+    console.print(f"document: {written}, its data: {data}", soft_wrap=True, highlight=False)
 
 
 def _done(path: Path, changes: Sequence[str], folder: Path) -> bool:

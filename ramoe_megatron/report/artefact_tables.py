@@ -162,7 +162,7 @@ def anchors_table(document: Record) -> Table:
 def prediction_parts(document: Record) -> list[Part]:
     """The verdict in sentences, the table with a last row for all pairs together, and the limits."""
     verdict, change = document["verdict"], ("transplant_change", "transplant_low", "transplant_high")
-    sentences = [f"{str(verdict['word']).capitalize()}. {verdict['reading']}"] if "word" in verdict else []
+    sentences = [f"Verdict: {verdict['word']}. {verdict.get('reading', '')}"] if verdict else []
     if verdict.get("tasks"):
         words = (f"{task} {word}" for task, word in verdict["tasks"].items())
         sentences.append(f"By task: {', '.join(words)}.")
@@ -185,8 +185,8 @@ def prediction_parts(document: Record) -> list[Part]:
         rows.append(("all", "all", found["examples"], NONE, NONE, *accuracies, points(found)))
         told = f", {p_phrase(found['p'])}" if found.get("p") is not None else ""
         note += f" Last row: {found['examples']} rows of {found['ids']} examples, clustered by example{told}."
-    heads = ("task", "language", "n", "ci share, %", "divergence in the zone", "target, %")
-    heads += ("with English routing, %", "change, points")
+    heads = ["task", "language", "n", "ci share, %", "divergence in the zone", "target, %"]
+    heads += ["with English routing, %", "change, points"]
     title = "ci share, divergence and transplant test"
     table = Table(heads, rows, title, (0, 1), note, "Nothing is predicted.")
     return [*sentences, table, Bullets(document["limits"])]

@@ -224,13 +224,14 @@ def _lines_table(path: Path) -> Table:
 def _divergence_parts(path: Path) -> list[Part]:
     rows = read_divergence(path)
     curve = mean_curve(rows)
-    shown, numbers = [], []
+    shown: list[list[CellValue]] = []
+    numbers = []
     for layer in sorted({row.moe_layer for row in rows}):
         own = [row for row in rows if row.moe_layer == layer]
         numbers.append(own[0].layer_number)
         values = [*(row.divergence for row in own), float(curve[layer])]
         cells = [number(value, ".4f") for value in values]
-        shown.append((layer, numbers[-1], *cells, sum(row.undefined_pairs for row in own)))
+        shown.append([layer, numbers[-1], *cells, sum(row.undefined_pairs for row in own)])
     heads = (*LAYER_HEADS, *dict.fromkeys(row.language for row in rows), "mean", "undefined pairs")
     title = f"{path}: entropy-normalised JS divergence from the anchor language, in [0, 1]"
     zone = tables.zone_text(zone_from_curve(curve), numbers)

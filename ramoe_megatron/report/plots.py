@@ -258,26 +258,29 @@ def scatter(
         axis.set(title=plain(title), xlabel=x_label, ylabel=y_label)
         axis.margins(0.08)  # room for the names
         axis.grid(alpha=0.3)
-    for axis, (_, points) in zip(axes, shown, strict=True):  # now that the common scale is known
+    legend_below(figure, axes)
+    figure.draw_without_rendering()  # sets the panels' common scale and size
+    for axis, (_, points) in zip(axes, shown, strict=True):
         if len(points) <= 30:  # more names would cover each other
             name_points(axis, [(100 * p[x], 100 * p[y], plain(p["language"])) for p in points])
-    legend_below(figure, axes)
     return figure
 
 
 def name_points(axis: "Axes", points: Sequence[tuple[float, float, str]]) -> None:
-    """Write names beside points, each on the first side where it covers no earlier name."""
-    width, height = (72 * inches for inches in axis.figure.get_size_inches())  # typographic points
-    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
-    box, taken = axis.get_position(), []
-    for x, y, name in points:
-        at = (x - left) / (right - left) * box.width * width, (y - low) / (high - low) * box.height * height
-        for side, up in ((3, 3), (3, -9), (-3 - 4.5 * len(name), 3), (-3 - 4.5 * len(name), -9)):
-            place = at[0] + side, at[1] + up, at[0] + side + 4.5 * len(name), at[1] + up + 7
-            if all(place[0] >= t[2] or t[0] >= place[2] or place[1] >= t[3] or t[1] >= place[3] for t in taken):
-                break
-        taken.append(place)
-        axis.annotate(name, (x, y), xytext=(side, up), textcoords="offset points", fontsize=7)
+    """Write names beside points, each on the first side where it covers no mark and no earlier name."""
+    scale = 72 / axis.figure.dpi  # pixels in typographic points
+    marks = [scale * axis.transData.transform((x, y)) for x, y, _ in points]
+    taken = [(x - 2.5, y - 2.5, x + 2.5, y + 2.5) for x, y in marks]
+    for (across, up), (x, y, name) in zip(marks, points, strict=True):
+        width = 4.8 * len(name)
+        places = [(right, above) for right in (3, -3 - width) for above in (3, -9)]
+        boxes = [(across + right, up + above, across + right + width, up + above + 7) for right, above in places]
+        free = [
+            all(a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3] for b in taken) for a in boxes
+        ]
+        at = free.index(True) if any(free) else 0
+        taken.append(boxes[at])
+        axis.annotate(name, (x, y), xytext=places[at], textcoords="offset points", fontsize=7)
 
 
 # --- before training ---

@@ -12,7 +12,7 @@ from comparison_runs import CELLS, SEEDS, TARGETS, Outcomes, plain, rising, row,
 from rich.console import Console
 from scipy import stats
 
-from ramoe_megatron.artifacts.files import load_document
+from ramoe_megatron.artifacts.files import load_document, save_document
 from ramoe_megatron.report.comparison.assemble import compare, write_comparison
 from ramoe_megatron.report.comparison.document import comparison_markdown, write_document
 from ramoe_megatron.report.comparison.summary import comparison_findings
@@ -259,6 +259,9 @@ def test_page_and_json_are_written_and_shown(tmp_path: Path) -> None:
     assert (tmp_path / "out/experiment.md").read_text().startswith("# ra-moe and its controls against sft: study\n")
     saved = load_document(tmp_path / "out/comparison.json", "ramoe-comparison")
     assert row(saved["headline"], method="ra-moe")["against"]["change"] == pytest.approx(3 / 40)
+    del saved["counts"]  # as an earlier version wrote it
+    save_document(tmp_path / "earlier.json", "ramoe-comparison", saved)
+    describe(tmp_path / "earlier.json")
     console = Console(width=200)
     with console.capture() as captured:
         console.print(describe(tmp_path / "out/comparison.json"))

@@ -143,7 +143,7 @@ def test_prediction_shows_table_verdict_and_limits(tmp_path: Path) -> None:
     prediction = predict(summarise(ROWS), [], (0, 2), outcomes, "test")
     save_document(tmp_path / "predict.json", "ramoe-prediction", prediction.document())
     text = shown(tmp_path / "predict.json")
-    contains(text, "currency tr 10 70.0 [39.7, 89.2] – 30.0 80.0 +50.0 [", "Go. English routing", "By task: currency go.")
+    contains(text, "currency tr 10 70.0 [39.7, 89.2] – 30.0 80.0 +50.0 [", "Verdict: go. English routing", "By task: currency go.")
     contains(text, "all all 10 – – 30.0 80.0 +50.0 [", *prediction.limits, prediction.verdict["paper"])
 
 

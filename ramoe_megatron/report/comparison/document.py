@@ -102,11 +102,14 @@ def comparison_sections(
     made = (
         f"By ramoe-megatron {c['package_version']}, from the run folders "
         f"{_listed(base['base'] for base in c['bases'])}. Every number comes from {data}, which is made of "
-        "the folders' evaluations, taxonomy, prediction, expert file, manifest and logs. The right answers "
-        "by method, base model, seed, task and language are there under `counts`: the differences and their "
-        "p-values can be computed again from them. The intervals over examples need the evaluations "
-        "themselves."
+        "the folders' evaluations, taxonomy, prediction, expert file, manifest and logs."
     )
+    if "counts" in c:  # a comparison written by an earlier version has none
+        made += (
+            " The right answers by method, base model, seed, task and language are there under `counts`: the "
+            "differences and their p-values can be computed again from them. The intervals over examples need "
+            "the evaluations themselves."
+        )
     return [
         Section("run", "What was run", [*_setting(c), _bases_table(c), _before_table(c), Code([*commands])]),
         Section("headline", f"All methods against {c['reference']}", [*figure("forest"), _headline_table(c)]),
@@ -419,8 +422,8 @@ def _ablation_table(c: Record) -> Table:
         tests = (change, *_tests(against, "p", "p_holm"), seeds_higher(against))
         settings = "; ".join(row["settings"]) or None
         rows.append((row["method"], settings, *tests, without, points(row["from_base"])))
-    heads = ("method", "what it changes", "change, points", "p", "p, Holm", "seeds higher")
-    heads += ("what alignment adds", "change from base")
+    heads = ["method", "what it changes", "change, points", "p", "p, Holm", "seeds higher"]
+    heads += ["what alignment adds", "change from base"]
     note = (
         "Target languages; p as in the table of all methods. What alignment adds: difference from the "
         "method in brackets, which trains the same weights with the same flags and aligns "

@@ -91,9 +91,9 @@ def _others(c: Record, rows: Mapping[str, Any]) -> str:
     best = max(row["accuracy"] for row in rows.values())
     names = listed(method for method, row in rows.items() if best - row["accuracy"] < 1e-9)
     methods = count(len(trained), "trained method")
-    told = f"{higher} of {methods} {_score(higher)} higher than {c['reference']}, {lower} {_score(lower)} lower"
-    if not clear:
-        told = f"none of {methods} differs from {c['reference']}"
+    told = f"none of {methods} differs from {c['reference']}"
+    if clear:
+        told = f"{higher} of {methods} {_score(higher)} higher than {c['reference']}, {lower} {_score(lower)} lower"
     return f"After Holm's correction, {told}. The highest target accuracy is {100 * best:.1f} % ({names})."
 
 
