@@ -37,6 +37,7 @@ def started_by(item: pytest.Item) -> str:
     return SHARED.get(name, name)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files stay whole, for their fixtures; the longest are begun first."""
     for item in items:

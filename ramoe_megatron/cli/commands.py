@@ -164,7 +164,7 @@ _job("steer", "Search the setting of routing steering that answers best on a val
 def world(out: Path, config: str) -> None:
     """Write the embedded world: parallel, pretraining and general text from CLDR, and a tokenizer. Needs no
     download."""
-    _plain_job("generate", "world", "--config", config, "--out", str(out))
+    _plain_job("jobs.generate", "world", "--config", config, "--out", str(out))
 
 
 @main.command()
@@ -183,14 +183,14 @@ def sib200(source: Path | None, out: Path, config: str) -> None:
         except json.JSONDecodeError as error:
             raise RamoeError(f"--config: column {error.colno}: malformed JSON ({error.msg})") from error
         config = json.dumps({**given, "source": str(source)})
-    _plain_job("generate", "sib200", "--config", config, "--out", str(out))
+    _plain_job("jobs.generate", "sib200", "--config", config, "--out", str(out))
 
 
 @main.command()
 @click.argument("run_folder", metavar="RUN", type=EXISTING)
 def report(run_folder: Path) -> None:
     """Write RUN's report.html and plots anew."""
-    _plain_job("report", "--run", str(run_folder))
+    _plain_job("report.write", "report", "--run", str(run_folder))
 
 
 def _plain_job(name: str, *arguments: str) -> None:
@@ -200,7 +200,7 @@ def _plain_job(name: str, *arguments: str) -> None:
     from ramoe_megatron.recipe.processes import stop_signals
 
     with stop_signals():
-        sys.exit(launch(python_command((f"ramoe_megatron.jobs.{name}", *arguments), ranks=0), os.environ).status)
+        sys.exit(launch(python_command((f"ramoe_megatron.{name}", *arguments), ranks=0), os.environ).status)
 
 
 def _numbers(_context: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:

@@ -33,7 +33,7 @@ def links(stages: Sequence[Stage], manifest: Manifest, force_first: bool) -> dic
     return found
 
 
-def submit(
+def submit_chain(
     stages: Sequence[Stage], after: Mapping[str, Sequence[str]], recipe: Recipe, manifest: Manifest, console: Console, forced: str | None
 ) -> None:
     """Write and submit the jobs of the stages in `after` (of `links`). `forced`: the stage that runs even if its result stands.
@@ -49,7 +49,7 @@ def submit(
             save_document(path.with_suffix(".json"), "ramoe-stage", body)
             atomic_write_text(path, slurm.script(stage, recipe, folder))
             waits = [jobs[name] for name in after[stage.name]]
-            jobs[stage.name] = slurm.submit(path, waits)
+            jobs[stage.name] = slurm.sbatch(path, waits)
             _save(folder, recipe.name, jobs)
             waiting = f" after {', '.join(map(str, waits))}" if waits else ""
             console.print(f"{jobs[stage.name]}  {stage.name}{waiting}", soft_wrap=True, highlight=False)

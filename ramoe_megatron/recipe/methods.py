@@ -117,7 +117,7 @@ METHODS: dict[str, MethodEntry] = {
 }  # fmt: skip
 
 
-def merged(names: list[str], section: Literal["alignment", "selection", "steering"]) -> dict[str, Any] | None:
+def preset_changes(names: list[str], section: Literal["alignment", "selection", "steering"]) -> dict[str, Any] | None:
     """The changes of several named methods to one section; None where none of them has any.
 
     Raises:
@@ -204,13 +204,13 @@ class Method(Section):
     @property
     def steered(self) -> bool:
         """Whether this is steering at inference, and nothing is trained."""
-        return bool(merged(self.presets, "steering")) or self.steering.steer is not None
+        return bool(preset_changes(self.presets, "steering")) or self.steering.steer is not None
 
     @property
     def aligns(self) -> bool:
         """Whether the alignment's flags are given (with coefficient 0 they change nothing)."""
         own = "alignment" in self.model_fields_set
-        return not self.steered and (own or not self.presets or merged(self.presets, "alignment") is not None)
+        return not self.steered and (own or not self.presets or preset_changes(self.presets, "alignment") is not None)
 
     def alignment_of(self, given: AlignmentSection, seed: int) -> AlignmentSection:
         """The recipe's alignment with the changes of the presets, and then the method's own; `seed`: of the fine-tune."""
@@ -218,7 +218,7 @@ class Method(Section):
             trained = self.selection_of(SelectionSection()).train == "task-experts"  # which experts these are, the alignment's section says
             kept = {"select", "select_tokens"} if trained else set()
             return AlignmentSection.model_validate(given.model_dump(by_alias=True, include=kept))
-        preset = merged(self.presets, "alignment") or {}
+        preset = preset_changes(self.presets, "alignment") or {}
         preset = {key: seed if value == RUN_SEED else value for key, value in preset.items()}
         changed = _changed(given, preset, self.alignment)
         if changed.layers == "outside":
@@ -227,7 +227,7 @@ class Method(Section):
 
     def selection_of(self, given: SelectionSection) -> SelectionSection:
         """Likewise which weights train: of the recipe's own keys, those that the method's choice reads."""
-        changes = {"train": "all", **(merged(self.presets, "selection") or {})}
+        changes = {"train": "all", **(preset_changes(self.presets, "selection") or {})}
         train = _changed(given, changes, self.selection).train
         unread = {key for key, kinds in READ_BY.items() if train not in kinds}
         read = type(given).model_validate(given.model_dump(by_alias=True, exclude=unread))
@@ -243,7 +243,7 @@ class Method(Section):
 
     def steering_of(self, given: SteeringSection) -> SteeringSection:
         """Likewise the steering."""
-        return _changed(given, merged(self.presets, "steering") or {}, self.steering)
+        return _changed(given, preset_changes(self.presets, "steering") or {}, self.steering)
 
 
 def _changed[Part: Section](given: Part, preset: dict[str, Any], own: Part) -> Part:

@@ -525,7 +525,7 @@ def _evaluations(plan: PlanContext) -> list[Path]:
 def _results(plan: PlanContext) -> Stage:
     return Stage(
         name="results",
-        command=("ramoe_megatron.recipe.results", str(plan.out)),
+        command=("ramoe_megatron.report.write", "results", "--run", str(plan.out)),
         settings={"recipe": plan.recipe.name, "methods": [method.name for method in plan.recipe.methods]},
         inputs=(*_evaluations(plan), plan.out / "taxonomy.json"),
         outputs=(plan.out / "results.json",),
@@ -537,7 +537,7 @@ def _report(plan: PlanContext) -> Stage:
     read = ("results.json", "taxonomy.json", "experts.safetensors", "divergence.csv", "predict.json", "recipe.yaml")
     return Stage(
         name="report",
-        command=(f"{JOBS}.report", "--run", str(plan.out)),
+        command=("ramoe_megatron.report.write", "report", "--run", str(plan.out)),
         settings={},
         inputs=tuple(plan.out / name for name in read),
         outputs=(plan.out / "report.html",),

@@ -84,7 +84,7 @@ def _submit(
         after = chain.links(stages, manifest, force)
         for stage in (stage for stage in stages if stage.name in after):
             check_inputs(stage, plan, manifest, made=[s for s in stages if s.name in after])
-        chain.submit(stages, after, recipe, manifest, console, stages[0].name if force else None)
+        chain.submit_chain(stages, after, recipe, manifest, console, stages[0].name if force else None)
 
 
 def select(plan: Sequence[Stage], first: str | None, last: str | None) -> tuple[int, int]:

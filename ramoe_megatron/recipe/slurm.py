@@ -67,7 +67,7 @@ def _words(options: Mapping[str, FlagValue]) -> list[str]:
     ]
 
 
-def submit(path: Path, after: Sequence[int]) -> int:
+def sbatch(path: Path, after: Sequence[int]) -> int:
     """Submit a script, to start once all jobs in `after` have ended well; the job's id. Raises RamoeError with what sbatch says."""
     dependency = [f"--dependency=afterok:{':'.join(map(str, after))}"] if after else []
     said = _ask(["sbatch", "--parsable", *dependency, str(path)], _outside(os.environ))

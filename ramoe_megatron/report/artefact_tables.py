@@ -13,7 +13,7 @@ from ramoe_megatron.report.vocabulary import (
     NONE,
     Record,
     correlation,
-    mass,
+    mass_text,
     number,
     p_phrase,
     p_value,
@@ -131,7 +131,7 @@ def mass_tables(entries: Sequence[Record], keys: tuple[str, ...]) -> list[Table]
     if not entries:
         return []
     heads = (*keys, *(str(layer) for layer in range(len(entries[0]["mass"]))))
-    rows = [(*(entry[key] for key in keys), *map(mass, entry["mass"])) for entry in entries]
+    rows = [(*(entry[key] for key in keys), *map(mass_text, entry["mass"])) for entry in entries]
     words = [place for place, key in enumerate(keys) if key != "seed"]
     title = "routing mass on the task experts, by MoE layer (from 0; layer_number is in the expert file)"
     return [Table(heads, rows, title, words)]

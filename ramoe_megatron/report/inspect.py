@@ -24,7 +24,7 @@ from ramoe_megatron.method.experts import describe_empty, rule_from
 from ramoe_megatron.method.taxonomy import summarise
 from ramoe_megatron.report import artefact_tables as tables
 from ramoe_megatron.report.comparison.document import comparison_sections
-from ramoe_megatron.report.rendering import CellValue, Part, Table, console, console_sections, facts
+from ramoe_megatron.report.rendering import CellValue, Part, Table, console, console_sections, facts_table
 from ramoe_megatron.report.vocabulary import Record, number
 
 LAYER_HEADS = ("MoE layer (from 0)", "layer_number")
@@ -75,7 +75,7 @@ def _head(
 ) -> Table:
     """What an artefact says of itself, the files that it was made of, and the version that wrote it."""
     written = {"written by": f"ramoe-megatron {version}"} if version else {}
-    return facts(f"{path}: {kind}", {**entries, "data": tables.data_text(data), **written})
+    return facts_table(f"{path}: {kind}", {**entries, "data": tables.data_text(data), **written})
 
 
 # --- documents ---
@@ -127,7 +127,7 @@ def _results_parts(path: Path, document: Record) -> list[Part]:
     entries = {"recipe": document["recipe"], "anchor": document["anchor"]}
     entries |= {key: ", ".join(map(str, document[key])) for key in ("methods", "seeds")}
     return [
-        facts(f"{path}: ramoe-results", entries),
+        facts_table(f"{path}: ramoe-results", entries),
         tables.summary_table(document),
         tables.differences_table(document),
         tables.languages_table(document),

@@ -11,7 +11,7 @@ from ramoe_megatron.method.experts import rule_from
 from ramoe_megatron.report import artefact_tables as tables
 from ramoe_megatron.report.inputs import RunInputs, load_run
 from ramoe_megatron.report.plots import FIGURES, plot_all, shown_pairs
-from ramoe_megatron.report.rendering import Bullets, Code, Figure, Part, Section, Table, html_page
+from ramoe_megatron.report.rendering import Bullets, Code, Figure, PageSection, Part, Table, html_page
 from ramoe_megatron.report.run_results import collect
 from ramoe_megatron.report.vocabulary import (
     Record,
@@ -121,7 +121,7 @@ def write_report(run_dir: Path) -> Path:
     return page
 
 
-def report_sections(run: RunInputs, results: Mapping[str, Any], plots: Mapping[str, Path]) -> list[Section]:
+def report_sections(run: RunInputs, results: Mapping[str, Any], plots: Mapping[str, Path]) -> list[PageSection]:
     """What the page shows; a part whose inputs are missing names the stage that makes them."""
     figures = {name: _figure(name, run, results, plots.get(name)) for name in FIGURES}
     stages = (run.manifest or {}).get("stages", {})
@@ -135,16 +135,16 @@ def report_sections(run: RunInputs, results: Mapping[str, Any], plots: Mapping[s
     settings = Code(run.recipe_text.splitlines()) if run.recipe_text else missing.format("first")
     files = Table((), sorted(_files(stages).items()), "Files", (0, 1), folded=True)
     return [
-        Section("results", "Results", [*shown, *after]),
-        Section("before", "Before training", [figures[name] for name in BEFORE]),
-        Section(
+        PageSection("results", "Results", [*shown, *after]),
+        PageSection("before", "Before training", [figures[name] for name in BEFORE]),
+        PageSection(
             "prediction",
             "Go or no-go, estimated before training",
             tables.prediction_parts(run.prediction) if run.prediction else [missing.format("predict")],
         ),
-        Section("limits", "Limits", [Bullets(REPORT_LIMITS)]),
-        Section("settings", "Settings", [settings, Table((), list(_versions().items()), "Versions", (0, 1))]),
-        Section("files", "Stages and files", [_stages_table(stages), files]),
+        PageSection("limits", "Limits", [Bullets(REPORT_LIMITS)]),
+        PageSection("settings", "Settings", [settings, Table((), list(_versions().items()), "Versions", (0, 1))]),
+        PageSection("files", "Stages and files", [_stages_table(stages), files]),
     ]
 
 

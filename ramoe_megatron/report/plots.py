@@ -108,7 +108,7 @@ def unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def order(run: RunInputs, languages: Iterable[str]) -> list[str]:
+def language_order(run: RunInputs, languages: Iterable[str]) -> list[str]:
     """The anchor first, then as in the data."""
     return sorted(unique(languages), key=lambda language: language != run.anchor)
 
@@ -137,7 +137,7 @@ def accuracy_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | Non
     if not rows:
         return None
     tasks = unique(row["task"] for row in results["by_pair"])
-    languages = order(run, (row["language"] for row in rows))
+    languages = language_order(run, (row["language"] for row in rows))
     figure, axes = panels(1 + len(tasks) if len(tasks) > 1 else 1, max(4.4, 1.2 + 0.5 * len(languages)), 2.7)
     groups = [("all tasks", rows)] + [(task, [r for r in results["by_pair"] if r["task"] == task]) for task in tasks]
     for axis, (title, own) in zip(axes, groups, strict=False):
@@ -186,7 +186,7 @@ def mass_layers_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | 
 def mass_languages_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None":
     if not results["mass"]:
         return None
-    languages = order(run, (row["language"] for row in results["mass"]))
+    languages = language_order(run, (row["language"] for row in results["mass"]))
     figure, (axis,) = panels(1, max(5.5, 1.5 + 0.6 * len(languages)), 2.8)
     for place, method in enumerate(results["methods"]):
         own: dict[str, list[float]] = {}

@@ -108,13 +108,13 @@ Part = str | Table | Bullets | Code | Figure | Links
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     name: str
     title: str
     parts: Sequence[Part] = field(default_factory=list)
 
 
-def facts(title: str, entries: Mapping[str, CellValue]) -> Table:
+def facts_table(title: str, entries: Mapping[str, CellValue]) -> Table:
     """Names and values, one a row."""
     return Table((), list(entries.items()), title, left=(0, 1))
 
@@ -141,7 +141,7 @@ def console(parts: Iterable[Part]) -> RenderableType:
     return Group(*shown)
 
 
-def console_sections(sections: Iterable[Section]) -> RenderableType:
+def console_sections(sections: Iterable[PageSection]) -> RenderableType:
     """Sections under their titles."""
     return Group(*(Group(Text(f"\n{s.title}", style="bold"), console(s.parts)) for s in sections))
 
@@ -164,7 +164,7 @@ def _console_table(table: Table) -> RenderableType:
 # --- Markdown ---
 
 
-def markdown(title: str, sections: Iterable[Section]) -> str:
+def markdown(title: str, sections: Iterable[PageSection]) -> str:
     """A document in GitHub's form."""
     blocks = [f"# {_escaped(title)}"]
     for section in sections:
@@ -199,7 +199,7 @@ def _escaped(text: str) -> str:
 # --- page ---
 
 
-def html_page(title: str, kind: str, summary: Sequence[str], sections: Sequence[Section]) -> str:
+def html_page(title: str, kind: str, summary: Sequence[str], sections: Sequence[PageSection]) -> str:
     """One self-contained page: figures are embedded, nothing is loaded from elsewhere, text is escaped.
 
     `kind`: what the page is, such as "report". `summary`: sentences set off at the top.

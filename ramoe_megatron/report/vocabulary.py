@@ -57,7 +57,7 @@ def share(correct: int, n: int) -> str:
     return percent({"accuracy": correct / n if n else None, "low": low, "high": high})
 
 
-def mass(value: float | None) -> str:
+def mass_text(value: float | None) -> str:
     """Routing mass, a share in [0, 1]."""
     return number(value, ".3f")
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jinja2.utils import markupsafe
 from rich.console import Console
 
-from ramoe_megatron.report.rendering import Section, Table, console, html_page, markdown
+from ramoe_megatron.report.rendering import PageSection, Table, console, html_page, markdown
 from ramoe_megatron.report.vocabulary import (
     NONE,
     compared,
@@ -44,7 +44,7 @@ def console_text(table: Table) -> str:
 @given(tables())
 @settings(max_examples=30, deadline=None)
 def test_every_entry_is_shown_as_it_is_by_all_three(table: Table) -> None:
-    section = Section("name", "Section", [table])
+    section = PageSection("name", "Section", [table])
     page, document = html_page("run", "report", ["found"], [section]), markdown("run", [section])
     terminal = console_text(table)
     found = (re.findall(r"((?:\\.|[^|\\])*)\|", line[1:]) for line in document.splitlines() if line.startswith("| "))

@@ -13,19 +13,19 @@ from rich.console import Console
 
 from ramoe_megatron.artifacts.files import load_document
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.jobs.report import main
 from ramoe_megatron.report.artefact_tables import summary_table
 from ramoe_megatron.report.inputs import load_run
 from ramoe_megatron.report.page import figure_caption, run_findings, write_report
 from ramoe_megatron.report.plots import FIGURES, from_zero, panels, pyplot
 from ramoe_megatron.report.rendering import console
 from ramoe_megatron.report.run_results import collect, results_of
+from ramoe_megatron.report.write import main
 
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_run(tmp_path_factory.mktemp("run"))
-    assert main(["--run", str(root)]) == 0
+    assert main(["report", "--run", str(root)]) == 0
     return root
 
 
@@ -151,7 +151,7 @@ def test_results_of_methods_and_seeds_no_longer_asked_for_are_left_out(tmp_path:
 
 
 def test_absent_folder_is_told_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--run", str(tmp_path / "nowhere")]) == 2
+    assert main(["report", "--run", str(tmp_path / "nowhere")]) == 2
     assert "no such run folder" in capsys.readouterr().err
 
 

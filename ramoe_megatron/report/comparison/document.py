@@ -13,8 +13,8 @@ from ramoe_megatron.report.rendering import (
     Code,
     Figure,
     Links,
+    PageSection,
     Part,
-    Section,
     Table,
     html_page,
     markdown,
@@ -26,8 +26,8 @@ from ramoe_megatron.report.vocabulary import (
     correlation,
     count,
     legend,
-    mass,
     mass_change,
+    mass_text,
     number,
     p_value,
     percent,
@@ -70,7 +70,7 @@ def write_document(comparison: Record, path: Path) -> None:
 
 def comparison_markdown(c: Record, data: str) -> str:
     """The document as Markdown. `data`: name of the file beside it that holds the comparison's data."""
-    found = Section("findings", "What came out", [Bullets(comparison_findings(c))])
+    found = PageSection("findings", "What came out", [Bullets(comparison_findings(c))])
     return markdown(comparison_title(c), [found, *comparison_sections(c, data)])
 
 
@@ -90,7 +90,7 @@ def comparison_sections(
     data: str = "comparison.json",
     plots: Mapping[str, Path] | None = None,
     reports: Mapping[str, str] | None = None,
-) -> list[Section]:
+) -> list[PageSection]:
     """All sections in reading order, from the contents of comparison.json alone; an empty one says why."""
     names = {"main": c["main"], "reference": c["reference"]}
 
@@ -111,20 +111,20 @@ def comparison_sections(
             "the evaluations themselves."
         )
     return [
-        Section("run", "What was run", [*_setting(c), _bases_table(c), _before_table(c), Code([*commands])]),
-        Section("headline", f"All methods against {c['reference']}", [*figure("forest"), _headline_table(c)]),
-        Section("claims", "Claims and their controls", [_claims_table(c)]),
-        Section("bases", "Each base model", [_by_base_table(c)]),
-        Section("cells", "Tasks and languages", [*figure("cells"), _cells_table(c)]),
-        Section("english", f"Anchor language ({c['anchor']})", [_english_table(c)]),
-        Section("transplant", "Transplant test against outcome", [_hits_table(c)]),
-        Section("ci", "ci share against gain", [*figure("ci"), _ci_table(c)]),
-        Section("mass", "Routing mass on the task experts", [_mass_table(c)]),
-        Section("cost", "Time and memory", [_cost_table(c)]),
-        Section("zero", "A coefficient of zero", [_zero_table(c)]),
-        Section("ablation", "What else was tried", [_ablation_table(c)]),
-        Section("made", "How this was made", [made, Code([c["command"]] if c.get("command") else [])]),
-        Section(
+        PageSection("run", "What was run", [*_setting(c), _bases_table(c), _before_table(c), Code([*commands])]),
+        PageSection("headline", f"All methods against {c['reference']}", [*figure("forest"), _headline_table(c)]),
+        PageSection("claims", "Claims and their controls", [_claims_table(c)]),
+        PageSection("bases", "Each base model", [_by_base_table(c)]),
+        PageSection("cells", "Tasks and languages", [*figure("cells"), _cells_table(c)]),
+        PageSection("english", f"Anchor language ({c['anchor']})", [_english_table(c)]),
+        PageSection("transplant", "Transplant test against outcome", [_hits_table(c)]),
+        PageSection("ci", "ci share against gain", [*figure("ci"), _ci_table(c)]),
+        PageSection("mass", "Routing mass on the task experts", [_mass_table(c)]),
+        PageSection("cost", "Time and memory", [_cost_table(c)]),
+        PageSection("zero", "A coefficient of zero", [_zero_table(c)]),
+        PageSection("ablation", "What else was tried", [_ablation_table(c)]),
+        PageSection("made", "How this was made", [made, Code([c["command"]] if c.get("command") else [])]),
+        PageSection(
             "limits",
             "Limits",
             [
@@ -366,8 +366,8 @@ def _mass_table(c: Record) -> Table:
     rows = []
     for row in c["mass"]:
         against = marked(methods[row["method"]], mass_change(row["against"]))
-        rows.append((row["method"], mass(row["mass"]), mass(row["anchor"]), against))
-    uniform = {b["base"]: mass(b["uniform_mass"]) for b in c["bases"] if b["uniform_mass"] is not None}
+        rows.append((row["method"], mass_text(row["mass"]), mass_text(row["anchor"]), against))
+    uniform = {b["base"]: mass_text(b["uniform_mass"]) for b in c["bases"] if b["uniform_mass"] is not None}
     given = _listed(f"{value} ({base})" for base, value in uniform.items())
     if len({*uniform.values()}) == 1:
         given = next(iter(uniform.values()))
