@@ -6,9 +6,9 @@
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from rich.console import Console
 from benchmarks.shapes import PRESETS
 from benchmarks.tables import machine_line, profiling_table, training_table
 from benchmarks.world import write_world
+from ramoe_megatron.recipe.launcher import launch
+from ramoe_megatron.recipe.output import Progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,12 +58,37 @@ def measured(module: str, shape: str, arguments: list[str], options: argparse.Na
     threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
-    with log.open("w") as stream:
-        status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    log.unlink(missing_ok=True)
+    print(f"{module} of shape {shape}: starts (log: {log})", file=sys.stderr, flush=True)
+    status = launch(command, environment, log, Shown(f"{module} of shape {shape}")).status
     if status:
         told = log.read_text().split("torch/distributed/elastic")[0].splitlines()[-20:]  # torchrun's own account follows
         raise SystemExit("\n".join([*told, f"benchmarks: {module} of shape {shape} ended with status {status}; the whole log: {log}"]))
     return json.loads(out.read_text())
+
+
+class Shown:
+    """Prints to stderr how far a benchmark is: what is measured, which round of how many, and about how long it
+    still takes."""
+
+    def __init__(self, what: str, interval: float = 5.0) -> None:
+        """`interval`: least seconds between two lines; the first and the last round always have a line."""
+        self.what, self.interval = what, interval
+        self.first = self.last = 0.0
+
+    def __call__(self, told: Progress) -> None:
+        """A round has ended."""
+        now = time.monotonic()
+        if told.done == 1:
+            self.first = now
+        elif told.done < told.total and now - self.last < self.interval:
+            return
+        self.last = now
+        estimate = ""
+        if told.done > 1:
+            left = (now - self.first) / (told.done - 1) * (told.total - told.done)
+            estimate = f", about {left / 60:.1f} min left" if left >= 60 else f", about {left:.0f} s left"
+        print(f"{self.what}: {told.done} of {told.total} {told.unit}{estimate}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,17 @@ class Ratio:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def alternate(arms: dict[str, Callable[[], float]], rounds: int, warm_up: int = WARM_UP) -> dict[str, list[float]]:
-    """Seconds of every arm in every round after warm-up; the order within a round turns, so that no arm always follows the same one."""
+def alternate(
+    arms: dict[str, Callable[[], float]],
+    rounds: int,
+    warm_up: int = WARM_UP,
+    after_round: Callable[[int], object] = lambda count: None,
+) -> dict[str, list[float]]:
+    """Seconds of every arm in every round after warm-up; the order within a round turns, so that no arm always
+    follows the same one.
+
+    `after_round` is called with 1 after each round, also of the warm-up.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     for number in range(warm_up + rounds):
@@ -48,6 +57,7 @@ def alternate(arms: dict[str, Callable[[], float]], rounds: int, warm_up: int = 
             taken = arms[name]()
             if number >= warm_up:
                 seconds[name].append(taken)
+        after_round(1)
     return seconds
 
 

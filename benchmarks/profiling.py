@@ -22,6 +22,7 @@ from benchmarks.measure import Ratio, alternate, machine, timed
 from benchmarks.shapes import PRESETS, Shape, profiling_flags
 from benchmarks.world import sequences
 from ramoe_megatron.data.encode import Encoded
+from ramoe_megatron.jobs.offline_job import Progress
 from ramoe_megatron.mcore.launch import run_job
 
 BARE, OURS, TRACE = "bare forward pass", "profile (all that the job keeps)", "Megatron's routing trace"
@@ -107,7 +108,9 @@ def measure(model: Any, shape: Shape, folder: Path, factor: int, rounds: int) ->
     encoded = sequences(model.tokenizer, SEQUENCES * shape.samples * model.dp, factor * shape.sequence)
     tokens = sum(len(sequence.ids) - 1 for sequence in encoded)
     passes = Passes(model, encoded, folder)
-    seconds = alternate({BARE: passes.bare, OURS: passes.ours, TRACE: passes.trace}, rounds, WARM_UP)
+    arms = {BARE: passes.bare, OURS: passes.ours, TRACE: passes.trace}
+    unit = f"rounds of {len(arms)} passes at {factor * shape.sequence} tokens a sequence"
+    seconds = alternate(arms, rounds, WARM_UP, Progress(WARM_UP + rounds, unit))
     return {
         "sequences": len(encoded),
         "tokens": tokens,

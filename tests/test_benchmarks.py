@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.measure import Ratio, alternate, peak_memory
+from benchmarks import profiling
+from benchmarks.__main__ import Shown
+from benchmarks.measure import WARM_UP, Ratio, alternate, peak_memory
 from benchmarks.tables import verdict
+from ramoe_megatron.recipe.output import Progress
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 2
@@ -23,7 +27,32 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found = {name: json.loads((folder / f"{name}-base.json").read_text()) for name in ("training", "profiling")}
-    return found | {"printed": done.stdout}
+    return found | {"printed": done.stdout, "progress": done.stderr}
+
+
+def test_progress_names_what_is_measured_and_how_far_it_is(figures: dict[str, Any]) -> None:
+    lines = figures["progress"].splitlines()
+    for what, rounds in (
+        ("training of shape base: {} of {} rounds of 4 arms", WARM_UP + ROUNDS),
+        ("profiling of shape base: {} of {} rounds of 3 passes", profiling.WARM_UP + ROUNDS),
+    ):
+        assert any(line.startswith(what.format(1, rounds)) for line in lines)
+        assert any(line.startswith(what.format(rounds, rounds)) and line.endswith("0 s left") for line in lines)
+
+
+def test_the_estimate_is_the_time_of_the_rounds_so_far(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([100.0, 130.0, 131.0, 190.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    shown = Shown("it")
+    for done in (1, 2, 3, 4):
+        shown(Progress(done, 20, "rounds"))
+    assert capsys.readouterr().err.splitlines() == [
+        "it: 1 of 20 rounds",
+        "it: 2 of 20 rounds, about 9.0 min left",
+        "it: 4 of 20 rounds, about 8.0 min left",
+    ]
 
 
 def test_every_arm_takes_every_round(figures: dict[str, Any]) -> None:

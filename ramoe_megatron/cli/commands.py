@@ -131,6 +131,7 @@ def _job(name: str, summary: str) -> None:
 
         place = Place.from_environment(nodes, os.environ)
         words = python_command((f"ramoe_megatron.jobs.{name}", *flags), ranks, place)
+        place.refuse_taken(0)
         if place.node == 0:
             click.echo(f"ramoe: {shlex.join(words)}", err=True)
         with stop_signals():
@@ -163,7 +164,7 @@ _job("steer", "Search the setting of routing steering that answers best on a val
 def world(out: Path, config: str) -> None:
     """Write the embedded world: parallel, pretraining and general text from CLDR, and a tokenizer. Needs no
     download."""
-    _plain_job("world", "--config", config, "--out", str(out))
+    _plain_job("generate", "world", "--config", config, "--out", str(out))
 
 
 @main.command()
@@ -182,7 +183,7 @@ def sib200(source: Path | None, out: Path, config: str) -> None:
         except json.JSONDecodeError as error:
             raise RamoeError(f"--config: column {error.colno}: malformed JSON ({error.msg})") from error
         config = json.dumps({**given, "source": str(source)})
-    _plain_job("sib200", "--config", config, "--out", str(out))
+    _plain_job("generate", "sib200", "--config", config, "--out", str(out))
 
 
 @main.command()

@@ -14,7 +14,6 @@ from typing import Any
 
 from ramoe_megatron.jobs.check_common import Trial
 from ramoe_megatron.jobs.evaluate import EvaluateOptions
-from ramoe_megatron.jobs.findings import ANSWER, Finding, Line, attempt
 from ramoe_megatron.jobs.offline_job import FORWARD_ONLY_FLAGS, OfflineOptions
 from ramoe_megatron.jobs.predict import PredictOptions
 from ramoe_megatron.jobs.profile import ProfileOptions
@@ -23,6 +22,7 @@ from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.arguments import DataOptions, arguments_with, known_flags
 from ramoe_megatron.mcore.cpu.backend import cpu_backend
+from ramoe_megatron.mcore.findings import ANSWER, Finding, Line, attempt
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import command_line, run_job
 from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
@@ -96,8 +96,15 @@ def _check(line: Line, left_out: Sequence[str], read: dict[str, Any]) -> list[Fi
     args = held["args"]
     trying = Trial(line, args, read=read)
     tokenizer = attempt("tokenizer", lambda: _tokenizer(trying), "give --tokenizer-type and --tokenizer-model of the model")
-    config = attempt("flags", keep("config", lambda: trial.transformer_config(args), taken), correct)
     layout = attempt("layout", lambda: _layout(line, args), "change the ranks, the parallel sizes or the batch sizes")
+    if layout.state == "fatal":
+        return [flags, layout, tokenizer]
+
+    def make() -> Any:
+        with trial.micro_batches(args):
+            return trial.made_from_arguments(args, trains=line.job == "finetune")
+
+    config = attempt("flags", keep("config", make, taken), correct)
     if config.state == "fatal":
         return [config, layout, tokenizer]
     trying.config = held["config"]

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ramoe_megatron.jobs.findings import WRITTEN, Line
 from ramoe_megatron.mcore.checkpoint import TRACKER
+from ramoe_megatron.mcore.findings import WRITTEN, Line
 from ramoe_megatron.mcore.router import configured_moe_layer_numbers
 
 DATA_FIX, CHECKPOINT_FIX = "correct the data or the flag", "correct the path, or run the job that writes it"

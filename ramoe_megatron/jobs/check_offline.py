@@ -10,13 +10,13 @@ from ramoe_megatron.data.parallel import Example, load_examples, pair_with_ancho
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.check_common import CHECKPOINT_FIX, DATA_FIX, FILE_FIX, Trial, moe_layers, named
 from ramoe_megatron.jobs.evaluate import EvaluateOptions, check_steering
-from ramoe_megatron.jobs.findings import Finding, attempt
 from ramoe_megatron.jobs.offline_job import examples_with_anchor, offline_options
 from ramoe_megatron.jobs.predict import PredictOptions
 from ramoe_megatron.jobs.profile import ProfileOptions
 from ramoe_megatron.jobs.steer import SteerOptions
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.checkpoint import require_checkpoint
+from ramoe_megatron.mcore.findings import Finding, attempt
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.steer.steering_options import SteeringOptions
 from ramoe_megatron.method.experts import parse_rule

@@ -5,13 +5,13 @@ from typing import Any
 from ramoe_megatron.data.dataset import EncodedExamples
 from ramoe_megatron.data.sampler import order
 from ramoe_megatron.jobs.check_common import CHECKPOINT_FIX, DATA_FIX, FILE_FIX, Trial, moe_layers, named
-from ramoe_megatron.jobs.findings import Finding, attempt
 from ramoe_megatron.mcore.align.labels import refuse_other_anchor
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.align.refusals import refuse_unsupported
 from ramoe_megatron.mcore.align.resolve import resolve
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.checkpoint import starting_checkpoint
+from ramoe_megatron.mcore.findings import Finding, attempt
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
 from ramoe_megatron.mcore.select.trained import selection_from_args

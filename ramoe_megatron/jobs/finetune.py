@@ -17,7 +17,7 @@ def main() -> None:
     from ramoe_megatron.mcore.checkpoint import explained_mismatch, starting_checkpoint, told_when_unfinished
     from ramoe_megatron.mcore.launch import is_rank_0, megatron_arguments, memory_peak
 
-    with megatron_arguments(add_arguments) as args:
+    with megatron_arguments(add_arguments, trains=True) as args:
         from megatron.training import pretrain
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
 

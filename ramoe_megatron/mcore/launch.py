@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 from ramoe_megatron.artifacts.files import refuse_unwritable
 from ramoe_megatron.data.encode import check_tokenizer
 from ramoe_megatron.errors import RamoeError, error_noted, note_error
-from ramoe_megatron.mcore import compat
+from ramoe_megatron.mcore import compat, trial
 from ramoe_megatron.mcore.cpu.backend import cpu_backend, cpu_command_line
+from ramoe_megatron.mcore.findings import reason
 from ramoe_megatron.mcore.missing import name_missing_ranks
 
 GRACE_SECONDS = 3.0
@@ -25,16 +26,19 @@ GRACE_SECONDS = 3.0
 
 
 @contextlib.contextmanager
-def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = None) -> Iterator[Any]:
+def megatron_arguments(
+    extra_args_provider: Callable, flags: list[str] | None = None, trains: bool = False
+) -> Iterator[Any]:
     """Megatron's validated arguments, with the CPU backend around the body where there is no CUDA device.
 
     Args:
         extra_args_provider: adds our flags to Megatron's parser.
         flags: flags that the job itself sets, after the user's.
+        trains: whether the job trains, for `trial.made_from_arguments`.
 
     Raises:
-        RamoeError: a flag that the parser refuses, an argument that is no Unicode, or a tokenizer that
-            `check_tokenizer` refuses.
+        RamoeError: a flag that the parser refuses, arguments that Megatron refuses, an argument that is no Unicode, or a
+            tokenizer that `check_tokenizer` refuses.
     """
     refuse_unwritable(sys.argv[1:], "command line")
 
@@ -50,7 +54,9 @@ def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = 
         with command_line(sys.argv[1:] + (flags or []), on_cpu) as left_out:
             if left_out and is_rank_0():
                 print(f"ramoe: the CPU backend leaves out {', '.join(left_out)}", flush=True)
-            args = parse_and_validate_args(extra_args_provider=provider, args_defaults={})
+            with refusals_of_megatron():
+                args = parse_and_validate_args(extra_args_provider=provider, args_defaults={})
+                trial.made_from_arguments(args, trains)
         check_tokenizer(get_tokenizer(), f"{args.tokenizer_type} {args.tokenizer_model or ''}".strip())
         if on_cpu and args.save:
             fork_writer_queue()
@@ -59,6 +65,18 @@ def megatron_arguments(extra_args_provider: Callable, flags: list[str] | None = 
 
 def _refuse_flag(message: str) -> NoReturn:
     raise RamoeError(f"{message} (`--help` lists the flags)")
+
+
+@contextlib.contextmanager
+def refusals_of_megatron() -> Iterator[None]:
+    """Around what depends on the flags alone: whatever Megatron raises becomes a RamoeError with Megatron's file, line
+    and condition."""
+    try:
+        yield
+    except RamoeError:
+        raise
+    except Exception as error:
+        raise RamoeError(f"Megatron does not take these flags: {reason(error)}") from error
 
 
 def fork_writer_queue() -> None:

@@ -9,6 +9,7 @@ import copy
 import io
 import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from ramoe_megatron.data.encode import check_tokenizer
@@ -76,9 +77,23 @@ def refuse_layout(args: Any) -> None:
 
 def layout(args: Any) -> str:
     """The layout of validated arguments in words. Raises AssertionError when the batch sizes do not fit it."""
-    from megatron.core import num_microbatches_calculator as calculator
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     world, tp, pp, cp, ep, etp = _sizes(args)
+    with micro_batches(args):
+        count = get_num_microbatches()
+    dp, micro = args.data_parallel_size, args.micro_batch_size
+    return (
+        f"{world} rank{'s' * (world > 1)} = TP {tp} x PP {pp} x CP {cp} x DP {dp}, experts EP {ep} x ETP {etp}; "
+        f"global batch {args.global_batch_size} = {count} micro-batches x {micro} x DP {dp}"
+    )
+
+
+@contextlib.contextmanager
+def micro_batches(args: Any) -> Iterator[None]:
+    """Megatron's global count of micro-batches, as its own start sets it up from validated arguments."""
+    from megatron.core import num_microbatches_calculator as calculator
+
     try:
         calculator.init_num_microbatches_calculator(
             rank=0,
@@ -89,14 +104,9 @@ def layout(args: Any) -> str:
             step_batch_size_schedule=args.step_batch_size_schedule,
             seq_length=args.seq_length,
         )
-        count = calculator.get_num_microbatches()
+        yield
     finally:
         calculator.unset_num_microbatches_calculator()
-    dp, micro = args.data_parallel_size, args.micro_batch_size
-    return (
-        f"{world} rank{'s' * (world > 1)} = TP {tp} x PP {pp} x CP {cp} x DP {dp}, experts EP {ep} x ETP {etp}; "
-        f"global batch {args.global_batch_size} = {count} micro-batches x {micro} x DP {dp}"
-    )
 
 
 def _sizes(args: Any) -> tuple[int, int, int, int, int, int]:
@@ -119,8 +129,36 @@ def tokenizer(args: Any) -> Any:
     return built
 
 
-def transformer_config(args: Any) -> Any:
-    """The model's `TransformerConfig` for validated arguments; without a tokenizer, with a vocabulary that stands for its own."""
-    args = copy.copy(args)
+def made_from_arguments(args: Any, trains: bool) -> Any:
+    """Make, by Megatron's own code, what Megatron makes from validated arguments alone, before any model: what Megatron
+    would refuse later is refused now.
+
+    For every job: the model's configuration. For a training also: all other configurations, the schedules of learning
+    rate and weight decay, and the number of samples. Megatron's count of micro-batches has to be set up. Without a
+    tokenizer the vocabulary has the smallest padded size.
+
+    Returns:
+        the model's `TransformerConfig`.
+
+    Raises:
+        RamoeError: the sizes do not fit the ranks. What Megatron raises passes.
+    """
+    refuse_layout(args)
+    args = copy.copy(args)  # Megatron writes into them
     args.padded_vocab_size = getattr(args, "padded_vocab_size", None) or args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    return compat.model_config_from_args(args).transformer
+    args.iteration = 0
+    config = compat.model_config_from_args(args)
+    if trains:
+        from megatron.training import training
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+        pretrain_cfg_container_from_args(args, config)
+        get_args, training.get_args = training.get_args, lambda: args
+        try:
+            if not args.skip_train:
+                optimizer = SimpleNamespace(param_groups=[{}])  # the schedules read nothing else of it
+                training.get_optimizer_param_scheduler(optimizer)
+            training.get_train_valid_test_num_samples()
+        finally:
+            training.get_args = get_args
+    return config.transformer

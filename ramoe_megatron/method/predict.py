@@ -1,9 +1,9 @@
 """Go or no-go before any training: ci share, divergence, and the transplant test.
 
 The transplant test is this project's own, no paper has it: without training, run the target-language prompt with the
-router probabilities that the model had on the parallel English prompt. If English routing makes target answers better,
-routing is a bottleneck that alignment can widen. In small experiments of ours the sign of its effect agreed with the
-sign of what aligned fine-tuning gained over plain fine-tuning, in three worlds out of three: a reading, no guarantee.
+router probabilities that the model had on the parallel English prompt. The hypothesis: if English routing makes target
+answers better, routing is a bottleneck that alignment can widen. Our comparisons do not confirm the hypothesis: see
+`LIMITS`.
 """
 
 import math
@@ -173,6 +173,9 @@ def _verdict(rows: Sequence[PredictionRow], outcomes: Sequence[TransplantOutcome
     return verdict
 
 
+_HYPOTHESIS = "Our hypothesis, which our comparisons did not confirm (see the limits), says:"
+
+
 def _reading(word: str, change: Difference | None) -> str:
     if change is None:
         return "The transplant test was not run, so there is no sign to go by."
@@ -181,9 +184,9 @@ def _reading(word: str, change: Difference | None) -> str:
         return f"{points}; too few examples, or too alike, for an interval. Score more examples."
     points += f" (95 % interval {100 * change.low:+.1f} to {100 * change.high:+.1f}), without any training"
     if word == "go":
-        return f"{points}: routing looks like a bottleneck. Our reading: aligned fine-tuning should gain over plain SFT."
+        return f"{points}. {_HYPOTHESIS} routing is a bottleneck, and aligned fine-tuning gains over plain SFT."
     if word == "no-go":
-        return f"{points}: routing does not look like the bottleneck. Our reading: alignment should do nothing, or harm."
+        return f"{points}. {_HYPOTHESIS} routing is not the bottleneck, and alignment does nothing, or harms."
     return f"{points}: the interval holds zero, so the sign is open. More examples narrow it; training may go either way."
 
 
@@ -217,8 +220,11 @@ def _paper_sentence() -> str:
 
 
 LIMITS = (
-    "The sign is our reading of the transplant test. It agreed with the sign of the gain over SFT in three small "
-    "worlds of ours (1.1 million parameters); it has not been tried on a large model.",
+    "The sign has not been shown to forecast anything. In our two comparisons (docs/headroom.md, docs/experiment.md) "
+    "the sign agreed with the sign of the gain over SFT in 25 of 37 and 21 of 30 pairs of task and language, 68 and "
+    "70 %. The margins alone, which are how often each sign occurs, give 66 and 60 %; neither difference is beyond "
+    "chance (Fisher's exact test, p = 0.65 and 0.13). Before that, the signs agreed in three small worlds (1.1 million "
+    "parameters). The test has not been tried on a large model.",
     "A correlation over task-language pairs of the paper's models says nothing sure about one pair, or another model.",
     "Part of that correlation is headroom: where the target language fails more there is more to gain by any means. In "
     "our small worlds ci share predicted the gain of plain SFT too (r = 0.4 to 0.7).",

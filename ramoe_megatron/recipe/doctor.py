@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.jobs.findings import ANSWER, STATES, WRITTEN, Finding, Line, attempt, reason
+from ramoe_megatron.mcore.findings import ANSWER, STATES, WRITTEN, Finding, Line, attempt, reason
 from ramoe_megatron.recipe import megatron_flags as flags
 from ramoe_megatron.recipe.digests import CHECKPOINT_MARK, latest_checkpoint
 from ramoe_megatron.recipe.doctor_environment import environment_findings

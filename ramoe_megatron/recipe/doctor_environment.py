@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ramoe_megatron.artifacts.files import atomic_write_text
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.jobs.findings import Finding, attempt
+from ramoe_megatron.mcore.findings import Finding, attempt
 from ramoe_megatron.recipe.launcher import Place
 from ramoe_megatron.recipe.megatron_flags import cuda_devices
 
@@ -96,9 +96,9 @@ def _nodes(nodes: int, environment: Mapping[str, str]) -> list[Finding]:
         return [Finding("nodes", "fatal", str(error), "set the variables on every node")]
     found = [Finding("nodes", "ok", f"this is node {place.node} of {nodes}")]
     found.append(attempt("MASTER_ADDR", lambda: _resolved(place.address), "set it to a name of node 0 that every node can resolve"))
-    if place.node == 0:  # the ranks meet at the port, the nodes of a recipe at the next one
-        ports = (place.port, place.port + 1)
-        found.append(attempt("MASTER_PORT", lambda: _free(ports), "set MASTER_PORT to a port that is free, as is the next one"))
+    if place.node == 0:
+        advice = "set MASTER_PORT to a port that is free, as is the next one"
+        found.append(attempt("MASTER_PORT", lambda: _free(place), advice))
     return found
 
 
@@ -106,15 +106,9 @@ def _resolved(address: str) -> str:
     return f"{address} is {socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0]}"
 
 
-def _free(ports: tuple[int, int]) -> str:
-    for port in ports:
-        try:
-            with socket.socket() as probe:  # bound, not listening: another node may be looking for this port already
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(("", port))
-        except (OSError, OverflowError) as error:
-            raise RamoeError(f"port {port} of this node cannot be bound: {error}") from error
-    return f"{ports[0]} and {ports[1]} are free"
+def _free(place: Place) -> str:
+    place.refuse_taken(0, 1)
+    return f"{place.port} and {place.port + 1} are free"
 
 
 def _slurm(nodes: int, environment: Mapping[str, str]) -> list[Finding]:

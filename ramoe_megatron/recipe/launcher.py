@@ -7,6 +7,7 @@ the environment says which one it is and where the first one is (`Place.from_env
 import contextlib
 import os
 import selectors
+import socket
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,29 @@ class Place:
         if not node.isdigit() or int(node) >= nodes or not port.isdigit():
             raise RamoeError(f"node rank {node} of {nodes} nodes and MASTER_PORT {port}: expected a rank below {nodes} and a number")
         return cls(int(node), nodes, address, int(port))
+
+    def refuse_taken(self, *offsets: int) -> None:
+        """Raise RamoeError if this is node 0 of several and a port (MASTER_PORT + offset) cannot be listened at.
+
+        The ranks meet at MASTER_PORT itself, the nodes of a recipe at the next port.
+        """
+        for port in (self.port + offset for offset in offsets if self.nodes > 1 and self.node == 0):
+            try:
+                with socket.socket() as probe:  # bound, not listening: another node may try to connect already
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("", port))
+            except (OSError, OverflowError) as error:
+                raise self.taken(port, error) from error
+
+    def taken(self, port: int, error: Exception) -> RamoeError:
+        """The error about a port of node 0, and what to do."""
+        which = "MASTER_PORT"
+        if port != self.port:
+            which += f" + 1, where the nodes of a recipe meet (MASTER_PORT is {self.port})"
+        return RamoeError(
+            f"port {port} of {self.address}, node 0, cannot be listened at ({error}). The port is {which}. "
+            "Set MASTER_PORT to another number, the same on every node; `ramoe run` needs the port after it too"
+        )
 
 
 def python_command(command: Sequence[str], ranks: int, place: Place = Place()) -> list[str]:

@@ -60,7 +60,8 @@ METHODS: dict[str, MethodEntry] = {
         "method", ALL, "KL(English || target) of mean-pooled routing of parallel text, as large as the LM loss at the start",
         "arXiv 2610.01921",
         "stated: KL, gradient through the target side only, middle layers, start at parity; ours: the direction of the KL, the English "
-        "view run beside each sample without a loss of its own (twice the batch), parity measured in the first iteration",
+        "view run beside each sample without a loss of its own (twice the batch), parity measured on the first batch with an "
+        "aligned sample",
         {
             "coeff": 1, "divergence": "kl", "target": "paired", "tokens": "all", "pooling": "sequence", "examples": "all",
             "normalize": "samples", "missing-priors": "refuse", **PLAIN, "coeff-unit": "lm-loss",

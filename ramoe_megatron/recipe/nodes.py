@@ -26,7 +26,7 @@ CONNECT_SECONDS = 600.0  # nodes of one allocation may start minutes apart
 class Leader:
     """Node 0's side. With one node it does nothing.
 
-    Raises RamoeError when not every node has connected in time.
+    Raises RamoeError when the port is taken, or not every node has connected in time.
     """
 
     def __init__(self, place: Place, patience: float = CONNECT_SECONDS) -> None:
@@ -36,7 +36,8 @@ class Leader:
     def __enter__(self) -> Self:
         if self.place.nodes == 1:
             return self
-        with socket.create_server(("", self.place.port + 1), reuse_port=False) as server:
+        self.place.refuse_taken(0)
+        with self._listening() as server:
             deadline = time.monotonic() + self.patience
             while len(self._followers) < self.place.nodes - 1:
                 server.settimeout(max(0.01, deadline - time.monotonic()))
@@ -56,6 +57,12 @@ class Leader:
         if kind is None:
             self._send(b"null\n")
         self._close()
+
+    def _listening(self) -> socket.socket:
+        try:
+            return socket.create_server(("", self.place.port + 1), reuse_port=False)
+        except (OSError, OverflowError) as error:
+            raise self.place.taken(self.place.port + 1, error) from error
 
     def announce(self, stage: Stage) -> None:
         """Tell the other nodes to start their ranks of a stage; one without ranks concerns node 0 alone."""
@@ -87,7 +94,7 @@ def follow(place: Place, folder: Path, patience: float = CONNECT_SECONDS) -> int
     Returns 0, or 75 when a training stopped early to go on later. Raises RamoeError when a stage fails here, or node 0 has gone.
     """
     with _connected(place, patience) as link:
-        for order in _orders(link):
+        for order in _orders(link, place):
             log = folder / order["log"]
             environment = rank_environment(order["ranks"], os.environ)
             command = python_command(order["arguments"], order["ranks"], place)
@@ -126,10 +133,13 @@ def _connected(place: Place, patience: float) -> Iterator[socket.socket]:
         yield link
 
 
-def _orders(link: socket.socket) -> Iterator[dict[str, Any]]:
+def _orders(link: socket.socket, place: Place) -> Iterator[dict[str, Any]]:
     with link.makefile("rb", buffering=0) as lines, contextlib.suppress(ConnectionResetError):
         while line := lines.readline():
-            order = json.loads(line)
+            try:
+                order = json.loads(line)
+            except ValueError as error:
+                raise place.taken(place.port + 1, RamoeError("another program answers there")) from error
             if order is None:
                 return
             yield order

@@ -101,6 +101,8 @@ class _Runner:
         return True
 
     def _launch(self, number: int, stage: Stage, beside: int) -> Outcome:
+        if stage.ranks:
+            self.place.refuse_taken(0)
         if self.leader:
             self.leader.announce(stage)
 

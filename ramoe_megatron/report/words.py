@@ -70,7 +70,8 @@ CAPTIONS = {
     "transplant": (
         "Across: change of target accuracy when, without training, the base model's router probabilities in the "
         "zone are replaced by those of the parallel English prompt. Up: accuracy of the method minus SFT after "
-        "training. If routing is the bottleneck, points lie to the upper right."
+        "training. If the test forecasts the gain, points lie to the upper right and to the lower left. In our own "
+        "comparisons the two signs agreed no more often than the number of each sign alone would give."
     ),
 }
 LIMITS = (

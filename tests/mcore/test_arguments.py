@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
 import pytest
 
@@ -130,3 +130,18 @@ def test_remembered_docstrings_make_the_same_parser(monkeypatch: pytest.MonkeyPa
     compat.remember_docstrings()
     assert helps() == read
     assert helps() == read
+
+
+def test_a_refused_value_is_told_with_its_flag() -> None:
+    """As it is typed: Megatron's parser knows every flag that a refusal names."""
+    parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    kinds = get_type_hints(RoutingAlignmentConfig)
+    checked = [name for name, kind in kinds.items() if get_origin(kind) is Literal]
+    assert "missing_priors" in checked
+    for name in checked:
+        with pytest.raises(RamoeError) as refused:
+            RoutingAlignmentConfig(**{name: "nothing"})
+        flag = str(refused.value).split()[0]
+        assert flag in known
+        assert flag.removeprefix("--ramoe-").replace("-", "_") == name

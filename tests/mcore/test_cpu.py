@@ -7,8 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import attention_mask_func
+from torch.utils.checkpoint import checkpoint
 
 from ramoe_megatron.mcore.cpu.backend import CPU_FLAGS, CUDA_ONLY_FLAGS, cpu_backend, cpu_command_line
 from ramoe_megatron.mcore.cpu.backend import backend as cpu
@@ -126,3 +130,31 @@ def test_megatrons_parser_reads_the_last_of_two() -> None:
     known = known_flags()
     flags = {word for word in [*CPU_FLAGS, *CUDA_ONLY_FLAGS] if word.startswith("--")}
     assert flags <= known, flags - known  # a flag that Megatron renamed would be dropped, or added, in vain
+
+
+@pytest.mark.usefixtures("no_cuda")
+@pytest.mark.parametrize("reentrant", [True, False])  # True: as Megatron's own recompute, a backward pass in another
+@pytest.mark.parametrize("way", ["method", "function", "grad"])
+def test_what_a_backward_pass_recomputes_is_answered_with_the_cpu(way: str, reentrant: bool) -> None:
+    """Megatron's causal mask, which it makes on the device "cuda", anew in each recomputed layer."""
+    with cpu_backend():
+        softmax = FusedScaleMaskSoftmax(False, False, AttnMaskType.causal, False, attention_mask_func, True, None)
+
+        def attention(x: torch.Tensor) -> torch.Tensor:
+            return softmax(2 * x, None).square().sum()  # a tensor of its own: the mask is written into it
+
+        x = torch.arange(16.0).view(1, 1, 4, 4).sin().requires_grad_()
+        expected = torch.autograd.grad(attention(x), x)[0]
+        y = checkpoint(attention, x, use_reentrant=reentrant)
+        if way == "grad":
+            if reentrant:
+                pytest.skip("torch has no autograd.grad of reentrant checkpoints")
+            found = torch.autograd.grad(y, x)[0]
+        else:
+            y.backward() if way == "method" else torch.autograd.backward(y)
+            found = x.grad
+        assert expected.any()
+        assert torch.equal(found, expected)
+        assert torch.zeros(1, device="cuda").device.type == "cpu"  # as before
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")

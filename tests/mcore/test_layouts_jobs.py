@@ -98,6 +98,8 @@ def test_job_files(layouts: Path) -> None:
         ("short-limit", ["72 of 72 examples", "24 in en, 24 in es, 24 in tr", "more than --ramoe-max-new-tokens 1"]),
         ("absent", ["nowhere", "latest_checkpointed_iteration.txt"]),
         ("absent-base", ["nowhere", "--pretrained-checkpoint"]),
+        ("warm-up", ["optimizer_param_scheduler.py, line ", "self.lr_warmup_steps is 80, self.lr_decay_steps is 32"]),
+        ("unevaluated", ["megatron/training/training.py, line ", "args.eval_interval is None"]),
         ("other-shape", ["base", "does not fit the model flags"]),
     ],
 )
@@ -105,3 +107,5 @@ def test_bad_input_is_told(layouts: Path, name: str, words: list[str]) -> None:
     error = json.loads((layouts / f"{name}.json").read_text())["error"]
     for word in words:
         assert word in error, error
+    if name in ("warm-up", "unevaluated"):
+        assert not list(layouts.glob(f"{name}.*.safetensors")), "before any model"

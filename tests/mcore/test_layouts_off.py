@@ -69,7 +69,7 @@ def test_evaluation_adds_nothing(layouts: Path, layout: str) -> None:
     assert any("validation loss at iteration 9" in log.read_text() for log in layouts.glob(f"ranks{ranks}*.log"))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "distributed"])
 def test_resuming_goes_on_bit_for_bit(layouts: Path, layout: str) -> None:
     """Steps 6 to 10 from the checkpoint of step 5: weights and figures of the run that went through."""
     assert_equal(weights(layouts, f"resumed-{layout}"), weights(layouts, f"through-{layout}"))

@@ -130,7 +130,7 @@ def test_the_expert_bias_of_a_frozen_router_stays_bit_for_bit(runs: Path) -> Non
         assert all(bool(bias.any()) == moves for bias in biases.values())
 
 
-@pytest.mark.parametrize(("layout", "kind", "more"), [case for case in RESUMED if case[2] != DISTRIBUTED])
+@pytest.mark.parametrize(("layout", "kind", "more"), RESUMED)
 def test_resuming_goes_on_bit_for_bit(runs: Path, layout: str, kind: str, more: tuple[str, ...]) -> None:
     """Where a rank, the first or the last, has nothing to train and so no optimizer state to save."""
     through = f"through-{name(layout, kind, more)}"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from doctor_world import paths, ramoe, told, write
-from small_run import LANGUAGES, load_flags, offline_flags, profile_flags, training_flags
+from small_run import LANGUAGES, load_flags, offline_flags, profile_flags, training_flags, without_value
 
-from ramoe_megatron.jobs.findings import Finding, Line
+from ramoe_megatron.mcore.findings import Finding, Line
 from ramoe_megatron.recipe import doctor
 
 
@@ -32,6 +32,11 @@ FATAL: dict[str, tuple[str, str, int, str, list[str]]] = {
     "value": ("finetune", "--micro-batch-size many", 1, "flags", ["--micro-batch-size", "'many'"]),
     "interval": ("finetune", "--save there", 1, "flags", ["save_interval"]),
     "heads": ("finetune", "--num-attention-heads 3", 1, "flags", ["hidden_size % args.num_attention_heads"]),
+    "warm-up": ("finetune", "--lr-warmup-iters 5", 1, "flags",
+                ["AssertionError in megatron/core/optimizer_param_scheduler.py, line ",
+                 "self.lr_warmup_steps < self.lr_decay_steps, where self.lr_warmup_steps is 80, self.lr_decay_steps is 32"]),
+    "unevaluated": ("unevaluated", "", 1, "flags",
+                    ["TypeError in megatron/training/training.py, line ", "// args.eval_interval", "eval_interval is None"]),
     "together": ("finetune", "--ramoe-coeff 1", 1, "flags", ["--ramoe-coeff 1.0 without --ramoe-experts"]),
     "tokenizer": ("finetune", "--tokenizer-model absent.model", 1, "tokenizer", ["absent.model"]),
     "tokenizer offline": ("evaluate", "--tokenizer-model absent.model", 1, "tokenizer", ["absent.model"]),
@@ -80,11 +85,12 @@ def line(name: str, kind: str, more: list[str], ranks: int, world: Path) -> Line
     flags = {
         "finetune": lambda: training_flags(world, *load_flags(world), *more),
         "aligned": lambda: training_flags(world, *alignment(world), *more),
+        "unevaluated": lambda: without_value(training_flags(world, *load_flags(world), *more), "--eval-interval"),
         "profile": lambda: profile_flags(world, "out", *more),
         "steer": lambda: offline_flags(world, "out", "--ramoe-experts", str(world / "experts.safetensors"), "--ramoe-taus", "file", *more),
     }.get(kind, lambda: offline_flags(world, "out", *more))()
     coming = {str(world / "later.safetensors"): "earlier"}
-    return Line(name, "finetune" if kind == "aligned" else kind, flags, ranks, coming=coming)
+    return Line(name, "finetune" if kind in ("aligned", "unevaluated") else kind, flags, ranks, coming=coming)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from doctor_world import ramoe, told
 
-from ramoe_megatron.jobs.findings import Finding
+from ramoe_megatron.mcore.findings import Finding
 from ramoe_megatron.recipe import doctor_environment
 from ramoe_megatron.recipe.doctor_environment import environment_findings, folder_findings
 

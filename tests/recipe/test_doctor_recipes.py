@@ -10,7 +10,7 @@ import yaml
 from doctor_world import paths, ramoe, told, write
 from small_run import model_flags
 
-from ramoe_megatron.jobs.findings import Finding
+from ramoe_megatron.mcore.findings import Finding
 from ramoe_megatron.recipe import doctor
 
 

@@ -2,20 +2,30 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from ramoe_megatron.cli import main
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe.console import RunConsole
 from ramoe_megatron.recipe.launcher import Place, launch, python_command, rank_environment
+from ramoe_megatron.recipe.manifest import Manifest
+from ramoe_megatron.recipe.nodes import Leader, follow
 from ramoe_megatron.recipe.output import Progress, parse_progress, relevant_lines
+from ramoe_megatron.recipe.stage import Stage
+from ramoe_megatron.recipe.stages import _Runner
 
 # "gloo": a real process group; "deaf": ranks that ignore TERM and have to be killed (no torch needed for that).
 RANKS = """
@@ -305,3 +315,32 @@ def test_two_nodes_run_each_stage_together(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in tmp_path.glob("*-[01]")} == dict.fromkeys(
         ["one-0", "one-1", "two-0", "two-1"], "2"
     )
+
+
+@pytest.mark.parametrize("offset", [0, 1])  # where the ranks meet, and where the nodes of a recipe do
+def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path: Path, offset: int) -> None:
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        place = Place(0, 2, "n0", port - offset)
+        told = f"port {port} of n0, .*Set MASTER_PORT to another number"
+        with pytest.raises(RamoeError, match=told), Leader(place, patience=0.01):
+            pass
+        if offset == 0:
+            environment = {"NODE_RANK": "0", "MASTER_ADDR": "n0", "MASTER_PORT": str(port)}
+            result = CliRunner(env=environment).invoke(main, ["finetune", "--nodes", "2", "--", "--num-layers", "2"])
+            assert result.exit_code == 2
+            assert re.match(f"ramoe: error: {told}", result.stderr)
+            stage = Stage("a", ("job", "--x"), {}, ranks=1)
+            runner = _Runner([stage], Manifest(tmp_path, "r"), RunConsole(Console(), 1), place, None, None, 1)
+            with pytest.raises(RamoeError, match=told):
+                runner.run(1, stage)
+        for other in (Place(1, 2, "n0", port), Place(0, 1, "n0", port)):
+            other.refuse_taken(0, 1)
+
+
+def test_a_node_that_meets_another_program_is_told(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as server, ThreadPoolExecutor() as pool:
+        pool.submit(lambda: server.accept()[0].sendall(b"SSH-2.0\r\n"))
+        port = server.getsockname()[1] - 1
+        with pytest.raises(RamoeError, match=f"port {port + 1} of localhost.*another program answers there"):
+            follow(Place(1, 2, "localhost", port), tmp_path, patience=5)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.jobs.findings import Line
+from ramoe_megatron.mcore.findings import Line
 from ramoe_megatron.recipe.doctor import ask
 from ramoe_megatron.recipe.load import load_recipe, validate
 from ramoe_megatron.recipe.plan import make_plan

@@ -10,7 +10,7 @@ from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.artifacts.usage import UsageFile
 from ramoe_megatron.cli import main
-from ramoe_megatron.jobs.findings import Finding
+from ramoe_megatron.mcore.findings import Finding
 from ramoe_megatron.method.divergence import NoZone, Zone
 
 

@@ -214,3 +214,4 @@ for layout in ("one", "tp"):
     add(f"zero-{layout}", long._replace(flags=(*long.flags, *OFF)))
     add(f"through-{layout}", long)
     add(f"evaluated-{layout}", long._replace(flags=(*long.flags, *EVALUATED)))
+add("through-distributed", Row(("--use-distributed-optimizer",), 2, steps=LONG))

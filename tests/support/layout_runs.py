@@ -15,6 +15,7 @@ from small_run import (
     profile_flags,
     run_table,
     training_flags,
+    without_value,
     write_world,
 )
 
@@ -48,9 +49,9 @@ def finetuning(folder: Path, ranks: int) -> list[dict[str, Any]]:
     return [
         *({"name": name, "job": "finetune", "lm": row.lm, "argv": argv(folder, name, row)} for name, row in rows.items()),
         *(
-            {"name": f"resumed-{layout}", "job": "finetune", "argv": resumed(folder, f"through-{layout}")}
-            for layout in ("one", "tp")
-            if ROWS[f"through-{layout}"].ranks == ranks
+            {"name": name.replace("through", "resumed"), "job": "finetune", "argv": resumed(folder, name)}
+            for name in rows
+            if name.startswith("through-")
         ),
     ]
 
@@ -157,6 +158,7 @@ def scoring_flags(folder: Path, output: str, *more: str) -> list[str]:
 def refused(folder: Path) -> list[dict[str, Any]]:
     scratch = ("--pretrained-checkpoint", "", "--train-iters", "1")
     absent = str(folder / "nowhere")
+    unevaluated = without_value(training_flags(folder), "--eval-interval")
     return [
         {"name": "other-model", "job": "finetune", "argv": aligned_flags(folder, "--num-experts", "4", *scratch)},
         {"name": "bad-layers", "job": "finetune", "argv": aligned_flags(folder, "--ramoe-layers", "2-9")},
@@ -164,6 +166,8 @@ def refused(folder: Path) -> list[dict[str, Any]]:
         {"name": "absent", "job": "taxonomy", "argv": [*offline_flags(folder, "x"), "--load", absent]},
         {"name": "other-shape", "job": "taxonomy", "argv": [*offline_flags(folder, "x"), "--hidden-size", "64"]},
         {"name": "short-limit", "job": "taxonomy", "argv": offline_flags(folder, "x", "--ramoe-max-new-tokens", "1")},
+        {"name": "warm-up", "job": "finetune", "argv": training_flags(folder, "--lr-warmup-iters", "5")},
+        {"name": "unevaluated", "job": "finetune", "argv": unevaluated},
         {"name": "absent-base", "job": "finetune", "argv": training_flags(folder, "--pretrained-checkpoint", absent)},
         *(
             {"name": f"calls-{calls}", "job": MISUSE, "argv": aligned_flags(folder, "--model-calls", str(calls), "--train-iters", "1")}

@@ -97,8 +97,6 @@ def table(folder: Path, ranks: int) -> list[dict[str, Any]]:
         flags = (*LAYOUTS[layout].flags, *more)
         saved = ["--save", str(folder / through), "--save-interval", "2"]
         rows.append({"name": through, "job": "finetune", "argv": argv(folder, kind, *flags, *saved, steps=4)})
-        if more == DISTRIBUTED:
-            continue  # torch's Adam, which the CPU runs, cannot take up what Megatron 0.19's distributed optimizer saves
         start = ["--load", str(folder / through), "--ckpt-step", "2"]
         again = argv(folder, kind, *flags, *start, steps=4, from_base=False)
         rows.append({"name": f"resumed-{through}", "job": "finetune", "argv": again})

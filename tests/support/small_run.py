@@ -85,6 +85,12 @@ def training_flags(folder: Path, *more: str, losses: tuple[str, ...] = STOCK) ->
     return cpu_command_line([*model_flags(folder), *losses, *flags.split(), *waits, *data, *more])[0]
 
 
+def without_value(flags: list[str], name: str) -> list[str]:
+    """The flags without this one and its value."""
+    place = flags.index(name)
+    return flags[:place] + flags[place + 2 :]
+
+
 def bases_argv(folder: Path) -> list[str]:
     """Training of the base model, saved to folder/base."""
     return training_flags(folder, "--train-iters", "4", "--save", str(folder / "base"), "--save-interval", "4")

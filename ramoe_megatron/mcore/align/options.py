@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Self, get_args, get_origin, get_type_hints
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.flags import options_from_args
+from ramoe_megatron.mcore.flags import flag_of, options_from_args
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class RoutingAlignmentConfig:
 
     coeff_unit: Literal["absolute", "lm-loss"] = "absolute"
     """absolute: the coefficient as it stands. lm-loss: in units of parity, so that with 1 the term starts as large as the
-    language-model loss (XLR, arXiv 2610.01921): both are measured in the first iteration, which aligns nothing."""
+    language-model loss (XLR, arXiv 2610.01921): both are measured on the first global batch that has an aligned
+    sample, and nothing is aligned until then."""
 
     tokens: Literal["prompt", "response", "all", "last"] = "last"
     """Tokens whose routing is pooled; last is the last prompt token."""
@@ -99,7 +100,7 @@ class RoutingAlignmentConfig:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if get_origin(kind) is Literal and value not in get_args(kind):  # argparse checks flags, nobody a keyword
-                raise RamoeError(f"--ramoe-{name} {value!r}: expected one of {', '.join(get_args(kind))}")
+                raise RamoeError(f"{flag_of(name)} {value!r}: expected one of {', '.join(get_args(kind))}")
         if (self.refresh_interval is not None and self.refresh_interval < 1) or self.refresh_examples < 1:
             raise RamoeError("--ramoe-refresh-interval and --ramoe-refresh-examples: expected whole numbers of at least 1")
         if self.coeff_warmup_iters < 0:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ramoe_megatron.mcore.cpu.attention import attention_stand_ins
 from ramoe_megatron.mcore.cpu.collectives import all_gather_of_unequal, reduce_scatter_of_unequal
 from ramoe_megatron.mcore.cpu.devices import InertEvent, InertStream, inert_device_properties
+from ramoe_megatron.mcore.cpu.distributed_optimizer import optimizer_stand_ins
 
 CPU_FLAGS = [
     *("--transformer-impl", "local"),
@@ -145,6 +146,11 @@ def _torch_stand_ins() -> list[tuple[Any, str, Any]]:
     cuda, cpu = torch.cuda, torch.device("cpu")
     init_process_group = torch.distributed.init_process_group
     loader_init = torch.utils.data.DataLoader.__init__
+    run_backward = torch.autograd._engine_run_backward
+
+    def backward_under_the_mode(*args: Any, **kwargs: Any) -> Any:
+        with _CudaMeansCpu():
+            return run_backward(*args, **kwargs)
 
     def gloo_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("device_id", None)  # gloo binds to no device
@@ -190,6 +196,9 @@ def _torch_stand_ins() -> list[tuple[Any, str, Any]]:
         *((owner, "manual_seed_all", nothing) for owner in (cuda, cuda.random)),  # torch.manual_seed calls it too
         # autograd's Function and checkpointing would otherwise look for an accelerator that matches is_available().
         (torch.accelerator, "is_available", lambda: False),
+        # Torch turns a mode off while its handler runs, and a backward pass runs in the handler. What is recomputed
+        # there may ask for CUDA tensors: Megatron's causal mask.
+        (torch.autograd, "_engine_run_backward", backward_under_the_mode),
         (torch.nn.Module, "cuda", lambda self, *_: self),
         (torch.utils.data.DataLoader, "__init__", unpinned_loader),
         (torch.distributed, "init_process_group", gloo_process_group),
@@ -229,5 +238,6 @@ def _megatron_stand_ins() -> list[tuple[Any, str, Any]]:
         (tp_random, "_lazy_call", lambda call: call()),
         (torch_norm.WrappedTorchNorm, "__new__", norm_with_sequence_parallel),
         (token_dispatcher, "maybe_move_tensor_to_cpu", to_host_as_numpy),
+        *optimizer_stand_ins(),  # the distributed optimizer can resume with torch's Adam
         *attention_stand_ins(),  # context parallelism and packed samples, which Megatron leaves to transformer-engine
     ]

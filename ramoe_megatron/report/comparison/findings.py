@@ -51,7 +51,7 @@ def _main(c: Comparison, rows: Mapping[str, Any]) -> list[str]:
 
 
 def _room(c: Comparison, base: str) -> str:
-    """What a base model left to gain: its ci share, and what the transplant test promised."""
+    """What a base model left to gain: its ci share, and the change by the transplant test."""
     share = next((row["ci_share"] for row in c["bases"] if row["base"] == base), None)
     test = next((row["transplant"] for row in c["transplant"]["bases"] if row["base"] == base), None)
     told = [] if share is None else [f"ci share {number(100 * share, '.1f')} %"]
