@@ -2,7 +2,8 @@
 #
 #   make demo               data, base model, taxonomy, profile, fine-tuning, evaluation and report, in runs/demo
 #   make demo SEEDS=5       the same with five seeds instead of the recipe's own
-#   make test               pytest            (make test ARGS="-k taxonomy -x")
+#   make test               all tests         (make test ARGS="-k taxonomy -x")
+#   make test-fast          the tests that start no ranks and no jobs, in under two minutes
 #   make check              ruff and mypy
 #   make docs               docs/flags.md and the keys in docs/recipes.md, written from the docstrings
 #   make bench              what alignment and profiling cost beside stock Megatron    (SHAPE=gpu, RANKS=2, ROUNDS=41)
@@ -13,7 +14,7 @@ SHELL := $(shell command -v bash)
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help find-python venv install test check demo docs bench clean
+.PHONY: help find-python venv install test test-fast check demo docs bench clean
 
 PYTHON ?=
 SEEDS ?=
@@ -68,8 +69,14 @@ $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# A file's tests run in one process, the slowest files first (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder --durations 20
+
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: install
+	$(PYTEST) -m "not starts" $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

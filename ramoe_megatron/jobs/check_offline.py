@@ -6,6 +6,7 @@ from typing import Any
 from ramoe_megatron.artifacts.anchor_files import check_anchor
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy
+from ramoe_megatron.data.encode import check_conversations
 from ramoe_megatron.data.parallel import Example, load_examples, pair_with_anchor
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.check_common import CHECKPOINT_FIX, DATA_FIX, FILE_FIX, Trial, moe_layers, named
@@ -74,10 +75,19 @@ def _offline_examples(trying: Trial) -> list[Example]:
     data, _ = offline_options(trying.args)
     if trying.line.job == "profile":
         data = options_from_args(ProfileOptions, trying.args).rows_of(data)
-    key = repr((data.data, data.split, data.languages, data.anchor, data.columns))
+    args = trying.args
+    tokenizer = (args.tokenizer_type, args.tokenizer_model, args.chat_template)
+    key = repr((data.data, data.split, data.languages, data.anchor, data.columns, tokenizer))
     if key not in trying.read:
-        trying.read[key] = examples_with_anchor(data)
+        trying.read[key] = _tried(examples_with_anchor(data), trying)
     return trying.read[key]
+
+
+def _tried(examples: list[Example], trying: Trial) -> list[Example]:
+    """The examples, whose conversations the tokenizer's chat template can write; unknown without a tokenizer."""
+    if trying.tokenizer is not None:
+        check_conversations(examples, trying.tokenizer)
+    return examples
 
 
 def _priors_alone(trying: Trial) -> bool:
@@ -98,7 +108,7 @@ def _profile(trying: Trial) -> list[Finding]:
             raise RamoeError("--ramoe-general is missing: expected general English text to compare the task data with")
         if written := trying.written_by(*own.general):
             return written
-        return f"{len(load_examples(own.general, languages=[data.anchor]))} texts"
+        return f"{len(_tried(load_examples(own.general, languages=[data.anchor]), trying))} texts"
 
     def taxonomy() -> str:
         told = _read(trying, own.taxonomy, "taxonomy", read_taxonomy)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ramoe_megatron.data.dataset import EncodedExamples
+from ramoe_megatron.data.encode import check_conversations
 from ramoe_megatron.data.sampler import order
 from ramoe_megatron.jobs.check_common import CHECKPOINT_FIX, DATA_FIX, FILE_FIX, Trial, moe_layers, named
 from ramoe_megatron.mcore.align.labels import refuse_other_anchor
@@ -15,7 +16,7 @@ from ramoe_megatron.mcore.findings import Finding, attempt
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
 from ramoe_megatron.mcore.select.trained import selection_from_args
-from ramoe_megatron.mcore.train.datasets import check_examples, check_labels, training_languages
+from ramoe_megatron.mcore.train.datasets import check_examples, check_labels, examples_read, training_languages
 from ramoe_megatron.method.layers import span
 
 ENCODED = 20_000
@@ -66,8 +67,9 @@ def _training_data(trying: Trial) -> str:
     told = f"{len(examples)} examples of split {options.split}"
     if trying.tokenizer is None:
         return told
-    key = repr((options, args.seq_length, args.tokenizer_type, args.tokenizer_model))
+    key = repr((options, args.seq_length, args.tokenizer_type, args.tokenizer_model, args.chat_template))
     if key not in trying.read:
+        check_conversations(examples_read(args), trying.tokenizer)
         longest = sorted(examples, key=lambda e: len(e.prompt) + len(e.response), reverse=True)[:ENCODED]
         trying.read[key] = EncodedExamples(longest, trying.tokenizer, args.seq_length).lengths.max()
     return f"{told}; the longest takes {trying.read[key]} of --seq-length {args.seq_length}"

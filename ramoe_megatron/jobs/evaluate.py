@@ -26,7 +26,7 @@ from ramoe_megatron.jobs.offline_job import (
 )
 from ramoe_megatron.jobs.shards import Shards, depends_on
 from ramoe_megatron.mcore.flags import options_from_args
-from ramoe_megatron.mcore.launch import is_rank_0, run_job
+from ramoe_megatron.mcore.launch import is_rank_0, refuse_conversations, run_job
 from ramoe_megatron.mcore.steer.steering_options import SteeringOptions, told
 from ramoe_megatron.method.losses import mass
 from ramoe_megatron.method.steering import NO_STEERING
@@ -63,6 +63,7 @@ def main() -> None:
         own, steer = options_from_args(EvaluateOptions, args), options_from_args(SteeringOptions, args)
         check_steering(own, steer, args)
         examples = examples_with_anchor(data)
+        refuse_conversations(examples)
         experts = ExpertFile.load(own.experts) if own.experts else None
         steering = steer.setting(experts, args) if experts else None
         parts, groups = by_id(examples), groups_of_tasks(examples, experts.tasks if experts else ())

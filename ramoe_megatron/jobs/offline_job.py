@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ramoe_megatron.artifacts.files import digests
-from ramoe_megatron.data.answers import new_token_limits
 from ramoe_megatron.data.encode import Tokenizer
+from ramoe_megatron.data.limits import new_token_limits
 from ramoe_megatron.data.parallel import Example, load_examples
 from ramoe_megatron.data.sources import local_files
 from ramoe_megatron.errors import RamoeError

@@ -20,7 +20,7 @@ from ramoe_megatron.data.parallel import Example, pair_with_anchor
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.offline_job import Progress, examples_with_anchor, offline_job, write_on_rank_0
 from ramoe_megatron.mcore.flags import options_from_args
-from ramoe_megatron.mcore.launch import run_job
+from ramoe_megatron.mcore.launch import refuse_conversations, run_job
 from ramoe_megatron.method.layers import parse_layers
 from ramoe_megatron.method.predict import TransplantOutcome, predict
 from ramoe_megatron.method.taxonomy import summarise
@@ -59,7 +59,9 @@ def main() -> None:
         zone = parse_layers(own.layers, experts.shape.num_moe_layers, experts.zone)
         taxonomy = summarise(read_taxonomy(str(own.taxonomy)))
         divergence = read_divergence(str(own.divergence_file))
-        pairs = pair_with_anchor(examples_with_anchor(data), data.anchor)
+        examples = examples_with_anchor(data)
+        refuse_conversations(examples)
+        pairs = pair_with_anchor(examples, data.anchor)
         limits = options.limits(args, [target for _, target in pairs], start(args))
         model = OfflineModel(args, options.batch_tokens)
         model.check(experts)

@@ -38,7 +38,7 @@ from ramoe_megatron.jobs.offline_job import (
 from ramoe_megatron.jobs.shards import SHARD_EXAMPLES, Shards, depends_on
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
-from ramoe_megatron.mcore.launch import is_rank_0, run_job
+from ramoe_megatron.mcore.launch import is_rank_0, refuse_conversations, run_job
 from ramoe_megatron.method.divergence import DivergenceCurve, Zone, mean_curve, zone_from_curve
 from ramoe_megatron.method.experts import FrequencySum, delta, describe_empty, parse_rule, task_experts
 from ramoe_megatron.method.layers import parse_layers
@@ -126,6 +126,7 @@ def _profile(args: Any, data: DataOptions, options: OfflineOptions, own: Profile
     check_anchor(str(own.taxonomy), data.anchor)
     correct = {row.id for row in read_taxonomy(str(own.taxonomy)) if row.english_correct}
     english = [example for example in examples if example.language == data.anchor]
+    refuse_conversations([*examples, *general])
     model = OfflineModel(args, options.batch_tokens)
     output, shape = Path(str(options.output)), model.shape
     given = None if own.layers == "auto" else parse_layers(own.layers, shape.num_moe_layers)
@@ -183,6 +184,7 @@ def _priors_alone(args: Any, data: DataOptions, options: OfflineOptions, own: Pr
     from ramoe_megatron.mcore.offline.model import OfflineModel
 
     english = examples_with_anchor(own.rows_of(data))
+    refuse_conversations(english)
     model = OfflineModel(args, options.batch_tokens)
     output, passes = Path(str(options.output)), Passes(model, [], english, [], set(), own, data.anchor)
     # the job's name is the whole profile's: both write priors.safetensors

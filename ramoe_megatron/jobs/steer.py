@@ -28,7 +28,7 @@ from ramoe_megatron.jobs.offline_job import (
 from ramoe_megatron.jobs.shards import Shards, depends_on
 from ramoe_megatron.mcore.align.refusals import refuse_hard_steering
 from ramoe_megatron.mcore.flags import options_from_args
-from ramoe_megatron.mcore.launch import is_rank_0, run_job
+from ramoe_megatron.mcore.launch import is_rank_0, refuse_conversations, run_job
 from ramoe_megatron.method.layers import parse_layers
 from ramoe_megatron.method.steering import NO_STEERING, Kind, Steering
 from ramoe_megatron.statistics import Difference, clustered_difference, paired_proportions
@@ -90,6 +90,7 @@ def main() -> None:
         own = options_from_args(SteerOptions, args)
         own.check(args)
         examples = examples_with_anchor(data)
+        refuse_conversations(examples)
         experts, tried, skipped = own.to_try(examples, data.anchor)
         limits = options.limits(args, examples, start(args))
         model = OfflineModel(args, options.batch_tokens)

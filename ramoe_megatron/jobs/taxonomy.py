@@ -13,7 +13,7 @@ from ramoe_megatron.data.parallel import pair_with_anchor
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.offline_job import Progress, checkpoint_name, data_digests, examples_with_anchor, offline_job, write_on_rank_0
 from ramoe_megatron.jobs.shards import Shards, depends_on
-from ramoe_megatron.mcore.launch import run_job
+from ramoe_megatron.mcore.launch import refuse_conversations, run_job
 from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
 
 
@@ -27,6 +27,7 @@ def main() -> None:
         pairs = pair_with_anchor(examples, data.anchor)
         if not pairs:
             raise RamoeError(f"{', '.join(data.data)}: only {data.anchor!r} rows in split {data.split!r}; nothing to compare")
+        refuse_conversations(examples)
         output, parts = Path(str(options.output)), by_id(examples)
         limits = options.limits(args, chain.from_iterable(parts), start(args))
         model = OfflineModel(args, options.batch_tokens)

@@ -8,13 +8,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ramoe_megatron.artifacts.files import refuse_unwritable
-from ramoe_megatron.data.encode import check_tokenizer
+from ramoe_megatron.data.encode import check_conversations, check_tokenizer
+from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError, error_noted, note_error
 from ramoe_megatron.mcore import compat, trial
 from ramoe_megatron.mcore.cpu.backend import cpu_backend, cpu_command_line
@@ -77,6 +78,14 @@ def refusals_of_megatron() -> Iterator[None]:
         raise
     except Exception as error:
         raise RamoeError(f"Megatron does not take these flags: {reason(error)}") from error
+
+
+def refuse_conversations(examples: Sequence[Example]) -> None:
+    """Try the chat template of the job's tokenizer on the examples that have `messages`. Raises as `check_conversations`."""
+    if any(example.messages is not None for example in examples):
+        from megatron.training import get_tokenizer  # Megatron builds the tokenizer with the arguments, before any model
+
+        check_conversations(examples, get_tokenizer())
 
 
 def fork_writer_queue() -> None:

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
-from megatron.core.transformer.moe.router import TopKRouter
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore import carrier
+from ramoe_megatron.mcore.cpu.backend import uncompiled
+
+with uncompiled():
+    from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
+    from megatron.core.transformer.moe.router import TopKRouter
 
 
 @functools.cache

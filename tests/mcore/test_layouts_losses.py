@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from layout_laws import BOUND, assert_same, assert_same_figures
 from layout_rows import OTHERS, PRECISIONS, ROWS
 from small_run import gradients, outcome
-from test_layouts import BOUND, assert_same, assert_same_figures
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from chat_rows import chat_rows, write_conversations
 from layout_rows import LAYOUTS, PLACEMENTS, ROWS, WORLDS, Row
 from packed_rows import samples_of_first_packs
 from small_run import (
@@ -34,10 +35,12 @@ def run_all(folder: Path) -> None:
     """Everything, into `folder`."""
     write_world(folder)
     write_placements(folder)
+    write_conversations(folder)
     run_table(1, bases(folder), folder)
     parts: list[list[dict[str, Any]]] = [[], []]
     for place, row in enumerate([*jobs(folder), *finetuning(folder, 1), *refused(folder)]):
         parts[0 if row["name"] in ("through-one", "resumed-one") else place % 2].append(row)  # the second needs the first
+    parts[1] += chat_rows(folder)  # each evaluation needs the training before it
     with ThreadPoolExecutor() as pool:  # two processes of one rank beside each other, on the two cores of a small machine
         list(pool.map(run_table, (1, 1), parts, (folder, folder), ("ranks1-a", "ranks1-b")))
     run_table(2, [*finetuning(folder, 2), *jobs_in_layouts(folder)], folder)

@@ -1,6 +1,6 @@
 """Runs a table of jobs one after another on one set of ranks, and records what each produced.
 
-    python -m torch.distributed.run --nproc-per-node N tests/support/worker.py TABLE.json OUT
+    tests/support/worker.py TABLE.json OUT, on each rank
 
 Each row: {"name", "job", "argv"}: a job of `ramoe_megatron.jobs`, or a script, run as from the command line; with "lm": 0 the language-
 model loss is multiplied by 0; with "everything": true, the weights before the first step, the gradients of all weights, the routers'
@@ -19,6 +19,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -27,21 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe.fork_server import IMPORTED
 
 if __name__ != "__mp_main__":  # Megatron's checkpoint writer starts a process that imports this file again, and needs nothing of it
     import torch
     from safetensors.torch import save_file
-
-IMPORTED = (  # by most rows
-    "megatron.core.datasets.helpers_cpp",
-    "megatron.core.models.mimo",
-    "megatron.core.tokenizers.text.models",
-    "megatron.training.checkpointing",
-    "ramoe_megatron.jobs.finetune",
-    "ramoe_megatron.mcore.offline.model",
-    "ramoe_megatron.mcore.train.step",
-)
-
 
 def main() -> None:
     table, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
@@ -50,12 +41,14 @@ def main() -> None:
     from ramoe_megatron.mcore.cpu.backend import cpu_backend
 
     with cpu_backend():
-        for module in IMPORTED:
+        for module in (*IMPORTED, "ramoe_megatron.jobs.finetune"):
             importlib.import_module(module)
         remember_docstrings()
         known_flags()  # reads them, before there are forks
         for row in table:
             run_in_fork(row, out)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(f"cpu seconds: {sum(one.ru_utime + one.ru_stime for one in used):.1f}", flush=True)
 
 
 def run_in_fork(row: dict[str, Any], out: Path) -> None:

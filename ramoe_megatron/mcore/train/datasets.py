@@ -15,6 +15,7 @@ from ramoe_megatron.mcore.align.startup import samples_block
 from ramoe_megatron.mcore.align.state import current_state
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
+from ramoe_megatron.mcore.launch import refuse_conversations
 from ramoe_megatron.mcore.train.refresh import TaxonomyRefresh, refuse_other_anchors, refuse_refresh
 
 
@@ -24,7 +25,8 @@ def check_data(args: Any) -> None:
     Raises:
         RamoeError: no data, no rows of a split that is asked for, labels that do not fit the data
             (`ExampleLabels`), batches that packing or a normaliser cannot work with, a tokenizer that
-            `check_tokenizer` refuses, or examples that are longer than a sequence (`EncodedExamples`).
+            `check_tokenizer` refuses, conversations that the chat template cannot write (`check_conversations`),
+            or examples that are longer than a sequence (`EncodedExamples`).
     """
     from megatron.training import get_tokenizer
 
@@ -32,6 +34,7 @@ def check_data(args: Any) -> None:
     _encoded.clear()
     check_labels(args, check_examples(args))
     check_tokenizer(get_tokenizer(), "of the flags")
+    refuse_conversations(examples_read(args))
     options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
     _encode(args, options, "train", _examples(options, options.split), _views(options, alignment))
     if args.eval_iters:
@@ -52,6 +55,14 @@ def training_languages(args: Any) -> list[str]:
     """Languages of the training examples, in alphabetical order."""
     options = options_from_args(DataOptions, args)
     return sorted({example.language for example in _examples(options, options.split)})
+
+
+def examples_read(args: Any) -> list[Example]:
+    """All examples that a run tokenises: training, validation, and views in the anchor language where it runs them."""
+    options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
+    views = alignment.coeff > 0 and (alignment.target == "paired" or alignment.refresh_interval is not None)
+    languages = [*options.languages, options.anchor] if views and options.languages else None
+    return [*_examples(options, options.split, languages), *(_validation_examples(args, options) if args.eval_iters else [])]
 
 
 def check_labels(args: Any, examples: list[Example]) -> None:
