@@ -9,7 +9,7 @@ import inspect
 import itertools
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -138,7 +138,7 @@ def _values(hint: Any) -> str:
     return ""
 
 
-def _default(declared: type, name: str) -> str:
+def _default(declared: Any, name: str) -> str:
     if issubclass(declared, BaseModel):
         field: Any = declared.model_fields[name]
         required, value = field.is_required(), field.get_default(call_default_factory=True)
@@ -163,7 +163,7 @@ def _class_variable(node: ast.AnnAssign) -> bool:
     return "ClassVar" in ast.unparse(node.annotation)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
