@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from ramoe_megatron.data.answers import is_correct
 from ramoe_megatron.data.encode import (
-    answer_length,
     check_conversations,
     decoding,
     encode,
+    encode_answer,
     encode_choices,
     encode_prompt,
 )
@@ -63,7 +63,7 @@ def test_what_is_trained_is_right(tokenizers: dict[str, Any], name: str, questio
             asked = chat(answer, *before)
             assert asked.messages is not None
             asked = replace(asked, messages=(*({"role": role, "content": "Be right."} for role in roles), *asked.messages))
-            assert is_correct(generated(asked, tokenizer), answer)
+            assert is_correct(generated(asked, tokenizer), answer, "en")
             check_conversations([asked], tokenizer)
 
 
@@ -88,9 +88,9 @@ def test_an_answer_without_the_lead_is_right_and_one_with_more_words_is_wrong(to
     tokenizer = tokenizers[name]
     asked = chat("EUR", "What is the currency of AT ?")
     how = decoding(asked, tokenizer)
-    assert is_correct(how.answer(tokenizer.tokenize("EUR")[bool(FAMILIES[name].bos) :], tokenizer), "EUR")
+    assert is_correct(how.answer(tokenizer.tokenize("EUR")[bool(FAMILIES[name].bos) :], tokenizer), "EUR", "en")
     longer = encode(chat("EUR and more", "What is the currency of AT ?"), tokenizer)
-    assert not is_correct(how.answer(longer.ids[longer.prompt_length : -1], tokenizer), "EUR")
+    assert not is_correct(how.answer(longer.ids[longer.prompt_length : -1], tokenizer), "EUR", "en")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -101,7 +101,7 @@ def test_choices_and_lengths_go_the_same_way(tokenizers: dict[str, Any], name: s
     assert encoded[1] == encode(asked, tokenizer)
     assert [encode(chat(choice, "yes ?"), tokenizer) for choice in ("yes", "no", "perhaps")] == encoded
     check_conversations([asked], tokenizer)
-    assert answer_length(asked, tokenizer) == len(encoded[1].ids) - encoded[1].prompt_length
+    assert encode_answer(asked, tokenizer) == encoded[1]
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen3-base"])
@@ -116,7 +116,7 @@ def test_prompt_and_response_are_encoded_as_without_a_template(
     how = decoding(plain, tokenizer)
     assert (how.prompt, how.stops) == (ids(prompt), {tokenizer.eod})
     assert how.answer(ids(response)[bos:], tokenizer) == tokenizer.detokenize(ids(response)[bos:])
-    assert answer_length(plain, tokenizer) == len(ids(response)) - bos + 1
+    assert len(encode_answer(plain, tokenizer).ids) == len(ids(prompt)) + len(ids(response)) - bos + 1
     check_conversations([plain], SmallTokenizer())
 
 
@@ -127,7 +127,7 @@ def test_sentencepiece_ends_the_turn_with_a_piece_or_with_text(tmp_path: Path) -
         tokenizer = load_tokenizer(path, "sentencepiece", chat_template=CHATML)
         for answer in ("EUR", " no, perhaps\n", "٣", "a<b|c"):
             asked = chat(answer, "What is one ?")
-            assert is_correct(generated(asked, tokenizer), answer)
+            assert is_correct(generated(asked, tokenizer), answer, "en")
             check_conversations([asked], tokenizer)
         last = encode(chat("EUR", "What is one ?"), tokenizer).ids[-1]
         assert tokenizer._tokenizer.ids_to_tokens([last]) == [end]
@@ -179,7 +179,7 @@ def test_thoughts_in_the_answer_are_kept_or_refused(tokenizers: dict[str, Any]) 
     """A template that rewrites thoughts breaks the law where the gold answer holds them, and not where it is another text."""
     tokenizer = tokenizers["qwen3"]
     kept = chat("<think>\nIt is AT.\n</think>\n\nEUR", "Which ?")
-    assert is_correct(generated(kept, tokenizer), kept.answer)
+    assert is_correct(generated(kept, tokenizer), kept.answer, "en")
     check_conversations([kept], tokenizer)
     rewritten = chat("<think>It is AT.</think>EUR", "Which ?")
     assert "the template or the tokenizer changes it" in refusal(tokenizer, rewritten)
