@@ -104,7 +104,7 @@ def recipe_keys() -> str:
             absent = {field.name for field in dataclasses.fields(made_of)} - set(section.model_fields)  # type: ignore[attr-defined]
             lines.append(
                 f"The flags of [{heading}](flags.md#{heading.lower().replace(' ', '-')}) without `--ramoe-`, except "
-                f"{', '.join(f'`{name}`' for name in sorted(absent))}: the run's files are given to the jobs.\n"
+                f"{', '.join(f'`{name}`' for name in sorted(absent))}: the run gives these files to the jobs itself.\n"
             )
         kebab = issubclass(section, BaseModel)
         rows = [
@@ -151,7 +151,7 @@ def _default(declared: Any, name: str) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, BaseModel):
-        return "see below"
+        return "section"
     if value is None or value in ([], {}, (), ""):
         return "none"
     if isinstance(value, dict):
