@@ -1,7 +1,8 @@
-"""The documents against the code: their links, flags, keys, commands, recipes and rows are those that exist."""
+"""The documents against the code: their links, flags, keys, commands, recipes and rows exist."""
 
 import ast
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +17,7 @@ from ramoe_megatron.cli.reference import FLAGS, KEYS, KEYS_HEADING, docstrings, 
 from ramoe_megatron.data.parallel import load_examples, pair_with_anchor
 from ramoe_megatron.recipe.load import validate
 from ramoe_megatron.recipe.schema import Recipe
+from ramoe_megatron.report.artefact_tables import summary_table
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".", "docs", "docs/results", "examples", "benchmarks", "slurm")
@@ -31,22 +33,35 @@ def blocks(name: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", TEXTS[name], flags=re.DOTALL | re.MULTILINE)
 
 
+def prose(name: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", TEXTS[name], flags=re.DOTALL | re.MULTILINE)
+
+
 def anchors(name: str) -> set[str]:
     """The anchors of a page's headings, as a Git host makes them."""
-    prose = re.sub(r"^```.*?^```", "", TEXTS[name], flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", prose(name), flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def code(name: str) -> list[str]:
     """Each line of a block of commands, and each piece of code in the prose."""
     lines = [line for block in blocks(name, "bash") for line in block.splitlines()]
-    return lines + re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", TEXTS[name], flags=re.DOTALL | re.MULTILINE))
+    return lines + re.findall(r"`([^`\n]+)`", prose(name))
 
 
 def test_a_newcomer_reads_the_readme_in_five_minutes() -> None:
     assert len(TEXTS["README.md"].splitlines()) < 200
     assert len(TEXTS["README.md"].split()) < 1500
+
+
+def test_the_readme_shows_the_table_that_the_demo_prints() -> None:
+    heads = summary_table({"recipe": "demo", "seeds": [], "methods": [], "summary": []}).heads
+    table = TEXTS["README.md"].partition(f"| {' | '.join(heads)} |\n")[2].splitlines()
+    rows = itertools.takewhile(lambda line: line.startswith("|"), table[1:])
+    demo = validate(yaml.safe_load((ROOT / "examples/demo.yaml").read_text(encoding="utf-8")), "demo.yaml")
+    methods = ["base", *(method.name for method in demo.methods)]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == methods
 
 
 def test_the_generated_pages_are_current() -> None:
@@ -96,7 +111,8 @@ def test_no_flag_is_named_that_does_not_exist(name: str) -> None:
 
 @every_document
 def test_commands_exist(name: str) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
     for piece in code(name):
         for command in re.findall(r"(?:^|[/ (`])ramoe ([a-z]\w*)", piece.split("#")[0]):
             assert command in main.commands, piece
@@ -130,11 +146,12 @@ def test_python_names_what_exists(name: str) -> None:
     for block in blocks(name, "python"):
         tree = ast.parse(block)
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ramoe_megatron":
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ramoe_megatron":
                 assert node.attr in _HOMES, node.attr
             if isinstance(node, ast.ImportFrom):
-                source = (ROOT / str(node.module).replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
-                defined = {getattr(made, "name", None) for made in ast.parse(source).body}
+                source = (ROOT / str(node.module).replace(".", "/")).with_suffix(".py")
+                body = ast.parse(source.read_text(encoding="utf-8")).body
+                defined = {getattr(made, "name", None) for made in body}
                 assert {alias.name for alias in node.names} <= defined
 
 
@@ -148,7 +165,8 @@ def test_links_and_files_exist(name: str) -> None:
         assert page.exists(), target
         if anchor:
             assert anchor in anchors(str(page.relative_to(ROOT))), f"{target}#{anchor}"
-    for path in re.findall(r"`((?:ramoe_megatron|tests|examples|docs|slurm|benchmarks)/[\w./-]+)`", TEXTS[name]):
+    rooms = "ramoe_megatron|tests|examples|docs|slurm|benchmarks"
+    for path in re.findall(rf"`((?:{rooms})/[\w./-]+)`", TEXTS[name]):
         assert (ROOT / path).exists(), path
 
 

@@ -29,7 +29,15 @@ from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
 from ramoe_megatron.mcore.steer.steering_options import SteeringOptions
 from ramoe_megatron.recipe.methods import Method
 from ramoe_megatron.recipe.schema import Evaluate, Profile, Recipe, Taxonomy
-from ramoe_megatron.recipe.sections import AlignmentSection, Data, Launch, SelectionSection, Slurm, SteeringSection
+from ramoe_megatron.recipe.sections import (
+    AlignmentSection,
+    Data,
+    Launch,
+    OptionsSection,
+    SelectionSection,
+    Slurm,
+    SteeringSection,
+)
 
 OFFLINE = ("taxonomy", "profile", "evaluate", "steer", "predict")
 FLAGS: tuple[tuple[str, type, tuple[str, ...]], ...] = (
@@ -65,13 +73,16 @@ GENERATED = "`make docs` writes this {what} from the docstrings in the code. Edi
 
 
 def docstrings(declared: type) -> dict[str, str]:
-    """The string below each annotated field in the body of a class, on one line; empty where there is none."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(declared))).body[0].body  # type: ignore[attr-defined]
+    """The string below each field in the body of a class, on one line; empty where there is none."""
+    made: Any = ast.parse(textwrap.dedent(inspect.getsource(declared))).body[0]
     found = {}
-    for node, below in itertools.pairwise([*body, ast.Pass()]):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not _class_variable(node):
-            string = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            found[node.target.id] = " ".join(below.value.value.split()) if string else ""  # type: ignore[attr-defined]
+    for node, below in itertools.pairwise([*made.body, ast.Pass()]):
+        if isinstance(node, ast.AnnAssign):
+            match below:
+                case ast.Expr(ast.Constant(str(text))):
+                    found[ast.unparse(node.target)] = " ".join(text.split())
+                case _:
+                    found[ast.unparse(node.target)] = ""
     return found
 
 
@@ -98,14 +109,8 @@ def recipe_keys() -> str:
     lines = [KEYS_HEADING, GENERATED.format(what="section")]
     for place, section in KEYS:
         lines += [f"### {f'`{place}`' if place else 'Top level'}\n", f"{_summary(section)}\n"]
-        made_of = getattr(section, "made_of", None)
-        if made_of is not None:
-            heading = next(heading for heading, options, _ in FLAGS if options is made_of)
-            absent = {field.name for field in dataclasses.fields(made_of)} - set(section.model_fields)  # type: ignore[attr-defined]
-            lines.append(
-                f"The flags of [{heading}](flags.md#{heading.lower().replace(' ', '-')}) without `--ramoe-`, except "
-                f"{', '.join(f'`{name}`' for name in sorted(absent))}: the run gives these files to the jobs itself.\n"
-            )
+        if issubclass(section, OptionsSection):
+            lines.append(_flags_of(section))
         kebab = issubclass(section, BaseModel)
         rows = [
             (f"`{name.replace('_', '-') if kebab else name}{values}`", default, text)
@@ -113,6 +118,17 @@ def recipe_keys() -> str:
         ]
         lines += [_table(("key", "default", "meaning"), rows)] if rows else []
     return "\n".join(lines)
+
+
+def _flags_of(section: type[OptionsSection]) -> str:
+    """Where the flags are that are keys of a section too."""
+    options: Any = section.made_of
+    heading = next(heading for heading, declared, _ in FLAGS if declared is options)
+    files = sorted({field.name for field in dataclasses.fields(options)} - set(section.model_fields))
+    return (
+        f"The flags of [{heading}](flags.md#{heading.lower().replace(' ', '-')}) without `--ramoe-`. "
+        f"The run gives {', '.join(f'`{name}`' for name in files)} to the jobs itself.\n"
+    )
 
 
 def _fields(declared: type) -> Iterator[tuple[str, str, str, str]]:
@@ -157,10 +173,6 @@ def _default(declared: Any, name: str) -> str:
     if isinstance(value, dict):
         return f"`{', '.join(f'{key}: {number:g}' for key, number in value.items())}`"
     return f"`{' '.join(map(str, value)) if isinstance(value, list | tuple) else f'{value}'}`"
-
-
-def _class_variable(node: ast.AnnAssign) -> bool:
-    return "ClassVar" in ast.unparse(node.annotation)
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -142,7 +142,8 @@ class Method(Section):
     preset: list[str] | None = None
     """Named methods that this one combines, such as [ra-moe, esft-token]; by default its own name."""
     alignment: AlignmentSection = AlignmentSection()
-    """Changes to the recipe's `alignment`. Only the keys that are given change anything, here and in the next three."""
+    """Changes to the recipe's `alignment`. Here and in the next sections only the keys that are given change
+    anything."""
     selection: SelectionSection = SelectionSection()
     """Changes to the recipe's `selection`."""
     steering: SteeringSection = SteeringSection()
