@@ -170,6 +170,30 @@ def test_links_and_files_exist(name: str) -> None:
         assert (ROOT / path).exists(), path
 
 
+def sources() -> list[str]:
+    """Every string of the package, its placeholders as a mark, and the scripts that print errors."""
+    found = [(ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "slurm/common.sh")]
+    for path in (ROOT / "ramoe_megatron").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                pieces = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                found.append("".join(map(str, pieces)))
+            elif isinstance(node, ast.Constant):
+                found.append(str(node.value))
+    return found
+
+
+def test_the_messages_are_those_of_the_code() -> None:
+    """The longest piece between placeholders (`...`, N, numbers, quotes) of each message is in the code."""
+    known = sources()
+    for cell in re.findall(r"^\| (`.*?) \| ", TEXTS["docs/troubleshooting.md"], flags=re.MULTILINE):
+        for message in re.findall(r"`([^`]+)`", cell):
+            pieces = re.split(r"\.\.\.|\b[A-Z]+\b|\d+|'[^']*'|[\\\"{}();:,?]", message)
+            piece = max((piece.strip() for piece in pieces), key=len)
+            theirs = "megatron/core" in cell  # GNU make's words
+            assert theirs or any(piece in text for text in known), message
+
+
 def test_the_readme_leads_to_every_page() -> None:
     linked = set(re.findall(r"\]\((docs/[^)#]+)", TEXTS["README.md"]))
     pages = {name for name in TEXTS if name.startswith("docs/") and not name.startswith("docs/results/")}
