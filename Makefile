@@ -5,6 +5,7 @@
 #   make test               all tests         (make test ARGS="-k taxonomy -x")
 #   make test-fast          the tests that start no ranks and no jobs, in under two minutes
 #   make check              ruff and mypy
+#   make docs               docs/flags.md and the keys in docs/recipes.md, written from the docstrings
 #   make bench              what alignment and profiling cost beside stock Megatron    (SHAPE=gpu, RANKS=2, ROUNDS=41)
 #   make install            the virtual environment .venv with the pinned versions; the targets above make it when needed
 #   make PYTHON=/path/to/python3.12 ...       names the interpreter instead of looking for one
@@ -13,7 +14,7 @@ SHELL := $(shell command -v bash)
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help find-python venv install test test-fast check demo bench clean
+.PHONY: help find-python venv install test test-fast check demo docs bench clean
 
 PYTHON ?=
 SEEDS ?=
@@ -83,6 +84,9 @@ check: install
 
 demo: install  # on the CPU backend, also where there is a GPU: transformer-engine need not be installed
 	CUDA_VISIBLE_DEVICES= $(BIN)/ramoe run examples/demo.yaml --out $(RUN) $(if $(SEEDS),--set seeds=$(SEEDS))
+
+docs: install
+	$(BIN)/python -m ramoe_megatron.cli.reference docs
 
 bench: install
 	$(BIN)/python -m benchmarks --shape $(SHAPE) --ranks $(RANKS) --rounds $(ROUNDS) --out runs/bench

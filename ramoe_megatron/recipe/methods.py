@@ -142,12 +142,16 @@ class Method(Section):
     preset: list[str] | None = None
     """Named methods that this one combines, such as [ra-moe, esft-token]; by default its own name."""
     alignment: AlignmentSection = AlignmentSection()
-    """Only the keys that are given change anything; so in the other sections."""
+    """Changes to the recipe's `alignment`. Here and in the next sections only the keys that are given change
+    anything."""
     selection: SelectionSection = SelectionSection()
+    """Changes to the recipe's `selection`."""
     steering: SteeringSection = SteeringSection()
+    """Changes to the recipe's `steering`."""
     on: str | None = None
     """Steering: the trained method whose checkpoints are steered; the base model when left out."""
     train: Flags = {}
+    """Changes to the recipe's `train`."""
 
     @field_validator("name")
     @classmethod

@@ -70,6 +70,7 @@ class Evaluate(Section):
     """Accuracy before and after."""
 
     split: str = "test"
+    """Split that accuracy is measured on."""
     max_new_tokens: PositiveInt | None = None
     """Longest generated answer in tokens, its end included; the taxonomy's when left out."""
 
@@ -82,30 +83,41 @@ class Recipe(Section):
     """One experiment, from data to report."""
 
     name: Name
+    """Name of the experiment, and of its run folder `runs/NAME`."""
     seed: int = 1
     """Seed of the generated data and of the base model's training."""
     checkpoint: str | None = None
     """Megatron checkpoint of the base model; or give `pretrain`."""
     model: Flags
+    """Megatron's flags of the model: for `checkpoint`, those that it was trained with."""
     train: Flags
     """Flags of the fine-tuning runs."""
     parallel: Flags = {}
+    """Megatron's flags of the parallel layout. A change of the layout reruns nothing."""
     pretrain: Flags | None = None
     """Flags of the base model's training, on top of `train`; or give `checkpoint`."""
     tokenizer: Flags | None = None
     """Tokenizer flags; by default the SentencePiece model of the generated data."""
     data: Data
+    """Where the examples come from."""
     taxonomy: Taxonomy = Taxonomy()
+    """What is scored before anything is trained."""
     profile: Profile = Profile()
+    """How task experts, English routing and the zone are found."""
     alignment: AlignmentSection = AlignmentSection()
+    """The alignment loss of the methods that align."""
     selection: SelectionSection = SelectionSection()
     """Budget and share for the methods that train chosen experts alone."""
     steering: SteeringSection = SteeringSection()
+    """How the methods that steer do so."""
     methods: Annotated[list[Method], BeforeValidator(_named), Field(min_length=1)]
+    """What is compared: names of `ramoe methods`, or sections with a `name` and changes."""
     seeds: Annotated[list[int], BeforeValidator(_count_to_seeds), Field(min_length=1)] = [1]
     """Seeds of the fine-tuning runs; a single number n means 1 to n."""
     evaluate: Evaluate = Evaluate()
+    """How the results are measured."""
     launch: Launch = Launch()
+    """Nodes, ranks, and who starts them."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

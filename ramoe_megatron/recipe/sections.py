@@ -285,12 +285,15 @@ class Launch(Section):
     """The processes that every Megatron stage is started with."""
 
     ranks_per_node: PositiveInt = 1
+    """Ranks on each node."""
     nodes: PositiveInt = 1
+    """Nodes."""
     launcher: Literal["local", "slurm"] = "local"
     """local: here, one stage after another; slurm: one job a stage, submitted as a chain."""
     at_once: PositiveInt = 1
     """local: stages that run side by side where none waits for another, such as the fine-tunes. They share the cores (GPUs are not dealt
     out: with GPUs, leave it at 1)."""
     slurm: Slurm = Slurm()
+    """What `launcher: slurm` asks for."""
     batch_tokens: PositiveInt | None = None
     """Tokens of a micro-batch on one rank, in the stages that score; the jobs' own default when left out."""
