@@ -22,17 +22,9 @@ from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.carrier import RoutingContext, routing_context
 from ramoe_megatron.mcore.checkpoint import explained_mismatch, require_checkpoint
 from ramoe_megatron.mcore.router import moe_layer_numbers, observe_routers
+from ramoe_megatron.mcore.trial import refuse_context_parallel
 
 ContextMaker = Callable[["MicroBatch"], RoutingContext | None]
-
-
-def refuse_layout(args: Any) -> None:
-    """Raise RamoeError for a parallel layout that the offline jobs do not run."""
-    if args.context_parallel_size > 1:
-        raise RamoeError(
-            f"--context-parallel-size {args.context_parallel_size}: the offline jobs score whole sequences; run them with 1 "
-            "(the checkpoint loads in any layout)"
-        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,7 @@ def start(args: Any) -> Any:
     from megatron.training.initialize import initialize_megatron
 
     if not torch.distributed.is_initialized():
-        refuse_layout(args)
+        refuse_context_parallel(args)
         require_checkpoint(args.load, "--load")
         initialize_megatron()
     return get_tokenizer()
@@ -79,8 +71,8 @@ class OfflineModel:
 
     @classmethod
     def around(cls, chunks: Sequence[Any], args: Any, batch_tokens: int) -> Self:
-        """The unwrapped chunks of a model that is being trained; the caller sets evaluation mode. Raises as `refuse_layout`."""
-        refuse_layout(args)
+        """The unwrapped chunks of a model that is being trained; the caller sets evaluation mode. Raises as `refuse_context_parallel`."""
+        refuse_context_parallel(args)
         model = cls.__new__(cls)
         model._adopt(list(chunks), args, batch_tokens)
         return model
