@@ -19,7 +19,6 @@ from ramoe_megatron.mcore.arguments import DataOptions, arguments_with
 from ramoe_megatron.mcore.checkpoint import named, require_checkpoint
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, megatron_arguments
-from ramoe_megatron.mcore.router import configured_moe_layer_numbers
 from ramoe_megatron.mcore.start import Start, Step
 from ramoe_megatron.mcore.trial import tokenizer_flags
 
@@ -129,11 +128,17 @@ def given(path: str | None, flag: str) -> str:
     return path
 
 
+def moe_layers(start: Start, args: Any) -> int:
+    """How many MoE layers the model of the flags has."""
+    from ramoe_megatron.mcore.router import configured_moe_layer_numbers
+
+    return len(configured_moe_layer_numbers(start.config.value, args.hybrid_layer_pattern))
+
+
 def fitting_experts(start: Start, args: Any, path: str | None) -> ExpertFile:
     """The expert file. Raises RamoeError when it cannot be read, or belongs to another model than the flags say."""
     experts, config = ExpertFile.load(given(path, "experts")), start.config.value
-    layers = len(configured_moe_layer_numbers(config, args.hybrid_layer_pattern))
-    experts.check_model(layers, config.num_moe_experts, config.moe_router_topk, config.moe_router_score_function)
+    experts.check_model(moe_layers(start, args), config.num_moe_experts, config.moe_router_topk, config.moe_router_score_function)
     return experts
 
 

@@ -13,7 +13,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.data.dataset import pad
 from ramoe_megatron.data.encode import Encoded
@@ -109,11 +108,6 @@ class OfflineModel:
             score_function=config.moe_router_score_function,
             hidden_size=config.hidden_size,
         )
-
-    def check(self, experts: ExpertFile) -> None:
-        """Raises RamoeError unless the expert file was profiled on a model of this shape."""
-        shape = self.shape
-        experts.check_model(shape.num_moe_layers, shape.num_experts, shape.topk, shape.score_function)
 
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Places sorted by length, longest first, cut into what all ranks run at once: dp * pp micro-batches."""
