@@ -4,9 +4,8 @@ Light to import: each rank's first checkpoint starts a process of Megatron's tha
 """
 
 import contextlib
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 

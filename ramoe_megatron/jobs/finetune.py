@@ -42,6 +42,9 @@ def read(start: Start, args: Any) -> Callable[[], None]:
     def told_examples(inputs: TrainingInputs) -> str:
         return f"{len(inputs.examples)} examples of split {inputs.options.split}"
 
+    def longest() -> int:
+        return int(inputs.value.encoded(start.tokenizer.value)["train"].lengths.max())
+
     def told_tokens(longest: int) -> str:
         return f"{told_examples(inputs.value)}; the longest takes {longest} of --seq-length {args.seq_length}"
 
@@ -52,7 +55,7 @@ def read(start: Start, args: Any) -> Callable[[], None]:
         return f"{selection.kind}: {selection.told}{experts}"
 
     inputs = start.step("data", lambda: new_inputs(args), told_examples, DATA_FIX, args.ramoe_data)
-    start.step("data", lambda: inputs.value.encoded(start.tokenizer.value)["train"].lengths.max(), told_tokens, DATA_FIX)
+    start.step("data", longest, told_tokens, DATA_FIX)
     base = start.step(
         "checkpoint",
         lambda: starting_checkpoint(args),

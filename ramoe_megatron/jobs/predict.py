@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ramoe_megatron.artifacts.files import save_document
 from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy
 from ramoe_megatron.data.encode import encode
-from ramoe_megatron.data.parallel import Example, pair_with_anchor
+from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.jobs.entry import FILE_FIX, Job
 from ramoe_megatron.jobs.offline_job import OfflineOptions, ProgressLines, fitting_experts, given, read_offline, write_on_rank_0
 from ramoe_megatron.mcore.arguments import DataOptions

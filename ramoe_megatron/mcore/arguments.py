@@ -12,7 +12,6 @@ from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.flags import PREFIX
 from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
 
-
 CHECK = "--check"
 """The flag that has a job stop before its model is built."""
 

@@ -74,7 +74,7 @@ class Start:
         """
         if not self.checks:
             return Step(look())
-        if makers := dict.fromkeys(self.coming[path] for path in needs if path in self.coming):
+        if makers := dict.fromkeys(self.coming[path] for path in needs if path and path in self.coming):
             self._record(check, "ok", f"{WRITTEN}{', '.join(makers)}")
             return Step()
         try:

@@ -16,7 +16,6 @@ from torch import Tensor
 from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.data.dataset import pad
 from ramoe_megatron.data.encode import Encoded
-from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.carrier import RoutingContext, routing_context
 from ramoe_megatron.mcore.checkpoint import explained_mismatch, require_checkpoint

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ramoe_megatron.data.dataset import EncodedExamples, SFTDataset
@@ -81,9 +82,8 @@ class TrainingInputs:
             parts["validation"] = self.validation
         for name, examples in parts.items():
             if name not in self._encoded:
-                paired, split = self.views is not None, self.options.split if name == "train" else name
-                key = repr((self.options, split, paired, self.args.seq_length, tokenizer_flags(self.args)))
-                self._encoded[name] = _once(key, lambda: EncodedExamples(examples, tokenizer, self.args.seq_length))
+                key = repr((name, self.options, self.views is not None, self.args.seq_length, tokenizer_flags(self.args)))
+                self._encoded[name] = _once(key, partial(EncodedExamples, examples, tokenizer, self.args.seq_length))
         return self._encoded
 
     def refuse_unanswerable(self, tokenizer: Tokenizer) -> None:
@@ -203,7 +203,7 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
             assert state is not None  # attached before the data are read
             inputs.refuse_unanswerable(get_tokenizer())
             state.refresh = TaxonomyRefresh(state.chunks, labels, train.dataset.examples, inputs.anchors, args)
-        print_rank_0(samples_block(train.dataset.examples, labels.category, labels.aligned, drawn, options.anchor))
+        print_rank_0(samples_block(inputs.held, labels.category, labels.aligned, drawn, options.anchor))
         if labels.unshuffled:
             print_rank_0(f"  note: {labels.unshuffled} aligned ids keep their own target: each is the only aligned one of its task")
     else:
