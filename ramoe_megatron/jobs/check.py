@@ -32,7 +32,7 @@ def main() -> None:
 
 def check(line: Line, on_cpu: bool, kept: dict[str, Any]) -> list[Finding]:
     """All findings about a command line, on the CPU backend or where there is a CUDA device; `kept` as in `Start`."""
-    job = import_module(f"ramoe_megatron.jobs.{line.job}").job()
+    job = import_module(f"ramoe_megatron.jobs.{line.job}").JOB
     with trial.standing_for_rank_0(line.ranks, line.nodes):
         return job.check(line.flags, on_cpu, line.coming, kept)
 

@@ -24,8 +24,8 @@ FILE_FIX = "run the job that writes it (ramoe taxonomy, ramoe profile) on this m
 class Job:
     """A job that runs Megatron."""
 
-    options: tuple[type, ...]
-    """The option classes whose flags the job takes."""
+    options: Callable[[], tuple[type, ...]]
+    """Gives the option classes whose flags the job takes."""
     read: Callable[[Start, Any], Callable[[], None]]
     """Reads and checks, in steps of the start, all that the job needs beside the weights, from the validated arguments;
     returns the work."""
@@ -44,9 +44,8 @@ class Job:
         if CHECK in sys.argv[1:]:
             self._check_alone()
             return
-        start = Start()
-        provider = job_arguments(*self.options)
-        with megatron_arguments(provider, self.flags, self.trains, self.options, start) as args:
+        start, options = Start(), self.options()
+        with megatron_arguments(job_arguments(*options), self.flags, self.trains, options, start) as args:
             self.read(start, args)()
 
     def check(
@@ -61,9 +60,9 @@ class Job:
         from ramoe_megatron.mcore.arguments import job_arguments
         from ramoe_megatron.mcore.launch import command_line, take_arguments
 
-        start = Start(True, coming, kept)
+        start, options = Start(True, coming, kept), self.options()
         with command_line([*words, *self.flags], on_cpu) as left_out, contextlib.suppress(Absent):
-            args = take_arguments(start, job_arguments(*self.options), left_out, self.trains, self.options)
+            args = take_arguments(start, job_arguments(*options), left_out, self.trains, options)
             self.read(start, args)
         return start.findings
 

@@ -57,17 +57,12 @@ class EvaluateOptions:
     """Record a digest of the weights, which tells whether two checkpoints are equal bit for bit (loaded in the same layout)."""
 
 
-def job() -> Job:
-    """The job, as `jobs.entry` starts and checks it."""
-    return Job((DataOptions, OfflineOptions, EvaluateOptions, SteeringOptions), read)
-
-
 def main() -> None:
     """Write `NAME.json` and the outcome of each example, `NAME.jsonl`, to the output folder."""
-    job().main()
+    JOB.main()
 
 
-def read(start: Start, args: Any) -> Callable[[], None]:
+def _read(start: Start, args: Any) -> Callable[[], None]:
     """The examples, how many tokens an answer may take, the expert file and the setting of steering."""
     from ramoe_megatron.jobs.scores import by_id
 
@@ -196,6 +191,8 @@ def task_mass(
         shards.save(number, shards.state | {"mass": torch.stack(means)})
     return [{"task": task, "language": language, "mass": mean.tolist()} for (task, language), mean in zip(groups, means, strict=True)]
 
+
+JOB = Job(lambda: (DataOptions, OfflineOptions, EvaluateOptions, SteeringOptions), _read)
 
 if __name__ == "__main__":
     run_job(main)

@@ -5,35 +5,28 @@
 Nothing is imported before it is needed: each rank's first checkpoint starts a process of Megatron's that imports this module again.
 """
 
-from __future__ import annotations
+from collections.abc import Callable
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from ramoe_megatron.jobs.entry import Job
-    from ramoe_megatron.mcore.start import Start
-
-
-def job() -> Job:
-    """The job, as `jobs.entry` starts and checks it."""
-    from ramoe_megatron.jobs.entry import Job
-    from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
-    from ramoe_megatron.mcore.arguments import DataOptions
-    from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
-
-    return Job((RoutingAlignmentConfig, DataOptions, SelectiveOptions), read, trains=True)
+from ramoe_megatron.jobs.entry import CHECKPOINT_FIX, DATA_FIX, FILE_FIX, Job
+from ramoe_megatron.mcore.start import Start
 
 
 def main() -> None:
     """Parse, read, build, train, save: all but the reading is Megatron's."""
-    job().main()
+    JOB.main()
 
 
-def read(start: Start, args: Any) -> Callable[[], None]:
+def _options() -> tuple[type, ...]:
+    from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
+    from ramoe_megatron.mcore.arguments import DataOptions
+    from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
+
+    return RoutingAlignmentConfig, DataOptions, SelectiveOptions
+
+
+def _read(start: Start, args: Any) -> Callable[[], None]:
     """The training data with their tokens and labels, the folder to start from, and what is trained."""
-    from ramoe_megatron.jobs.entry import CHECKPOINT_FIX, DATA_FIX, FILE_FIX
     from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
     from ramoe_megatron.mcore.checkpoint import named, starting_checkpoint
     from ramoe_megatron.mcore.select.trained import Selection, selection_from_args
@@ -81,7 +74,6 @@ def read(start: Start, args: Any) -> Callable[[], None]:
 
 def _read_alignment(start: Start, args: Any, alignment: Any, inputs: Any) -> None:
     """The steps of an alignment: whether the model can be aligned, the expert file, the labels."""
-    from ramoe_megatron.jobs.entry import FILE_FIX
     from ramoe_megatron.mcore.align.labels import refuse_other_anchor
     from ramoe_megatron.mcore.align.refusals import refuse_unsupported
     from ramoe_megatron.mcore.align.resolve import ResolvedAlignment, resolve
@@ -148,6 +140,8 @@ def train(args: Any, alignment: Any, base: str | None, selection: Any) -> None:
     if is_rank_0():
         print(f"ramoe: peak {memory_peak()}", flush=True)
 
+
+JOB = Job(_options, _read, trains=True)
 
 if __name__ == "__main__":
     from ramoe_megatron.mcore.launch import run_job

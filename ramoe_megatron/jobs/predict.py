@@ -46,17 +46,12 @@ class PredictOptions:
     """Layers whose routing is transplanted: auto (the zone in the expert file), FIRST-LAST or FRACTION-FRACTION."""
 
 
-def job() -> Job:
-    """The job, as `jobs.entry` starts and checks it."""
-    return Job((DataOptions, OfflineOptions, PredictOptions), read)
-
-
 def main() -> None:
     """Write `predict.json` to the output folder."""
-    job().main()
+    JOB.main()
 
 
-def read(start: Start, args: Any) -> Callable[[], None]:
+def _read(start: Start, args: Any) -> Callable[[], None]:
     """The pairs, how many tokens an answer may take, the taxonomy, the divergence curve and the zone."""
     own = options_from_args(PredictOptions, args)
     inputs = read_offline(start, args)
@@ -82,7 +77,7 @@ def read(start: Start, args: Any) -> Callable[[], None]:
 
         first, last, _ = layers.value
         model = OfflineModel(args, inputs.options.batch_tokens)
-        outcomes = transplant(model, pairs.value, range(first, last + 1), limits.value)
+        outcomes = transplant_outcomes(model, pairs.value, range(first, last + 1), limits.value)
         prediction = predict(summarise(rows.value), divergence.value, (first, last), outcomes, inputs.data.split)
 
         def write() -> None:
@@ -93,7 +88,7 @@ def read(start: Start, args: Any) -> Callable[[], None]:
     return work
 
 
-def transplant(
+def transplant_outcomes(
     model: "OfflineModel",
     pairs: Sequence[tuple[Example, Example]],
     layers: range,
@@ -132,6 +127,8 @@ def transplant(
         for target, before, after in zip(targets, plain, moved, strict=True)
     ]
 
+
+JOB = Job(lambda: (DataOptions, OfflineOptions, PredictOptions), _read)
 
 if __name__ == "__main__":
     run_job(main)

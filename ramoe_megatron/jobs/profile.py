@@ -103,17 +103,12 @@ class ProfileOptions:
         return dataclasses.replace(data, languages=[]) if self.priors_alone else data
 
 
-def job() -> Job:
-    """The job, as `jobs.entry` starts and checks it."""
-    return Job((DataOptions, OfflineOptions, ProfileOptions), read)
-
-
 def main() -> None:
     """Write `experts.safetensors`, `divergence.csv` and, when asked for, `priors.safetensors` and `usage.safetensors`; or priors alone."""
-    job().main()
+    JOB.main()
 
 
-def read(start: Start, args: Any) -> Callable[[], None]:
+def _read(start: Start, args: Any) -> Callable[[], None]:
     """The examples; and unless priors are all that is asked for: the rule, the layers, general text and the taxonomy."""
     own, anchor = options_from_args(ProfileOptions, args), options_from_args(DataOptions, args).anchor
     inputs = read_offline(start, args, own.rows_of(options_from_args(DataOptions, args)))
@@ -363,6 +358,8 @@ class Passes:
 def _parts(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
     return (examples[start : start + SHARD_EXAMPLES] for start in range(0, len(examples), SHARD_EXAMPLES))
 
+
+JOB = Job(lambda: (DataOptions, OfflineOptions, ProfileOptions), _read)
 
 if __name__ == "__main__":
     run_job(main)

@@ -80,17 +80,12 @@ class SteerOptions:
         return candidates(file, tasks, self.kinds, taus, self.strengths, self.zones)
 
 
-def job() -> Job:
-    """The job, as `jobs.entry` starts and checks it."""
-    return Job((DataOptions, OfflineOptions, SteerOptions), read)
-
-
 def main() -> None:
     """Write `steering.json` to the output folder."""
-    job().main()
+    JOB.main()
 
 
-def read(start: Start, args: Any) -> Callable[[], None]:
+def _read(start: Start, args: Any) -> Callable[[], None]:
     """The examples, how many tokens an answer may take, the expert file and the settings to try."""
     own = options_from_args(SteerOptions, args)
     inputs = read_offline(start, args)
@@ -307,6 +302,8 @@ def best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     return min(rows, key=rank)
 
+
+JOB = Job(lambda: (DataOptions, OfflineOptions, SteerOptions), _read)
 
 if __name__ == "__main__":
     run_job(main)

@@ -28,17 +28,12 @@ from ramoe_megatron.mcore.start import Start
 from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
 
 
-def job() -> Job:
-    """The job, as `jobs.entry` starts and checks it."""
-    return Job((DataOptions, OfflineOptions), read)
-
-
 def main() -> None:
     """Write `taxonomy.jsonl` and `taxonomy.json` to the output folder."""
-    job().main()
+    JOB.main()
 
 
-def read(start: Start, args: Any) -> Callable[[], None]:
+def _read(start: Start, args: Any) -> Callable[[], None]:
     """The examples, their pairs, and how many tokens an answer may take."""
     from ramoe_megatron.jobs.scores import by_id
 
@@ -82,6 +77,8 @@ def score_and_write(inputs: OfflineInputs, pairs: Sequence[tuple[Example, Exampl
 
         write_on_rank_0(model, write)
 
+
+JOB = Job(lambda: (DataOptions, OfflineOptions), _read)
 
 if __name__ == "__main__":
     run_job(main)

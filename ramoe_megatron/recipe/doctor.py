@@ -82,7 +82,7 @@ def recipe_findings(path: Path, changes: Sequence[str], out: Path | None, enviro
 
     if known:
         found.append(attempt("flag names", names, "correct the name"))
-    return found + merged(answers)
+    return found + merged_findings(answers)
 
 
 def coming_files(plan: Sequence[Stage], manifest: Manifest) -> dict[str, dict[str, str]]:
@@ -132,7 +132,7 @@ def ask(lines: Sequence[Line], environment: Mapping[str, str]) -> tuple[list[str
     return [], {line.name: [fault] for line in lines}
 
 
-def merged(answers: Mapping[str, Sequence[Finding]]) -> list[Finding]:
+def merged_findings(answers: Mapping[str, Sequence[Finding]]) -> list[Finding]:
     """One finding a check from those of all stages: the worst state; stages are named where they differ."""
     checks: dict[str, dict[str, Finding]] = {}
     for stage, findings in answers.items():
@@ -179,7 +179,7 @@ def _value(words: Sequence[str], name: str) -> str | None:
     return found
 
 
-def table(findings: Sequence[Finding]) -> Table:
+def findings_table(findings: Sequence[Finding]) -> Table:
     """The findings, a line each."""
     shown = Table("check", "state", "found", "what to do")
     for finding in findings:

@@ -82,12 +82,12 @@ def test_a_checkpoint_that_a_recipe_names_in_vain_is_fatal_and_no_usage_error(wo
 
 def test_findings_of_stages_are_merged_into_a_line_a_check() -> None:
     ok, low, bad = Finding("a", "ok", "fine"), Finding("a", "warning", "slow", "hurry"), Finding("a", "fatal", "gone", "look")
-    assert doctor.merged({"x/1": [ok], "x/2": [ok]}) == [ok]
-    assert doctor.merged({"x/1": [bad], "x/2": [bad]}) == [bad]
-    assert doctor.merged({"x/1": [ok], "y": [bad], "x/2": [bad]}) == [Finding("a", "fatal", "y, x/2: gone", "look")]
-    assert doctor.merged({"x/1": [low], "y": [bad]}) == [Finding("a", "fatal", "x/1: slow\ny: gone", "look")]
+    assert doctor.merged_findings({"x/1": [ok], "x/2": [ok]}) == [ok]
+    assert doctor.merged_findings({"x/1": [bad], "x/2": [bad]}) == [bad]
+    assert doctor.merged_findings({"x/1": [ok], "y": [bad], "x/2": [bad]}) == [Finding("a", "fatal", "y, x/2: gone", "look")]
+    assert doctor.merged_findings({"x/1": [low], "y": [bad]}) == [Finding("a", "fatal", "x/1: slow\ny: gone", "look")]
     waits = [Finding("a", "ok", f"written by stage finetune/{n}") for n in (1, 2)]
-    assert doctor.merged({f"evaluate/{n}": [f] for n, f in enumerate(waits)})[0].found == "written by stage finetune (2)"
+    assert doctor.merged_findings({f"evaluate/{n}": [f] for n, f in enumerate(waits)})[0].found == "written by stage finetune (2)"
     assert [doctor.healthy(f) for f in ([ok, low], [ok, bad])] == [True, False]
 
 
