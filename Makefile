@@ -2,7 +2,8 @@
 #
 #   make demo               data, base model, taxonomy, profile, fine-tuning, evaluation and report, in runs/demo
 #   make demo SEEDS=5       the same with five seeds instead of the recipe's own
-#   make test               pytest            (make test ARGS="-k taxonomy -x")
+#   make test               all tests         (make test ARGS="-k taxonomy -x")
+#   make test-fast          the tests that start no ranks and no jobs, in under two minutes
 #   make check              ruff and mypy
 #   make bench              what alignment and profiling cost beside stock Megatron    (SHAPE=gpu, RANKS=2, ROUNDS=41)
 #   make install            the virtual environment .venv with the pinned versions; the targets above make it when needed
@@ -12,7 +13,7 @@ SHELL := $(shell command -v bash)
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help find-python venv install test check demo bench clean
+.PHONY: help find-python venv install test test-fast check demo bench clean
 
 PYTHON ?=
 SEEDS ?=
@@ -67,8 +68,14 @@ $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# A file's tests run in one process, the slowest files first (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder --durations 20
+
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: install
+	$(PYTEST) -m "not starts" $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

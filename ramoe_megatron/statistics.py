@@ -1,4 +1,4 @@
-"""Intervals and tests for the numbers that the artefacts report. All intervals are two-sided, 95 % unless said."""
+"""Intervals and tests for the numbers that the artefacts report. All intervals are two-sided, 95 %."""
 
 import math
 from collections import defaultdict
@@ -9,7 +9,8 @@ from typing import Any
 
 from ramoe_megatron.errors import RamoeError
 
-CONFIDENCE = 0.95
+LEVEL = 0.975
+"""Of the upper end of every interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,8 @@ class Correlation:
 
     r: float
     low: float
-    """Lower end of the Fisher-z interval; -1 where too few points are left for that interval to say anything."""
+    """Lower end of the Fisher-z interval; -1 where too few points are left for that interval to say
+    anything."""
     high: float
     """Upper end; +1 likewise."""
     p: float
@@ -42,7 +44,7 @@ class Difference:
     """Number of pairs."""
 
 
-def wilson(correct: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson(correct: float, n: float) -> tuple[float, float]:
     """Wilson score interval of a proportion (JASA 22, 1927); (0, 1) when nothing was counted.
 
     The counts need not be whole: an effective sample size seldom is.
@@ -54,19 +56,20 @@ def wilson(correct: float, n: float, confidence: float = CONFIDENCE) -> tuple[fl
         raise RamoeError(f"proportion: found {correct:g} of {n:g}, expected 0 <= correct <= n")
     if n == 0:
         return 0.0, 1.0
-    z, share = NormalDist().inv_cdf((1 + confidence) / 2), correct / n
+    z, share = NormalDist().inv_cdf(LEVEL), correct / n
     centre, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     low, high = ((centre + side * half) / (1 + z**2 / n) for side in (-1, 1))
     return (0.0 if correct == 0 else low), (1.0 if correct == n else high)  # free of rounding where the ends are known
 
 
 def effective_size(runs: Iterable[Mapping[str, Sequence[float]]]) -> float:
-    """Number of independent rows that say as much of a proportion as one run's rows do, which come in clusters.
+    """Number of independent rows that say as much of a proportion as one run's rows do, which come in
+    clusters.
 
-    p (1 - p) over the variance of p that is clustered by key, with p and variance of each run, both summed over runs
-    (Kott and Carr, Journal of Official Statistics 13, 1997; Korn and Graubard, Survey Methodology 24, 1998). So that
-    one row a cluster gives the number of rows, the variance has no correction for few clusters. It is the mean number
-    of rows where the variance is 0, and never above.
+    p (1 - p) over the variance of p that is clustered by key, with p and variance of each run, both summed
+    over runs (Kott and Carr, Journal of Official Statistics 13, 1997; Korn and Graubard, Survey Methodology
+    24, 1998). So that one row a cluster gives the number of rows, the variance has no correction for few
+    clusters. It is the mean number of rows where the variance is 0, and never above.
 
     Args:
         runs: for each run (a seed, say) its outcomes, 0 or 1, by cluster: one example in several languages.
@@ -83,13 +86,13 @@ def effective_size(runs: Iterable[Mapping[str, Sequence[float]]]) -> float:
     return rows * independent / clustered if clustered > independent else rows
 
 
-def pearson(
-    x: Sequence[float], y: Sequence[float], groups: Sequence[str] | None = None, confidence: float = CONFIDENCE
-) -> Correlation | None:
-    """Pearson correlation with its Fisher-z interval; None where a side is constant or fewer than three points are left.
+def pearson(x: Sequence[float], y: Sequence[float], groups: Sequence[str] | None = None) -> Correlation | None:
+    """Pearson correlation with its Fisher-z interval; None where a side is constant or fewer than three
+    points are left.
 
-    With `groups`, the correlation within groups: points are set off from their group's mean, and each group but one
-    costs a degree of freedom, as in the partial correlation given the group. A single group changes nothing.
+    With `groups`, the correlation within groups: points are set off from their group's mean, and each group
+    but one costs a degree of freedom, as in the partial correlation given the group. A single group changes
+    nothing.
 
     Raises:
         RamoeError: when the sides differ in length.
@@ -106,19 +109,22 @@ def pearson(
     r = min(1.0, max(-1.0, r))
     if abs(r) == 1:  # Fisher's z is infinite, and the interval shrinks to the point itself
         return Correlation(r=r, low=r if degrees > 1 else -1.0, high=r if degrees > 1 else 1.0, p=0.0, n=len(x))
-    half = NormalDist().inv_cdf((1 + confidence) / 2) / math.sqrt(degrees - 1) if degrees > 1 else math.inf
+    half = NormalDist().inv_cdf(LEVEL) / math.sqrt(degrees - 1) if degrees > 1 else math.inf
     p = float(2 * _stats().t.sf(abs(r) * math.sqrt(degrees / (1 - r**2)), degrees))
     return Correlation(r=r, low=math.tanh(math.atanh(r) - half), high=math.tanh(math.atanh(r) + half), p=p, n=len(x))
 
 
-def stratified_difference(strata: Mapping[str, Sequence[float]], confidence: float = CONFIDENCE) -> Difference:
-    """Mean over all paired differences, with Student's t by the spread within strata (seeds within a base model, say).
+def stratified_difference(strata: Mapping[str, Sequence[float]]) -> Difference:
+    """Mean over all paired differences, with Student's t by the spread within strata (seeds within a base
+    model, say).
 
-    The strata are taken as fixed: that they differ from each other is no error of the mean. The deviation is pooled
-    over them, with as many degrees of freedom as there are pairs less strata. One stratum: the paired t-test.
+    The strata are taken as fixed: that they differ from each other is no error of the mean. The deviation is
+    pooled over them, with as many degrees of freedom as there are pairs less strata. One stratum: the paired
+    t-test.
 
-    Pairs that differ equally within every stratum have no spread to judge by: no interval is given, rather than one of
-    width zero, and none where each stratum has a single pair. Pairs that do not differ at all give (0, 0) and p = 1.
+    Pairs that differ equally within every stratum have no spread to judge by: no interval is given, rather
+    than one of width zero, and none where each stratum has a single pair. Pairs that do not differ at all
+    give (0, 0) and p = 1.
 
     Raises:
         RamoeError: without pairs.
@@ -130,14 +136,15 @@ def stratified_difference(strata: Mapping[str, Sequence[float]], confidence: flo
         raise RamoeError("paired difference: found no pairs, expected at least one")
     squares = math.fsum(value**2 for own in groups for value in _centred(own))
     error = math.sqrt(squares / degrees / n) if degrees else 0.0
-    return _student(math.fsum(values) / n, error, degrees, n, max(map(abs, values)), confidence)
+    return _student(math.fsum(values) / n, error, degrees, n, max(map(abs, values)))
 
 
-def clustered_difference(clusters: Mapping[str, Sequence[float]], confidence: float = CONFIDENCE) -> Difference:
+def clustered_difference(clusters: Mapping[str, Sequence[float]]) -> Difference:
     """Mean of paired differences that come in clusters (one example in several languages or seeds, say).
 
-    Student's t with the standard error clustered by key and one degree of freedom less than there are clusters. With
-    one value a cluster it is `stratified_difference` of one stratum, whose rules for data without spread hold here too.
+    Student's t with the standard error clustered by key and one degree of freedom less than there are
+    clusters. With one value a cluster it is `stratified_difference` of one stratum, whose rules for data
+    without spread hold here too.
 
     Raises:
         RamoeError: without any difference.
@@ -149,14 +156,15 @@ def clustered_difference(clusters: Mapping[str, Sequence[float]], confidence: fl
     change = math.fsum(value for values in groups for value in values) / n
     squares = math.fsum(math.fsum(value - change for value in values) ** 2 for values in groups)
     error = math.sqrt(len(groups) / (len(groups) - 1) * squares) / n if len(groups) > 1 else 0.0
-    return _student(change, error, len(groups) - 1, n, abs(change), confidence)
+    return _student(change, error, len(groups) - 1, n, abs(change))
 
 
-def paired_proportions(after: Sequence[bool], before: Sequence[bool], confidence: float = CONFIDENCE) -> Difference:
+def paired_proportions(after: Sequence[bool], before: Sequence[bool]) -> Difference:
     """Difference of two proportions measured on the same examples.
 
-    The interval adds half a count to each of the four outcomes (Agresti and Min, Statistics in Medicine 24, 2005), so
-    that it keeps a width when no example changed; it is cut to [-1, 1]. p is the exact McNemar test.
+    The interval adds half a count to each of the four outcomes (Agresti and Min, Statistics in Medicine 24,
+    2005), so that it keeps a width when no example changed; it is cut to [-1, 1]. p is the exact McNemar
+    test.
 
     Raises:
         RamoeError: without pairs, or when the two sides differ in length.
@@ -169,7 +177,7 @@ def paired_proportions(after: Sequence[bool], before: Sequence[bool], confidence
     lost = sum(bool(b) and not a for a, b in zip(after, before, strict=True))
     centre = (gained - lost) / (n + 2)
     variance = ((gained + lost + 1) / (n + 2) - centre**2) / (n + 2)
-    half = float(_stats().norm.ppf((1 + confidence) / 2)) * math.sqrt(variance)
+    half = float(_stats().norm.ppf(LEVEL)) * math.sqrt(variance)
     p = float(_stats().binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return Difference((gained - lost) / n, max(-1.0, centre - half), min(1.0, centre + half), p, n)
 
@@ -177,8 +185,8 @@ def paired_proportions(after: Sequence[bool], before: Sequence[bool], confidence
 def holm(p: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values (Scandinavian Journal of Statistics 6, 1979), in the order given.
 
-    Rejecting what lies at or below 0.05 keeps the chance of any false rejection in the family at 5 %, whatever the
-    dependence between the tests: methods that are all compared with the same runs are dependent.
+    Rejecting what lies at or below 0.05 keeps the chance of any false rejection in the family at 5 %,
+    whatever the dependence between the tests: methods that are all compared with the same runs are dependent.
     """
     adjusted, highest = [0.0] * len(p), 0.0
     for rank, place in enumerate(sorted(range(len(p)), key=lambda place: p[place])):
@@ -188,23 +196,26 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def false_discovery(p: Sequence[float]) -> list[float]:
-    """Benjamini and Hochberg's adjusted p-values, in the order given: the expected share of false rejections among all."""
+    """Benjamini and Hochberg's adjusted p-values, in the order given: the expected share of false rejections
+    among all."""
     return [float(value) for value in _stats().false_discovery_control(p)] if p else []
 
 
 def fisher(table: Sequence[Sequence[int]]) -> float | None:
-    """Two-sided p of Fisher's exact test that rows and columns of a 2 x 2 table go together; None where a margin is 0."""
+    """Two-sided p of Fisher's exact test that rows and columns of a 2 x 2 table go together; None where a
+    margin is 0."""
     margins = [*map(sum, table), *map(sum, zip(*table, strict=True))]
     return float(_stats().fisher_exact(table).pvalue) if all(margins) else None
 
 
-def _student(change: float, error: float, degrees: int, n: int, scale: float, confidence: float) -> Difference:
-    """Student's interval and test; without an interval where there are no degrees of freedom, or no spread beside `scale`."""
+def _student(change: float, error: float, degrees: int, n: int, scale: float) -> Difference:
+    """Student's interval and test; without an interval where there are no degrees of freedom, or no spread
+    beside `scale`."""
     if degrees and scale == error == 0:
         return Difference(0.0, 0.0, 0.0, 1.0, n)
     if not degrees or error <= 1e-9 * scale:
         return Difference(change, None, None, None, n)
-    half = float(_stats().t.ppf((1 + confidence) / 2, degrees)) * error
+    half = float(_stats().t.ppf(LEVEL, degrees)) * error
     return Difference(change, change - half, change + half, float(2 * _stats().t.sf(abs(change) / error, degrees)), n)
 
 
@@ -219,7 +230,8 @@ def _constant(groups: Sequence[Sequence[float]]) -> bool:
 
 
 def _stats() -> Any:
-    """scipy.stats, imported when it is needed: every job reads artefacts, few compute an interval, and the import costs a second."""
+    """scipy.stats, imported when it is needed: every job reads artefacts, few compute an interval, and the
+    import costs a second."""
     from scipy import stats
 
     return stats

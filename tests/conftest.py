@@ -1,8 +1,10 @@
-"""Settings and the fixture shared by all tests."""
+"""Settings and fixtures shared by all tests, and how they are spread over processes."""
 
 import os
+import resource
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,62 @@ from hypothesis import settings
 
 # The tests are about gloo ranks on a CPU, also on a machine that has a GPU; before torch asks for devices.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are busy with the other processes
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # The first call of many torch functions is slow and CI machines are shared: a deadline per example would only be noise.
 settings.register_profile("ramoe", deadline=None, max_examples=50)
 settings.load_profile("ramoe")
+
+# What starts ranks or jobs, by session fixture or file, what takes longest first. Tests of one name run in one process.
+STARTS = (
+    "slurm_world", "cluster", "layouts", "test_method_layouts", "test_selective", "test_faults", "test_fork_server",
+    "test_resume_jobs", "test_hybrid", "test_anchor_stages", "test_steering_job", "test_benchmarks", "test_cpu_attention",
+    "test_doctor", "test_doctor_recipes", "test_model_flags", "test_launch", "test_stages", "test_runner", "test_mcore_launch",
+    "test_example_script", "test_slurm_scripts",
+)  # fmt: skip
+SHARED = {"cluster": "slurm_world"}
+
+
+def started_by(item: pytest.Item) -> str:
+    """The name in `STARTS` that the test belongs to, else its file's."""
+    names = [*getattr(item, "fixturenames", ()), item.path.stem]
+    name = next((name for name in STARTS if name in names), item.path.stem)
+    return SHARED.get(name, name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files stay whole, for their fixtures; the longest are begun first."""
+    for item in items:
+        name = started_by(item)
+        item.add_marker(pytest.mark.xdist_group(name))
+        if name in STARTS:
+            item.add_marker(pytest.mark.starts)
+    items.sort(key=lambda item: STARTS.index(name) if (name := started_by(item)) in STARTS else len(STARTS))
+
+
+CPU = pytest.StashKey[float]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.stash[CPU] = cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Note in a report, which goes to the process that prints, what was used and measured since the last one."""
+    report = yield
+    before, item.session.stash[CPU] = item.session.stash[CPU], cpu_seconds()
+    report.cpu = item.session.stash[CPU] - before
+    report.layout_errors = sys.modules["layout_errors"].taken() if "layout_errors" in sys.modules else []
+    return report
+
+
+def cpu_seconds() -> float:
+    """Of this process, of those that it has waited for, and of the worker's tables; not of Slurm's jobs."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    tables = sys.modules["small_run"].forked_seconds[0] if "small_run" in sys.modules else 0.0
+    return sum(one.ru_utime + one.ru_stime for one in used) + tables
 
 
 @pytest.fixture(scope="session")
@@ -51,8 +105,18 @@ def slurm_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The measured errors of the layout tests, where they ran."""
-    if "layout_errors" in sys.modules and (lines := sys.modules["layout_errors"].measured.table()):
+    """The CPU seconds of the files that take most, and the measured errors of the layout tests, where they ran."""
+    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "cpu")]
+    spent: Counter[str] = Counter()
+    for report in reports:
+        spent[report.nodeid.partition("::")[0]] += report.cpu
+    if sum(spent.values()) > 60:
+        terminalreporter.section("CPU seconds by file")
+        for name, seconds in spent.most_common(20):
+            terminalreporter.line(f"{seconds:7.1f}  {name}")
+    if errors := [error for report in reports for error in report.layout_errors]:
+        from layout_errors import table
+
         terminalreporter.section("router gradients against one rank: worst relative error")
-        for line in lines:
+        for line in table(errors):
             terminalreporter.line(line)

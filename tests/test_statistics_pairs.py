@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from test_statistics import Z
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.statistics import (
@@ -17,6 +16,7 @@ from ramoe_megatron.statistics import (
     stratified_difference,
 )
 
+Z = stats.norm.ppf(0.975)
 values = st.lists(st.integers(-50, 50).map(float), min_size=3, max_size=20)
 outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40)
 

@@ -164,7 +164,7 @@ _job("steer", "Search the setting of routing steering that answers best on a val
 def world(out: Path, config: str) -> None:
     """Write the embedded world: parallel, pretraining and general text from CLDR, and a tokenizer. Needs no
     download."""
-    _plain_job("world", "--config", config, "--out", str(out))
+    _plain_job("generate", "world", "--config", config, "--out", str(out))
 
 
 @main.command()
@@ -183,7 +183,7 @@ def sib200(source: Path | None, out: Path, config: str) -> None:
         except json.JSONDecodeError as error:
             raise RamoeError(f"--config: column {error.colno}: malformed JSON ({error.msg})") from error
         config = json.dumps({**given, "source": str(source)})
-    _plain_job("sib200", "--config", config, "--out", str(out))
+    _plain_job("generate", "sib200", "--config", config, "--out", str(out))
 
 
 @main.command()
@@ -219,7 +219,7 @@ def _numbers(_context: click.Context, parameter: click.Parameter, value: str | N
 @click.option("--bases", callback=_numbers, metavar="SEED,...", help="Seeds of the data and the base model, one run each.  [default: seed]")
 @click.option("--set", "changes", multiple=True, metavar="KEY.PATH=VALUE", help="Change a value of the recipe, as `ramoe run` does.")
 @click.option("--out", type=FOLDER, help="Folder of the runs and of what they come to.  [default: runs/NAME]")
-@click.option("--document", type=FILE, help="Also write the Markdown document here.")
+@click.option("--document", type=FILE, help="Also write the Markdown document here, its data beside it as .json.")
 @click.option("--dry-run", is_flag=True, help="Tell what would run, and why.")
 def compare(
     recipe: Path, seeds: int | None, bases: list[int], changes: tuple[str, ...], out: Path | None, document: Path | None, dry_run: bool

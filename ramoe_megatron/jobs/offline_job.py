@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import digests
-from ramoe_megatron.data.answers import new_token_limits
-from ramoe_megatron.data.encode import Tokenizer
+from ramoe_megatron.data.encode import Tokenizer, check_conversations
+from ramoe_megatron.data.limits import new_token_limits
 from ramoe_megatron.data.parallel import Example, load_examples, pair_with_anchor
 from ramoe_megatron.data.sources import local_files
 from ramoe_megatron.errors import RamoeError
@@ -110,10 +110,23 @@ def read_offline(start: Start, args: Any, data: DataOptions | None = None) -> Of
 
     folder = start.step("output", output, str, "give the folder")
     read = start.step("data", examples, lambda found: f"{len(found)} examples of split {data.split}", DATA_FIX, data.data)
+    read_conversations(start, args, read, _choice(data))
     start.step(
         "checkpoint", lambda: require_checkpoint(args.load, "--load"), lambda _: named(args.load), CHECKPOINT_FIX, [args.load]
     )
     return OfflineInputs(args, data, options, read, folder)
+
+
+def read_conversations(
+    start: Start, args: Any, examples: Step[list[Example]], choice: object, check: str = "data"
+) -> None:
+    """The step that tries the tokenizer's chat template on the examples that have `messages`; `choice`: what chooses them."""
+
+    def look() -> None:
+        found, tokenizer = examples.value, start.tokenizer.value
+        start.once(("conversations", choice, tokenizer_flags(args)), lambda: check_conversations(found, tokenizer))
+
+    start.step(check, look, None, DATA_FIX)
 
 
 def _choice(data: DataOptions) -> tuple[Any, ...]:

@@ -34,6 +34,7 @@ from ramoe_megatron.jobs.offline_job import (
     checkpoint_name,
     data_digests,
     moe_layers,
+    read_conversations,
     read_offline,
     write_on_rank_0,
 )
@@ -136,6 +137,7 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
         "expert rule", rule, lambda _: f"{own.select}, layers {own.layers}", "correct --ramoe-select or --ramoe-layers"
     )
     texts = start.step("general text", general, lambda found: f"{len(found)} texts", DATA_FIX, own.general)
+    read_conversations(start, args, texts, (own.general, anchor), "general text")
     rows = start.step("taxonomy", taxonomy, lambda found: f"{len(found)} rows", FILE_FIX, [own.taxonomy])
     return lambda: _profile(inputs, own, *chosen.value, [target for _, target in pairs.value], texts.value, rows.value)
 

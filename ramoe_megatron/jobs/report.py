@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ramoe_megatron.jobs.report", description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run folder, as written by `ramoe run ... --out DIR`")
     options = parser.parse_args(arguments)
-    from ramoe_megatron.report.html import write_report
+    from ramoe_megatron.report.page import write_report
 
     try:
         page = write_report(options.run)

@@ -1,6 +1,7 @@
 """Megatron's router, opened: a subclass of the `TopKRouter` of any built model, and how MoE layers are numbered.
 
-Only `routing` is extended, around Megatron's own: nothing of it is copied. State-dict keys stay Megatron's.
+Only methods around Megatron's own are added: `routing` here, the losses in `real_tokens`. Nothing of
+Megatron is copied. State-dict keys stay Megatron's.
 """
 
 import functools
@@ -8,32 +9,73 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
-from megatron.core.transformer.moe.router import TopKRouter
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore import carrier
+from ramoe_megatron.mcore.cpu.backend import uncompiled
+from ramoe_megatron.mcore.real_tokens import RealRows, RealTokenLosses, counts_tokens
+
+with uncompiled():
+    from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
 
 @functools.cache
 def observed(kind: type[TopKRouter]) -> type[TopKRouter]:
-    """The subclass of a router class that hands each micro-batch's logits and routing to the current routing context.
+    """The subclass of a router class that hands each micro-batch's logits and routing to the current routing
+    context, and takes Megatron's own losses over the context's real tokens.
 
-    One base only: the class of a built router can be changed to it.
+    Its instances are laid out as those of `kind`: the class of a built router can be changed to it.
     """
 
-    class ObservedRouter(kind):  # type: ignore[misc, valid-type]
+    class ObservedRouter(RealTokenLosses, kind):  # type: ignore[misc, valid-type]
         def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
             """`logits` [S_local, B, E] to `probs`, `routing_map` [S_local*B, E], as Megatron's."""
             context = carrier.current()
             if context is None:
                 return super().routing(logits, *args, **kwargs)
-            logits = context.on_logits(self, logits)
-            probs, routing_map = super().routing(logits, *args, **kwargs)
-            return context.on_routing(self, logits, probs, routing_map), routing_map
+            listening = hasattr(self, "ramoe_layer")  # routers of multi-token prediction only count tokens
+            logits = context.on_logits(self, logits) if listening else logits
+            self.real_rows = _real_rows(context, self, logits)
+            if self.real_rows is not None:
+                args, kwargs = (), {"padding_mask": self.real_rows.padding_SC}
+            try:
+                probs, routing_map = super().routing(logits, *args, **kwargs)
+            finally:
+                self.real_rows = None
+            return context.on_routing(self, logits, probs, routing_map) if listening else probs, routing_map
 
     ObservedRouter.__name__ = f"Observed{kind.__name__}"
     return ObservedRouter
+
+
+def _real_rows(context: Any, router: TopKRouter, logits: torch.Tensor) -> RealRows | None:
+    real = getattr(context, "real_tokens", None)
+    if real is None or not (router.training and torch.is_grad_enabled() and counts_tokens(router)):
+        return None
+    return real.at(router, logits.shape[0])
+
+
+def open_router(router: TopKRouter) -> None:
+    """Change a built router's class to its observed subclass; twice changes nothing."""
+    if not isinstance(router, RealTokenLosses):
+        router.__class__ = observed(type(router))  # type: ignore[arg-type]
+
+
+def open_losses(chunk: Any) -> bool:
+    """Open the routers of a model chunk that have losses of Megatron's, those of multi-token prediction too.
+
+    Returns:
+        whether there are any.
+    """
+    found = [module for module in chunk.modules() if isinstance(module, TopKRouter) and counts_tokens(module)]
+    for router in found:
+        open_router(router)
+    for layer in (module for module in chunk.modules() if isinstance(module, MultiTokenPredictionLayer)):
+        for router in (module for module in layer.modules() if isinstance(module, TopKRouter)):
+            router.ramoe_mtp_depth = layer.layer_number
+    return bool(found)
 
 
 def observe_routers(model: Any) -> list[Any]:
@@ -50,8 +92,7 @@ def observe_routers(model: Any) -> list[Any]:
                 f"a router says that it is in Megatron layer {router.layer_number}, but the model's configuration has MoE layers "
                 f"{numbers}: give --moe-layer-freq or --hybrid-layer-pattern as the model was built"
             )
-        if not hasattr(router, "ramoe_layer"):
-            router.__class__ = observed(type(router))  # type: ignore[arg-type]
+        open_router(router)
         router.ramoe_layer = numbers.index(router.layer_number)
     return routers
 

@@ -34,7 +34,8 @@ def compare_recipe(
         seeds: fine-tuning seeds 1 to N; the recipe's when left out.
         bases: seeds of the data and the base model; the recipe's one when left out.
         out: folder of the runs, comparison.json and comparison.html; runs/NAME by default.
-        document: where to write the Markdown document too; it is experiment.md in that folder.
+        document: where to write the Markdown document too, with its data beside it as .json; that folder
+            has both, as experiment.md and comparison.json.
 
     Raises:
         RamoeError: as `run_recipe`; no method `sft` to compare with; several bases of a recipe that trains none.
@@ -58,7 +59,7 @@ def compare_recipe(
         console.print(f"{', '.join(waiting)}: submitted; give the same command again when its jobs have ended", highlight=False)
         return
     from ramoe_megatron.recipe.methods import METHODS
-    from ramoe_megatron.report.comparison.build import write_comparison  # matplotlib
+    from ramoe_megatron.report.comparison.assemble import write_comparison  # matplotlib
     from ramoe_megatron.report.comparison.document import write_document
 
     words = ["ramoe", "compare", path.name if path.is_absolute() else str(path), *(["--seeds", str(seeds)] if seeds else [])]
@@ -68,7 +69,9 @@ def compare_recipe(
     if document is not None:
         write_document(read_json(root / "comparison.json"), document)
     console.print(f"comparison: {page}", soft_wrap=True, highlight=False)
-    console.print(f"document: {document or root / 'experiment.md'}", soft_wrap=True, highlight=False)
+    written = document or root / "experiment.md"
+    data = document.with_suffix(".json") if document else root / "comparison.json"
+    console.print(f"document: {written}, its data: {data}", soft_wrap=True, highlight=False)
 
 
 def _done(path: Path, changes: Sequence[str], folder: Path) -> bool:

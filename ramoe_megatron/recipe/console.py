@@ -91,10 +91,11 @@ class RunConsole:
 
 def tell_results(console: Console, results: dict[str, Any]) -> None:
     """The final table of a run."""
-    from ramoe_megatron.report.tables import summary_table
+    from ramoe_megatron.report import rendering
+    from ramoe_megatron.report.artefact_tables import summary_table
 
     console.print()
-    console.print(summary_table(results))
+    console.print(rendering.console([summary_table(results)]))
 
 
 def tell_report(console: Console, folder: Path) -> None:

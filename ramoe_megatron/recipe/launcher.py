@@ -22,7 +22,7 @@ from typing import IO
 from ramoe_megatron.errors import NOTE_VARIABLE, RamoeError
 from ramoe_megatron.mcore.unfinished import STATUS, VARIABLE
 from ramoe_megatron.recipe.output import Progress, parse_progress
-from ramoe_megatron.recipe.processes import MARK, SaveRequest, end_early, end_processes, ignore_warning
+from ramoe_megatron.recipe.processes import MARK, SaveRequest, Started, end_early, end_processes, ignore_warning
 
 GRACE_SECONDS = 15.0  # between TERM and KILL
 
@@ -125,12 +125,13 @@ def launch(
     on_progress: Callable[[Progress], None] | None = None,
     while_running: Callable[[], None] | None = None,
     grace: float = GRACE_SECONDS,
+    fork: Callable[[Mapping[str, str]], Started | None] | None = None,
 ) -> Outcome:
     """Run a full command line to its end, its output appended to `log` (or passed to the terminal without one).
 
     On any exception, Ctrl-C included, and also after an ordinary end, every process that descends from the command is
     ended: TERM, then KILL after `grace` seconds; a second Ctrl-C kills at once. `while_running` is called about twice
-    a second.
+    a second. `fork` starts the same with an environment and without the cost of imports, or gives None where it cannot; it needs a log.
 
     The status is 2 when a rank has told the user an error (`RamoeError`); torchrun and the other ranks add
     nothing to it.
@@ -153,15 +154,17 @@ def launch(
         note = Path(scratch) / "unfinished"
         if sink:
             sink.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(command)}\n".encode())
-        process = subprocess.Popen(
+        marked = {**environment, MARK: mark, VARIABLE: str(note), NOTE_VARIABLE: str(Path(scratch) / "error")}
+        process = (fork(marked) if fork else None) or subprocess.Popen(
             command,
-            env={**environment, MARK: mark, VARIABLE: str(note), NOTE_VARIABLE: str(Path(scratch) / "error")},
+            env=marked,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if sink else None,
             stderr=subprocess.STDOUT if sink else None,
             start_new_session=True,
             preexec_fn=ignore_warning,
         )
+        saving.leader = process.pid
         try:
             for line in _lines(process, sink, watch):
                 lines.append(line)
@@ -192,7 +195,7 @@ def _opened(log: Path | None) -> Iterator[IO[bytes] | None]:
         yield sink
 
 
-def _lines(process: subprocess.Popen[bytes], sink: IO[bytes] | None, while_running: Callable[[], None]) -> Iterator[str]:
+def _lines(process: Started, sink: IO[bytes] | None, while_running: Callable[[], None]) -> Iterator[str]:
     """Lines of output until the process has ended; a grandchild that keeps the pipe open does not hold this up."""
     with selectors.DefaultSelector() as selector:
         if process.stdout:

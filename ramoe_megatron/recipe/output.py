@@ -9,8 +9,12 @@ ERROR_PREFIX = "ramoe: error: "
 _ITERATION = re.compile(r" iteration\s+(\d+)/\s*(\d+) \|(.*)")
 _LOSS = re.compile(r"(lm loss|routing_alignment_loss): ([-+.\dEe]+)")
 _RANK = re.compile(r"^\[rank\d+\]: ?")
-# An exception's last line, with the rank that torch may put before it; argparse's refusal of a flag; or which ranks did not answer.
-_EXCEPTION = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*|\S+: error: .*|ramoe: \w+: a collective.*)")
+# An exception's last line, with the rank that torch may put before it; argparse's refusal of a flag; which ranks did not answer;
+# or what ended one.
+_EXCEPTION = re.compile(
+    r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*|\S+: error: .*"
+    r"|ramoe: (?:\w+: a collective|rank \d+ was ended by ).*)"
+)
 # torchrun's summary, of the rank that ended first: it was killed.
 _KILLED = re.compile(r"Root Cause.*?rank\s*: (\d+) .*?Signal \d+ \((SIG\w+)\) received", re.DOTALL)
 # torchrun on a rank that failed: from here on it speaks of itself.

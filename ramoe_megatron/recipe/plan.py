@@ -215,7 +215,7 @@ def data_stage(recipe: Recipe, out: Path, recipe_folder: Path) -> Stage:
     told = {key: value for key, value in config.items() if key != "source"}
     return Stage(
         name="data",
-        command=(f"{JOBS}.{job}", "--config", json.dumps(config, ensure_ascii=False), "--out", str(out)),
+        command=(f"{JOBS}.generate", job, "--config", json.dumps(config, ensure_ascii=False), "--out", str(out)),
         settings={"job": job, "config": told},
         inputs=(Path(config["source"]),) if job == "sib200" else (),
         outputs=tuple(out / name for name in ("parallel.jsonl", "pretrain.jsonl", "general.jsonl", "tokenizer.model")),

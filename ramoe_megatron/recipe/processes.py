@@ -3,10 +3,10 @@
 import contextlib
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, Protocol
 
 MARK = "RAMOE_LAUNCH"  # environment variable that all processes of a launch inherit
 
@@ -51,6 +51,7 @@ class SaveRequest:
 
     def __init__(self, mark: str) -> None:
         self.mark, self.asked, self.warned = mark, False, False
+        self.leader = 0  # process id of what starts the ranks
         self._told: set[int] = set()
 
     @contextlib.contextmanager
@@ -68,7 +69,7 @@ class SaveRequest:
         """Called now and then: sends SIGTERM to the ranks if a signal has come. True once all that were asked have ended."""
         if not self.asked:
             return False
-        ranks = set(_ranks(self.mark))
+        ranks = set(_ranks(self.mark, self.leader))
         _signal_each(sorted(ranks - self._told), signal.SIGTERM)
         self._told |= ranks
         return bool(self._told) and not ranks
@@ -96,27 +97,44 @@ def ignore_warning() -> None:
     signal.signal(WARNING, signal.SIG_IGN)
 
 
-def end_processes(process: subprocess.Popen[bytes], mark: str, grace: float) -> None:
+class Started(Protocol):
+    """A process that was started in a session of its own: `subprocess.Popen`, or the leader of a forked stage."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def stdout(self) -> IO[bytes] | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def terminate(self) -> None: ...
+
+
+def end_processes(process: Started, mark: str, grace: float) -> None:
     """End the command and all that descends from it.
 
-    torchrun starts each rank in a session of its own, so killing its process group would miss them; every descendant
-    is known by the mark that it inherits in its environment (Linux), besides the group.
+    torchrun starts each rank in a session of its own, so killing its process group would miss them: they are known by the
+    mark that they inherit in their environment (Linux). What a forked stage forks has the environment of the process that
+    it was forked from, and is known by its session.
     """
     if process.poll() is None:
         _signal_group(process.pid, signal.SIGTERM)
-    elif not (left := _marked(mark)):
+    elif not (left := _family(mark, process.pid)):
         return
     else:
         _signal_each(left, signal.SIGTERM)
     try:
         deadline = time.monotonic() + grace
-        while time.monotonic() < deadline and (process.poll() is None or _marked(mark)):
+        while time.monotonic() < deadline and (process.poll() is None or _family(mark, process.pid)):
             time.sleep(0.1)
     finally:  # also on a second Ctrl-C
-        for _ in range(50):  # again, for a process that was forking while the first round was read
+        for _ in range(200):  # again, for a process that was forking while the first round was read; a busy machine is slow to end one
             if process.poll() is None:
                 _signal_group(process.pid, signal.SIGKILL)
-            left = _marked(mark)
+            left = _family(mark, process.pid)
             _signal_each(left, signal.SIGKILL)
             if process.poll() is not None and not left:
                 break
@@ -134,26 +152,27 @@ def _signal_each(processes: Sequence[int], number: signal.Signals) -> None:
             os.kill(process, number)
 
 
-def _marked(mark: str) -> list[int]:
-    """Living processes with the mark in their environment."""
-    return [number for number, _ in _marked_with_variables(mark)]
+def _family(mark: str, session: int) -> list[int]:
+    """Living processes with the mark in their environment, or in the session."""
+    return [number for number, _ in _family_with_variables(mark, session)]
 
 
-def _ranks(mark: str) -> list[int]:
-    """Of those, the ranks that torchrun started, without what they started themselves (loaders, the checkpoint's writers)."""
-    inside = {number for number, variables in _marked_with_variables(mark) if any(v.startswith(b"LOCAL_RANK=") for v in variables)}
+def _ranks(mark: str, leader: int) -> list[int]:
+    """Of those, the ranks that torchrun or a forked leader started, without what they started (loaders, the checkpoint's writers)."""
+    family = _family_with_variables(mark, leader)
+    inside = {n for n, variables in family if any(v.startswith(b"LOCAL_RANK=") for v in variables) or _parent(n) == leader}
     return [number for number in inside if _parent(number) not in inside]
 
 
-def _marked_with_variables(mark: str) -> list[tuple[int, list[bytes]]]:
+def _family_with_variables(mark: str, session: int) -> list[tuple[int, list[bytes]]]:
     wanted, found = f"{MARK}={mark}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             variables = (folder / "environ").read_bytes().split(b"\0")
-            state = _stat(int(folder.name))[0]
+            state, _, _, its_session, *_ = _stat(int(folder.name))
         except OSError:
             continue
-        if state != "Z" and wanted in variables:
+        if state != "Z" and (wanted in variables or int(its_session) == session):
             found.append((int(folder.name), variables))
     return found
 

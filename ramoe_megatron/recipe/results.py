@@ -8,7 +8,7 @@ from ramoe_megatron.errors import RamoeError
 
 def main() -> int:
     """Exit status 2 with the text of a RamoeError on stderr, as the jobs do."""
-    from ramoe_megatron.report.tables import collect
+    from ramoe_megatron.report.run_results import collect
 
     try:
         collect(Path(sys.argv[1]))

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -11,8 +11,10 @@ from rich.console import Console
 from ramoe_megatron.artifacts.files import read_json
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.recipe.console import RunConsole, tell_report, tell_results
+from ramoe_megatron.recipe.fork_server import Forked, ForkServer
 from ramoe_megatron.recipe.launcher import Outcome, Place, launch, python_command, rank_environment
 from ramoe_megatron.recipe.manifest import Manifest
+from ramoe_megatron.recipe.megatron_flags import cuda_devices
 from ramoe_megatron.recipe.nodes import Leader
 from ramoe_megatron.recipe.output import relevant_lines
 from ramoe_megatron.recipe.stage import Stage
@@ -44,8 +46,10 @@ def run_stages(
 
     Raises RamoeError when a stage's input is missing, StageFailed when a stage fails.
     """
-    with RunConsole(console, len(plan)) as shown:
-        runner = _Runner(plan, manifest, shown, place, leader, plan[begin].name if force_first else None, at_once)
+    forks = place.nodes == 1 and cuda_devices(os.environ) is None
+    with RunConsole(console, len(plan)) as shown, ForkServer() as server:
+        forced = plan[begin].name if force_first else None
+        runner = _Runner(plan, manifest, shown, place, leader, forced, at_once, server if forks else None)
         if at_once == 1:
             for number, stage in enumerate(plan[begin:end], begin + 1):
                 runner.run(number, stage)
@@ -62,10 +66,10 @@ class _Runner:
 
     def __init__(
         self, plan: Sequence[Stage], manifest: Manifest, shown: RunConsole, place: Place, leader: Leader | None, forced: str | None,
-        at_once: int,
+        at_once: int, server: ForkServer | None,
     ) -> None:  # fmt: skip
         self.plan, self.manifest, self.shown, self.place = plan, manifest, shown, place
-        self.leader, self.forced, self.at_once = leader, forced, at_once
+        self.leader, self.forced, self.at_once, self.server = leader, forced, at_once, server
         self.lock, self.stop = threading.RLock(), threading.Event()
 
     def run(self, number: int, stage: Stage, beside: int = 1) -> None:
@@ -112,12 +116,16 @@ class _Runner:
             if self.leader:
                 self.leader.watch()
 
+        def fork(environment: Mapping[str, str]) -> Forked | None:
+            return self.server.start(stage.arguments(), stage.ranks, environment) if self.server else None
+
         return launch(
             python_command(stage.arguments(), stage.ranks, self.place),
             rank_environment(max(1, stage.ranks) * beside, os.environ),
             self.manifest.folder / stage.log,
             lambda told: self.shown.progress(number, told),
             watch,
+            fork=fork if stage.ranks else None,
         )
 
 

@@ -73,7 +73,8 @@ class RunInputs:
 
     @property
     def methods(self) -> list[str]:
-        """base first, then SFT, then the recipe's own order; methods that the recipe does not name last, by name."""
+        """base first, then SFT, then the recipe's own order; methods that the recipe does not name last, by
+        name."""
         found = {evaluation.method for evaluation in self.evaluations}
         order = dict.fromkeys(["base", "sft", *_methods(self.recipe), *sorted(found)])
         return [method for method in order if method in found]
@@ -128,7 +129,8 @@ def _methods(recipe: dict[str, Any]) -> list[str]:
 
 
 def _evaluations(root: Path, recipe: dict[str, Any]) -> list[Evaluation]:
-    """Those that the recipe asks for: an earlier run with more seeds may have left others, of other settings."""
+    """Those that the recipe asks for: an earlier run with more seeds may have left others, of other
+    settings."""
     found = [_evaluation(path) for path in sorted((root / "evaluations").glob("*.json"))]
     methods, seeds = _methods(recipe), recipe.get("seeds")
     if methods and isinstance(seeds, list):

@@ -1,16 +1,16 @@
 """Any artefact of a run as tables for the console: ``ramoe inspect FILE``.
 
-Layers are shown by their 0-based place among the MoE layers, with Megatron's own 1-based ``layer_number`` beside it.
+Layers are shown by their 0-based place among the MoE layers, with Megatron's own 1-based ``layer_number``
+beside it.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import check_document, read_json
@@ -22,20 +22,17 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import Zone, mean_curve, zone_from_curve
 from ramoe_megatron.method.experts import describe_empty, rule_from
 from ramoe_megatron.method.taxonomy import summarise
-from ramoe_megatron.report.documents import anchors, comparison, evaluation, prediction, results, steering, taxonomy, taxonomy_pairs
-from ramoe_megatron.report.rendering import (
-    LAYER_HEADS,
-    data,
-    facts,
-    flat,
-    shape,
-    share,
-    table,
-    zone,
-)
+from ramoe_megatron.report import artefact_tables as tables
+from ramoe_megatron.report.comparison.document import comparison_sections
+from ramoe_megatron.report.rendering import CellValue, Part, Table, console, console_sections, facts
+from ramoe_megatron.report.vocabulary import Record, number
 
+LAYER_HEADS = ("MoE layer (from 0)", "layer_number")
+"""Place among the MoE layers, and Megatron's own number (from 1)."""
 SHOWN_EXPERTS = 8
 """Experts listed per layer: the chosen ones of largest delta, or those used most."""
+
+
 
 
 def describe(path: str | os.PathLike[str]) -> RenderableType:
@@ -46,137 +43,204 @@ def describe(path: str | os.PathLike[str]) -> RenderableType:
     """
     path = Path(path)
     if path.suffix == ".csv":
-        return _divergence(path)
+        return console(_divergence_parts(path))
     if path.suffix == ".jsonl":
-        return _lines(path)
+        return console([_lines_table(path)])
     tensors = path.suffix == ".safetensors"
-    document: Any = open_any(path, "ramoe-experts, ramoe-priors or ramoe-usage")[1] if tensors else read_json(path)
+    binary = "ramoe-experts, ramoe-priors or ramoe-usage"
+    document: Any = open_any(path, binary)[1] if tensors else read_json(path)
     name = document.get("format") if isinstance(document, dict) else None
-    if name not in _DESCRIBE:
-        raise RamoeError(f"{path}: found format {name!r}, expected one of {', '.join(_DESCRIBE)}; give an artefact of a run")
+    expected = (*_DESCRIBE, "ramoe-comparison")
+    if name not in expected:
+        raise RamoeError(
+            f"{path}: found format {name!r}, expected one of {', '.join(expected)}; give an artefact of a run"
+        )
     check_document(path, document, name)
     try:
-        return _DESCRIBE[name](path, document)
+        if name == "ramoe-comparison":
+            return console_sections(comparison_sections(document))
+        return console(_DESCRIBE[name](path, document))
     except (KeyError, TypeError, AttributeError) as error:
-        raise RamoeError(f"{path}: {name} with a bad entry ({type(error).__name__}: {error}); write the file again") from error
+        raise RamoeError(
+            f"{path}: {name} with a bad entry ({type(error).__name__}: {error}); write the file again"
+        ) from error
+
+
+def _head(
+    path: Path,
+    kind: str,
+    entries: Mapping[str, CellValue],
+    data: Iterable[Mapping[str, str]],
+    version: str = "",
+) -> Table:
+    """What an artefact says of itself, the files that it was made of, and the version that wrote it."""
+    written = {"written by": f"ramoe-megatron {version}"} if version else {}
+    return facts(f"{path}: {kind}", {**entries, "data": tables.data_text(data), **written})
+
+
+# --- documents ---
+
+
+def _taxonomy_parts(path: Path, document: Record) -> list[Part]:
+    entries = {key: document[key] for key in ("anchor", "checkpoint")}
+    if "anchors" in document:
+        entries["anchors"] = ", ".join(document["anchors"])
+    return [
+        _head(path, "ramoe-taxonomy", entries, document["data"], document["package_version"]),
+        tables.taxonomy_table("taxonomy by task, target language and split", document["pairs"]),
+    ]
+
+
+def _anchors_parts(path: Path, document: Record) -> list[Part]:
+    entries = {"anchors": ", ".join(document["anchors"]), "taxonomy's anchor": document["anchor"]}
+    entries["checkpoint"] = document["checkpoint"]
+    head = _head(path, "ramoe-anchors", entries, document["data"], document["package_version"])
+    return [head, tables.anchors_table(document)]
+
+
+def _evaluation_parts(path: Path, document: Record) -> list[Part]:
+    entries = {key: document[key] for key in ("method", "seed", "checkpoint", "split", "examples")}
+    if "steering" in document:
+        entries["steering"] = tables.steering_setting(path, document["steering"])
+    rows = ((row["task"], row["language"], row["correct"], row["n"]) for row in document["rows"])
+    return [
+        _head(path, "ramoe-evaluation", entries, document["data"]),
+        tables.evaluation_table("right answers", rows),
+        *tables.mass_tables(document["mass"], ("task", "language")),
+    ]
+
+
+def _prediction_parts(path: Path, document: Record) -> list[Part]:
+    return [f"{path}: ramoe-prediction", *tables.prediction_parts(document)]
+
+
+def _steering_parts(path: Path, document: Record) -> list[Part]:
+    entries = {key: document[key] for key in ("anchor", "checkpoint", "split")}
+    entries["experts"] = tables.data_text(document["experts"])
+    entries["left out"] = "\n".join(document["skipped"]) or None
+    entries["best"] = tables.steering_setting(path, document["best"])
+    head = _head(path, "ramoe-steering", entries, document["data"], document["package_version"])
+    return [head, tables.steering_table(path, document)]
+
+
+def _results_parts(path: Path, document: Record) -> list[Part]:
+    entries = {"recipe": document["recipe"], "anchor": document["anchor"]}
+    entries |= {key: ", ".join(map(str, document[key])) for key in ("methods", "seeds")}
+    return [
+        facts(f"{path}: ramoe-results", entries),
+        tables.summary_table(document),
+        tables.differences_table(document),
+        tables.languages_table(document),
+        tables.correlations_table(document),
+        tables.runs_table(document),
+        *tables.mass_tables(document["mass"], ("method", "seed", "task", "language")),
+    ]
 
 
 # --- safetensors ---
 
 
-def _experts(path: Path, _document: Mapping[str, Any]) -> RenderableType:
+def _experts_parts(path: Path, _document: Record) -> list[Part]:
     experts = ExpertFile.load(path)
     rule = rule_from(experts.rule)
     of = "" if experts.select_tokens == "all" else f" over the tokens {experts.select_tokens!r}"
-    parts: list[RenderableType] = [
-        facts(
-            path,
-            "ramoe-experts",
-            {
-                "model": shape(experts.shape),
-                "checkpoint": experts.checkpoint,
-                "rule": f"{rule} on delta = task frequency{of} - general frequency",
-                "zone": zone(experts.zone, experts.layer_number.tolist()),
-                "anchor": experts.anchor or "not recorded",
-                "English patterns": ", ".join(experts.english_pattern) or "none",
-                "sequences": flat(experts.sequences),
-                "data": data(experts.data),
-                "written by": f"ramoe-megatron {experts.package_version}",
-            },
-        )
-    ]
+    entries = {
+        "model": tables.shape_text(experts.shape),
+        "checkpoint": experts.checkpoint,
+        "rule": f"{rule} on delta = task frequency{of} - general frequency",
+        "zone": tables.zone_text(experts.zone, experts.layer_number.tolist()),
+        "anchor": experts.anchor or "not recorded",
+        "English patterns": ", ".join(experts.english_pattern) or "none",
+        "sequences": tables.flat_text(experts.sequences),
+    }
+    parts: list[Part] = [_head(path, "ramoe-experts", entries, experts.data, experts.package_version)]
     for task, mask, delta in zip(experts.tasks, experts.expert_mask, experts.delta, strict=True):
         rows = []
         for layer, layer_number in enumerate(experts.layer_number.tolist()):
             inside = isinstance(experts.zone, Zone) and experts.zone.first <= layer <= experts.zone.last
             order = delta[layer].argsort(descending=True, stable=True).tolist()
-            chosen = [f"{e} ({delta[layer, e]:+.2f})" for e in order if mask[layer, e]]
-            listed = ", ".join(chosen[:SHOWN_EXPERTS]) + (", ..." if len(chosen) > SHOWN_EXPERTS else "")
-            rows.append([layer, layer_number, "yes" if inside else "", len(chosen), f"{delta[layer].max():+.2f}", listed])
+            chosen = [f"{e} ({number(float(delta[layer, e]), '+.2f')})" for e in order if mask[layer, e]]
+            largest = number(float(delta[layer].max()), "+.2f")
+            rows.append((layer, layer_number, "yes" if inside else "", len(chosen), largest, _first(chosen)))
         heads = (*LAYER_HEADS, "in zone", "chosen", "largest delta", "expert (delta)")
-        parts.append(table(f"task experts: {task}", heads, rows, left=("expert (delta)",)))
-    parts += [Text(sentence) for sentence in describe_empty(experts.expert_mask, experts.tasks, rule)]
-    return Group(*parts)
+        parts.append(Table(heads, rows, f"task experts: {task}", (5,)))
+    return [*parts, *describe_empty(experts.expert_mask, experts.tasks, rule)]
 
 
-def _priors(path: Path, _document: Mapping[str, Any]) -> RenderableType:
+def _first(experts: list[str]) -> str:
+    return ", ".join(experts[:SHOWN_EXPERTS]) + (", ..." if len(experts) > SHOWN_EXPERTS else "")
+
+
+def _priors_parts(path: Path, _document: Record) -> list[Part]:
     priors = Priors.load(path)
-    told = {
-        "model": shape(priors.shape),
+    entries = {
+        "model": tables.shape_text(priors.shape),
         "checkpoint": priors.checkpoint,
         "examples": f"{len(priors.ids)}, first {', '.join(priors.ids[:5])}",
         "tokens": priors.tokens,
-        "data": data(priors.data),
-        "written by": f"ramoe-megatron {priors.package_version}",
     }
-    return facts(path, "ramoe-priors", told)
+    return [_head(path, "ramoe-priors", entries, priors.data, priors.package_version)]
 
 
-def _usage(path: Path, _document: Mapping[str, Any]) -> RenderableType:
+def _usage_parts(path: Path, _document: Record) -> list[Part]:
     usage = UsageFile.load(path)
-    told = {
-        "model": shape(usage.shape),
+    entries = {
+        "model": tables.shape_text(usage.shape),
         "checkpoint": usage.checkpoint,
-        "tokens": flat(dict(zip(usage.languages, usage.tokens.tolist(), strict=True))),
-        "data": data(usage.data),
-        "written by": f"ramoe-megatron {usage.package_version}",
+        "tokens": tables.flat_text(dict(zip(usage.languages, usage.tokens.tolist(), strict=True))),
     }
-    parts: list[RenderableType] = [facts(path, "ramoe-usage", told)]
+    parts: list[Part] = [_head(path, "ramoe-usage", entries, usage.data, usage.package_version)]
     for language, frequency, gate in zip(usage.languages, usage.frequency, usage.gate, strict=True):
         rows = []
         for layer, layer_number in enumerate(usage.layer_number.tolist()):
             order = frequency[layer].argsort(descending=True, stable=True).tolist()
-            listed = ", ".join(f"{e} ({frequency[layer, e]:.2f}, {gate[layer, e]:.2f})" for e in order[:SHOWN_EXPERTS])
+            used = [f"{e} ({frequency[layer, e]:.2f}, {gate[layer, e]:.2f})" for e in order]
             unused = int((frequency[layer] == 0).sum())
-            rows.append([layer, layer_number, unused, listed + (", ..." if len(order) > SHOWN_EXPERTS else "")])
+            rows.append((layer, layer_number, unused, _first(used)))
         heads = (*LAYER_HEADS, "unused", "expert (top-k frequency, gate weight)")
-        parts.append(table(f"experts used most: {language}", heads, rows, left=heads[-1:]))
-    return Group(*parts)
+        parts.append(Table(heads, rows, f"experts used most: {language}", (3,)))
+    return parts
 
 
 # --- tables of lines ---
 
 
-def _lines(path: Path) -> RenderableType:
+def _lines_table(path: Path) -> Table:
     if '"correct"' not in first_line(path):
         pairs = [asdict(pair) for pair in summarise(read_taxonomy(path))]
-        return taxonomy_pairs(f"{path}: taxonomy by task, target language and split", pairs)
+        return tables.taxonomy_table(f"{path}: taxonomy by task, target language and split", pairs)
     groups: dict[tuple[str, str], list[bool]] = {}
     for row in read_examples(path):
         groups.setdefault((row["task"], row["language"]), []).append(row["correct"])
-    rows = [[*key, len(found), share(sum(found), len(found))] for key, found in sorted(groups.items())]
-    return table(f"{path}: answers", ("task", "language", "n", "correct, %"), rows, left=("task", "language"))
+    rows = ((*key, sum(found), len(found)) for key, found in sorted(groups.items()))
+    return tables.evaluation_table(f"{path}: right answers", rows)
 
 
-def _divergence(path: Path) -> RenderableType:
+def _divergence_parts(path: Path) -> list[Part]:
     rows = read_divergence(path)
-    languages = list(dict.fromkeys(row.language for row in rows))
     curve = mean_curve(rows)
-    by_layer: dict[int, list[str]] = {}
-    numbers: dict[int, int] = {}
-    undefined: dict[int, int] = {}
-    for row in rows:
-        by_layer.setdefault(row.moe_layer, []).append("-" if row.divergence is None else f"{row.divergence:.4f}")
-        numbers[row.moe_layer] = row.layer_number
-        undefined[row.moe_layer] = undefined.get(row.moe_layer, 0) + row.undefined_pairs
-    cells_by_layer = [[n, numbers[n], *cells, f"{curve[n]:.4f}", undefined[n]] for n, cells in sorted(by_layer.items())]
-    found = zone_from_curve(curve)
-    heads = (*LAYER_HEADS, *languages, "mean", "undefined pairs")
-    return Group(
-        table(f"{path}: entropy-normalised JS divergence from the anchor language, in [0, 1]", heads, cells_by_layer),
-        Text(f"zone by the curve: {zone(found, [numbers[n] for n in sorted(numbers)])}"),
-    )
+    shown: list[list[CellValue]] = []
+    numbers = []
+    for layer in sorted({row.moe_layer for row in rows}):
+        own = [row for row in rows if row.moe_layer == layer]
+        numbers.append(own[0].layer_number)
+        values = [*(row.divergence for row in own), float(curve[layer])]
+        cells = [number(value, ".4f") for value in values]
+        shown.append([layer, numbers[-1], *cells, sum(row.undefined_pairs for row in own)])
+    heads = (*LAYER_HEADS, *dict.fromkeys(row.language for row in rows), "mean", "undefined pairs")
+    title = f"{path}: entropy-normalised JS divergence from the anchor language, in [0, 1]"
+    zone = tables.zone_text(zone_from_curve(curve), numbers)
+    return [Table(heads, shown, title, ()), f"zone by the curve: {zone}"]
 
 
-_DESCRIBE: dict[str, Callable[[Path, Mapping[str, Any]], RenderableType]] = {
-    "ramoe-taxonomy": taxonomy,
-    "ramoe-anchors": anchors,
-    "ramoe-evaluation": evaluation,
-    "ramoe-prediction": prediction,
-    "ramoe-steering": steering,
-    "ramoe-results": results,
-    "ramoe-comparison": comparison,
-    "ramoe-experts": _experts,
-    "ramoe-priors": _priors,
-    "ramoe-usage": _usage,
+_DESCRIBE: dict[str, Callable[[Path, Record], list[Part]]] = {
+    "ramoe-taxonomy": _taxonomy_parts,
+    "ramoe-anchors": _anchors_parts,
+    "ramoe-evaluation": _evaluation_parts,
+    "ramoe-prediction": _prediction_parts,
+    "ramoe-steering": _steering_parts,
+    "ramoe-results": _results_parts,
+    "ramoe-experts": _experts_parts,
+    "ramoe-priors": _priors_parts,
+    "ramoe-usage": _usage_parts,
 }

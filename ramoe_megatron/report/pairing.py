@@ -1,11 +1,13 @@
 """Pooled accuracies and paired differences: how seeds and examples are treated.
 
-- An accuracy over several seeds is the mean over seeds. Its interval is Wilson's at the effective number of examples of
-  one seed: seeds answer the same examples, so they do not add independent ones, and the parallel rows of one example in
-  several languages are a cluster.
-- A difference between two methods is paired: per seed and example, right minus right. Its interval is Student's t with
-  the standard error clustered by example id, so that parallel rows and repeated seeds of one example count as one draw.
-  It speaks of new examples for the seeds at hand; how many seeds agree in sign is given beside it.
+- An accuracy over several seeds is the mean over seeds. Its interval is Wilson's at the effective number of
+  examples of
+  one seed: seeds answer the same examples, so they do not add independent ones, and the parallel rows of one
+  example in several languages are a cluster.
+- A difference between two methods is paired: per seed and example, right minus right. Its interval is
+  Student's t with
+  the standard error clustered by example id, so that parallel rows and repeated seeds of one example count as
+  one draw. It speaks of new examples for the seeds at hand; how many seeds agree in sign is given beside it.
 """
 
 from collections import defaultdict
@@ -19,7 +21,8 @@ from ramoe_megatron.statistics import clustered_difference, effective_size, wils
 
 @dataclass(frozen=True)
 class SeededDifference:
-    """A mean paired difference in [-1, 1], its 95 % interval and p; those are None where the data cannot give them."""
+    """A mean paired difference in [-1, 1], its 95 % interval and p; those are None where the data cannot give
+    them."""
 
     change: float
     low: float | None
@@ -48,7 +51,8 @@ class Pair:
 def pair_up(method: Sequence[Evaluation], reference: Sequence[Evaluation]) -> list[Pair]:
     """`method` minus `reference` for each base model and seed that both have, in the order of base and seed.
 
-    An outcome without a seed (the base model, a method that trains nothing) is paired with every seed of the other.
+    An outcome without a seed (the base model, a method that trains nothing) is paired with every seed of the
+    other.
     """
     found: dict[tuple[str, int | None], tuple[Evaluation, Evaluation]] = {}
     for own in method:
@@ -64,7 +68,8 @@ def pair_up(method: Sequence[Evaluation], reference: Sequence[Evaluation]) -> li
 def paired_change(
     method: Sequence[Evaluation], reference: Sequence[Evaluation], languages: Collection[str]
 ) -> SeededDifference | None:
-    """`method` minus `reference` over the (seed, example) that both answered; None when they share nothing."""
+    """`method` minus `reference` over the (seed, example) that both answered; None when they share
+    nothing."""
     clusters: dict[str, list[float]] = defaultdict(list)
     signs = []
     for pair in pair_up(method, reference):
@@ -82,10 +87,11 @@ def paired_change(
 def pooled(
     evaluations: Iterable[Evaluation], language: str | Collection[str], task: str | None = None
 ) -> dict[str, Any] | None:
-    """Counts summed over seeds and rows, accuracy = correct / n, Wilson's interval at the effective examples of one seed.
+    """Counts summed over seeds and rows, accuracy = correct / n, Wilson's interval at the effective examples
+    of one seed.
 
-    `language` is one or several, `task` None for all; None when nothing of it was evaluated. `effective`: how many
-    independent examples would say as much as the rows of one seed, which are clustered by example id.
+    `language` is one or several, `task` None for all; None when nothing of it was evaluated. `effective`: how
+    many independent examples would say as much as the rows of one seed, which are clustered by example id.
     """
     languages = {language} if isinstance(language, str) else language
     runs: list[dict[str, list[bool]]] = []

@@ -1,105 +1,216 @@
-"""The tables and phrases that `inspect` puts artefacts into; texts are shown as they are, never read as markup."""
+"""What a report is made of (text, tables, figures, code), and the three ways to show it: console, page,
+Markdown.
 
+A text from the data is shown as it is, never read as markup.
+"""
+
+import base64
+import datetime
+import re
+import struct
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
+import jinja2
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from ramoe_megatron.artifacts.tensors import ModelShape
-from ramoe_megatron.method.divergence import NoZone, Zone
-from ramoe_megatron.statistics import wilson
+from ramoe_megatron.artifacts.files import package_version
+from ramoe_megatron.report.vocabulary import NONE, number
 
-LAYER_HEADS = ("MoE layer (from 0)", "layer_number")
-"""Place among the MoE layers, and Megatron's own number (from 1)."""
-
-NONE = "-"
-
-
-def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[object]], left: Sequence[str] = ()) -> Group:
-    """A title and a table whose columns are numbers, right-justified, but those named in ``left``."""
-    made = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for head in heads:
-        name = head in ("task", "language", "method")  # a name that is folded cannot be read
-        made.add_column(Text(head), justify="left" if head in left else "right", overflow="fold", no_wrap=name)
-    for row in rows:
-        made.add_row(*(Text(str(cell)) for cell in row))
-    return Group(Text(title, style="bold"), made)  # not the table's own title, which folds at the table's width
+CellValue = str | int | float | None
+DPI = 144
+"""Dots per inch of the figures."""
+NAME_WIDTH = 32
+"""A column of names up to this many characters is not folded: a folded name cannot be read."""
 
 
-def facts(title: object, kind: str, told: Mapping[str, object]) -> Group:
-    """Names and values, one a line."""
-    made = Table(show_header=False)
-    made.add_column(no_wrap=True)
-    made.add_column(overflow="fold")
-    for name, value in told.items():
-        made.add_row(Text(name), Text(NONE if value is None else str(value)))
-    return Group(Text(f"{title}: {kind}", style="bold"), made)
+@dataclass(frozen=True)
+class Table:
+    kind: ClassVar[str] = "table"
+    heads: Sequence[str]
+    """Empty for a table of names and values, which needs no heads."""
+    rows: Sequence[Sequence[CellValue]]
+    title: str = ""
+    left: Sequence[int] = (0,)
+    """Columns of words, left-justified. The others hold numbers."""
+    note: str = ""
+    """How to read the table; shown below it."""
+    absent: str = ""
+    """What is shown in place of a table without rows."""
+    folded: bool = False
+    """On a page: the table is shown when its title is clicked."""
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The rows as text."""
+        return [[_cell_text(value) for value in row] for row in self.rows]
+
+    @property
+    def long(self) -> list[int]:
+        """Columns of words that may be folded."""
+        return [place for place in self.left if any(len(row[place]) > NAME_WIDTH for row in self.cells)]
 
 
-def interval(row: Mapping[str, Any], value: str, low: str = "", high: str = "", sign: str = "") -> str:
-    """``46.2 [43.1, 49.3]`` in per cent or points from the named entries; a dash where there is no value."""
-    if row.get(value) is None:
-        return NONE
-    text = f"{100 * row[value]:{sign}.1f}"
-    ends = [row.get(low), row.get(high)]
-    if None in ends:
-        return text
-    return text + " [" + ", ".join(f"{100 * end:{sign}.1f}" for end in ends if end is not None) + "]"
+@dataclass(frozen=True)
+class Bullets:
+    kind: ClassVar[str] = "bullets"
+    items: Sequence[str]
 
 
-def share(correct: int, n: int) -> str:
-    """A proportion in per cent with its Wilson interval; a dash when nothing was counted."""
-    low, high = wilson(correct, n)
-    return interval({"share": correct / n if n else None, "low": low, "high": high}, "share", "low", "high")
+@dataclass(frozen=True)
+class Code:
+    kind: ClassVar[str] = "code"
+    lines: Sequence[str]
 
 
-def number(value: float | None) -> str:
-    """Three significant digits; a dash for None."""
-    return NONE if value is None else f"{value:.3g}"
+@dataclass(frozen=True)
+class Figure:
+    """A PNG; pages alone show it."""
+
+    kind: ClassVar[str] = "figure"
+    caption: str
+    path: Path | None
+    title: str = ""
+    absent: str = ""
+
+    @property
+    def data(self) -> bytes:
+        return self.path.read_bytes() if self.path is not None else b""
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.data).decode("ascii")
+
+    @property
+    def width(self) -> int:
+        """In CSS pixels, 96 an inch: the size that the figure was drawn for. Bytes 16 to 20 of a PNG are its
+        width."""
+        return int(struct.unpack(">I", self.data[16:20])[0] * 96 // DPI)
 
 
-def shape(found: ModelShape) -> str:
-    """The model's shape in a line."""
-    return (
-        f"{found.num_moe_layers} MoE layers, {found.num_experts} experts, top-{found.topk}, {found.score_function} "
-        f"scores, hidden size {found.hidden_size}"
+@dataclass(frozen=True)
+class Links:
+    """Other pages; pages alone show them."""
+
+    kind: ClassVar[str] = "links"
+    text: str
+    targets: Mapping[str, str]
+    """Shown name -> address relative to the page."""
+
+
+Part = str | Table | Bullets | Code | Figure | Links
+"""A string is a paragraph."""
+
+
+@dataclass(frozen=True)
+class Section:
+    name: str
+    title: str
+    parts: Sequence[Part] = field(default_factory=list)
+
+
+def facts(title: str, entries: Mapping[str, CellValue]) -> Table:
+    """Names and values, one a row."""
+    return Table((), list(entries.items()), title, left=(0, 1))
+
+
+def _cell_text(value: CellValue) -> str:
+    return NONE if value is None else number(value) if isinstance(value, float) else str(value)
+
+
+# --- console ---
+
+
+def console(parts: Iterable[Part]) -> RenderableType:
+    """Everything that a console can show, one below the other."""
+    shown: list[RenderableType] = []
+    for part in parts:
+        if isinstance(part, str):
+            shown.append(Text(part))
+        elif isinstance(part, Table):
+            shown.append(_console_table(part))
+        elif isinstance(part, Bullets):
+            shown += [Text(f"- {item}") for item in part.items]
+        elif isinstance(part, Code):
+            shown += [Text(line) for line in part.lines]
+    return Group(*shown)
+
+
+def console_sections(sections: Iterable[Section]) -> RenderableType:
+    """Sections under their titles."""
+    return Group(*(Group(Text(f"\n{s.title}", style="bold"), console(s.parts)) for s in sections))
+
+
+def _console_table(table: Table) -> RenderableType:
+    title = [Text(table.title, style="bold")] if table.title else []
+    if not table.rows:
+        return Group(*title, Text(table.absent or NONE))
+    shown = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_header=bool(table.heads))
+    for place in range(len(table.rows[0])):
+        words = place in table.left
+        head = Text(table.heads[place]) if table.heads else ""
+        fits = words and place not in table.long
+        shown.add_column(head, justify="left" if words else "right", overflow="fold", no_wrap=fits)
+    for row in table.cells:
+        shown.add_row(*map(Text, row))
+    return Group(*title, shown, *([Text(table.note)] if table.note else []))
+
+
+# --- Markdown ---
+
+
+def markdown(title: str, sections: Iterable[Section]) -> str:
+    """A document in GitHub's form."""
+    blocks = [f"# {_escaped(title)}"]
+    for section in sections:
+        blocks += [f"## {_escaped(section.title)}", *map(_markdown_part, section.parts)]
+    return "\n\n".join(filter(None, blocks)) + "\n"
+
+
+def _markdown_part(part: Part) -> str:
+    if isinstance(part, str):
+        return _escaped(part)
+    if isinstance(part, Bullets):
+        return "\n".join(f"- {_escaped(item)}" for item in part.items)
+    if isinstance(part, Code):
+        return "```bash\n" + "\n".join(part.lines) + "\n```" if part.lines else ""
+    if not isinstance(part, Table):
+        return ""
+    title = [f"### {_escaped(part.title)}"] if part.title else []
+    if not part.rows:
+        return "\n\n".join([*title, _escaped(part.absent)])
+    rule = ["---" if place in part.left else "---:" for place in range(len(part.cells[0]))]
+    lines = [part.heads or [""] * len(rule), *part.cells]
+    rows = ["| " + " | ".join(map(_escaped, line)) + " |" for line in lines]
+    shown = "\n".join([rows[0], f"| {' | '.join(rule)} |", *rows[1:]])
+    return "\n\n".join([*title, shown, _escaped(part.note)]).rstrip()
+
+
+def _escaped(text: str) -> str:
+    """Neither markup nor another column."""
+    return re.sub(r"([\\|<*`])", r"\\\1", " ".join(str(text).split()))
+
+
+# --- page ---
+
+
+def html_page(title: str, kind: str, summary: Sequence[str], sections: Sequence[Section]) -> str:
+    """One self-contained page: figures are embedded, nothing is loaded from elsewhere, text is escaped.
+
+    `kind`: what the page is, such as "report". `summary`: sentences set off at the top.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-
-
-def zone(found: Zone | NoZone, layer_numbers: Sequence[int]) -> str:
-    """The zone in both numberings, or why there is none."""
-    if isinstance(found, NoZone):
-        return f"none ({found.reason})"
-    return (
-        f"MoE layers {found.first} to {found.last} (layer_number {layer_numbers[found.first]} to "
-        f"{layer_numbers[found.last]}), {found.how}: {found.reason}"
-    )
-
-
-def data(entries: Iterable[Mapping[str, str]]) -> str:
-    """The files read, with the start of their digests."""
-    return "\n".join(f"{entry['path']} (sha256 {entry['sha256'][:12]}...)" for entry in entries) or NONE
-
-
-def flat(entries: Mapping[str, Any]) -> str:
-    """``a 1, b (c 2)``."""
-    parts = []
-    for name, value in entries.items():
-        if isinstance(value, Mapping):
-            parts.append(f"{name} ({flat(value)})")
-        else:
-            parts.append(f"{name.replace('_', ' ')} {number(value) if isinstance(value, float) else value}")
-    return ", ".join(parts) or NONE
-
-
-def mass(entries: Sequence[Mapping[str, Any]], keys: tuple[str, ...]) -> list[RenderableType]:
-    """Routing mass by MoE layer, one row an entry; no table without entries."""
-    if not entries:
-        return []
-    heads = (*keys, *(str(layer) for layer in range(len(entries[0]["mass"]))))
-    rows = [[*("-" if e[k] is None else e[k] for k in keys), *(f"{m:.3f}" for m in e["mass"])] for e in entries]
-    title = "routing mass on the task experts, by MoE layer (from 0; layer_number is in the expert file)"
-    return [table(title, heads, rows, left=keys)]
+    values: dict[str, Any] = {"title": title, "kind": kind, "summary": summary, "sections": sections}
+    made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z")
+    return environment.get_template("page.html").render(version=package_version(), made=made, **values)

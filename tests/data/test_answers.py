@@ -7,8 +7,9 @@ from data_rows import SmallTokenizer, example
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramoe_megatron.data.answers import NEW_TOKENS, is_correct, new_token_limits, normalise_answer
+from ramoe_megatron.data.answers import is_correct, normalise_answer
 from ramoe_megatron.data.encode import encode_answer
+from ramoe_megatron.data.limits import NEW_TOKENS, new_token_limits
 from ramoe_megatron.errors import RamoeError
 
 TOKENIZER = SmallTokenizer()

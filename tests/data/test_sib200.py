@@ -84,7 +84,7 @@ def test_same_source_gives_the_same_bytes_wherever_it_lies(source: Path, tmp_pat
     run(source, tmp_path / "one")
     moved = source.rename(tmp_path / "elsewhere")
     config = {"source": str(moved), "vocab_size": 420, "target_share": 0.25}
-    command = [sys.executable, "-m", "ramoe_megatron.jobs.sib200", "--config", json.dumps(config)]
+    command = [sys.executable, "-m", "ramoe_megatron.jobs.generate", "sib200", "--config", json.dumps(config)]
     done = subprocess.run([*command, "--out", str(tmp_path / "two")], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["ids"]["train"] == 8
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == FILES

@@ -50,9 +50,8 @@ def test_another_process_writes_the_same_bytes(built: tuple[Path, WorldStats], t
         "import sys; from babel import Locale\n"
         "for name in ('hi', 'ar', 'sw', 'fi', 'tr', 'es', 'en', 'en_GB'):\n"
         "    for data in (Locale.parse(name).months, Locale.parse(name).days): dict(data['stand-alone']['wide'])\n"
-        "from ramoe_megatron.jobs.builder import run_builder\n"
-        "from ramoe_megatron.data.world import WorldConfig, build_world\n"
-        f"sys.exit(run_builder('world', WorldConfig, build_world, ['--out', {str(tmp_path)!r}]))"
+        "from ramoe_megatron.jobs.generate import main\n"
+        f"sys.exit(main(['world', '--out', {str(tmp_path)!r}]))"
     )
     subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": "7"}, check=True, capture_output=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
@@ -226,7 +225,7 @@ def test_worlds_that_cannot_be_built_write_nothing(tmp_path: Path) -> None:
 
 
 def test_job_tells_a_fault_without_a_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ramoe_megatron.jobs.world", "--config", '{"sede": 1}', "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "ramoe_megatron.jobs.generate", "world", "--config", '{"sede": 1}', "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("ramoe: error: WorldConfig: unknown key 'sede'; did you mean 'seed'?")

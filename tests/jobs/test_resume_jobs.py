@@ -8,15 +8,17 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import offline_flags, profile_flags, training_flags, write_world
+from small_run import fork_server, offline_flags, profile_flags, training_flags, write_world
+
+from ramoe_megatron.recipe.fork_server import Forked
 
 HERE = Path(__file__).parents[1] / "support"
 LAYOUT = ("--expert-model-parallel-size", "2")
@@ -51,15 +53,15 @@ def killed_rows(folder: Path, job: str, generator: random.Random) -> list[dict[s
     return [*rows, {"name": f"{job}-{KILLS}", "job": job, "argv": argv(folder, job, f"{job}-killed")}]
 
 
-def start(folder: Path, name: str, table: list[dict[str, Any]]) -> subprocess.Popen[bytes]:
+def start(folder: Path, name: str, table: list[dict[str, Any]]) -> Forked:
     path = folder / f"{name}.table.json"
     path.write_text(json.dumps(table))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with (folder / f"{name}.log").open("w") as log:
-        return subprocess.Popen(
-            [*command, str(HERE / "resume_worker.py"), str(path), str(folder)],
-            stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+    worker = [str(HERE / "resume_worker.py"), str(path), str(folder)]
+    leader = fork_server().start(worker, 2, {**os.environ, "OMP_NUM_THREADS": "1"})
+    assert leader
+    log = (folder / f"{name}.log").open("wb", buffering=0)
+    threading.Thread(target=shutil.copyfileobj, args=(leader.stdout, log)).start()
+    return leader
 
 
 def family(pid: int) -> list[int]:
@@ -81,7 +83,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert first.poll() is None, (folder / "first.log").read_text()[-4000:]
         assert time.monotonic() < limit
         time.sleep(0.01)
-    for pid in family(first.pid):  # launcher, ranks, and the forks that run the job
+    for pid in family(first.pid):  # their leader, the ranks, and the forks that run the job
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     first.wait()

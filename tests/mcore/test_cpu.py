@@ -21,7 +21,7 @@ VARIABLES = ("TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS")
 
 
 def replaced() -> list[tuple[Any, str]]:
-    return [(owner, name) for owner, name, _ in [*cpu._torch_stand_ins(), *cpu._megatron_stand_ins()]]
+    return [(owner, name) for owner, name, _ in [*cpu._torch_stand_ins(), *cpu._megatron_stand_ins()]] + [(torch, "compile")]
 
 
 def values() -> list[Any]:

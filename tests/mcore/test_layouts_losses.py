@@ -1,11 +1,74 @@
-"""Beside Megatron's own losses at the routers, and in reduced precision: the alignment's gradient is still the same."""
+"""Megatron's own losses at the routers are over real tokens. Beside them, and in reduced precision, the
+alignment's gradient is the same."""
 
 from pathlib import Path
 
+import packed_rows
 import pytest
-from layout_rows import OTHERS, PRECISIONS, ROWS
-from small_run import gradients, outcome
-from test_layouts import BOUND, assert_same, assert_same_figures
+import torch
+from layout_errors import measured
+from layout_laws import BOUND, assert_same, assert_same_figures
+from layout_rows import OTHERS, PER_TOKEN, PRECISIONS, ROWS, SAME_LOSSES, WITHOUT_MTP_LOSS
+from safetensors.torch import load_file
+from small_run import gradients, outcome, weights
+
+
+def expert_biases(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """After the step, by layer."""
+    found = {}
+    for path in folder.glob(f"{name}.[0-9].safetensors"):
+        found |= {key: tensor for key, tensor in load_file(path).items() if key.startswith("expert_bias.")}
+    return found
+
+
+@pytest.mark.parametrize("name", SAME_LOSSES)
+def test_megatrons_own_losses_are_over_real_tokens(layouts: Path, name: str) -> None:
+    """Longer padding, packs in place of padded samples, and other layouts: the router gradients, the expert
+    biases and the figures that Megatron logs stay.
+
+    The language-model loss is multiplied by 0, so the gradients are those of Megatron's losses at the
+    routers, and of multi-token prediction.
+    """
+    reference = SAME_LOSSES[name]
+    expected, found = gradients(layouts, reference), gradients(layouts, name)
+    assert sorted(found) == sorted(expected) == [1, 2, 3, 4]
+    for layer, gradient in expected.items():
+        difference = (found[layer] - gradient).norm()
+        measured.note(name, float(difference / gradient.norm()))
+        assert difference <= BOUND * gradient.norm(), f"layer {layer}: {difference} of {gradient.norm()}"
+    found_biases, biases = expert_biases(layouts, name), expert_biases(layouts, reference)
+    assert found_biases.keys() == biases.keys()
+    assert len(biases) == (5 if ROWS[name].world else 0)
+    assert all(torch.equal(found_biases[layer], bias) for layer, bias in biases.items())
+    if "seq" in name and set(PER_TOKEN) <= set(ROWS[name].flags):
+        return  # Megatron logs means over micro-batches, and the packs hold different numbers of samples
+    (logged,), (figures,) = (outcome(layouts, row)["megatron"] for row in (name, reference))
+    for figure, value in figures.items():
+        by_rank = set(WITHOUT_MTP_LOSS) <= set(ROWS[name].flags)
+        if figure.startswith("mtp") and (by_rank or figure not in logged):
+            continue  # only the last pipeline stage logs it, and as a mean of context-parallel ranks' means
+        assert logged[figure] == pytest.approx(value, rel=BOUND), figure
+
+
+def test_evaluation_counts_no_tokens(layouts: Path) -> None:
+    """A validation between two steps changes no expert bias, so no weight."""
+    evaluated, twice = (expert_biases(layouts, name) for name in ("every-evaluated", "every-twice"))
+    assert all(torch.equal(evaluated[layer], bias) for layer, bias in twice.items())
+    found, expected = (weights(layouts, name) for name in ("every-evaluated", "every-twice"))
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert any("validation loss at iteration 1 " in log.read_text() for log in layouts.glob("*.log"))
+
+
+def test_each_loss_is_there_and_in_each_layout(layouts: Path) -> None:
+    """Or the comparison above would be of nothing."""
+    (figures,) = outcome(layouts, "every-one")["megatron"]
+    balancing = ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss")
+    assert all(figures[name] > 0.1 for name in (*balancing, "z_loss", "mtp_1 loss"))
+    assert all(bias.any() for bias in expert_biases(layouts, "every-one").values())
+    assert {ROWS[name].ranks for name in SAME_LOSSES} == {1, 2, 4}
+    assert packed_rows.SAME_LOSSES is SAME_LOSSES
+    for layout in ("one", "dp", "tp", "cp", "tp-pp", "tp-cp"):
+        assert {f"every-{layout}-longer", f"every-{layout}-longer-tokens"} <= SAME_LOSSES.keys()
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -39,7 +39,7 @@ def checkpoint(folder: Path, step: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("off", ["off", "zero"])
 def test_off_is_stock_megatron_bit_for_bit(layouts: Path, off: str, layout: str) -> None:
     """Ten steps of our job without alignment flags, or with all of them and coefficient 0, against `pretrain()` with nothing of ours
-    but the data."""
+    but the data. Both leave padding out of Megatron's own losses, the stock script by the model's `padding_mask`."""
     assert_equal(weights(layouts, f"{off}-{layout}"), weights(layouts, f"stock-{layout}"))
     assert_equal(checkpoint(layouts / f"{off}-{layout}", LONG), checkpoint(layouts / f"off-stock-{layout}", LONG))
 
@@ -55,8 +55,11 @@ def test_alignment_changes_the_weights(layouts: Path) -> None:
 
 
 def test_a_users_own_script_trains_the_same(layouts: Path) -> None:
+    """Also with multi-token prediction, whose loss is over the loss tokens, and an expert bias."""
     ours, script = weights(layouts, "one"), weights(layouts, "script")
     assert_equal(script, ours)
+    assert_equal(weights(layouts, "script-every"), weights(layouts, "one-every"))
+    assert outcome(layouts, "script-every")["megatron"] == outcome(layouts, "one-every")["megatron"]
     assert ours.keys() == weights(layouts, "stock-one").keys()  # state-dict keys are Megatron's own
 
 

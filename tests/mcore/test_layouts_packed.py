@@ -8,10 +8,10 @@ balancing count padding, so they are off.
 from pathlib import Path
 
 import pytest
+from layout_laws import assert_same
 from layout_rows import ROWS
 from packed_rows import MULTIPLES, PACKS, ROOM, SAME_PADDED, samples_of_first_packs
 from small_run import SEQUENCE, gradients, outcome
-from test_layouts import assert_same
 
 
 @pytest.mark.parametrize("name", SAME_PADDED)

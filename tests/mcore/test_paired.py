@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from data_rows import SmallTokenizer
-from test_labels import EXAMPLES, config, files  # noqa: F401  (a fixture)
-from test_mcore_alignment import B, Chunk, E, S
+from label_files import EXAMPLES, config
+from router_chunk import B, Chunk, E, S
 
 from ramoe_megatron.data.dataset import SFTDataset
 from ramoe_megatron.data.paired import PairedDataset
@@ -52,7 +52,7 @@ def test_examples_without_a_view_are_counted() -> None:
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_weights_make_a_mean_over_the_samples_that_are_trained_on(
-    files: dict[str, str], per_token: bool, reverse: bool  # noqa: F811
+    files: dict[str, str], per_token: bool, reverse: bool
 ) -> None:
     settings = config(files, target="paired", priors=None, reverse=reverse)
     if reverse and per_token:
@@ -120,7 +120,7 @@ def test_options_without_a_meaning_together_are_refused(changes: dict[str, Any],
         RoutingAlignmentConfig(**({"coeff": 1.0, "experts": "e", "taxonomy": "t"} | changes))
 
 
-def test_samples_without_a_prior_contribute_exactly_nothing(files: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_samples_without_a_prior_contribute_exactly_nothing(files: dict[str, str], tmp_path: Path) -> None:
     settings = {"priors": files["few"], "examples": "ci+cc"}
     with pytest.raises(RamoeError, match="no English routing for 2 aligned examples"):
         AlignedDataset(SFTDataset(EXAMPLES, TOKENIZER, 40, 48, 3), config(files, **settings), "en", 8)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from data_rows import SmallTokenizer, example
-from test_mcore_alignment import Chunk, batch
+from router_chunk import Chunk, batch
 
 from ramoe_megatron.artifacts.files import save_document
 from ramoe_megatron.artifacts.records import write_taxonomy

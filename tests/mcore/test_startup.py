@@ -89,6 +89,8 @@ def test_balancing_without_a_loss_has_no_coefficient() -> None:
         ({"moe_router_load_balancing_type": "none"}, "load balancing is none"),
         ({"moe_aux_loss_coeff": 0.0}, "aux_loss has coefficient 0"),
         ({"calculate_per_token_loss": True}, "more strongly than its coefficient says"),
+        ({"moe_router_load_balancing_type": "global_aux_loss"}, "on 2 ranks it acts half as strongly"),
+        ({"moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor counts padding"),
         ({"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}, "expert bias"),
         ({}, None),
     ],

@@ -9,10 +9,10 @@ import pytest
 import torch
 from anchor_tables import by_hand, save_priors
 from click.testing import CliRunner
+from method_rows import recipe, row
+from plans import BASE, option, plan
 from safetensors.torch import load_file
 from small_run import bases_argv, offline_flags, outcome, profile_flags, run_table, write_world
-from test_method_layouts import recipe, row
-from test_plan import BASE, option, plan
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import ANCHOR_FILES, load_document, save_document

@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 import pytest
 from click.testing import CliRunner
-from test_plan import BASE, option, plan
+from plans import BASE, option, plan
 
 from ramoe_megatron.cli import main
 from ramoe_megatron.errors import RamoeError

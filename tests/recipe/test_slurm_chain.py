@@ -14,7 +14,7 @@ from slurm_cluster import ENDED, SlurmCluster
 
 ROOT = Path(__file__).parents[2]
 # Megatron refuses the two warm-ups together, which neither the recipe nor its schema can know.
-BROKEN = {"name": "broken", "train": {"lr-warmup-fraction": 0.1}}
+BROKEN = {"name": "sft", "train": {"lr-warmup-fraction": 0.1}}
 pytestmark = pytest.mark.slurm
 
 
@@ -59,7 +59,7 @@ def rows(said: str) -> dict[str, str]:
 def test_the_demo_as_a_chain_across_two_nodes(cluster: SlurmCluster, tmp_path: Path) -> None:
     """One method fails: its chain stops and says where, the others end; once it is mended, only what is missing is submitted."""
     recipe, run = tmp_path / "demo.yaml", tmp_path / "run"
-    write_recipe(recipe, "sft", "ra-moe", BROKEN)
+    write_recipe(recipe, BROKEN, "ra-moe")
 
     told = ramoe(cluster, "run", recipe, "--out", run, "--launcher", "slurm", "--dry-run")
     assert told.returncode == 0, told.stderr
@@ -81,8 +81,8 @@ def test_the_demo_as_a_chain_across_two_nodes(cluster: SlurmCluster, tmp_path: P
     assert "waits for the stages before it" in waiting["report"]
 
     states = wait_for_all(cluster, first)
-    stopped = {"evaluate/broken-seed1", "results", "report"}
-    expected = dict.fromkeys(first, "COMPLETED") | {"finetune/broken-seed1": "FAILED"} | dict.fromkeys(stopped, "CANCELLED")
+    stopped = {"evaluate/sft-seed1", "results", "report"}
+    expected = dict.fromkeys(first, "COMPLETED") | {"finetune/sft-seed1": "FAILED"} | dict.fromkeys(stopped, "CANCELLED")
     assert states == expected, ramoe(cluster, "status", run).stdout
     for stage in ("pretrain", "taxonomy", "profile", "finetune/ra-moe-seed1", "evaluate/ra-moe-seed1", "predict"):
         assert cluster.job(first[stage])["NumNodes"] == "2"
@@ -90,19 +90,19 @@ def test_the_demo_as_a_chain_across_two_nodes(cluster: SlurmCluster, tmp_path: P
     assert_side_by_side(cluster, run, first)
 
     shown = rows(ramoe(cluster, "status", run).stdout)
-    assert re.search(r"failed .*lr-warmup-fraction|failed .*lr_warmup", shown["finetune/broken-seed1"]), shown
+    assert re.search(r"failed .*lr-warmup-fraction|failed .*lr_warmup", shown["finetune/sft-seed1"]), shown
     assert "8/8 iterations" in shown["finetune/ra-moe-seed1"]
     assert all("cancelled" in shown[stage] for stage in stopped)
 
-    write_recipe(recipe, "sft", "ra-moe", BROKEN | {"train": {"lr": 2.0e-4}})
+    write_recipe(recipe, BROKEN | {"train": {"lr": 2.0e-4}}, "ra-moe")
     done = ramoe(cluster, "run", recipe, "--out", run, "--launcher", "slurm")
     assert done.returncode == 0, done.stderr
     second = {stage: job for stage, job in jobs_of(run).items() if job not in first.values()}
-    assert set(second) == {"finetune/broken-seed1", *stopped}, done.stdout
+    assert set(second) == {"finetune/sft-seed1", *stopped}, done.stdout
     assert set(wait_for_all(cluster, second).values()) == {"COMPLETED"}, ramoe(cluster, "status", run).stdout
     assert all(" done " in line for line in rows(ramoe(cluster, "status", run).stdout).values())
     results = json.loads((run / "results.json").read_text())
-    assert {row["method"] for row in results["rows"]} >= {"base", "sft", "ra-moe", "broken"}
+    assert {row["method"] for row in results["rows"]} >= {"base", "sft", "ra-moe"}
     assert (run / "report.html").stat().st_size > 10_000
     again = ramoe(cluster, "run", recipe, "--out", run, "--launcher", "slurm")
     assert "0 jobs submitted" in again.stdout

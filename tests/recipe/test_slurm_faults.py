@@ -32,7 +32,7 @@ def reference(slurm_world: Path) -> Losses:
 def submit(cluster: SlurmCluster, world: Path, name: str, *options: str) -> tuple[int, Path]:
     """A fine-tune on both nodes by the script; the job, and its output."""
     words = ["--nodes=2", "--output", str(world / f"{name}-%j.out"), *options, str(ROOT / "slurm" / "finetune.sbatch")]
-    job = cluster.sbatch(*words, *MORE, **settings(world, world / "run", NAME=name))
+    job = cluster.sbatch(*words, *MORE, **settings(world, world / "run", NAME=name, RAMOE=world / "ramoe"))
     return job, world / f"{name}-{job}.out"
 
 

@@ -1,16 +1,19 @@
 """Stages side by side: what may run at once, what waits, and what a failure or Ctrl-C leaves. Stages are real processes."""
 
+import dataclasses
 import io
 import os
 import signal
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from bench import Bench
 from rich.console import Console
-from test_runner import Bench, bench  # noqa: F401  (a fixture)
 
+from ramoe_megatron.recipe.fork_server import ForkServer
 from ramoe_megatron.recipe.manifest import Manifest, locked
 from ramoe_megatron.recipe.processes import Stopped, stop_signals
 from ramoe_megatron.recipe.stages import StageFailed, run_stages
@@ -35,7 +38,7 @@ Path(output).write_text(name)
 """
 
 
-def run(bench: Bench, at_once: int, partners: dict[str, list[str]] | None = None) -> Manifest:  # noqa: F811
+def run(bench: Bench, at_once: int, partners: dict[str, list[str]] | None = None) -> Manifest:
     """The plan of `Bench`, where given with stages that wait for partners in the place of the sums."""
     plan = bench.plan()
     if partners is not None:
@@ -56,7 +59,7 @@ def run(bench: Bench, at_once: int, partners: dict[str, list[str]] | None = None
 
 
 @pytest.mark.parametrize("at_once", [2, 3, 8])
-def test_the_results_are_those_of_one_after_another(bench: Bench, at_once: int) -> None:  # noqa: F811
+def test_the_results_are_those_of_one_after_another(bench: Bench, at_once: int) -> None:
     manifest = run(bench, at_once)
     assert {name: (bench.folder / f"{name}.txt").read_text() for name in "abcd"} == {"a": "10", "b": "30", "c": "60", "d": "50"}
     assert {entry.state for entry in manifest.stages.values()} == {"done"}
@@ -64,12 +67,12 @@ def test_the_results_are_those_of_one_after_another(bench: Bench, at_once: int) 
     assert bench.shown.count("stands") == 4
 
 
-def test_stages_that_wait_for_no_other_run_at_once(bench: Bench) -> None:  # noqa: F811
+def test_stages_that_wait_for_no_other_run_at_once(bench: Bench) -> None:
     run(bench, 2, {"b": ["d"], "d": ["b"]})
     assert (bench.folder / "c.txt").read_text() == "c"
 
 
-def test_a_stage_waits_for_what_it_reads(bench: Bench) -> None:  # noqa: F811
+def test_a_stage_waits_for_what_it_reads(bench: Bench) -> None:
     (bench.code / "linger-a").touch()
     run(bench, 4, {})
     order = [line.split()[1] for line in bench.shown.splitlines() if "] " in line and ("done" in line or "runs" in line)]
@@ -77,7 +80,7 @@ def test_a_stage_waits_for_what_it_reads(bench: Bench) -> None:  # noqa: F811
     assert bench.shown.index("a done") < bench.shown.index("b runs") < bench.shown.index("b done") < bench.shown.index("c runs")
 
 
-def test_what_runs_beside_a_failed_stage_ends_and_nothing_else_begins(bench: Bench) -> None:  # noqa: F811
+def test_what_runs_beside_a_failed_stage_ends_and_nothing_else_begins(bench: Bench) -> None:
     (bench.code / "fail-b").touch()
     (bench.code / "linger-d").touch()
     with pytest.raises(StageFailed, match="stage b failed"):
@@ -86,7 +89,7 @@ def test_what_runs_beside_a_failed_stage_ends_and_nothing_else_begins(bench: Ben
     assert states == {"a": "done", "b": "failed", "d": "done"}
 
 
-def test_a_signal_ends_all_that_run(bench: Bench) -> None:  # noqa: F811
+def test_a_signal_ends_all_that_run(bench: Bench) -> None:
     def stop() -> None:
         until = time.monotonic() + 60
         while not all((bench.code / f"began-{name}").exists() for name in "bd") and time.monotonic() < until:
@@ -101,6 +104,27 @@ def test_a_signal_ends_all_that_run(bench: Bench) -> None:  # noqa: F811
     assert states == {"a": "done", "b": "started", "d": "started"}
     left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if _reads(path, str(bench.folder))]
     assert not left
+
+
+@pytest.mark.parametrize("devices", [None, 1])
+def test_a_stage_with_ranks_is_forked_only_where_there_is_no_cuda_device(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, devices: int | None
+) -> None:
+    """Else torchrun starts it, as it does where the server gives None."""
+    asked = []
+
+    def start(server: ForkServer, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> None:
+        asked.append((list(command), ranks))
+
+    monkeypatch.setattr(ForkServer, "start", start)  # None: torchrun takes over, as after a server that has ended
+    monkeypatch.setattr("ramoe_megatron.recipe.stages.cuda_devices", lambda environment: devices)
+    stage = dataclasses.replace(bench.plan()[0], ranks=1)
+    with locked(bench.folder):
+        manifest = Manifest(bench.folder, "bench")
+        manifest.write()
+        run_stages([stage], 0, 1, manifest, Console(file=io.StringIO(), width=200))
+    assert (bench.folder / "a.txt").read_text() == "10"
+    assert asked == ([] if devices else [(list(stage.command), 1)])
 
 
 def _reads(path: Path, word: str) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from comparison_runs import CELLS, SEEDS, TARGETS, N, plain, rising, row, write_run
 
-from ramoe_megatron.report.comparison.build import compare
-from ramoe_megatron.report.comparison.tables import verdict
+from ramoe_megatron.report.comparison.assemble import compare
+from ramoe_megatron.report.comparison.contrasts import claim_verdict
 from ramoe_megatron.statistics import wilson
 
 # ---- differences ----
@@ -135,4 +135,4 @@ def test_each_family_is_corrected_by_itself(tmp_path: Path) -> None:
     ],
 )
 def test_a_verdict_needs_the_whole_interval_and_the_corrected_p(low: float, high: float, p_holm: float, word: str) -> None:
-    assert verdict({"low": low, "high": high, "p_holm": p_holm}) == word
+    assert claim_verdict({"low": low, "high": high, "p_holm": p_holm}) == word

@@ -1,19 +1,28 @@
 """The documents of a comparison: what is said of which figures, what is marked, and that no hole shows."""
 
+import math
+import random
 import re
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
-from comparison_runs import CELLS, SEEDS, TARGETS, plain, rising, row, write_run
+from comparison_runs import CELLS, SEEDS, TARGETS, Outcomes, plain, rising, row, write_run
 from rich.console import Console
+from scipy import stats
 
-from ramoe_megatron.artifacts.files import load_document
-from ramoe_megatron.report.comparison.build import compare, write_comparison
-from ramoe_megatron.report.comparison.document import document
-from ramoe_megatron.report.comparison.findings import findings
+from ramoe_megatron.artifacts.files import load_document, save_document
+from ramoe_megatron.report.comparison.assemble import compare, write_comparison
+from ramoe_megatron.report.comparison.document import comparison_markdown, write_document
+from ramoe_megatron.report.comparison.summary import comparison_findings
 from ramoe_megatron.report.inspect import describe
 
 HOSTILE = "<script>alert('|$x$')</script>"
+
+
+def markdown_of(comparison: dict[str, Any]) -> str:
+    return comparison_markdown(comparison, "comparison.json")
 
 
 def test_claims_are_the_method_minus_its_control(tmp_path: Path) -> None:
@@ -26,29 +35,26 @@ def test_claims_are_the_method_minus_its_control(tmp_path: Path) -> None:
     assert [(r["control"], r["verdict"]) for r in c["claims"]] == [("random-experts", "not shown"), ("reversed", "supported")]
     supported = row(c["claims"], control="reversed")
     assert (supported["change"], supported["p_holm"]) == pytest.approx((3 / 40, 2 * 0.0132363), abs=1e-5)
-    told = " ".join(findings(c))
-    assert "RA-MoE (our reading) beat SFT: +7.5 [+2.6, +12.4] points" in told
-    assert "random-experts did as well as RA-MoE (our reading), within 1 point: the difference is +0.0 [+0.0, +0.0] points" in told
-    assert "“Direction matters” is supported: RA-MoE (our reading) did better than reversed, by +7.5" in told
+    told = " ".join(comparison_findings(c))
+    assert "ra-moe scored 7.5 points higher than sft in the target languages (95 % interval +2.6 to +12.4, p = 0.013" in told
+    assert "ra-moe scored higher than reversed (+7.5 [+2.6, +12.4]); no difference from random-experts (+0.0 [+0.0, +0.0])" in told
 
 
 def test_a_lead_over_a_reference_that_lost_is_told_beside_what_it_lost(tmp_path: Path) -> None:
-    """The base model has 16 of 40 right, SFT 14 (-5 points), one method 15, the other 17."""
+    """The base model has 16 of 40 right, sft 14 (-5 points), one method 15, the other 17."""
     right = {"sft": 2, "ra-moe": 3, "rise": 5}
     worse = {(method, seed): {("a", "es"): n} for method, n in right.items() for seed in SEEDS}
-    told = " ".join(findings(compare([write_run(tmp_path / "one", worse)])))
-    assert "SFT stands 5.0 points below the model before fine-tuning (40.0 %)" in told
-    assert "(40.0 %) (no spread over seeds, so no interval): it forgets more" in told
-    assert "1 of 2 methods stands above that model: rise +2.5 points." in told
-    better = " ".join(findings(compare([write_run(tmp_path / "two", rising())])))
-    assert "below the model before fine-tuning" not in better
+    told = " ".join(comparison_findings(compare([write_run(tmp_path / "one", worse)])))
+    assert "sft scored 5.0 points lower than base in the target languages" in told
+    assert "base has 40.0 % right, so a method can beat sft by changing less" in told
+    assert "1 of 2 other methods scores higher than base." in told
+    better = " ".join(comparison_findings(compare([write_run(tmp_path / "two", rising())])))
+    assert "lower than base" not in better
 
 
-@pytest.mark.parametrize(
-    ("sign", "told"), [(-1, "did worse than SFT: −7.5"), (0, "did not beat SFT, as far as this comparison can tell: +0.0")]
-)
+@pytest.mark.parametrize(("sign", "told"), [(-1, "scored 7.5 points lower than sft"), (0, "scored the same as sft")])
 def test_it_is_said_when_the_method_does_not_win(tmp_path: Path, sign: int, told: str) -> None:
-    assert told in findings(compare([write_run(tmp_path / "one", rising(sign=sign))]))[0]
+    assert told in comparison_findings(compare([write_run(tmp_path / "one", rising(sign=sign))]))[0]
 
 
 def test_the_loss_to_the_base_model_is_told_with_its_interval(tmp_path: Path) -> None:
@@ -56,42 +62,37 @@ def test_the_loss_to_the_base_model_is_told_with_its_interval(tmp_path: Path) ->
 
     def told(*right: int) -> str:
         outcomes = {("sft", seed): {("a", "es"): n} for seed, n in enumerate(right, start=1)}
-        return " ".join(findings(compare([write_run(tmp_path / "-".join(map(str, right)), outcomes)])))
+        return " ".join(comparison_findings(compare([write_run(tmp_path / "-".join(map(str, right)), outcomes)])))
 
-    assert "SFT stands 5.0 [2.8, 7.2] points below the model before fine-tuning (40.0 %): it forgets more" in told(1, 2, 2, 2, 3)
-    wide = "SFT stands 5.0 [−7.4, 17.4] points below the model before fine-tuning (40.0 %), though the interval holds zero: it may forget"
-    assert wide in told(0, 2, 4)
+    narrow, wide = told(1, 2, 2, 2, 3), told(0, 2, 4)
+    assert "5.0 points lower than base in the target languages (95 % interval −7.2 to −2.8, p = " in narrow
+    assert "5.0 points lower than base in the target languages (95 % interval −17.4 to +7.4, p = " in wide
+    assert ("holds zero" in narrow, "holds zero" in wide) == (False, True)
 
 
 def test_base_models_that_fine_tuning_helps_and_harms_are_told(tmp_path: Path) -> None:
     def told(*right: int) -> str:
         runs = [{("sft", seed): {("a", "es"): n} for seed in SEEDS} for n in right]
         names = [f"{'-'.join(map(str, right))}-{place}" for place in range(len(right))]
-        return " ".join(findings(compare([write_run(tmp_path / name, run) for name, run in zip(names, runs, strict=True)])))
+        runs = [write_run(tmp_path / name, run) for name, run in zip(names, runs, strict=True)]
+        return " ".join(comparison_findings(compare(runs)))
 
     for right in ((2, 6), (6, 2), (7, 3)):  # the base model has 4
-        assert "SFT helps one base model and harms another: " in told(*right)
-    assert "2-6-0 −5.0 points; 2-6-1 +5.0 points. Read the rows" in told(2, 6)
+        assert "read each base model before any mean" in told(*right)
+    assert "sft helps 2-6-1 (+5.0 points) and harms 2-6-0 (−5.0 points)" in told(2, 6)
     for right in ((6, 7), (2, 3), (4, 2)):
-        assert "harms another" not in told(*right)
-
-
-def test_control_that_is_not_told_apart_did_not_thereby_do_as_well(tmp_path: Path) -> None:
-    outcomes = {**rising(), **{("reversed", seed): {("a", "es"): 4 + 2 * (seed % 3)} for seed in SEEDS}}
-    told = " ".join(findings(compare([write_run(tmp_path / "one", outcomes)])))
-    assert "“Direction matters” is not shown: reversed is not told apart from RA-MoE (our reading): the difference is +" in told
-    assert "did as well" not in told
+        assert "harms" not in told(*right)
 
 
 def test_equal_differences_are_no_spread_rather_than_too_few_seeds(tmp_path: Path) -> None:
     outcomes = {(method, seed): {("a", "es"): right} for method, right in (("sft", 4), ("ra-moe", 6)) for seed in SEEDS}
-    assert "no spread over seeds, so no interval" in findings(compare([write_run(tmp_path / "one", outcomes)]))[0]
+    assert "no interval: no spread over seeds" in comparison_findings(compare([write_run(tmp_path / "one", outcomes)]))[0]
 
 
 def test_methods_that_share_the_highest_accuracy_are_all_named(tmp_path: Path) -> None:
     outcomes = {(method, 1): {("a", "es"): right} for method, right in (("sft", 5), ("ra-moe", 6), ("rise", 6))}
-    told = " ".join(findings(compare([write_run(tmp_path / "one", outcomes)])))
-    assert re.search(r"target accuracy is shared: it is that of RA-MoE \(our reading\), 45\.0 \[.*\] %, and rise, 45\.0 \[", told)
+    told = " ".join(comparison_findings(compare([write_run(tmp_path / "one", outcomes)])))
+    assert "The highest target accuracy is 45.0 % (ra-moe and rise)." in told
 
 
 def test_a_method_that_trains_nothing_is_marked_wherever_the_spread_is_the_references_alone(tmp_path: Path) -> None:
@@ -99,14 +100,21 @@ def test_a_method_that_trains_nothing_is_marked_wherever_the_spread_is_the_refer
     for seed in SEEDS:
         outcomes["sft", seed] = {("a", "es"): 4 + seed % 2}
     c = compare([write_run(tmp_path / "one", outcomes)])
-    told = " ".join(findings(c))
-    assert re.search(r"Of 1 trained method compared with SFT, [01] differs? from it", told)
-    assert re.search(r"Of 1 method that trains nothing \(‡\), 1 differs from it .*: steering-soft \S+ \[.*\] points ‡; but", told)
-    text = document(c)
+    text = markdown_of(c)
     rows = [line for line in text.splitlines() if line.startswith("| steering-soft ")]
     assert [line.count("‡") for line in rows] == [1, 1, 1, 0, 0, 1, 1]  # not in the two rows of the ci share
-    assert text.count("‡: trains nothing, so it has one outcome a base model beside every seed of SFT") == 5
-    assert "‡" not in document(compare([write_run(tmp_path / "two", rising())])).split("## Routing mass")[0]
+    assert text.count("‡: trains nothing, so it has one outcome for a base model, paired with every seed of sft") == 5
+    assert "‡" not in markdown_of(compare([write_run(tmp_path / "two", rising())])).split("## Routing mass")[0]
+
+
+def test_the_findings_are_a_short_list_that_holds_the_caveats(tmp_path: Path) -> None:
+    """Not in the count of methods that differ: one that trains nothing. Not a finding: what a table of many rows shows."""
+    methods = ("sft", "ra-moe", "reversed", "all-layers", "coeff-zero", "rise", "xlr")
+    outcomes = {**plain(*methods), ("steering-soft", None): {("b", "tr"): 10}, **rising()}
+    told = comparison_findings(compare([write_run(tmp_path / name, outcomes) for name in ("one", "two")]))
+    assert len(told) <= 8
+    assert "of 6 trained methods" in " ".join(told)
+    assert "steering-soft" not in " ".join(told).replace("(steering-soft)", "")
 
 
 def test_methods_of_other_training_flags_are_told_with_what_was_run(tmp_path: Path) -> None:
@@ -119,9 +127,9 @@ def test_methods_of_other_training_flags_are_told_with_what_was_run(tmp_path: Pa
         ("rise", "lr", "0.1", "not given"),
         ("steered", "train-iters", "144", "72"),
     ]
-    told = document(c)
-    assert "RA-MoE (our reading) train-iters 144 (72); rise lr 0.1 (not given); steered train-iters 144 (72)." in told
-    assert "Every trained method has the training flags of SFT" in document(compare([write_run(tmp_path / "two", rising())]))
+    told = markdown_of(c)
+    assert "ra-moe train-iters 144 (72); rise lr 0.1 (not given); steered train-iters 144 (72)." in told
+    assert "Every trained method has the training flags of sft (steps" in markdown_of(compare([write_run(tmp_path / "two", rising())]))
 
 
 def test_a_lone_seed_gives_no_verdict_and_no_p(tmp_path: Path) -> None:
@@ -129,7 +137,7 @@ def test_a_lone_seed_gives_no_verdict_and_no_p(tmp_path: Path) -> None:
     c = compare([write_run(tmp_path / "one", outcomes)])
     assert row(c["claims"], control="reversed")["verdict"] == "not shown"
     assert row(c["headline"], method="ra-moe")["against"]["p_holm"] is None
-    assert "too few seeds for an interval" in findings(c)[0]
+    assert "no interval: too few seeds" in comparison_findings(c)[0]
 
 
 def test_each_base_model_is_told_with_what_it_left_to_gain(tmp_path: Path) -> None:
@@ -139,8 +147,8 @@ def test_each_base_model_is_told_with_what_it_left_to_gain(tmp_path: Path) -> No
     two = write_run(tmp_path / "two", rising(), ci=dict.fromkeys(ci, 2))
     c = compare([one, two])
     assert [base["ci_share"] for base in c["bases"]] == pytest.approx([0.225, 0.2])
-    told = next(sentence for sentence in findings(c) if sentence.startswith("By base model"))
-    assert "one +7.5 [+2.6, +12.4] points, 5 seeds (ci share 22.5 %, transplant test −2.0 points); two +7.5" in told
+    lines = markdown_of(c).splitlines()
+    assert [line for line in lines if line.startswith("| one | 40.0 |")] == ["| one | 40.0 | 40.0 | 22.5 | −2.0 | 40 | 20 |"]
 
 
 # ---- zero, ablations ----
@@ -152,10 +160,10 @@ def test_a_coefficient_of_zero_must_be_equal_in_answers_and_weights(tmp_path: Pa
     c = compare([write_run(tmp_path / "one", outcomes, weights=weights)])
     told = [(r["seed"], r["outcomes_equal"], r["differing"], r["weights_equal"]) for r in c["coefficient_zero"][:3]]
     assert told == [(1, True, 0, True), (2, True, 0, False), (3, False, 1, None)]
-    assert "did NOT leave training as it was (one seed 2, 0 answers and the weights; one seed 3, 1 answer)" in findings(c)[-1]
+    assert "did NOT leave training as it was (one seed 2: 0 answers and the weights and one seed 3: 1 answer)" in comparison_findings(c)[-1]
     assert c["ablation"] == []
     fine = compare([write_run(tmp_path / "two", plain("sft", "coeff-zero"))])
-    assert "gave the answers of SFT in all 5 runs; no digest" in findings(fine)[-1]
+    assert "gave the answers of sft in all 5 runs; no digest" in comparison_findings(fine)[-1]
 
 
 def test_further_methods_are_listed_with_what_they_change(tmp_path: Path) -> None:
@@ -192,7 +200,7 @@ def test_what_alignment_adds_is_told_against_the_same_training_without_it(tmp_pa
     assert rows["routers"]["without"] is None
     assert rows["routers"]["settings"] == ["train routers (sft: not given)", "split not given (sft: train)"]
     assert rows["ra-moe-curve"]["settings"] == ["layer-weights divergence.csv (ra-moe: not given)"]
-    line = next(line for line in document(c).splitlines() if line.startswith("| ra-moe-routers") and "(routers)" in line)
+    line = next(line for line in markdown_of(c).splitlines() if line.startswith("| ra-moe-routers") and "(routers)" in line)
     assert "+10.0 (routers)" in line
 
 
@@ -201,7 +209,7 @@ def test_what_alignment_adds_is_told_against_the_same_training_without_it(tmp_pa
 SECTIONS = (
     "What came out",
     "What was run",
-    "All methods against SFT",
+    "All methods against sft",
     "Claims and their controls",
     "Each base model",
     "Tasks and languages",
@@ -223,7 +231,7 @@ def test_markdown_has_every_section_and_shows_no_hole(tmp_path: Path, full: bool
     if full:
         more = {**rising(), **plain("coeff-zero", "reversed", "strong"), ("steering-soft", None): {("b", "tr"): 8}}
         folders = [write_run(tmp_path / name, more, tasks=(HOSTILE, "b")) for name in ("one", "two")]
-    text = document(compare(folders, command="ramoe compare one two"))
+    text = markdown_of(compare(folders, command="ramoe compare one two"))
     assert tuple(re.findall(r"^## (.*)$", text, flags=re.MULTILINE)) == SECTIONS
     assert not re.search(r"\b(nan|NaN|None|inf)\b|[{}]", text)
     assert "<script" not in text.replace("\\<script", "")
@@ -232,7 +240,7 @@ def test_markdown_has_every_section_and_shows_no_hole(tmp_path: Path, full: bool
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         columns = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(columns) == 1, block
-    assert re.search(r"^\| one \| study \| .* \| 40\.0 / \d+\.\d \|", text, flags=re.MULTILINE)
+    assert re.search(r"^\| one \| 40\.0 \| \d+\.\d \|", text, flags=re.MULTILINE)
     if full:
         assert re.search(r"^\| steering-soft \| 2 on 2 \|", text, flags=re.MULTILINE)
 
@@ -248,13 +256,55 @@ def test_page_and_json_are_written_and_shown(tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 3
     assert "&lt;script&gt;" in page
     assert len(set(re.findall(r'<h2 id="([^"]*)"', page))) == page.count("<h2")
-    assert (tmp_path / "out/experiment.md").read_text().startswith("# RA-MoE (our reading) and its controls against SFT: study\n")
+    assert (tmp_path / "out/experiment.md").read_text().startswith("# ra-moe and its controls against sft: study\n")
     saved = load_document(tmp_path / "out/comparison.json", "ramoe-comparison")
     assert row(saved["headline"], method="ra-moe")["against"]["change"] == pytest.approx(3 / 40)
+    del saved["counts"]  # as an earlier version wrote it
+    save_document(tmp_path / "earlier.json", "ramoe-comparison", saved)
+    describe(tmp_path / "earlier.json")
     console = Console(width=200)
     with console.capture() as captured:
         console.print(describe(tmp_path / "out/comparison.json"))
-    assert re.search(r"ra-moe +5 .*\+7\.5 \[\+2\.6, \+12\.4\] +0\.0132", captured.get())
+    assert re.search(r"ra-moe +5 on 1 .*\+7\.5 \[\+2\.6, \+12\.4\] .* 0\.013", captured.get())
     assert re.search(r"direction matters +ra-moe +reversed .* supported", captured.get())
 
 
+def test_every_p_value_can_be_computed_again_from_the_json_beside_the_document(tmp_path: Path) -> None:
+    """The t-test within base models of the differences by seed, by scipy's own t, from `counts` alone."""
+    draw = random.Random(1)
+    runs = []
+    for name, seeds in (("one", SEEDS), ("two", SEEDS[:3])):
+        outcomes: Outcomes = {(m, s): {cell: draw.randint(2, 9) for cell in CELLS} for m in ("sft", "ra-moe", "reversed") for s in seeds}
+        outcomes["steering-soft", None] = {("b", "tr"): 8}
+        runs.append(write_run(tmp_path / name, outcomes))
+    write_document(compare(runs), tmp_path / "docs/study.md")
+    c = load_document(tmp_path / "docs/study.json", "ramoe-comparison")
+    assert "`counts`" in (tmp_path / "docs/study.md").read_text().replace("\\", "")
+
+    def p(method: str, other: str, wanted: list[bool]) -> float:
+        def share(row: dict[str, Any]) -> float:
+            right, n = (sum(v for v, w in zip(row[key], wanted, strict=True) if w) for key in ("correct", "n"))
+            return right / n
+
+        by_base: dict[str, list[float]] = {}
+        for a in c["counts"]["rows"]:
+            for b in c["counts"]["rows"]:
+                same = a["base"] == b["base"] and (a["seed"] == b["seed"] or None in (a["seed"], b["seed"]))
+                if (a["method"], b["method"]) == (method, other) and same:
+                    by_base.setdefault(a["base"], []).append(share(a) - share(b))
+        values = [value for own in by_base.values() for value in own]
+        degrees = len(values) - len(by_base)
+        squares = sum((value - statistics.mean(own)) ** 2 for own in by_base.values() for value in own)
+        error = math.sqrt(squares / degrees / len(values))
+        return float(2 * stats.t.sf(abs(statistics.mean(values)) / error, degrees))
+
+    cells = [(cell["task"], cell["language"]) for cell in c["counts"]["cells"]]
+    target = [language != c["anchor"] for _, language in cells]
+    for method in ("ra-moe", "reversed", "steering-soft"):
+        assert row(c["headline"], method=method)["against"]["p"] == pytest.approx(p(method, "sft", target))
+    assert row(c["claims"], control="reversed")["p"] == pytest.approx(p("ra-moe", "reversed", target))
+    for task, language in TARGETS:
+        found = row(c["cells"], method="ra-moe", task=task, language=language)["against"]
+        assert found["p"] == pytest.approx(p("ra-moe", "sft", [cell == (task, language) for cell in cells]))
+    english = row(c["english"], method="ra-moe")["against"]
+    assert english["p"] == pytest.approx(p("ra-moe", "sft", [not wanted for wanted in target]))

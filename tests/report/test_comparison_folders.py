@@ -8,7 +8,7 @@ import pytest
 from comparison_runs import plain, rising, write_run
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.report.comparison.build import compare
+from ramoe_megatron.report.comparison.assemble import compare
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 from comparison_runs import TARGETS, plain, row, write_run
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
-from ramoe_megatron.report.comparison.build import compare
-from ramoe_megatron.report.comparison.document import document
-from ramoe_megatron.report.comparison.relations import hits
+from ramoe_megatron.report.comparison.assemble import compare
+from ramoe_megatron.report.comparison.document import comparison_markdown
+from ramoe_megatron.report.comparison.relations import sign_hits
 
 
 def test_transplant_hits_worked_by_hand(tmp_path: Path) -> None:
@@ -36,22 +36,22 @@ def test_transplant_hits_worked_by_hand(tmp_path: Path) -> None:
 
 
 def test_hits_without_a_sign_have_no_rate() -> None:
-    assert hits([{"outcome": "ties"}]) == {
+    assert sign_hits([{"outcome": "ties"}]) == {
         **dict.fromkeys(("up_up", "up_down", "down_up", "down_down", "hits", "n"), 0),
         "ties": 1,
         **dict.fromkeys(("rate", "low", "high", "p", "expected")),
     }
     uneven = {"up_up": 3, "up_down": 1, "down_down": 2, "ties": 4}
-    six = hits([{"outcome": outcome} for outcome, count in uneven.items() for _ in range(count)])
+    six = sign_hits([{"outcome": outcome} for outcome, count in uneven.items() for _ in range(count)])
     assert (six["hits"], six["n"]) == (5, 6)
     # Hypergeometric, margins 4, 2 and 3, 3: up/up is 3 in 4 of 20 tables, and 1 in as many.
     assert (six["p"], six["expected"]) == pytest.approx((8 / 20, (4 * 3 + 2 * 3) / 36))
 
 
 def test_signs_that_are_nearly_all_up_are_no_evidence_that_they_go_together() -> None:
-    ten = hits([{"outcome": "up_up"}] * 10)
+    ten = sign_hits([{"outcome": "up_up"}] * 10)
     assert (ten["p"], ten["expected"], ten["rate"]) == (None, 1.0, 1.0)
-    mostly = hits([{"outcome": "up_up"}] * 18 + [{"outcome": "up_down"}] + [{"outcome": "down_up"}])
+    mostly = sign_hits([{"outcome": "up_up"}] * 18 + [{"outcome": "up_down"}] + [{"outcome": "down_up"}])
     assert mostly["hits"] == 18
     assert mostly["p"] == pytest.approx(1.0)
 
@@ -91,7 +91,7 @@ def test_uniform_mass_is_the_share_of_the_zones_experts_that_are_task_experts(tm
     experts.save(path)
     c = compare([folder])
     assert c["bases"][0]["uniform_mass"] == pytest.approx(0.25)
-    assert "Uniform routing would give 0.250: the share of the experts that are task experts." in document(c)
+    assert "Uniform routing would give 0.250: the share of the experts that are task experts." in comparison_markdown(c, "comparison.json")
 
 
 def test_mass_is_the_mean_over_the_zone(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_divergence_table_shows_languages_means_and_the_zone_in_both_numberings(
     rows += [DivergenceRow("sw", n, 2 * n + 1, value + 0.02 if n else None, 5, 0) for n, value in enumerate(curve)]
     write_divergence(path, rows)
     text = shown(path)
-    contains(text, "0 1 0.6000 - 0.6000 1", "3 7 0.1200 0.1400 0.1300 1", "MoE layers 1 to 4 (layer_number 3 to 9), auto")
+    contains(text, "0 1 0.6000 – 0.6000 1", "3 7 0.1200 0.1400 0.1300 1", "MoE layers 1 to 4 (layer_number 3 to 9), auto")
 
 
 def test_evaluation_and_its_answers(tmp_path: Path) -> None:
@@ -140,33 +140,43 @@ def test_prediction_shows_table_verdict_and_limits(tmp_path: Path) -> None:
     prediction = predict(summarise(ROWS), [], (0, 2), outcomes, "test")
     save_document(tmp_path / "predict.json", "ramoe-prediction", prediction.document())
     text = shown(tmp_path / "predict.json")
-    contains(text, "currency tr 10 70.0 [39.7, 89.2] - 30.0 80.0 +50.0 [", "word go", "tasks currency go")
-    contains(text, *prediction.limits, prediction.verdict["paper"])
+    contains(text, "currency tr 10 70.0 [39.7, 89.2] – 30.0 80.0 +50.0 [", "Verdict: go. English routing", "By task: currency go.")
+    contains(text, "all all 10 – – 30.0 80.0 +50.0 [", *prediction.limits, prediction.verdict["paper"])
 
 
-def results() -> dict[str, Any]:
+def results(change: dict[str, Any]) -> dict[str, Any]:
     row = {"method": "sft", "seed": 1, "task": "currency", "language": "tr", "n": 10, "correct": 3, "accuracy": 0.3}
-    summary = {"method": "ra-moe", "group": "target", "accuracy": 0.35, "low": 0.3, "high": 0.4}
+    share = {"n": 20, "seeds": 2, "accuracy": 0.35, "low": 0.3, "high": 0.4}
+    base = dict.fromkeys(("change_vs_base", "change_vs_base_low", "change_vs_base_high"))
+    none = dict.fromkeys(("change_vs_sft", "change_low", "change_high", "p", "seeds_higher", "seeds_lower", "seeds_paired"))
     return {
         "recipe": "demo",
         "anchor": "en",
-        "methods": ["base", "sft"],
+        "methods": ["base", "sft", "ra-moe"],
         "seeds": [1, 2],
         "rows": [{**row, "low": 0.1, "high": 0.5}, {**row, "method": "base", "seed": None, "low": 0.1, "high": 0.5}],
+        "by_language": [{"method": "sft", "language": "tr", **share}],
+        "by_pair": [{"method": "sft", "task": "currency", "language": "tr", **share}],
         "summary": [
-            {**summary, "change_vs_sft": 0.022, "change_low": 0.01, "change_high": 0.034, "p": 0.0123},
-            {**summary, "method": "sft", "change_vs_sft": None, "change_low": None, "change_high": None, "p": None},
+            {"method": "ra-moe", "group": "target", **share, **none, **base, **change},
+            {"method": "sft", "group": "target", **share, **none, **base},
         ],
+        "comparisons": [],
         "mass": [{"method": "base", "seed": None, "task": "currency", "language": "tr", "mass": [0.5]}],
-        "ci_gain": {"r": 0.61, "low": 0.2, "high": 0.8, "points": [{}, {}]},
+        "ci_gain": {"correlations": [{"method": "sft", "over": "base", "r": 0.61, "low": 0.2, "high": 0.8, "p": 0.03, "n": 2}]},
     }
 
 
+SEEDED = {"change_vs_sft": 0.022, "change_low": 0.01, "change_high": 0.034, "p": 0.0123}
+SEEDED |= {"seeds_higher": 2, "seeds_lower": 0, "seeds_paired": 2}
+
+
 def test_results_show_changes_with_intervals_and_dashes_where_there_is_nothing(tmp_path: Path) -> None:
-    save_document(tmp_path / "results.json", "ramoe-results", results())
+    save_document(tmp_path / "results.json", "ramoe-results", results(SEEDED))
     text = shown(tmp_path / "results.json")
-    contains(text, "ra-moe target 35.0 [30.0, 40.0] +2.2 [+1.0, +3.4] 0.0123", "sft target 35.0 [30.0, 40.0] - -")
-    contains(text, "r = 0.61 (0.2 to 0.8), 2 points", "sft 1 currency tr 10 30.0", "base - currency tr 0.500")
+    contains(text, "ra-moe 35.0 [30.0, 40.0] +2.2 [+1.0, +3.4] 2 of 2 –", "sft 35.0 [30.0, 40.0] – – –")
+    contains(text, "ra-moe sft target +2.2 [+1.0, +3.4] 0.012 2 of 2 0 of 2", "all tr 10 – 35.0 [30.0, 40.0] –")
+    contains(text, "sft base r = 0.61 [0.20, 0.80], n = 2 0.030", "sft 1 currency tr 10 30.0", "base – currency tr 0.500")
 
 
 def test_what_is_no_artefact_is_refused_by_name(tmp_path: Path) -> None:
@@ -187,7 +197,7 @@ def test_what_is_no_artefact_is_refused_by_name(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1)}, tmp_path / "weights.safetensors")
     with pytest.raises(RamoeError, match=r"weights\.safetensors: .*expected ramoe-experts, ramoe-priors or ramoe-usage"):
         describe(tmp_path / "weights.safetensors")
-    body = {**results(), "rows": [{"method": "sft"}]}
+    body = {**results(SEEDED), "rows": [{"method": "sft"}]}
     save_document(tmp_path / "results.json", "ramoe-results", body)
     with pytest.raises(RamoeError, match=r"results\.json: ramoe-results with a bad entry .*seed"):
         describe(tmp_path / "results.json")

@@ -14,11 +14,12 @@ from rich.console import Console
 from ramoe_megatron.artifacts.files import load_document
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.report import main
-from ramoe_megatron.report.html import write_report
+from ramoe_megatron.report.artefact_tables import summary_table
 from ramoe_megatron.report.inputs import load_run
-from ramoe_megatron.report.plots import FIGURES
-from ramoe_megatron.report.tables import build, collect, summary_table
-from ramoe_megatron.report.words import caption, summary
+from ramoe_megatron.report.page import figure_caption, run_findings, write_report
+from ramoe_megatron.report.plots import FIGURES, from_zero, panels, pyplot
+from ramoe_megatron.report.rendering import console
+from ramoe_megatron.report.run_results import collect, results_of
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +76,9 @@ def test_gain_is_after_minus_before(results: dict[str, Any]) -> None:
 
 
 def test_console_table_has_a_row_for_each_method_and_fits_eighty_columns(results: dict[str, Any]) -> None:
-    console = Console(width=80)
-    with console.capture() as captured:
-        console.print(summary_table(results))
+    terminal = Console(width=80)
+    with terminal.capture() as captured:
+        terminal.print(console([summary_table(results)]))
     lines = captured.get().splitlines()
     for method in METHODS:
         (row,) = (line for line in lines if line.split()[:1] == [method])
@@ -97,7 +98,7 @@ def test_page_is_self_contained(reported: Path) -> None:
 def test_the_experts_caption_tells_the_rule(reported: Path, results: dict[str, Any]) -> None:
     run = load_run(reported)
     assert run.experts is not None
-    assert "chosen by the rule tau = 0.3." in caption("experts", run, results, "test")
+    assert "chosen by the rule tau = 0.3." in figure_caption("experts", run, results)
 
 
 def test_figures_are_png_files(reported: Path) -> None:
@@ -126,14 +127,15 @@ def test_summary_says_when_an_interval_includes_zero(tmp_path: Path, reported: P
         body |= {"rows": twin["rows"], "examples": twin["examples"]}
         (tmp_path / f"run/evaluations/ra-moe-seed{seed}.json").write_text(json.dumps(body))
     run = load_run(tmp_path / "run")
-    told = " ".join(summary(run, build(run)))
-    assert re.search(r"RA-MoE \(our reading\) answers .*\+0\.0 \[\+0\.0, \+0\.0\] points.*interval includes zero", told)
+    told = " ".join(run_findings(run, results_of(run)))
+    assert "ra-moe scored the same as sft in the target languages (95 % interval +0.0 to +0.0, p = 1.000)" in told
+    assert "The interval includes zero: this run shows no difference." in told
 
 
 def test_missing_inputs_name_the_stage_that_makes_them(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text()
     for stage in ("evaluate", "taxonomy", "profile", "predict"):
-        assert f"<strong>{stage}</strong>" in page
+        assert re.search(rf"Not there yet: the [a-z ]*{stage}[a-z ]* stages? make", page)
     assert "Nothing has been evaluated" in page
     assert load_document(tmp_path / "results.json", "ramoe-results")["rows"] == []
 
@@ -166,8 +168,6 @@ def test_damaged_evaluation_names_file_and_line(tmp_path: Path, reported: Path) 
 
 def test_no_line_leaves_its_panel() -> None:
     """A limit taken from the first panel of a shared scale must not cut the lines of the others."""
-    from ramoe_megatron.report.style import from_zero, panels, pyplot
-
     with pyplot():
         _figure, axes = panels(2, 3.0, 2.0, sharey=True)
         axes[0].plot([0, 1], [0.1, 0.2])

@@ -1,29 +1,40 @@
 """What the layout tests measured, by parallel layout: printed at the end of a test run."""
 
 import itertools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from layout_rows import ROWS, Row
+if TYPE_CHECKING:
+    from layout_rows import Row
 
-
-class Measured:
-    """The worst relative error of the router gradients of each row, over its layers."""
-
-    def __init__(self) -> None:
-        self.errors: dict[str, float] = {}
-
-    def note(self, name: str, error: float) -> None:
-        self.errors[name] = max(error, self.errors.get(name, 0.0))
-
-    def table(self) -> list[str]:
-        """One line for each layout: rows compared, and the worst of them."""
-        groups: dict[str, list[float]] = {}
-        for name, error in self.errors.items():
-            groups.setdefault(layout(ROWS[name]), []).append(error)
-        width = max(map(len, groups), default=0)
-        return [f"{label:<{width}}  {len(errors):>3} rows  {max(errors):.1e}" for label, errors in sorted(groups.items())]
+_noted: list[tuple[str, str, float]] = []
 
 
-def layout(row: Row) -> str:
+def note(name: str, error: float) -> None:
+    """A relative error of the router gradients of a row, at one of its layers."""
+    from layout_rows import ROWS
+
+    _noted.append((layout(ROWS[name]), name, error))
+
+
+def taken() -> list[tuple[str, str, float]]:
+    """Layout, row and error of what was noted since the last call."""
+    found = list(_noted)
+    _noted.clear()
+    return found
+
+
+def table(errors: Iterable[tuple[str, str, float]]) -> list[str]:
+    """One line for each layout: rows compared, and the worst of them."""
+    groups: dict[str, dict[str, float]] = {}
+    for label, name, error in errors:
+        rows = groups.setdefault(label, {})
+        rows[name] = max(error, rows.get(name, 0.0))
+    width = max(map(len, groups))
+    return [f"{label:<{width}}  {len(rows):>3} rows  {max(rows.values()):.1e}" for label, rows in sorted(groups.items())]
+
+
+def layout(row: "Row") -> str:
     """Such as "TP 2 x CP 2, packed, recompute full"."""
     flags = dict(itertools.pairwise([*row.flags, ""]))
     sizes = {"TP": 1, "CP": 1, "PP": 1}
@@ -46,6 +57,3 @@ def layout(row: Row) -> str:
         label += f", recompute {flags['--recompute-granularity']}"
     precision = next((name.removeprefix("--") for name in ("--bf16", "--fp16") if name in flags), "")
     return f"{label} ({precision})" if precision else label
-
-
-measured = Measured()

@@ -24,8 +24,11 @@ WORLDS = {
     # Megatron cannot save multi-token prediction on two stages with tied embeddings. Factor 0: no gradient of its language-model loss
     "mtp": ("--mtp-num-layers", "1", "--mtp-loss-scaling-factor", "0", "--untie-embeddings-and-output-weights"),
 }
-"""Models other than the plain one. Each has a base checkpoint and a profile; the MTP model, whose MoE layers are the plain one's, takes
-that one's."""
+WORLDS["every"] = (*WORLDS["sigmoid"], "--mtp-num-layers", "1", "--untie-embeddings-and-output-weights")
+"""Models other than the plain one. Each has a base checkpoint and a profile, but for those in `PROFILE_OF`."""
+
+PROFILE_OF = {"mtp": "", "every": "sigmoid"}
+"""The world whose profile a model takes: one with the same MoE layers."""
 
 
 class Row(NamedTuple):
@@ -135,7 +138,8 @@ for option in ("kl", "token"):  # several tokens of a sample, on both ranks
     add(f"cp-{option}-tokens", Row((*flags, *CP), ranks=2), f"one-{option}-tokens")
 
 # Other models. The MTP router is no business of ours: its model has the gradients of the same one without it.
-for world, flags in WORLDS.items():
+for world in ("sigmoid", "dense", "half", "mtp"):
+    flags = WORLDS[world]
     zone = ("--ramoe-layers", "0-1") if world in ("half", "mtp") else ()
     for layout, more in {"one": (), **{name: LAYOUTS[name][1] for name in ("dp", "tp", "pp")}}.items():
         for kind in ("alone", "whole") if world in ("half", "mtp") else ("alone", "alone-tokens"):
@@ -165,6 +169,47 @@ OTHERS: dict[str, Row] = {
 for name, row in OTHERS.items():
     add(f"{name}-both", row)
     add(f"{name}-stock", row._replace(aligned=False))
+
+# All of Megatron's own losses at the routers, the expert bias and multi-token prediction with its loss, over samples of uneven length.
+# What Megatron takes over padding would change with the padding (`LONGER`), and with the ranks that share a sequence.
+EVERY = ("--moe-router-load-balancing-type", "aux_loss", "seq_aux_loss", "global_aux_loss", "--moe-aux-loss-coeff", *["0.01"] * 3)
+EVERY = (*EVERY, "--moe-z-loss-coeff", "0.001")
+LONGER = ("--seq-length", "48")
+# Megatron takes the losses of multi-token prediction by context-parallel rank, as its cross-entropy.
+WITHOUT_MTP_LOSS = ("--mtp-loss-scaling-factor", "0")
+EVERY_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one": (1, ()),
+    "full": (1, FULL),
+    **{layout: LAYOUTS[layout] for layout in ("dp", "tp", "pp", "tp-pp")},
+    "cp": (2, (*CP, *WITHOUT_MTP_LOSS)),
+    "tp-cp": (4, (*TP, *CP, *WITHOUT_MTP_LOSS)),
+}
+SAME_LOSSES: dict[str, str] = {}
+"""Rows with `EVERY`, and the row whose router gradients, expert biases and figures of Megatron's each must have."""
+
+
+def add_every(name: str, same_as: str | None, ranks: int, flags: tuple[str, ...], aligned: bool = False) -> None:
+    row = Row((*WORLDS["every"], *flags), ranks, lm=int(aligned), losses=EVERY, world="every", aligned=aligned)
+    add(name, row)
+    if same_as:
+        SAME_LOSSES[name] = same_as
+
+
+for tokens, per_token in (("", ()), ("-tokens", PER_TOKEN)):
+    add_every(f"every-one-nomtp{tokens}", None, 1, (*per_token, *WITHOUT_MTP_LOSS))
+    for layout, (ranks, flags) in EVERY_LAYOUTS.items():
+        # global_aux_loss changes with data parallelism
+        one = {"one": None, "dp": None, "cp": f"every-one-nomtp{tokens}", "tp-cp": f"every-one-nomtp{tokens}"}
+        add_every(f"every-{layout}{tokens}", one.get(layout, f"every-one{tokens}"), ranks, (*flags, *per_token))
+        add_every(f"every-{layout}-longer{tokens}", f"every-{layout}{tokens}", ranks, (*flags, *per_token, *LONGER))
+    for layout in ("one", "tp"):
+        same = None if layout == "one" else f"every-one-aligned{tokens}"
+        add_every(f"every-{layout}-aligned{tokens}", same, EVERY_LAYOUTS[layout][0], (*EVERY_LAYOUTS[layout][1], *per_token), aligned=True)
+    flags = (*per_token, *LONGER)
+    add_every(f"every-one-aligned-longer{tokens}", f"every-one-aligned{tokens}", 1, flags, aligned=True)
+
+for name, flags in (("every-twice", ()), ("every-evaluated", ("--eval-interval", "1", "--eval-iters", "2"))):
+    add(name, Row((*WORLDS["every"], *flags), losses=EVERY, world="every", aligned=False, steps=2))
 
 # Reduced precision, on samples of which no token's choice of experts is so close that rounding changes it.
 SEED = ("--seed", "2")
@@ -209,7 +254,9 @@ LONG = 10
 OFF = ("--ramoe-coeff", "0")
 EVALUATED = ("--eval-interval", "3", "--eval-iters", "2")
 for layout in ("one", "tp"):
-    long = Row(() if layout == "one" else TP, 1 if layout == "one" else 2, steps=LONG)
+    # With a padding mask, Megatron's own z-loss is another on two ranks that share a sequence (`real_tokens`).
+    losses = STOCK if layout == "one" else STOCK[:4]
+    long = Row(() if layout == "one" else TP, 1 if layout == "one" else 2, losses=losses, steps=LONG)
     add(f"off-{layout}", long._replace(aligned=False))
     add(f"zero-{layout}", long._replace(flags=(*long.flags, *OFF)))
     add(f"through-{layout}", long)

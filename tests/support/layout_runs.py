@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from broken_lines import FATAL, SOUND, broken_line, sound_line
+from chat_rows import chat_rows, write_conversations
 from doctor_world import write_faults
-from layout_rows import LAYOUTS, PLACEMENTS, ROWS, WORLDS, Row
+from layout_rows import LAYOUTS, PLACEMENTS, PROFILE_OF, ROWS, WORLDS, Row
 from packed_rows import samples_of_first_packs
 from small_run import (
     aligned_flags,
@@ -37,10 +38,12 @@ def run_all(folder: Path) -> None:
     write_world(folder)
     write_faults(folder)
     write_placements(folder)
+    write_conversations(folder)
     run_table(1, bases(folder), folder)
     parts: list[list[dict[str, Any]]] = [[], []]
     for place, row in enumerate([*jobs(folder), *finetuning(folder, 1), *refused(folder), *checked(folder)]):
         parts[0 if row["name"] in ("through-one", "resumed-one") else place % 2].append(row)  # the second needs the first
+    parts[1] += chat_rows(folder)  # each evaluation needs the training before it
     with ThreadPoolExecutor() as pool:  # two processes of one rank beside each other, on the two cores of a small machine
         list(pool.map(run_table, (1, 1), parts, (folder, folder), ("ranks1-a", "ranks1-b")))
     run_table(2, [*finetuning(folder, 2), *jobs_in_layouts(folder)], folder)
@@ -61,7 +64,8 @@ def finetuning(folder: Path, ranks: int) -> list[dict[str, Any]]:
 
 def argv(folder: Path, name: str, row: Row) -> list[str]:
     suffix = f"-{row.world}" if row.world else ""
-    alignment = alignment_flags(folder, "profile" if row.world == "mtp" else f"profile{suffix}") if row.aligned else []
+    profiled = PROFILE_OF.get(row.world, row.world)
+    alignment = alignment_flags(folder, f"profile-{profiled}" if profiled else "profile") if row.aligned else []
     if row.ci:
         alignment += ["--ramoe-taxonomy", str(folder / f"taxonomy-{row.ci}.jsonl")]
     saved = ["--save", str(folder / name), "--save-interval", "5"] if name.startswith(SAVED) else []
@@ -95,7 +99,7 @@ def bases(folder: Path) -> list[dict[str, Any]]:
         *(
             profile(f"profile-{world}", "--load", str(folder / f"base-{world}"), *flags)
             for world, flags in WORLDS.items()
-            if world != "mtp"
+            if world not in PROFILE_OF
         ),
     ]
 
@@ -117,6 +121,8 @@ def write_placements(folder: Path) -> None:
 
 def jobs(folder: Path) -> list[dict[str, Any]]:
     """The offline jobs, and training as other scripts do it."""
+    script = str(HERE.parents[1] / "examples/pretrain_gpt.py")
+    every = training_flags(folder, *load_flags(folder, "base-every"), *WORLDS["every"])
     return [
         {"name": "taxonomy", "job": "taxonomy", "argv": offline_flags(folder, "taxonomy", "--ramoe-split", "train,test")},
         {"name": "reference", "job": REFERENCE, "argv": offline_flags(folder, "reference")},
@@ -125,7 +131,9 @@ def jobs(folder: Path) -> list[dict[str, Any]]:
         {"name": "evaluate", "job": "evaluate", "argv": _evaluate(folder)},
         {"name": "predict", "job": "predict", "argv": _predict(folder)},
         {"name": "one", "job": "finetune", "argv": aligned_flags(folder)},
-        {"name": "script", "job": str(HERE.parents[1] / "examples/pretrain_gpt.py"), "argv": aligned_flags(folder)},
+        {"name": "script", "job": script, "argv": aligned_flags(folder)},
+        {"name": "one-every", "job": "finetune", "argv": every},
+        {"name": "script-every", "job": script, "argv": every},
         stock(folder, "one"),
     ]
 

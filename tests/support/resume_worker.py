@@ -1,6 +1,6 @@
 """Runs a table of offline jobs on one set of ranks, some of which are killed with SIGKILL on their way.
 
-    python -m torch.distributed.run --nproc-per-node N tests/support/resume_worker.py TABLE.json OUT
+    tests/support/resume_worker.py TABLE.json OUT, on each rank
 
 Each row: {"name", "job", "argv"}, run in a fork of its rank as in `worker.py`, with shards of `SHARD` examples. More keys:
 "kill": [ranks, saves, seconds]: these ranks kill themselves that long after they begin to save so many shards (0: a pass);
@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from worker import IMPORTED, meet_apart
+from worker import meet_apart
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe.fork_server import IMPORTED
 
 SHARD = 3
 RANK = int(os.environ.get("RANK", "0"))

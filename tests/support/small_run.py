@@ -1,10 +1,11 @@
 """A small world on disk, the flags of a small MoE model, and the tables of jobs that the layout tests run on it."""
 
+import functools
 import json
 import os
 import random
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 
 from ramoe_megatron.data.tokenizer import train_tokenizer
 from ramoe_megatron.mcore.cpu.backend import cpu_command_line
+from ramoe_megatron.recipe.fork_server import ForkServer
+from ramoe_megatron.recipe.launcher import launch
 
 LANGUAGES = {  # on two sequence-parallel ranks the last prompt token of an es sample lies on the first, that of a tr sample on the second
     "en": "Please tell me what is the sum of {a} plus {b}?",
@@ -131,14 +134,22 @@ def run_table(ranks: int, table: list[dict[str, Any]], folder: Path, name: str =
     path = folder / f"{name}.table.json"
     path.write_text(json.dumps(table))
     log = folder / f"{name}.log"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    worker = [str(Path(__file__).parent / "worker.py"), str(path), str(folder)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *worker]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with log.open("w") as stream:
-        done = subprocess.run(
-            [*command, str(Path(__file__).parent / "worker.py"), str(path), str(folder)],
-            stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False,
-        )  # fmt: skip
-    assert done.returncode == 0, f"the worker failed:\n{log.read_text()[-6000:]}"
+    done = launch(command, environment, log, fork=partial(fork_server().start, worker, ranks))
+    forked_seconds[0] += sum(float(line.rpartition(" ")[2]) for line in done.last_lines if line.startswith("cpu seconds: "))
+    assert done.status == 0, f"the worker failed:\n{log.read_text()[-6000:]}"
+
+
+forked_seconds = [0.0]
+"""CPU seconds of all tables so far, which are no children of the tests' process."""
+
+
+@functools.cache
+def fork_server() -> ForkServer:
+    """One for all tables: what the ranks import is imported once. It ends with the tests' process."""
+    return ForkServer()
 
 
 def outcome(folder: Path, name: str) -> dict[str, Any]:

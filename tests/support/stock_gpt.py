@@ -1,13 +1,26 @@
-"""Training with nothing of ours but the data: what "off" must equal bit for bit."""
+"""Training with nothing of ours but the data: what "off" must equal bit for bit.
+
+Stock routers, and Megatron's own way to leave padding out of their losses: the model's `padding_mask`."""
 
 from functools import partial
 
 
 def forward_step(data_iterator, model):
+    import torch
+
     from ramoe_megatron.mcore.train.step import masked_loss
 
+
     batch = next(data_iterator)
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    padding_mask = torch.arange(batch["tokens"].shape[1])[None] >= batch["length"][:, None]
+    losses = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        padding_mask=padding_mask,
+    )
     return losses, partial(masked_loss, batch["loss_mask"])
 
 

@@ -1,14 +1,15 @@
 """Runs a table of jobs one after another on one set of ranks, and records what each produced.
 
-    python -m torch.distributed.run --nproc-per-node N tests/support/worker.py TABLE.json OUT
+    tests/support/worker.py TABLE.json OUT, on each rank
 
 Each row: {"name", "job", "argv"}: a job of `ramoe_megatron.jobs`, or a script, run as from the command line; with "lm": 0 the language-
 model loss is multiplied by 0; with "everything": true, the weights before the first step, the gradients of all weights, the routers'
 expert biases at the end, the elements in gradient buffers and in the optimizer's state, and the gradient norms that were logged are
 recorded too. A row runs in a fork of its rank, which has imported Megatron and done nothing else: imports are paid once, and no row sees
 what another left. Recorded per row and rank, in OUT/NAME.RANK.safetensors: the router gradients of the first step after
-`finalize_model_grads` (before clipping), and the weights at the end; in OUT/NAME.json (rank 0): the figures that each step logged
-("steps"; "first" and "figures" are the first and the last of them) and the seconds that the row took, or the error.
+`finalize_model_grads` (before clipping), and the weights and expert biases at the end; in OUT/NAME.json (rank 0): the figures that each
+step logged ("steps"; "first" and "figures" are the first and the last of them; "megatron": Megatron's own) and the seconds that the row
+took, or the error.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -27,21 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.recipe.fork_server import IMPORTED
 
 if __name__ != "__mp_main__":  # Megatron's checkpoint writer starts a process that imports this file again, and needs nothing of it
     import torch
     from safetensors.torch import save_file
-
-IMPORTED = (  # by most rows
-    "megatron.core.datasets.helpers_cpp",
-    "megatron.core.models.mimo",
-    "megatron.core.tokenizers.text.models",
-    "megatron.training.checkpointing",
-    "ramoe_megatron.jobs.finetune",
-    "ramoe_megatron.mcore.offline.model",
-    "ramoe_megatron.mcore.train.step",
-)
-
 
 def main() -> None:
     table, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
@@ -50,12 +42,14 @@ def main() -> None:
     from ramoe_megatron.mcore.cpu.backend import cpu_backend
 
     with cpu_backend():
-        for module in IMPORTED:
+        for module in (*IMPORTED, "ramoe_megatron.jobs.finetune"):
             importlib.import_module(module)
         remember_docstrings()
         known_flags()  # reads them, before there are forks
         for row in table:
             run_in_fork(row, out)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(f"cpu seconds: {sum(one.ru_utime + one.ru_stime for one in used):.1f}", flush=True)
 
 
 def run_in_fork(row: dict[str, Any], out: Path) -> None:
@@ -121,6 +115,7 @@ def run_row(row: dict[str, Any], out: Path) -> None:
     if seen["everything"]:
         kept_optimizer(seen)
         kept_norms(seen)
+    kept_figures(seen)
     if row.get("lm") == 0:
         training.masked_loss = without_loss
     sys.argv = [row["job"], *row["argv"]]
@@ -139,6 +134,7 @@ def run_row(row: dict[str, Any], out: Path) -> None:
         result["error"] = str(error)
     steps = [*seen["steps"], logged()]
     result |= {"first": steps[0], "figures": steps[-1], "steps": steps, "seconds": time.monotonic() - started}
+    result |= {"megatron": seen["megatron"]}
     result |= {"gradient_norms": seen["norms"]} if seen["everything"] else {}
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     if seen["models"] is not None:
@@ -155,6 +151,29 @@ def logged() -> dict[str, float]:
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
     return {name: float(value) for name, value in getattr(get_moe_metrics_tracker(), "latest", {}).items()}
+
+
+def kept_figures(seen: dict[str, Any]) -> None:
+    """Note what Megatron logs of its own losses at the routers, and of multi-token prediction, in each step."""
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    aggregate, track, seen["megatron"] = MoEMetricsTracker._aggregate, MTPLossLoggingHelper.track_mtp_metrics, []
+
+    def aggregated(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = aggregate(*args, **kwargs)
+        seen["megatron"].append({name: float(value) for name, value in found.items()})
+        return found
+
+    def tracked(scale: float, iteration: int, writer: Any, wandb_writer: Any, total_loss_dict: dict[str, Any]) -> None:
+        figures: dict[str, Any] = {}
+        track(scale, iteration, writer, wandb_writer, figures)
+        seen["megatron"][-1] |= {name: float(value) for name, value in figures.items()}
+        for name, value in figures.items():
+            total_loss_dict[name] = total_loss_dict.get(name, 0) + value
+
+    MoEMetricsTracker._aggregate = aggregated
+    MTPLossLoggingHelper.track_mtp_metrics = staticmethod(tracked)
 
 
 def watch(models: list[Any], seen: dict[str, Any]) -> list[Any]:
@@ -202,6 +221,7 @@ def gather_gradients(chunk: Any) -> None:
 def tensors(seen: dict[str, Any]) -> dict[str, torch.Tensor]:
     found = {f"grad.{layer}": grad.contiguous() for layer, grad in (seen["grads"] or {}).items()}
     found |= parameters(seen["models"], "weight") | seen.get("start", {}) | seen.get("all grads", {})
+    found |= layer_biases(seen["models"] or [])
     if seen["everything"]:
         found |= biases(seen["models"])
         found["elements"] = elements(seen["models"], seen["optimizer"])
@@ -223,6 +243,18 @@ def biases(models: list[Any]) -> dict[str, torch.Tensor]:
         for number, chunk in enumerate(models)
         for name, buffer in chunk.named_buffers()
         if name.endswith(".expert_bias")
+    }
+
+
+def layer_biases(models: list[Any]) -> dict[str, torch.Tensor]:
+    """The same by layer: "expert_bias.N", multi-token prediction's "expert_bias.mtp.N"."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    routers = [module for chunk in models for module in chunk.modules() if isinstance(module, TopKRouter)]
+    return {
+        f"expert_bias.{'mtp.' * router.is_mtp_layer}{router.layer_number}": router.expert_bias.detach().clone()
+        for router in routers
+        if router.expert_bias is not None
     }
 
 

@@ -13,7 +13,7 @@ Shape suffixes: G tasks, L MoE layers, Z aligned layers, B samples of the micro-
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from torch import Tensor
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.attach import Alignment
+from ramoe_megatron.mcore.align.refusals import unreached
 from ramoe_megatron.mcore.carrier import routing_context
 from ramoe_megatron.mcore.observe import TokenSelection, mean_over_tokens, pooled_distributions, router_distribution
-from ramoe_megatron.mcore.router import unwrapped
+from ramoe_megatron.mcore.real_tokens import RealTokens
+from ramoe_megatron.mcore.router import open_losses, unwrapped
 from ramoe_megatron.method.losses import divergence, mass
 
 BATCH_KEYS = ("ramoe_weight", "ramoe_task", "ramoe_target")
@@ -39,31 +41,50 @@ PACK_KEYS = ("start", "cu_seqlens", "sample_share")
 def routing_batch(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
     """Put around the model call of a `forward_step`: the routers of `model` align the samples of `batch`.
 
+    Megatron's own losses at the routers leave padding out, with and without alignment (`real_tokens`). The
+    model needs no `padding_mask`.
+
     Args:
         model: the model chunk that is about to be called.
-        batch: the micro-batch of our dataset: `prompt_length`, `length` [B], `loss_mask` [B, S_whole] (before any context-parallel
-            slicing) and the keys in `BATCH_KEYS`. Not looked at while the model evaluates.
+        batch: the micro-batch of our dataset: `prompt_length`, `length` [B]; with alignment also `loss_mask`
+            [B, S_whole] (before any context-parallel slicing) and the keys in `BATCH_KEYS`. Not looked at
+            while the model evaluates.
 
     Raises:
-        RamoeError: an aligned layer of this chunk did not run exactly once.
+        RamoeError: the batch lacks a key, or an aligned layer of this chunk did not run exactly once.
     """
-    alignment = getattr(unwrapped(model), "ramoe_alignment", None)
-    if alignment is None or not unwrapped(model).training:  # validation data carries no labels of ours
+    chunk = unwrapped(model)
+    if not chunk.training:  # validation data carries no labels of ours, and Megatron's losses are off
         yield
         return
-    context = AlignmentContext(alignment, batch, expected=unwrapped(model).ramoe_layers)
+    alignment = getattr(chunk, "ramoe_alignment", None)
+    if not _losses_opened(chunk) and alignment is None:
+        yield
+        return
+    context = AlignmentContext(alignment, batch, expected=chunk.ramoe_layers) if alignment else TrainingContext(batch)
     with routing_context(context):
         yield
     context.check_consumed()
 
 
-class AlignmentContext:
-    """One micro-batch's alignment: attaches the loss at each aligned router, and records it."""
+def _losses_opened(chunk: Any) -> bool:
+    """Whether Megatron has losses at the chunk's routers, and samples reach them. Opens the routers, once."""
+    if not hasattr(chunk, "ramoe_losses_opened"):
+        reasons = unreached(getattr(chunk, "config", None))
+        chunk.ramoe_losses_opened = not reasons and open_losses(chunk)
+        if reasons and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
+            note = "ramoe: note: Megatron's own losses at the routers count padding under "
+            print(note + "; ".join(reasons), flush=True)
+    return chunk.ramoe_losses_opened
 
-    def __init__(self, alignment: Alignment, batch: Mapping[str, Tensor], expected: set[int]) -> None:
-        needed = ["prompt_length", "length", "loss_mask", *BATCH_KEYS[: 3 if alignment.config.target == "example" else 2]]
+
+class TrainingContext:
+    """One micro-batch in training: which of its rows are real tokens, for Megatron's losses at the routers."""
+
+    def __init__(self, batch: Mapping[str, Tensor], needed: Sequence[str] = ()) -> None:
+        """`needed`: keys of the batch beside the lengths. RamoeError where one lacks, or for several packs."""
         packed = "start" in batch
-        missing = [key for key in [*needed, *(PACK_KEYS if packed else ())] if key not in batch]
+        missing = [key for key in ["prompt_length", "length", *needed, *(PACK_KEYS if packed else ())] if key not in batch]
         if missing:
             raise RamoeError(
                 f"routing_batch: the batch has no {', '.join(missing)}; expected a micro-batch of "
@@ -73,8 +94,29 @@ class AlignmentContext:
             if len(batch["start"]) != 1:
                 raise RamoeError(f"routing_batch: {len(batch['start'])} packs in one micro-batch; packed samples need --micro-batch-size 1")
             batch = {key: value[0] for key, value in batch.items()}
-        self.alignment = alignment
+        self.batch = batch
         self.selection = TokenSelection(batch["prompt_length"], batch["length"], batch.get("start"), batch.get("cu_seqlens"))
+        self.share = batch["sample_share"] if packed else 1.0 / len(batch["length"])
+        self.real_tokens = RealTokens(self.selection, self.share)
+
+    def on_logits(self, router: Any, logits: Tensor) -> Tensor:
+        """The logits as they are: alignment steers through the loss alone."""
+        return logits
+
+    def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
+        """The probabilities as they are."""
+        return probs
+
+    def check_consumed(self) -> None:
+        """Nothing to check where nothing is aligned."""
+
+
+class AlignmentContext(TrainingContext):
+    """One micro-batch's alignment: attaches the loss at each aligned router, and records it."""
+
+    def __init__(self, alignment: Alignment, batch: Mapping[str, Tensor], expected: set[int]) -> None:
+        super().__init__(batch, ["loss_mask", *BATCH_KEYS[: 3 if alignment.config.target == "example" else 2]])
+        self.alignment, batch = alignment, self.batch
         # Where no token is chosen (an empty prompt) there is no routing to align, and no routing mass.
         chosen_B = self.selection.count(alignment.config.tokens) > 0
         self.partner_B = torch.arange(len(chosen_B), device=chosen_B.device) ^ 1 if alignment.config.target == "paired" else None
@@ -97,13 +139,8 @@ class AlignmentContext:
         self.task_B = batch["ramoe_task"].clamp(min=0)
         self.has_task_B = (batch["ramoe_task"] >= 0) & chosen_B
         self.target_BZE = batch.get("ramoe_target")
-        self.share = batch["sample_share"] if packed else 1.0 / len(self.weight_B)
         self.loss_tokens_B = loss_tokens(batch["loss_mask"], batch["length"], batch.get("start"))
         self.expected, self.passed, self.attached = expected, dict.fromkeys(expected, 0), set[int]()
-
-    def on_logits(self, router: Any, logits: Tensor) -> Tensor:
-        """The logits as they are: alignment steers through the loss alone."""
-        return logits
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
         """Attach the layer's loss to `probs` when training with gradients on."""

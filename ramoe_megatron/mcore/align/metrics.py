@@ -15,8 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
-from megatron.core.transformer.moe import moe_logging
 from torch import Tensor
+
+from ramoe_megatron.mcore.cpu.backend import uncompiled
+
+with uncompiled():
+    from megatron.core.transformer.moe import moe_logging
 
 COLUMNS = ("loss", "unit", "aligned", "samples", "ci_mass", "ci", "other_mass", "other")
 LOSS, SHARE = "routing_alignment_loss", "ramoe/aligned_share"

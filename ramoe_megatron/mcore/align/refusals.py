@@ -46,7 +46,16 @@ def refuse_foreign_routers(model_chunks: Iterable[Any]) -> None:
             )
 
 
+def unreached(config: Any) -> list[str]:
+    """The settings of a model configuration under which a micro-batch's samples do not reach the routers: "FLAG: reason" each."""
+    return [f"{flag}: {reason}" for flag, reason, on in _unreached(config) if on]
+
+
 def _unsupported(config: Any) -> list[tuple[str, str, bool]]:
+    return [*_unreached(config), *_not_the_logits(config)]
+
+
+def _unreached(config: Any) -> list[tuple[str, str, bool]]:
     def setting(name: str) -> Any:
         return getattr(config, name, None)
 
@@ -84,6 +93,14 @@ def _unsupported(config: Any) -> list[tuple[str, str, bool]]:
             "it cuts each sample over ranks of its own, and the routers only know the fixed context-parallel group",
             bool(setting("hybrid_context_parallel")),
         ),
+    ]
+
+
+def _not_the_logits(config: Any) -> list[tuple[str, str, bool]]:
+    def setting(name: str) -> Any:
+        return getattr(config, name, None)
+
+    return [
         (
             "--moe-router-load-balancing-type sinkhorn",
             "it chooses experts by the balance of the whole micro-batch, not by the scores that would be aligned",

@@ -161,10 +161,32 @@ def _notes(model_config: Any) -> Iterable[str]:
         yield "load balancing is none: nothing keeps the experts evenly used while routing is aligned"
     if idle:
         yield f"load balancing {', '.join(idle)} has coefficient 0 (--moe-aux-loss-coeff) and does nothing"
-    if acting and model_config.calculate_per_token_loss:
+    if "global_aux_loss" in acting:
         yield (
-            f"Megatron 0.19 scales {', '.join(acting)} by all tokens under --calculate-per-token-loss but divides by the loss tokens: with "
-            "masked prompts it acts more strongly than its coefficient says; the alignment loss does not"
+            "Megatron 0.19 divides global_aux_loss by the number of data-parallel ranks: on 2 ranks it acts "
+            "half as strongly as its coefficient says"
+        )
+    losses = [*acting, *(["z-loss"] if model_config.moe_z_loss_coeff else [])]
+    if losses and model_config.calculate_per_token_loss:
+        yield (
+            f"Megatron 0.19 multiplies {', '.join(losses)} by all real tokens under --calculate-per-token-loss "
+            "but divides by the loss tokens: with masked prompts it acts more strongly than its coefficient says "
+            "(4 times, where prompts are 75 % of the tokens); the alignment loss does not"
+        )
+    if "quantile_balancing" in [kind for kind, _ in pairs]:
+        yield (
+            "quantile_balancing counts padding, since Megatron 0.19 gives it no mask; --ramoe-pack leaves "
+            "little padding"
+        )
+    if model_config.moe_expert_capacity_factor is not None:
+        yield (
+            "--moe-expert-capacity-factor counts padding, which changes the tokens that are dropped; "
+            "--ramoe-pack leaves little padding"
+        )
+    if model_config.mtp_use_repeated_layer and (model_config.mtp_num_layers or 0) > 1:
+        yield (
+            "--mtp-use-repeated-layer: Megatron's own losses count the last rows of each sample, which have "
+            "no token to predict from"
         )
     if model_config.moe_router_enable_expert_bias:
         yield "the expert bias moves the choice of experts, not the scores that are aligned"

@@ -71,6 +71,22 @@ def cuda_absent() -> bool:
     return torch._C._cuda_getDeviceCount() == 0 if hasattr(torch._C, "_cuda_getDeviceCount") else True
 
 
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Import Megatron in the body: where there is no CUDA device, `torch.compile` leaves its functions as they are.
+
+    The CPU backend compiles nothing, but the decorator alone imports torch's compiler: as slow as the rest of Megatron.
+    """
+    with contextlib.ExitStack() as stack:
+        if cuda_absent():
+            _replace(stack, torch, "compile", _not_compiled)
+        yield
+
+
+def _not_compiled(function: Any = None, **_: Any) -> Any:
+    return _not_compiled if function is None else function
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Every request for a CUDA tensor is answered with a CPU tensor."""
 
@@ -117,9 +133,11 @@ def cpu_backend() -> Iterator[bool]:
         _set_variable(stack, "TORCHDYNAMO_DISABLE", "1")
         # Megatron asks for it with TP or CP; without CUDA it says nothing.
         _set_variable(stack, "CUDA_DEVICE_MAX_CONNECTIONS", os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"))
+        # For what was decorated before. Optimizers import torch._dynamo too, which has to see torch without the stand-ins.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         for owner, name, stand_in in [*_torch_stand_ins(), *_megatron_stand_ins()]:
             _replace(stack, owner, name, stand_in)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # for what was decorated before
         stack.enter_context(_CudaMeansCpu())
         yield True
 

@@ -1,13 +1,13 @@
 """Scoring examples with a model run forward only: log-likelihood of choices, and greedy decoding."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from ramoe_megatron.data.answers import is_correct
-from ramoe_megatron.data.encode import Encoded, encode_choices, encode_prompt
+from ramoe_megatron.data.encode import Encoded, decoding, encode_choices
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.launch import is_rank_0
@@ -61,15 +61,16 @@ def score(
             correct[place], ties = gold > max(scores), ties + (gold == max(scores))
             start += len(options)
     if generated:
-        prompts = [encode_prompt(examples[place], model.tokenizer) for place in generated]
+        asked = [decoding(examples[place], model.tokenizer) for place in generated]
+        prompts, stops = [each.prompt for each in asked], [each.stops for each in asked]
         context = context_for(generated) if context_for else None
-        answers = greedy(model, prompts, [limits[place] for place in generated], context, progress)
-        for place, ids in zip(generated, answers, strict=True):
+        answers = greedy(model, prompts, [limits[place] for place in generated], context, progress, stops)
+        for place, each, ids in zip(generated, asked, answers, strict=True):
             if NOT_FINITE in ids:
                 broken.add(place)
             elif len(ids) < limits[place]:  # its end is there, and left out
-                text, example = model.tokenizer.detokenize(ids), examples[place]
-                correct[place] = is_correct(text, example.answer, example.language)
+                example = examples[place]
+                correct[place] = is_correct(each.answer(ids, model.tokenizer), example.answer, example.language)
     if broken:
         names = [f"{examples[place].id} ({examples[place].language})" for place in sorted(broken)]
         raise RamoeError(
@@ -121,14 +122,18 @@ def greedy(
     max_new_tokens: int | Sequence[int],
     context: ContextMaker | None = None,
     progress: Progress | None = None,
+    stops: Sequence[Collection[int]] | None = None,
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt, up to the end token (left out) or `max_new_tokens` (of all, or of each), on every rank.
+    """The greedy continuation of each prompt, on every rank: up to its first stop (left out), or `max_new_tokens` (of all, or of each).
+
+    `stops`: the tokens that end the continuation of each prompt; by default the tokenizer's end of document.
 
     Where a logit is not finite, the continuation ends in `NOT_FINITE`. Each step runs the whole sequence again, which is right in every
     layout, and quick where answers are short.
     """
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     lengths = [len(prompt) + new for prompt, new in zip(prompts, most, strict=True)]
+    ends = [frozenset(stop) for stop in stops] if stops else [frozenset([model.tokenizer.eod])] * len(prompts)
     answers: list[list[int]] = [[] for _ in prompts]
     for group in model.groups(lengths):
         unfinished = [place for place in group if most[place] > 0]
@@ -138,11 +143,12 @@ def greedy(
             tokens = _next_tokens(model, current, unfinished, context)
             for place, token in zip(unfinished, tokens, strict=True):
                 answers[place].append(token)
-            ends = (model.tokenizer.eod, NOT_FINITE)
-            unfinished = [p for p in unfinished if answers[p][-1] not in ends and len(answers[p]) < most[p]]
+            unfinished = [
+                p for p in unfinished if answers[p][-1] not in {*ends[p], NOT_FINITE} and len(answers[p]) < most[p]
+            ]
         if progress:
             progress(len(group))
-    return [[token for token in answer if token != model.tokenizer.eod] for answer in answers]
+    return [answer[:-1] if answer and answer[-1] in end else answer for answer, end in zip(answers, ends, strict=True)]
 
 
 def _next_tokens(

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from ramoe_megatron.data.dataset import EncodedExamples, SFTDataset
-from ramoe_megatron.data.encode import Tokenizer, check_tokenizer
+from ramoe_megatron.data.encode import Tokenizer, check_conversations, check_tokenizer
 from ramoe_megatron.data.packing import PackedDataset
 from ramoe_megatron.data.paired import PairedDataset, view_places
 from ramoe_megatron.data.parallel import Example, load_examples, select_examples
@@ -75,14 +75,17 @@ class TrainingInputs:
         """The tokens of "train" (`held`) and of "validation".
 
         Raises:
-            RamoeError: as `EncodedExamples`.
+            RamoeError: conversations that the chat template cannot write (`check_conversations`), also of the anchor's rows that a
+                taxonomy refresh scores; or as `EncodedExamples`.
         """
+        made_by = (self.options, self.args.seq_length, tokenizer_flags(self.args))
+        _once(repr(("conversations", made_by, self._all_views)), lambda: check_conversations(self._tokenised(), tokenizer))
         parts = {"train": self.held}
         if self.validation is not None:
             parts["validation"] = self.validation
         for name, examples in parts.items():
             if name not in self._encoded:
-                key = repr((name, self.options, self.views is not None, self.args.seq_length, tokenizer_flags(self.args)))
+                key = repr((name, made_by, self.views is not None))
                 self._encoded[name] = _once(key, partial(EncodedExamples, examples, tokenizer, self.args.seq_length))
         return self._encoded
 
@@ -90,6 +93,17 @@ class TrainingInputs:
         """Raise RamoeError for examples that a taxonomy refresh may score and that no model can answer right."""
         if self.alignment.refresh_interval is not None:
             refuse_unanswerable(self.labels, self.held, self.anchors, tokenizer, self.args.max_position_embeddings)
+
+    @property
+    def _all_views(self) -> bool:
+        """Whether the run reads the anchor's rows beside the languages of the flags."""
+        return self.alignment.coeff > 0 and (self.alignment.target == "paired" or self.alignment.refresh_interval is not None)
+
+    def _tokenised(self) -> list[Example]:
+        """All examples that a run tokenises, each once."""
+        languages = self.options.languages
+        chosen = self._chosen(self.options.split, [*languages, self.options.anchor] if self._all_views and languages else None)
+        return [*chosen, *(self.validation or [])]
 
     def _chosen(self, split: str | None, languages: list[str] | None = None) -> list[Example]:
         options = self.options
@@ -115,7 +129,8 @@ def check_data(args: Any) -> None:
 
     Raises:
         RamoeError: as `TrainingInputs`; labels that do not fit the data (`ExampleLabels`), a tokenizer that `check_tokenizer`
-            refuses, or examples that are longer than a sequence (`EncodedExamples`).
+            refuses, conversations that the chat template cannot write, or examples that are longer than a sequence
+            (`TrainingInputs.encoded`).
     """
     from megatron.training import get_tokenizer
 

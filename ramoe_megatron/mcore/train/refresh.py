@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ramoe_megatron.artifacts.anchor_files import check_anchor
 from ramoe_megatron.artifacts.records import read_taxonomy, write_taxonomy
-from ramoe_megatron.data.answers import new_token_limits
 from ramoe_megatron.data.encode import Tokenizer
+from ramoe_megatron.data.limits import new_token_limits
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.data.sampler import named_rng
 from ramoe_megatron.errors import RamoeError

@@ -1,11 +1,11 @@
-"""Rows of comparison.json for the recipe's further methods: what each changes, and what comes of it."""
+"""Rows of comparison.json on how the methods differ: further methods, and training flags that are not the
+reference's."""
 
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ramoe_megatron.report.comparison.contrasts import Row
-from ramoe_megatron.report.comparison.study import Study
+from ramoe_megatron.report.comparison.study import Row, Study
 from ramoe_megatron.report.inputs import RunInputs
 
 INCIDENTAL = {
@@ -22,12 +22,14 @@ INCIDENTAL = {
 """Flags that differ between any two stages, and say nothing of the method."""
 CHOSEN_FILES = ("ramoe-experts", "ramoe-layer-weights", "ramoe-steering")
 """Files that are a choice of the method's; the others follow from its other flags."""
+ABSENT = "not given"
 COEFF = "ramoe-coeff"
 """The flag of every method that aligns."""
 
 
-def ablation(study: Study, found: Sequence[Row], known: Collection[str]) -> list[Row]:
-    """The recipe's further methods: what each changes, its change against the reference (p as in the headline), against the model before
+def ablation_rows(study: Study, found: Sequence[Row], known: Collection[str]) -> list[Row]:
+    """The recipe's further methods: what each changes, its change against the reference (p as in the
+    headline), against the model before
     fine-tuning, and, of a method that aligns, against the method that trains likewise without (`without`, whose name is `beside`)."""
     rows = []
     for row in found:
@@ -49,7 +51,8 @@ def ablation(study: Study, found: Sequence[Row], known: Collection[str]) -> list
 
 
 def _without_alignment(study: Study, run: RunInputs, method: str) -> str | None:
-    """The method that trains the same weights by the same flags of Megatron and aligns nothing; None of one that aligns nothing itself."""
+    """The method that trains the same weights by the same flags of Megatron and aligns nothing; None of one
+    that aligns nothing itself."""
     stages = (run.manifest or {}).get("stages", {})
     found = {name: _stage_flags(stages, "finetune", name) for name in study.by_method}
     training = {name: training_flags(flags) for name, flags in found.items() if flags is not None}
@@ -67,7 +70,8 @@ def training_flags(flags: dict[str, str]) -> dict[str, str]:
 
 
 def _settings(study: Study, run: RunInputs, method: str) -> list[str]:
-    """Flags of the stage that differ from those of the main method (of the reference where nothing is aligned, of the base model's
+    """Flags of the stage that differ from those of the main method (of the reference where nothing is
+    aligned, of the base model's
     evaluation where nothing is trained), as run: `coeff 20 (ra-moe: 50)`."""
     stages = (run.manifest or {}).get("stages", {})
     own = _stage_flags(stages, "finetune", method)
@@ -80,13 +84,14 @@ def _settings(study: Study, run: RunInputs, method: str) -> list[str]:
     told = []
     for name in dict.fromkeys([*own, *beside]):
         if own.get(name) != beside.get(name):
-            there = f"{other}: {beside.get(name, 'not given')}"
-            told.append(f"{name.removeprefix('ramoe-')} {own.get(name, 'not given')} ({there})")
+            there = f"{other}: {beside.get(name, ABSENT)}"
+            told.append(f"{name.removeprefix('ramoe-')} {own.get(name, ABSENT)} ({there})")
     return told
 
 
 def _stage_flags(stages: dict[str, Any], kind: str, method: str) -> dict[str, str] | None:
-    """Flags of the method's first stage of a kind, without what differs between any two stages; of files, those of `CHOSEN_FILES`."""
+    """Flags of the method's first stage of a kind, without what differs between any two stages; of files,
+    those of `CHOSEN_FILES`."""
     name = next((name for name in sorted(stages) if re.fullmatch(rf"{kind}/{re.escape(method)}(-seed\d+)?", name)), None)
     if name is None:
         return None
@@ -101,3 +106,32 @@ def _stage_flags(stages: dict[str, Any], kind: str, method: str) -> dict[str, st
         for name, values in flags.items()
         if name not in INCIDENTAL and (name in CHOSEN_FILES or not any("/" in value for value in values))
     }
+
+
+def training_rows(study: Study) -> list[Row]:
+    """A row for each training flag of a method (train-iters, lr, ...) that differs from the reference's:
+    method, flag, value, reference.
+
+    The flags are those of the recipe, which every folder has alike. That a target paired at the current
+    weights doubles the batch is not among them: half of its places are views, and the samples are the same.
+    """
+    run = next(iter(study.runs.values()))
+    expected = _recipe_flags(run, study.reference)
+    rows = []
+    for method in study.others:
+        own = _recipe_flags(run, method)
+        for flag in [flag for flag in {**expected, **own} if own.get(flag) != expected.get(flag)]:
+            values = {name: _flag_text(flags.get(flag)) for name, flags in (("value", own), ("reference", expected))}
+            rows.append({"method": method, "flag": flag, **values})
+    return rows
+
+
+def _recipe_flags(run: RunInputs, method: str) -> dict[str, Any]:
+    own = next((e for e in run.recipe.get("methods") or [] if isinstance(e, dict) and e["name"] == method), {})
+    if own.get("on"):  # steering: whose checkpoints it acts on
+        return _recipe_flags(run, own["on"])
+    return {**(run.recipe.get("train") or {}), **(own.get("train") or {})}
+
+
+def _flag_text(value: Any) -> str:
+    return ABSENT if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)

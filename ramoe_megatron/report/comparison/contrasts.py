@@ -1,90 +1,239 @@
-"""One method against another over several base models and seeds: what is the unit, and which interval says what.
+"""Rows of comparison.json that come from evaluations: accuracy, paired differences, English, mass, claims."""
 
-- By seed: one difference per (base model, seed), Student's t over them by their spread within base models. It speaks of new
-  seeds for these base models and says nothing of a new one, for which each base model's own difference stands beside it. p
-  comes from here.
-- By example: the same differences example by example, the standard error clustered by example id over languages, seeds and
-  base models, which all answer the same facts. It speaks of new examples for these seeds and base models.
-"""
-
-import dataclasses
-from collections import defaultdict
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ramoe_megatron.report.inputs import Evaluation, ExampleKey
-from ramoe_megatron.report.pairing import Pair, pair_up
-from ramoe_megatron.statistics import clustered_difference, false_discovery, holm, stratified_difference
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.layers import parse_layers
+from ramoe_megatron.report.comparison.costs import hours
+from ramoe_megatron.report.comparison.study import (
+    ALPHA,
+    Row,
+    Study,
+    Values,
+    average,
+    correct,
+    matched,
+    spread,
+)
+from ramoe_megatron.report.inputs import RunInputs
+from ramoe_megatron.report.pairing import pooled
+from ramoe_megatron.report.run_results import ci_counts
+from ramoe_megatron.report.vocabulary import direction
 
-Row = dict[str, Any]
 
-ALPHA = 0.05
+@dataclass(frozen=True)
+class Claim:
+    """What a control is to show: the method does better than the control, or the claim falls."""
+
+    claim: str
+    control: str
+    method: str = "ra-moe"
 
 
-def contrast(pairs: Sequence[Pair], keys: Collection[ExampleKey]) -> Row | None:
-    """Mean difference over `pairs` on the examples `keys`, all in [-1, 1]; None where nothing is shared.
+CLAIMS = (
+    Claim("task experts matter", "random-experts"),
+    Claim("middle layers matter", "all-layers"),
+    Claim("middle layers matter", "outside-zone"),
+    Claim("the target's content matters", "ra-moe-shuffled"),
+    Claim("direction matters", "reversed"),
+)
+VERDICTS = {"above": "supported", "below": "contradicted"}
+UNCORRECTED = " before correction only"
 
-    Keys: change, low, high, p, n, bases (by seed), seeds_higher, seeds_lower, by_example (change, low, high, n), by_base.
-    """
-    seeds: list[tuple[str, int | None, float]] = []
-    clusters: dict[str, list[float]] = defaultdict(list)
-    for pair in pairs:
-        mean = pair.mean(keys)
-        if mean is None:
-            continue
-        seeds.append((pair.base, pair.seed, mean))
-        for key in keys:
-            if key in pair.differences:
-                clusters[key[0]].append(pair.differences[key])
-    if not seeds:
-        return None
-    examples = clustered_difference(dict(sorted(clusters.items())))
-    by_base: dict[str, list[float]] = defaultdict(list)
-    for base, _, mean in seeds:
-        by_base[base].append(mean)
-    values = [mean for _, _, mean in seeds]
+
+def base_row(name: str, run: RunInputs) -> Row:
+    """What one base model was: its recipe, size, zone, seeds, steps, evaluated examples and the share of ci
+    among them."""
+    train = run.recipe.get("train") or {}
+    base = next(e for e in run.evaluations if e.method == "base")
+    shape = run.experts.shape if run.experts is not None else None
+    counts = list(ci_counts(run).values())
+    command = re.match(r"# Written by `(.*)`", run.recipe_text)
     return {
-        **spread(by_base),
-        "seeds_higher": sum(value > 0 for value in values),
-        "seeds_lower": sum(value < 0 for value in values),
-        "by_example": {name: getattr(examples, name) for name in ("change", "low", "high", "n")},
-        "by_base": [{"base": base, **spread({base: own})} for base, own in by_base.items()],
-        "by_seed": [{"base": base, "seed": seed, "change": mean} for base, seed, mean in seeds],
+        "base": name,
+        "recipe": run.name,
+        "command": command[1] if command else None,
+        "seeds": sorted({e.seed for e in run.evaluations if e.seed is not None}),
+        "steps": train.get("train-iters"),
+        "batch": train.get("global-batch-size"),
+        **_right("target", (row for row in base.rows if row["language"] != run.anchor)),
+        **_right("anchor", (row for row in base.rows if row["language"] == run.anchor)),
+        "ci_share": sum(ci for ci, _ in counts) / sum(n for _, n in counts) if counts else None,
+        "layers": shape.num_moe_layers if shape else None,
+        "experts": shape.num_experts if shape else None,
+        "topk": shape.topk if shape else None,
+        "zone": zone_of(run),
+        "uniform_mass": _uniform_mass(run),
+        "hours": hours(run),
+        "package_version": (run.manifest or {}).get("package_version"),
     }
 
 
-def spread(by_base: Mapping[str, Sequence[float]]) -> Row:
-    """Mean of differences that are one a base model and seed, Student's t within base models: change, low, high, p, n, bases."""
-    return {**dataclasses.asdict(stratified_difference(by_base)), "bases": len(by_base)}
+def _right(what: str, rows: Iterable[Row]) -> Row:
+    right, n = (sum(counts) for counts in zip((0, 0), *((row["correct"], row["n"]) for row in rows), strict=True))
+    return {f"{what}_examples": n, f"{what}_accuracy": right / n if n else None}
 
 
-def unknown(row: Mapping[str, Any]) -> str:
-    """Why a row of `spread` has no interval."""
-    return "no spread over seeds, so no interval" if row["n"] > row["bases"] else "too few seeds for an interval"
+def zone_of(run: RunInputs) -> tuple[int, int] | None:
+    """First and last MoE layer that the recipe aligns; None where it says auto and the profile found no
+    zone."""
+    if run.experts is None:
+        return None
+    layers = str((run.recipe.get("alignment") or {}).get("layers") or "auto")
+    try:
+        return parse_layers(layers, run.experts.shape.num_moe_layers, run.experts.zone)
+    except RamoeError:
+        return None
 
 
-def against(method: Sequence[Evaluation], reference: Sequence[Evaluation], keys: Collection[ExampleKey]) -> Row | None:
-    """`contrast` of two methods' evaluations."""
-    return contrast(pair_up(method, reference), keys)
+def headline_rows(study: Study) -> list[Row]:
+    """A row a method: target accuracy, `from_base`, its change from the model before fine-tuning, and
+    `against` the reference; p of
+    the latter corrected over all methods compared with it."""
+    rows = []
+    for method, evaluations in study.by_method.items():
+        counts = _accuracy(study, method, set(study.targets))
+        if counts is None:
+            continue
+        seeds = {e.seed for e in evaluations if e.seed is not None}
+        bases = {e.base for e in evaluations}
+        against = None if method == "base" else study.against(method, study.reference, study.target_keys)
+        row = {"method": method, "bases": len(bases), "seeds": len(seeds), **counts}
+        rows.append({**row, "from_base": study.against(method, "base", study.target_keys), "against": against})
+    correct([row["against"] for row in rows if row["against"] is not None])
+    return rows
 
 
-def correct(rows: Sequence[Row]) -> None:
-    """Put p_holm and p_bh into each row that has a p, over all of these rows as one family; None where there is no p."""
-    tested = [row for row in rows if row.get("p") is not None]
-    p = [row["p"] for row in tested]
-    for row in rows:
-        row["p_holm"] = row["p_bh"] = None
-    for row, strict, discovery in zip(tested, holm(p), false_discovery(p), strict=True):
-        row["p_holm"], row["p_bh"] = strict, discovery
+def _accuracy(study: Study, method: str, languages: Collection[str], task: str | None = None) -> Row | None:
+    """Mean over base models and seeds; Wilson's interval at the effective examples of one of them."""
+    found = pooled(study.by_method[method], languages, task)
+    return found and {"outcomes": found.pop("seeds"), **found}
 
 
-def keys_of(evaluations: Iterable[Evaluation]) -> dict[ExampleKey, str]:
-    """Every example and language that any of these answered, with its task."""
-    return {key: task for evaluation in evaluations for key, task in evaluation.tasks.items()}
+def cells_rows(study: Study) -> list[Row]:
+    """A row for each method, task and target language; p corrected over all of them together."""
+    rows = []
+    for method in study.by_method:
+        for (task, language), keys in study.target_cells.items():
+            counts = _accuracy(study, method, {language}, task)
+            if counts is not None:
+                against = None if method == "base" else study.against(method, study.reference, keys)
+                if against is not None:
+                    del against["by_seed"]  # many cells: each base model's change is enough
+                rows.append({"method": method, "task": task, "language": language, **counts, "against": against})
+    correct([row["against"] for row in rows if row["against"] is not None])
+    return rows
 
 
-def direction(row: Mapping[str, Any] | None) -> str:
-    """`above`, `below` or `holds zero`, of a row's interval; `unknown` where it has none."""
-    if row is None or row["low"] is None or row["high"] is None:
-        return "unknown"
-    return "above" if row["low"] > 0 else "below" if row["high"] < 0 else "holds zero"
+def english_rows(study: Study) -> list[Row]:
+    """Accuracy in the anchor language, its change from the base model and against the reference."""
+    rows = []
+    for method in study.by_method:
+        counts = _accuracy(study, method, {study.anchor})
+        if counts is not None:
+            from_base = study.against(method, "base", study.anchor_keys)
+            against = None if method == "base" else study.against(method, study.reference, study.anchor_keys)
+            rows.append({"method": method, **counts, "from_base": from_base, "against": against})
+    return rows
+
+
+def mass_rows(study: Study) -> list[Row]:
+    """Share of the router's probability on the task's experts at the last prompt token: mean over the zone
+    (all layers where
+    there is none), tasks and target languages; `anchor` is the same in the anchor language."""
+    values = {method: _masses(study, method, anchor=False) for method in study.by_method}
+    rows = []
+    for method, own in values.items():
+        if not own:
+            continue
+        pairs = {} if method == study.reference else matched(own, values.get(study.reference, {}))
+        against = spread({base: [a - b for a, b in both] for base, both in pairs.items()}) if pairs else None
+        there = list(_masses(study, method, anchor=True).values())
+        rows.append(
+            {"method": method, "mass": average(list(own.values())), "anchor": average(there) if there else None, "against": against}
+        )
+    return rows
+
+
+def _uniform_mass(run: RunInputs) -> float | None:
+    """What `mass` would be if every expert had the same probability: the share of the experts that are task
+    experts."""
+    tasks = {task for e in run.evaluations for task in e.tasks.values()}
+    if run.experts is None or not (own := [place for place, task in enumerate(run.experts.tasks) if task in tasks]):
+        return None
+    first, last = zone_of(run) or (0, -1)
+    return float(run.experts.expert_mask[own][:, first : last + 1 or None].float().mean())
+
+
+def _masses(study: Study, method: str, anchor: bool) -> Values:
+    found = {}
+    for e in study.by_method[method]:
+        first, last = zone_of(study.runs[e.base]) or (0, -1)
+        shares = [average(r["mass"][first : last + 1 or None]) for r in e.mass if (r["language"] == study.anchor) == anchor]
+        if shares:
+            found[e.base, e.seed] = average(shares)
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)))
+
+
+def claims_rows(study: Study, asked: Sequence[Claim]) -> list[Row]:
+    """The method minus its control, for every control that was run; p is corrected over them, and the verdict
+    needs both."""
+    rows = []
+    for claim in asked:
+        found = study.against(claim.method, claim.control, study.target_keys)
+        if found is not None:
+            rows.append({"claim": claim.claim, "method": claim.method, "control": claim.control, **found})
+    correct(rows)
+    return [{**row, "verdict": claim_verdict(row)} for row in rows]
+
+
+def claim_verdict(row: Mapping[str, Any]) -> str:
+    """What a claim's interval and corrected p come to: supported, contradicted, either before correction
+    only, or not shown."""
+    word = VERDICTS.get(direction(row))
+    if word is None:
+        return "not shown"
+    return word if row["p_holm"] is not None and row["p_holm"] <= ALPHA else word + UNCORRECTED
+
+
+def zero_rows(study: Study, off: str) -> list[Row]:
+    """Whether the coefficient of zero left everything as the reference has it, for each base model and seed.
+
+    `outcomes_equal`: every example answered by both, alike; `weights_equal`: None where no digest was
+    recorded.
+    """
+    reference = {(e.base, e.seed): e for e in study.by_method.get(study.reference, [])}
+    rows = []
+    for e in sorted(study.by_method.get(off, []), key=lambda e: (e.base, e.seed or 0)):
+        other = reference.get((e.base, e.seed))
+        if other is None:
+            continue
+        digests = (e.weights_sha256, other.weights_sha256)
+        differing = sum(e.examples.get(key) != other.examples.get(key) for key in e.examples.keys() | other.examples.keys())
+        rows.append(
+            {
+                "base": e.base,
+                "seed": e.seed,
+                "outcomes_equal": differing == 0,
+                "differing": differing,
+                "weights_equal": None if None in digests else digests[0] == digests[1],
+            }
+        )
+    return rows
+
+
+def counts_table(study: Study) -> Row:
+    """Right answers by method, base model, seed and cell: every p-value of the comparison follows from them.
+
+    `cells`: task and language of each place in `n` and `correct`. A difference between two methods is, for
+    each base model and seed, the right answers of one minus those of the other, over the n of the cells.
+    """
+    rows = []
+    for method, evaluations in study.by_method.items():
+        for e in sorted(evaluations, key=lambda e: (e.base, e.seed or 0)):
+            own = [[e.examples[key] for key in keys if key in e.examples] for keys in study.by_cell.values()]
+            rows.append({"method": method, "base": e.base, "seed": e.seed, "n": list(map(len, own)), "correct": list(map(sum, own))})
+    return {"cells": [{"task": task, "language": language} for task, language in study.by_cell], "rows": rows}

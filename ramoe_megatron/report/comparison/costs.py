@@ -1,4 +1,5 @@
-"""What fine-tuning cost against the reference: time of the stage, time of an iteration, memory; ratios over paired seeds."""
+"""What fine-tuning cost against the reference: time of the stage, time of an iteration, memory; ratios over
+paired seeds."""
 
 import datetime
 import math
@@ -8,8 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ramoe_megatron.report.comparison.contrasts import Row, spread
-from ramoe_megatron.report.comparison.study import Study, Values, matched
+from ramoe_megatron.report.comparison.study import Row, Study, Values, matched, spread
 from ramoe_megatron.report.inputs import RunInputs
 
 _ITERATION = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
@@ -17,11 +17,13 @@ _RESIDENT = re.compile(r"ramoe: peak resident memory: ([0-9.]+) MiB")
 _ALLOCATED = re.compile(r"\| max allocated: ([0-9.]+)")
 
 
-def costs(study: Study) -> list[Row]:
-    """A row for each trained method: median of each measure, and its ratio to the reference's over paired seeds.
+def cost_rows(study: Study) -> list[Row]:
+    """A row for each trained method: median of each measure, and its ratio to the reference's over paired
+    seeds.
 
-    wall: seconds of the fine-tuning stage, with start-up and saving. iteration: milliseconds, median of the logged ones
-    without the first. memory: MiB at the peak, of rank 0 or of the largest device. None where nothing was recorded.
+    wall: seconds of the fine-tuning stage, with start-up and saving. iteration: milliseconds, median of the
+    logged ones without the first. memory: MiB at the peak, of rank 0 or of the largest device. None where
+    nothing was recorded.
     """
     measures = {name: _measured(study, of) for name, of in (("wall", _wall), ("iteration", _iteration), ("memory", _memory))}
     rows = []
@@ -36,7 +38,8 @@ def costs(study: Study) -> list[Row]:
 
 
 def _ratio(own: Values, other: Values) -> Row | None:
-    """Ratio of geometric means: Student's t on the logarithms of the paired ratios, by their spread within base models."""
+    """Ratio of geometric means: Student's t on the logarithms of the paired ratios, by their spread within
+    base models."""
     pairs = matched(own, other)
     if not pairs:
         return None
@@ -57,7 +60,8 @@ def _measured(study: Study, of: Callable[[RunInputs, str], float | None]) -> dic
 
 
 def hours(run: RunInputs) -> float | None:
-    """Time in which at least one stage was at work; breaks between two calls do not count, stages side by side count once."""
+    """Time in which at least one stage was at work; breaks between two calls do not count, stages side by
+    side count once."""
     spans = sorted(span for name in _stages(run) if (span := _span(run, name)))
     if not spans:
         return None

@@ -17,7 +17,8 @@ NEEDED = {
     "predict.json": "predict",
     "evaluations/base.json": "evaluate/base",
 }
-"""File of a run folder -> the stage that writes it (`ramoe run` itself writes the first two when it starts)."""
+"""File of a run folder -> the stage that writes it (`ramoe run` itself writes the first two when it
+starts)."""
 
 SECTIONS = ("train", "alignment", "selection", "steering")
 """Of the recipe: with another one, a method of the same name is another method."""
@@ -27,8 +28,10 @@ def load_folders(folders: Sequence[Path], reference: str) -> dict[str, RunInputs
     """Run folders by label: the folder's name, with its parent's where two are alike.
 
     Raises:
-        RamoeError: without a folder; a file is missing (with the stage to run) or malformed; an evaluation has other examples than
-            the reference's of its folder; folders differ in anchor, split, methods, tasks, languages or training.
+        RamoeError: without a folder; a file is missing (with the stage to run) or malformed; an evaluation
+        has other examples than
+            the reference's of its folder; folders differ in anchor, split, methods, tasks, languages or
+            training.
     """
     if not folders:
         raise RamoeError("comparison: found no run folder, expected at least one; give the folders that `ramoe run` wrote")
@@ -53,8 +56,8 @@ def _complete(folder: Path, label: str, reference: str) -> RunInputs:
     methods = run.recipe_methods
     if run.recipe and reference not in methods:
         raise RamoeError(
-            f"{run.root / 'recipe.yaml'}: found methods {', '.join(methods) or 'none'}, expected {reference} among them, which "
-            "the others are compared with; add it and run the recipe again"
+            f"{run.root / 'recipe.yaml'}: found methods {', '.join(methods) or 'none'}, expected {reference} "
+            "among them, which the others are compared with; add it and run the recipe again"
         )
     started = (run.manifest or {}).get("stages", {})
     for seed in run.recipe.get("seeds") or [1]:
@@ -65,15 +68,17 @@ def _complete(folder: Path, label: str, reference: str) -> RunInputs:
     if missing:
         told = "\n".join(f"  {run.root / name}: stage {stage}" for name, stage in missing)
         raise RamoeError(
-            f"{run.root}: the run is not finished, {len(missing)} file{'s are' if len(missing) > 1 else ' is'} missing; run its recipe "
-            f"again with --out {run.root}, which makes only what is missing\n{told}"
+            f"{run.root}: the run is not finished, {len(missing)} "
+            f"file{'s are' if len(missing) > 1 else ' is'} missing; run its recipe again with --out "
+            f"{run.root}, which makes only what is missing\n{told}"
         )
     evaluations: list[Evaluation] = [dataclasses.replace(e, base=label) for e in run.evaluations]
     return dataclasses.replace(run, evaluations=evaluations)
 
 
 def _same_examples(run: RunInputs, reference: str) -> None:
-    """Refuse an evaluation whose split or examples are not those of the reference: the difference would be over a part, untold."""
+    """Refuse an evaluation whose split or examples are not those of the reference: the difference would be
+    over a part, untold."""
     first = next(e for e in run.evaluations if e.method == reference)
     for e in run.evaluations:
         missing, more = first.tasks.keys() - e.tasks.keys(), e.tasks.keys() - first.tasks.keys()
@@ -89,8 +94,8 @@ def _same_examples(run: RunInputs, reference: str) -> None:
         else:
             continue
         raise RamoeError(
-            f"{_file(run, e)}: found {found}, expected {expected} of {_file(run, first).name}; remove the one that is wrong, and run the "
-            f"recipe again with --out {run.root}"
+            f"{_file(run, e)}: found {found}, expected {expected} of {_file(run, first).name}; remove the "
+            f"one that is wrong, and run the recipe again with --out {run.root}"
         )
 
 
@@ -107,7 +112,7 @@ def _alike(runs: Mapping[str, RunInputs]) -> None:
         "tasks": lambda run: sorted({task for e in run.evaluations for task in e.tasks.values()}),
         "languages": lambda run: sorted({language for e in run.evaluations for _, language in e.tasks}),
         **{f"{name} section": functools.partial(_section, name) for name in SECTIONS},
-        "settings of a method": _settings,
+        "settings of a method": _method_settings,
     }
     expected, *others = runs
     for what, of in checks.items():
@@ -115,8 +120,9 @@ def _alike(runs: Mapping[str, RunInputs]) -> None:
             found, wanted = of(runs[name]), of(runs[expected])
             if found != wanted:
                 raise RamoeError(
-                    f"{runs[name].root}: the run folders differ in {what}: found {_told(found, wanted)}, expected {_told(wanted, found)} "
-                    f"as in {runs[expected].root}; compare folders that agree, or run both recipes again with the same"
+                    f"{runs[name].root}: the run folders differ in {what}: found {_told(found, wanted)}, "
+                    f"expected {_told(wanted, found)} as in {runs[expected].root}; compare folders that "
+                    "agree, or run both recipes again with the same"
                 )
 
 
@@ -124,7 +130,7 @@ def _section(name: str, run: RunInputs) -> Any:
     return run.recipe.get(name) or {}
 
 
-def _settings(run: RunInputs) -> dict[str, Any]:
+def _method_settings(run: RunInputs) -> dict[str, Any]:
     """By method, what the recipe says of it beside its name."""
     entries = [{"name": entry} if isinstance(entry, str) else entry for entry in run.recipe.get("methods") or []]
     return {entry["name"]: {key: value for key, value in entry.items() if key != "name"} for entry in entries}

@@ -4,19 +4,19 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from ramoe_megatron.report.comparison.contrasts import Row
-from ramoe_megatron.report.comparison.study import Cell, Study
-from ramoe_megatron.report.tables import ci_shares
+from ramoe_megatron.report.comparison.study import Cell, Row, Study
+from ramoe_megatron.report.run_results import ci_shares
 from ramoe_megatron.statistics import fisher, pearson, wilson
 
 SIGNS = {1: "up", -1: "down"}
 
 
-def ci_gain(study: Study) -> Row:
-    """Points of (base, task, language), and Pearson's r of ci share with each method's gain over base and over the reference.
+def ci_gain_rows(study: Study) -> Row:
+    """Points of (base, task, language), and Pearson's r of ci share with each method's gain over base and
+    over the reference.
 
-    The reference's own gain over base has a row too: the part of r that is headroom, which any training would fill. `base` None: r
-    within base models, so that what sets one base model apart from another is not in it.
+    The reference's own gain over base has a row too: the part of r that is headroom, which any training would
+    fill. `base` None: r within base models, so that what sets one base model apart from another is not in it.
     """
     points: list[Row] = []
     for name, run in study.runs.items():
@@ -47,11 +47,11 @@ def _gain(study: Study, method: str, other: str, base: str, cell: Cell) -> float
     return sum(means) / len(means) if means else None
 
 
-def transplant(study: Study) -> Row:
+def transplant_rows(study: Study) -> Row:
     """The transplant test's sign against the sign of the main method minus the reference, at three levels.
 
-    `pairs`: each (base, task, language); `tasks`: each (base, task), languages taken together by number of examples;
-    `bases`: each base model. `hits` counts each level, for each base model and for all.
+    `pairs`: each (base, task, language); `tasks`: each (base, task), languages taken together by number of
+    examples; `bases`: each base model. `hits` counts each level, for each base model and for all.
     """
     units: list[Row] = []
     for name, run in study.runs.items():
@@ -62,27 +62,28 @@ def transplant(study: Study) -> Row:
                 unit = {"base": name, "task": row["task"], "language": row["language"], "n": n}
                 units.append({**unit, "transplant": row["transplant_change"], "gain": gain})
     levels = {
-        "pairs": [_told(unit) for unit in units],
+        "pairs": [_with_outcome(unit) for unit in units],
         "tasks": _merged(units, ("base", "task")),
         "bases": _merged(units, ("base",)),
     }
     rows = []
     for level, own in levels.items():
-        rows.append({"level": level, "base": None, "task": None, **hits(own)})
+        rows.append({"level": level, "base": None, "task": None, **sign_hits(own)})
         if level != "bases":
-            rows += [{"level": level, "base": b, "task": None, **hits(u for u in own if u["base"] == b)} for b in _unique(own, "base")]
+            rows += [{"level": level, "base": b, "task": None, **sign_hits(u for u in own if u["base"] == b)} for b in _unique(own, "base")]
     for base, task in dict.fromkeys((unit["base"], unit["task"]) for unit in units):
         one = [unit for unit in levels["pairs"] if (unit["base"], unit["task"]) == (base, task)]
-        rows.append({"level": "pairs", "base": base, "task": task, **hits(one)})
+        rows.append({"level": "pairs", "base": base, "task": task, **sign_hits(one)})
     return {**levels, "hits": rows if units else []}
 
 
-def hits(units: Iterable[Row]) -> Row:
+def sign_hits(units: Iterable[Row]) -> Row:
     """Counts of predicted/observed signs; ties are left out of n and counted.
 
-    rate with Wilson's interval; `expected`: the rate that the margins alone would give, since where nearly all signs
-    agree with each other, guessing is often right too; and p of Fisher's exact test that the two signs go together,
-    which holds the margins fixed: None where one of them is zero, as then nothing can be told.
+    rate with Wilson's interval; `expected`: the rate that the margins alone would give, since where nearly
+    all signs agree with each other, guessing is often right too; and p of Fisher's exact test that the two
+    signs go together, which holds the margins fixed: None where one of them is zero, as then nothing can be
+    told.
     """
     counts = dict.fromkeys(("up_up", "up_down", "down_up", "down_down", "ties"), 0)
     for unit in units:
@@ -98,7 +99,7 @@ def hits(units: Iterable[Row]) -> Row:
     return {**counts, "n": n, "hits": right, "rate": right / n, "low": low, "high": high, "p": p, "expected": expected}
 
 
-def _told(unit: Row) -> Row:
+def _with_outcome(unit: Row) -> Row:
     # Means of whole counts: what differs from zero by rounding alone is a tie.
     signs = [0 if abs(value) < 1e-12 else 1 if value > 0 else -1 for value in (unit["transplant"], unit["gain"])]
     return {**unit, "outcome": "ties" if 0 in signs else "_".join(SIGNS[sign] for sign in signs)}
@@ -112,7 +113,7 @@ def _merged(units: Sequence[Row], by: tuple[str, ...]) -> list[Row]:
     for key, own in groups.items():
         n = sum(unit["n"] for unit in own)
         means = {name: sum(unit["n"] * unit[name] for unit in own) / n for name in ("transplant", "gain")}
-        rows.append(_told({**dict(zip(by, key, strict=True)), "n": n, **means}))
+        rows.append(_with_outcome({**dict(zip(by, key, strict=True)), "n": n, **means}))
     return rows
 
 

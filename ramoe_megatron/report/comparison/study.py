@@ -1,14 +1,31 @@
-"""The evaluations of several run folders side by side, with the keys that its tables are over."""
+"""The evaluations of several run folders side by side, and one method against another over base models and
+seeds.
 
+Two intervals of one difference say different things:
+
+- By seed: one difference per (base model, seed), Student's t by their spread within base models. It covers
+  new seeds
+  for these base models, and says nothing of a new one: for that, read each base model's own difference. p
+  comes from here.
+- By example: the same differences example by example, the standard error clustered by example id over
+  languages, seeds
+  and base models, which all answer the same facts. It covers new examples for these seeds and base models.
+"""
+
+import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from ramoe_megatron.report.comparison.contrasts import Row, contrast, keys_of
 from ramoe_megatron.report.inputs import Evaluation, ExampleKey, RunInputs
 from ramoe_megatron.report.pairing import Pair, pair_up
+from ramoe_megatron.statistics import clustered_difference, false_discovery, holm, stratified_difference
 
+Row = dict[str, Any]
+ALPHA = 0.05
+"""Level of the corrected tests."""
 Cell = tuple[str, str]
 """(task, language)"""
 
@@ -73,12 +90,14 @@ class Study:
         return self._pairs[method, other]
 
     def against(self, method: str, other: str, keys: list[ExampleKey]) -> Row | None:
-        """`method` minus `other` on these examples; None for a method with itself, or when nothing is shared."""
+        """`method` minus `other` on these examples; None for a method with itself, or when nothing is
+        shared."""
         return None if method == other else contrast(self.pairs(method, other), keys)
 
 
 def matched(own: Values, other: Values) -> dict[str, list[tuple[float, float]]]:
-    """Numbers of the same base model and seed, by base model; one without a seed goes with every seed of the other."""
+    """Numbers of the same base model and seed, by base model; one without a seed goes with every seed of the
+    other."""
     found = {}
     for (base, seed), value in own.items():
         for (other_base, other_seed), beside in other.items():
@@ -88,3 +107,63 @@ def matched(own: Values, other: Values) -> dict[str, list[tuple[float, float]]]:
     for base, seed in sorted(found, key=lambda key: (key[0], key[1] or 0)):
         pairs[base].append(found[base, seed])
     return pairs
+
+
+def contrast(pairs: Sequence[Pair], keys: Collection[ExampleKey]) -> Row | None:
+    """Mean difference over `pairs` on the examples `keys`, all in [-1, 1]; None where nothing is shared.
+
+    Keys: change, low, high, p, n, bases (by seed), seeds_higher, seeds_lower, by_example (change, low, high,
+    n), by_base.
+    """
+    seeds: list[tuple[str, int | None, float]] = []
+    clusters: dict[str, list[float]] = defaultdict(list)
+    for pair in pairs:
+        mean = pair.mean(keys)
+        if mean is None:
+            continue
+        seeds.append((pair.base, pair.seed, mean))
+        for key in keys:
+            if key in pair.differences:
+                clusters[key[0]].append(pair.differences[key])
+    if not seeds:
+        return None
+    examples = clustered_difference(dict(sorted(clusters.items())))
+    by_base: dict[str, list[float]] = defaultdict(list)
+    for base, _, mean in seeds:
+        by_base[base].append(mean)
+    values = [mean for _, _, mean in seeds]
+    return {
+        **spread(by_base),
+        "seeds_higher": sum(value > 0 for value in values),
+        "seeds_lower": sum(value < 0 for value in values),
+        "by_example": {name: getattr(examples, name) for name in ("change", "low", "high", "n")},
+        "by_base": [{"base": base, **spread({base: own})} for base, own in by_base.items()],
+        "by_seed": [{"base": base, "seed": seed, "change": mean} for base, seed, mean in seeds],
+    }
+
+
+def spread(by_base: Mapping[str, Sequence[float]]) -> Row:
+    """Mean of differences that are one a base model and seed, Student's t within base models: change, low,
+    high, p, n, bases."""
+    return {**dataclasses.asdict(stratified_difference(by_base)), "bases": len(by_base)}
+
+
+def correct(rows: Sequence[Row]) -> None:
+    """Put p_holm and p_bh into each row that has a p, over all of these rows as one family; None where there
+    is no p."""
+    tested = [row for row in rows if row.get("p") is not None]
+    p = [row["p"] for row in tested]
+    for row in rows:
+        row["p_holm"] = row["p_bh"] = None
+    for row, strict, discovery in zip(tested, holm(p), false_discovery(p), strict=True):
+        row["p_holm"], row["p_bh"] = strict, discovery
+
+
+def keys_of(evaluations: Iterable[Evaluation]) -> dict[ExampleKey, str]:
+    """Every example and language that any of these answered, with its task."""
+    return {key: task for evaluation in evaluations for key, task in evaluation.tasks.items()}
+
+
+def average(values: Sequence[float]) -> float:
+    """Mean."""
+    return sum(values) / len(values)

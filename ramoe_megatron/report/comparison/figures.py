@@ -1,43 +1,58 @@
-"""Figures of the comparison: every method against the reference, tasks by languages, ci share against gain."""
+"""Figures of the comparison: every method against the reference, tasks by languages, ci share against
+gain."""
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramoe_megatron.report.comparison.contrasts import ALPHA
-from ramoe_megatron.report.comparison.words import marked
-from ramoe_megatron.report.outcome_plots import scatter
-from ramoe_megatron.report.plots import save_all
-from ramoe_megatron.report.style import COLOURS, MARKERS, legend_below, panels, plain
-from ramoe_megatron.report.tables import correlation_text, label, number
+from ramoe_megatron.report.comparison.study import ALPHA
+from ramoe_megatron.report.plots import (
+    COLOURS,
+    MARKERS,
+    by_method,
+    legend_below,
+    panels,
+    plain,
+    save_all,
+    scatter,
+)
+from ramoe_megatron.report.vocabulary import NONE, UNTRAINED, Record, correlation, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTIONS = {
     "forest": (
-        "Change of target accuracy against {reference}. Black: mean over pairs of base model and seed with Student's 95 % interval by the "
-        "spread within base models; grey band: the interval over examples, for these seeds; small marks: the mean of each base model. "
-        "‡: trains nothing, and the spread is that of {reference} alone."
+        "Change of target accuracy against {reference}. Black: mean over pairs of base model and seed with "
+        "Student's 95 % interval by the spread within base models; grey band: the interval over examples, "
+        "for these seeds; small marks: the mean of each base model. ‡: trains nothing, and the spread is "
+        "that of {reference} alone."
     ),
     "cells": (
-        "{main} minus {reference}, points, by task and target language: mean over base models and seeds. A star: p at most 0.05 "
-        "after Holm's correction over all cells of all methods; a dagger: at most 0.05 without it, which one cell in twenty is by chance."
+        "{main} minus {reference}, points, by task and target language: mean over base models and seeds. A "
+        "star: p at most 0.05 after Holm's correction over all cells of all methods; a dagger: at most 0.05 "
+        "without it, which one cell in twenty is by chance."
     ),
     "ci": (
-        "Each point is a task and target language of one base model; the gain is accuracy after minus before, mean over seeds. Where the "
-        "ci share is large there is more room for any training: what {main} shares with {reference} is headroom. r is within base models."
+        "Each point is a task and target language of one base model; the gain is accuracy after minus "
+        "before, mean over seeds. Where the ci share is large there is more room for any training: what "
+        "{main} shares with {reference} is headroom. r is within base models."
     ),
 }
 
 
-def plot_comparison(c: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+def marked(row: Record, text: str) -> str:
+    """A method's difference from the reference, with a mark where the method of this row of the headline
+    trains nothing."""
+    return f"{text} {UNTRAINED}" if row["seeds"] == 0 and text != NONE else text
+
+
+def plot_comparison(c: Record, folder: Path) -> dict[str, Path]:
     """Draw every figure that has something to show: name -> PNG."""
-    return save_all(folder, {name: functools.partial(draw, c) for name, draw in FIGURES.items()})
+    return save_all(folder, {name: functools.partial(draw, c) for name, draw in COMPARISON_FIGURES.items()})
 
 
-def forest(c: Mapping[str, Any]) -> "Figure | None":
+def forest_figure(c: Record) -> "Figure | None":
     rows = [row for row in c["headline"] if row["against"] is not None]
     if not rows:
         return None
@@ -64,15 +79,15 @@ def forest(c: Mapping[str, Any]) -> "Figure | None":
     for name in names if several else []:
         axis.plot([], [], ls="", label=plain(name), **marks[name])
     axis.axvline(0, color="#555555", lw=0.9, zorder=1)
-    axis.set_yticks(range(len(rows)), [plain(marked(row, label(row["method"]))) for row in rows])
+    axis.set_yticks(range(len(rows)), [plain(marked(row, row["method"])) for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
-    axis.set_xlabel(f"target accuracy minus {plain(label(c['reference']))}, points")
+    axis.set_xlabel(f"target accuracy minus {plain(c['reference'])}, points")
     axis.grid(axis="x", alpha=0.3)
     legend_below(figure, [axis])
     return figure
 
 
-def cells(c: Mapping[str, Any]) -> "Figure | None":
+def cells_figure(c: Record) -> "Figure | None":
     found = {(row["task"], row["language"]): row["against"] for row in c["cells"] if row["method"] == c["main"] and row["against"]}
     if not found:
         return None
@@ -99,14 +114,12 @@ def _low(p: float | None) -> bool:
     return p is not None and p <= ALPHA
 
 
-def ci(c: Mapping[str, Any]) -> "Figure | None":
+def comparison_ci_figure(c: Record) -> "Figure | None":
     found = {(row["method"], row["over"]): row for row in c["ci_gain"]["correlations"] if row["base"] is None}
-    shown = []
-    for method in (c["reference"], c["main"]):
-        points = [point for point in c["ci_gain"]["points"] if point["method"] == method]
-        if points:
-            shown.append((f"{label(method)}\n{correlation_text(found.get((method, 'base'), {}))}", points))
+    points = by_method(c["ci_gain"]["points"])
+    methods = [method for method in (c["reference"], c["main"]) if method in points]
+    shown = [(f"{method}\n{correlation(found.get((method, 'base'), {}))}", points[method]) for method in methods]
     return scatter(shown, "over_base", "ci_share", "ci share, %", "gain over base, points") if shown else None
 
 
-FIGURES = {"forest": forest, "cells": cells, "ci": ci}
+COMPARISON_FIGURES = {"forest": forest_figure, "cells": cells_figure, "ci": comparison_ci_figure}

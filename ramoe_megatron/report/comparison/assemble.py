@@ -1,37 +1,25 @@
-"""comparison.json: many methods over many seeds and several base models, from the run folders that `ramoe run` wrote."""
+"""comparison.json: many methods over many seeds and several base models, from the run folders that `ramoe
+run` wrote."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ramoe_megatron.artifacts.files import atomic_write_text, package_version, save_document
-from ramoe_megatron.report.comparison import relations, tables
-from ramoe_megatron.report.comparison.ablation import ablation
-from ramoe_megatron.report.comparison.costs import costs
+from ramoe_megatron.report.comparison import contrasts
+from ramoe_megatron.report.comparison.ablation import ablation_rows, training_rows
+from ramoe_megatron.report.comparison.contrasts import CLAIMS, Claim
+from ramoe_megatron.report.comparison.costs import cost_rows
+from ramoe_megatron.report.comparison.document import comparison_markdown, comparison_page
+from ramoe_megatron.report.comparison.figures import plot_comparison
 from ramoe_megatron.report.comparison.folders import load_folders
-from ramoe_megatron.report.comparison.training import training
+from ramoe_megatron.report.comparison.relations import ci_gain_rows, transplant_rows
+from ramoe_megatron.report.comparison.study import Study
 
 PRESETS = ("sft", "ra-moe", "ra-moe-shuffled")
 """Methods with a meaning of their own; the caller knows more of them."""
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What a control is to show: the method does better than the control, or the claim falls."""
-
-    claim: str
-    control: str
-    method: str = "ra-moe"
-
-
-CLAIMS = (
-    Claim("task experts matter", "random-experts"),
-    Claim("middle layers matter", "all-layers"),
-    Claim("middle layers matter", "outside-zone"),
-    Claim("the target's content matters", "ra-moe-shuffled"),
-    Claim("direction matters", "reversed"),
-)
 OFF = "coeff-zero"
 """The control that must equal the reference bit for bit."""
 
@@ -55,7 +43,8 @@ def compare(
         command: the command line that made the comparison, to be quoted.
 
     Raises:
-        RamoeError: a folder or a file of it is missing (with the stage to run) or malformed, or folders or evaluations are not
+        RamoeError: a folder or a file of it is missing (with the stage to run) or malformed, or folders or
+        evaluations are not
             alike where they have to be.
     """
     runs = load_folders(folders, reference)
@@ -63,9 +52,9 @@ def compare(
     evaluations = [e for run in runs.values() for e in run.evaluations]
     order = dict.fromkeys(["base", reference, main, *(m for run in runs.values() for m in run.methods)])
     by_method = {m: own for m in order if (own := [e for e in evaluations if e.method == m])}
-    study = tables.Study(runs, by_method, first.anchor, reference, main)
+    study = Study(runs, by_method, first.anchor, reference, main)
     known = {"base", reference, main, OFF, *presets, *(claim.control for claim in claims)}
-    headline = tables.headline(study)
+    headline = contrasts.headline_rows(study)
     return {
         "package_version": package_version(),
         "command": command,
@@ -76,38 +65,36 @@ def compare(
         "languages": study.targets,
         "tasks": study.tasks,
         "methods": list(by_method),
-        "bases": [tables.base_row(name, run) for name, run in runs.items()],
-        "training": training(study),
+        "bases": [contrasts.base_row(name, run) for name, run in runs.items()],
+        "training": training_rows(study),
         "headline": headline,
-        "claims": tables.claims(study, claims),
-        "cells": tables.cells(study),
-        "english": tables.english(study),
-        "cost": costs(study),
-        "mass": tables.mass(study),
-        "ci_gain": relations.ci_gain(study),
-        "transplant": relations.transplant(study),
-        "coefficient_zero": tables.equality(study, OFF),
-        "ablation": ablation(study, headline, known),
+        "claims": contrasts.claims_rows(study, claims),
+        "cells": contrasts.cells_rows(study),
+        "english": contrasts.english_rows(study),
+        "cost": cost_rows(study),
+        "mass": contrasts.mass_rows(study),
+        "ci_gain": ci_gain_rows(study),
+        "transplant": transplant_rows(study),
+        "coefficient_zero": contrasts.zero_rows(study, OFF),
+        "ablation": ablation_rows(study, headline, known),
+        "counts": contrasts.counts_table(study),
     }
 
 
 def write_comparison(folders: Sequence[Path], out: Path, **options: Any) -> Path:
-    """Write comparison.json, comparison.html, experiment.md and comparison-plots/ under `out`; returns the page's path.
+    """Write comparison.json, comparison.html, experiment.md and comparison-plots/ under `out`; returns the
+    page's path.
 
     `options` are those of `compare`.
     """
-    from ramoe_megatron.report.comparison.document import write_document
-    from ramoe_megatron.report.comparison.page import render
-    from ramoe_megatron.report.comparison.plots import plot_comparison
-
     out = Path(out)
     comparison = compare(folders, **options)
     save_document(out / "comparison.json", "ramoe-comparison", comparison)
-    write_document(comparison, out / "experiment.md")
-    page = out / "comparison.html"
+    atomic_write_text(out / "experiment.md", comparison_markdown(comparison, "comparison.json"))
     reports = {}
     for base, folder in zip(comparison["bases"], folders, strict=True):
         if (report := Path(folder).resolve() / "report.html").is_file():
             reports[base["base"]] = report.relative_to(out.resolve(), walk_up=True).as_posix()
-    atomic_write_text(page, render(comparison, plot_comparison(comparison, out / "comparison-plots"), reports))
+    page, plots = out / "comparison.html", plot_comparison(comparison, out / "comparison-plots")
+    atomic_write_text(page, comparison_page(comparison, plots, reports))
     return page

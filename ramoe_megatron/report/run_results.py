@@ -1,4 +1,5 @@
-"""results.json: accuracies with intervals, paired differences, English retention, and ci share against gain."""
+"""results.json: accuracies with intervals, paired differences, English retention, and ci share against
+gain."""
 
 import dataclasses
 from collections import defaultdict
@@ -6,25 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table
-
 from ramoe_megatron.artifacts.files import save_document
 from ramoe_megatron.report.inputs import Evaluation, RunInputs, load_run
 from ramoe_megatron.report.pairing import paired_change, pooled
 from ramoe_megatron.statistics import pearson, wilson
 
-NONE = "–"
-LABELS = {
-    "base": "base (before)",
-    "sft": "SFT",
-    "ra-moe": "RA-MoE (our reading)",
-    "ra-moe-shuffled": "RA-MoE, shuffled targets (control)",
-}
 
-
-def build(run: RunInputs) -> dict[str, Any]:
+def results_of(run: RunInputs) -> dict[str, Any]:
     """The contents of results.json from what `run` holds."""
     anchor = run.anchor
     by_method = {m: [e for e in run.evaluations if e.method == m] for m in run.methods}
@@ -63,7 +52,7 @@ def build(run: RunInputs) -> dict[str, Any]:
 
 def collect(run_dir: Path) -> dict[str, Any]:
     """Build results.json from the run folder's evaluations and taxonomy, write it, and return it."""
-    results = build(load_run(run_dir))
+    results = results_of(load_run(run_dir))
     save_document(Path(run_dir) / "results.json", "ramoe-results", results)
     return results
 
@@ -111,7 +100,8 @@ def _comparisons(by_method: Mapping[str, list[Evaluation]], anchor: str) -> list
 
 
 def ci_counts(run: RunInputs) -> dict[tuple[str, str], tuple[int, int]]:
-    """ci examples and all examples of each (task, target language) on the evaluated split; on all splits when that one was not scored."""
+    """ci examples and all examples of each (task, target language) on the evaluated split; on all splits when
+    that one was not scored."""
     pairs = [p for p in (run.taxonomy or {}).get("pairs", []) if p["language"] != run.anchor]
     chosen = [p for p in pairs if p["split"] == run.evaluated_split()] or pairs
     counts: dict[tuple[str, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
@@ -127,7 +117,8 @@ def ci_shares(run: RunInputs) -> dict[tuple[str, str], float]:
 
 
 def _ci_gain(by_pair: list[dict[str, Any]], run: RunInputs) -> dict[str, Any]:
-    """Pearson's r of ci share with the gain over base, and over SFT, of each method, over task-language pairs."""
+    """Pearson's r of ci share with the gain over base, and over SFT, of each method, over task-language
+    pairs."""
     shares = ci_shares(run)
     accuracy = {(row["method"], row["task"], row["language"]): row["accuracy"] for row in by_pair}
     points, correlations = [], []
@@ -156,95 +147,3 @@ def _correlation(pairs: Sequence[tuple[float, float]]) -> dict[str, float | None
     """All None where r is undefined: fewer than three points, or one side constant."""
     found = pearson([x for x, _ in pairs], [y for _, y in pairs])
     return {name: getattr(found, name, None) for name in ("r", "low", "high", "p")}
-
-
-def label(method: str) -> str:
-    return LABELS.get(method, method)
-
-
-def number(value: float, form: str) -> str:
-    """Formatted, with a true minus sign: a hyphen could end a line."""
-    return f"{value:{form}}".replace("-", "−")
-
-
-def interval(row: Mapping[str, Any], value: str, low: str, high: str, signed: bool = False) -> str:
-    """`46.2 [43.1, 49.3]`, in per cent or percentage points; a dash where there is no value."""
-    if row.get(value) is None:
-        return NONE
-    form = "+.1f" if signed else ".1f"
-    if row.get(low) is None or row.get(high) is None:
-        return number(100 * row[value], form)
-    return f"{number(100 * row[value], form)} [{number(100 * row[low], form)}, {number(100 * row[high], form)}]"
-
-
-def correlation_text(found: Mapping[str, Any]) -> str:
-    """`r = 0.70 [0.34, 0.88], n = 18`, or that r is undefined."""
-    if found.get("r") is None:
-        return "r undefined"
-    r, low, high = (number(found[name], ".2f") for name in ("r", "low", "high"))
-    return f"r = {r} [{low}, {high}], n = {found['n']}"
-
-
-def summary_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """One row of display strings a method, for the page; keys as in `COLUMNS`."""
-    groups = {(row["method"], row["group"]): row for row in results["summary"]}
-    shown = []
-    for method in results["methods"]:
-        target, english = groups.get((method, "target"), {}), groups.get((method, "english"), {})
-        change = {} if method == "sft" else target
-        kept = {} if method == "base" else english
-        shown.append(
-            {
-                "method": label(method),
-                "target": interval(target, "accuracy", "low", "high"),
-                "change": interval(change, "change_vs_sft", "change_low", "change_high", signed=True),
-                "seeds": NONE
-                if change.get("change_vs_sft") is None
-                else f"{change['seeds_higher']} higher, {change['seeds_lower']} lower",
-                "english": interval(english, "accuracy", "low", "high"),
-                "retention": interval(kept, "change_vs_base", "change_vs_base_low", "change_vs_base_high", signed=True),
-            }
-        )
-    return shown
-
-
-COLUMNS = {
-    "method": "method",
-    "target": "target languages, %\N{NO-BREAK SPACE}right",
-    "change": "change against SFT, points",
-    "seeds": "seeds against SFT",
-    "english": "English, %\N{NO-BREAK SPACE}right",
-    "retention": "English, change from base, points",
-}
-
-
-def summary_table(results: Mapping[str, Any]) -> Table:
-    """The table that `ramoe run` ends with; it fits eighty columns, so methods go by their names in the recipe."""
-    seeds = ", ".join(map(str, results["seeds"])) or "none"
-    caption = "[95 % interval]; seeds: with more right answers than SFT's; English: (change from base, points)"
-    table = Table(
-        title=f"{escape(results['recipe'])}: right answers, seeds {seeds}",
-        caption=caption,
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for heading in ("method", "target, %", "against SFT, points", "seeds", "English, %"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    groups = {(row["method"], row["group"]): row for row in results["summary"]}
-    for method in results["methods"]:
-        target, english = groups.get((method, "target"), {}), groups.get((method, "english"), {})
-        change = {} if method == "sft" else target
-        kept = interval({} if method == "base" else english, "change_vs_base", "", "", signed=True)
-        table.add_row(
-            escape(method),
-            escape(interval(target, "accuracy", "low", "high")),
-            escape(interval(change, "change_vs_sft", "change_low", "change_high", signed=True)),
-            NONE if change.get("change_vs_sft") is None else f"{change['seeds_higher']} of {change['seeds_paired']}",
-            interval(english, "accuracy", "", "") + ("" if kept == NONE else f" ({kept})"),
-        )
-    return table
-
-
-def p_text(value: float | None) -> str:
-    """A p-value in a cell."""
-    return NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"

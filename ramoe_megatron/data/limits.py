@@ -1,0 +1,80 @@
+"""How many tokens an answer may take; and which examples no model can answer right, found before any forward pass."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from ramoe_megatron.data.answers import is_correct, normalise_answer
+from ramoe_megatron.data.encode import Tokenizer, decoding, encode_answer, encode_choices, longest_input
+from ramoe_megatron.data.parallel import Example
+from ramoe_megatron.errors import RamoeError
+
+NEW_TOKENS = 16  # room for an answer that is spelt in more tokens than the gold one
+
+
+def new_token_limits(examples: Sequence[Example], tokenizer: Tokenizer, given: int | None, positions: int) -> list[int]:
+    """How many tokens greedy decoding may write for each example, once it is clear that each can be answered right.
+
+    The limit is `given`, or else `NEW_TOKENS`, or as many as the longest gold answer and its end token take; for each example as far
+    as `positions` go. An example with choices has the limit 0: nothing is generated for it.
+
+    Args:
+        given: --ramoe-max-new-tokens.
+        positions: --max-position-embeddings.
+
+    Raises:
+        RamoeError: for examples that no model can answer right, counted by reason and language: an empty prompt, a gold answer that
+            is none of the choices, a choice that comes twice, a gold answer without text or with text that the tokenizer cannot
+            write, a gold answer longer than the limit, a sequence longer than `positions`.
+    """
+    faults: dict[str, list[Example]] = {}
+    room, needed = [0] * len(examples), [0] * len(examples)
+    longest = 0
+    for place, example in enumerate(examples):
+        encoded = encode_choices(example, tokenizer) if example.choices else [encode_answer(example, tokenizer)]
+        prompt = encoded[0].prompt_length
+        if fault := _fault(example, tokenizer, [tuple(e.ids[prompt:]) for e in encoded], prompt):
+            faults.setdefault(fault, []).append(example)
+        elif longest_input(encoded) > positions:
+            longest = max(longest, longest_input(encoded))
+            faults.setdefault(_TOO_LONG, []).append(example)
+        elif not example.choices:
+            needed[place] = len(encoded[0].ids) - prompt
+            room[place] = positions + 1 - prompt  # the last token is never an input
+    most = given or max([NEW_TOKENS, *needed])
+    if short := [example for example, tokens in zip(examples, needed, strict=True) if tokens > most]:
+        faults[_CUT] = short
+    if faults:
+        values = {"longest": longest, "positions": positions, "most": most, "needed": max(needed)}
+        reasons = "; ".join(f"{_by_language(wrong)}: {fault.format(**values)}" for fault, wrong in faults.items())
+        count = sum(map(len, faults.values()))
+        raise RamoeError(
+            f"{count} of {len(examples)} examples can never be answered right. {reasons}. Correct the rows, or drop their ids in "
+            "every language."
+        )
+    return [min(most, tokens) for tokens in room]
+
+
+_TOO_LONG = "prompt and answer take up to {longest} tokens, more than --max-position-embeddings {positions}"
+_CUT = (
+    "the gold answer and its end token take up to {needed} tokens, more than --ramoe-max-new-tokens {most} (give {needed} or more, or "
+    "leave the flag out)"
+)
+
+
+def _fault(example: Example, tokenizer: Tokenizer, answers: Sequence[tuple[int, ...]], prompt: int) -> str | None:
+    """Why an example cannot be answered right, whatever the limits; `answers`: ids of its choices, or of the gold answer, with the end."""
+    if prompt == 0:
+        return "the prompt has no token, so nothing predicts the answer's first one"
+    if example.choices:
+        if example.answer not in example.choices:
+            return "the gold answer is none of the choices"
+        return "two choices are the same tokens" if len(set(answers)) < len(answers) else None
+    if not normalise_answer(example.answer, example.language):
+        return "the gold answer has no text"
+    written = decoding(example, tokenizer).answer(list(answers[0][:-1]), tokenizer)
+    return None if is_correct(written, example.answer, example.language) else "the tokenizer cannot write the gold answer"
+
+
+def _by_language(examples: Sequence[Example]) -> str:
+    counts = ", ".join(f"{count} in {language}" for language, count in sorted(Counter(e.language for e in examples).items()))
+    return f"{counts} (ids {', '.join(dict.fromkeys(e.id for e in examples[:3]))}{', ...' if len(examples) > 3 else ''})"

@@ -1,0 +1,268 @@
+"""Stages on this machine, each forked from one process that has imported torch and Megatron: imports are paid once.
+
+`ForkServer` starts that process (`python -m ramoe_megatron.recipe.fork_server`) when the first stage needs it. For each
+stage the process forks a leader, in a session of its own; the leader forks the ranks, keeps their store, and ends the
+others when a rank fails, as torchrun does. Only without a CUDA device: a fork must not inherit what the driver has set up.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any, Self
+
+from ramoe_megatron.recipe.processes import MARK, ignore_warning
+
+END_SECONDS = 30.0  # between TERM and KILL for the ranks beside one that failed, as torchrun's
+IMPORTED = (  # what most stages need; not the jobs themselves, which run as __main__
+    "ramoe_megatron.mcore.router",
+    "ramoe_megatron.mcore.align.labels",
+    "ramoe_megatron.mcore.offline.model",
+    "ramoe_megatron.mcore.offline.routing",
+    "ramoe_megatron.mcore.select.freeze",
+    "ramoe_megatron.mcore.train.datasets",
+    "ramoe_megatron.mcore.train.step",
+    "megatron.core.datasets.helpers_cpp",
+    "megatron.core.models.mimo",
+    "megatron.core.tokenizers.text.models",
+    "megatron.training.checkpointing",
+    "megatron.training.training",
+)
+
+
+class Forked:
+    """A forked stage's leader, asked as `subprocess.Popen` is. Its process id is its session's too."""
+
+    def __init__(self, pid: int, status: IO[bytes], stdout: IO[bytes]) -> None:
+        self.pid, self.stdout = pid, stdout
+        self.returncode: int | None = None
+        self._status = status
+
+    def poll(self) -> int | None:
+        """The status once it has ended; -N when signal N ended it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end. Raises subprocess.TimeoutExpired."""
+        if self.returncode is None:
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("forked stage", timeout or 0)
+            told = self._status.readline()
+            self._status.close()
+            self.returncode = int(told) if told else -signal.SIGKILL  # its end was not its own doing
+        return self.returncode
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+
+
+class ForkServer:
+    """Starts jobs by forking. As a context: the process ends with it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._link: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._link:
+            self._link.close()
+        if self._process:
+            self._process.kill()  # it may still import
+            self._process.wait()
+
+    def start(self, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> Forked | None:
+        """Start `ranks` ranks of a module, or a script's path, with its arguments; its output goes to the `stdout` of what is returned.
+
+        Returns:
+            None where a stage cannot be forked: there is a CUDA device after all, the imports failed, or the process has ended.
+        """
+        with self._lock, tempfile.TemporaryFile() as request, contextlib.ExitStack() as ends:
+            if self._process is None:
+                self._start(environment)
+            if self._link is None:
+                return None
+            asked = {"command": list(command), "ranks": ranks, "environment": dict(environment), "folder": os.getcwd()}
+            request.write(json.dumps(asked).encode())
+            request.seek(0)
+            out, out_end = os.pipe()
+            status, status_end = os.pipe()
+            for end in (out_end, status_end):
+                ends.callback(os.close, end)
+            with contextlib.suppress(BrokenPipeError):
+                socket.send_fds(self._link, [b"."], [request.fileno(), out_end, status_end])
+        told, output = os.fdopen(status, "rb", buffering=0), os.fdopen(out, "rb", buffering=0)
+        if leader := told.readline():
+            return Forked(int(leader), told, output)
+        told.close()
+        output.close()
+        return None
+
+    def _start(self, environment: Mapping[str, str]) -> None:
+        link, other = socket.socketpair()
+        with other:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(other.fileno())],
+                env={name: value for name, value in environment.items() if name != MARK},  # it is of no launch
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[other.fileno()],
+                start_new_session=True,
+                preexec_fn=ignore_warning,
+            )
+        self._link = link
+        if not link.recv(1):
+            link.close()
+            self._link = None
+
+
+def main(link: socket.socket) -> Sequence[str] | None:
+    """Import, then fork for each request. Returns in each rank that was forked: the command to run. None at the end."""
+    from ramoe_megatron.mcore.cpu.backend import cuda_absent
+
+    if not cuda_absent():
+        return None
+    for module in IMPORTED:
+        importlib.import_module(module)
+    sys.stdout.flush()  # else each fork would print what an import has
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the leaders
+    link.send(b".")
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(link, 1, 3)
+        if not message:
+            return None
+        if os.fork() == 0:
+            link.close()
+            return _lead(*descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _lead(request: int, output: int, status: int) -> Sequence[str]:
+    """Fork the ranks and follow them. Returns in the ranks alone."""
+    import torch
+
+    os.setsid()
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell has it ignored, as torchrun does
+    with os.fdopen(request) as file:
+        asked = json.load(file)
+    for place in (1, 2):
+        os.dup2(output, place)
+    os.close(output)
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    os.chdir(asked["folder"])
+    os.write(status, f"{os.getpid()}\n".encode())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port, ranks = server.getsockname()[1], dict[int, int]()
+        for rank in range(asked["ranks"]):
+            if (child := os.fork()) == 0:
+                server.close()
+                os.close(status)
+                return _as_rank(asked, rank, port)
+            ranks[child] = rank
+        # The ranks meet at it. Made after the forks, for it has a thread.
+        store = torch.distributed.TCPStore(
+            "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5), master_listen_fd=server.detach()
+        )
+    ended = _follow(ranks)
+    del store
+    os.write(status, f"{ended}\n".encode())
+    os._exit(0)
+
+
+def _as_rank(asked: Mapping[str, Any], rank: int, port: int) -> Sequence[str]:
+    """Make this process what torchrun would have started."""
+    import numpy
+    import torch
+
+    ranks = str(asked["ranks"])
+    os.environ |= {
+        **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank)),
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), ranks),
+        **{"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "ROLE_NAME": "default", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": str(port)},
+        **{"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"},
+    }
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    if torch.get_num_threads() != threads:  # read when torch was imported
+        torch.set_num_threads(threads)
+    numpy.random.seed()  # as a new process seeds its generators; Python's own does so at a fork
+    torch.default_generator.seed()
+    return asked["command"]
+
+
+class _Terminated(Exception):
+    pass
+
+
+def _follow(ranks: dict[int, int]) -> int:
+    """Wait for the ranks (process id -> rank); 0, or the status of the first that failed, -N when signal N ended it."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    failed = 0
+    try:
+        while ranks and not failed:
+            child, how = os.waitpid(-1, 0)
+            rank, failed = ranks.pop(child), os.waitstatus_to_exitcode(how)
+            if failed < 0:
+                print(f"ramoe: rank {rank} was ended by {signal.Signals(-failed).name}", file=sys.stderr, flush=True)
+    except _Terminated:
+        failed = -signal.SIGTERM
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _end(ranks)
+    return failed
+
+
+def _end(ranks: dict[int, int]) -> None:
+    for number, seconds in ((signal.SIGTERM, END_SECONDS), (signal.SIGKILL, END_SECONDS)):
+        for child in ranks:
+            os.kill(child, number)
+        deadline = time.monotonic() + seconds
+        while ranks and time.monotonic() < deadline:
+            child, _ = os.waitpid(-1, os.WNOHANG)
+            ranks.pop(child, None)
+            time.sleep(0 if child else 0.05)
+
+
+def _run(command: Sequence[str]) -> None:
+    """What `python -m MODULE ARGUMENTS`, or `python SCRIPT ARGUMENTS`, does."""
+    name, *words = command
+    script = name.endswith(".py")
+    sys.path[0] = str(Path(name).resolve().parent) if script else os.getcwd()
+    sys.argv = [name, *words]
+    if script:
+        runpy.run_path(name, run_name="__main__")
+    else:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    if given := main(socket.socket(fileno=int(sys.argv[1]))):
+        _run(given)

@@ -1,0 +1,27 @@
+"""Fixtures of the recipe's tests."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bench import Bench
+
+from ramoe_megatron.recipe import processes
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    found = Bench(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(found.code))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run that was asked to end ignores further signals, and so would all that the tests after it start."""
+    monkeypatch.setattr(processes, "_came", [])
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
