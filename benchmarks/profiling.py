@@ -22,7 +22,7 @@ from benchmarks.measure import Ratio, alternate, machine, timed
 from benchmarks.shapes import PRESETS, Shape, profiling_flags
 from benchmarks.world import sequences
 from ramoe_megatron.data.encode import Encoded
-from ramoe_megatron.jobs.offline_job import Progress
+from ramoe_megatron.jobs.offline_job import ProgressLines
 from ramoe_megatron.mcore.launch import run_job
 
 BARE, OURS, TRACE = "bare forward pass", "profile (all that the job keeps)", "Megatron's routing trace"
@@ -110,7 +110,7 @@ def measure(model: Any, shape: Shape, folder: Path, factor: int, rounds: int) ->
     passes = Passes(model, encoded, folder)
     arms = {BARE: passes.bare, OURS: passes.ours, TRACE: passes.trace}
     unit = f"rounds of {len(arms)} passes at {factor * shape.sequence} tokens a sequence"
-    seconds = alternate(arms, rounds, WARM_UP, Progress(WARM_UP + rounds, unit))
+    seconds = alternate(arms, rounds, WARM_UP, ProgressLines(WARM_UP + rounds, unit))
     return {
         "sequences": len(encoded),
         "tokens": tokens,

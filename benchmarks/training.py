@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.measure import WARM_UP, Ratio, alternate, machine, peak_memory, timed
 from benchmarks.shapes import PRESETS, Shape, training_flags
-from ramoe_megatron.jobs.offline_job import Progress
+from ramoe_megatron.jobs.offline_job import ProgressLines
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
 from ramoe_megatron.mcore.launch import megatron_arguments, run_job
 
@@ -113,9 +113,9 @@ def main() -> None:
     from ramoe_megatron.mcore.cpu.backend import cuda_absent
 
     sys.argv = [sys.argv[0], *training_flags(shape, folder, int(os.environ["WORLD_SIZE"]))]
-    with megatron_arguments(add_arguments) as args:
+    with megatron_arguments(add_arguments, trains=True) as args:
         arms = build_arms(args, shape, folder, rounds)
-        progress = Progress(WARM_UP + rounds, f"rounds of {len(arms)} arms")
+        progress = ProgressLines(WARM_UP + rounds, f"rounds of {len(arms)} arms")
         seconds = alternate({label: arm.seconds for label, arm in arms.items()}, rounds, after_round=progress)
         losses = {label: {name: float(value) for name, value in arm.losses.items()} for label, arm in arms.items()}
         # Torch's profiler counts the freeing of memory only where it saw it taken: a measured step of each model goes before.

@@ -92,7 +92,7 @@ def doctor(changes: tuple[str, ...], out: Path | None, ranks: int | None, nodes:
     """
     import os
 
-    from ramoe_megatron.recipe.doctor import JOB_NAMES, environment_findings, healthy, job_findings, recipe_findings, table
+    from ramoe_megatron.recipe.doctor import JOB_NAMES, environment_findings, findings_table, healthy, job_findings, recipe_findings
 
     target = words[0] if words else None
     if target in JOB_NAMES:
@@ -111,7 +111,7 @@ def doctor(changes: tuple[str, ...], out: Path | None, ranks: int | None, nodes:
         found = recipe_findings(Path(target), changes, out, os.environ)
     sound = healthy(found)
     if not sound or os.environ.get("SLURM_NODEID", "0") == "0":  # of many nodes, the first speaks for those that are well
-        wide_console().print(table(found))
+        wide_console().print(findings_table(found))
     sys.exit(0 if sound else 1)
 
 

@@ -41,15 +41,7 @@ class PairedDataset(SFTDataset):
             RamoeError: as `SFTDataset`, or examples without a view (how many, the first five).
         """
         draws = order(examples, -(-num_samples // 2), seed, weights)
-        anchors = {view.language for view in views}
-        place = {view.id: len(examples) + number for number, view in enumerate(views)}
-        missing = sorted({e.id for e in examples if e.language not in anchors and e.id not in place})
-        if missing:
-            raise RamoeError(
-                f"{len(missing)} training examples have no view in the anchor language, first {', '.join(missing[:5])}: the target paired "
-                "needs one of each; add them to the data, or use the target example"
-            )
-        view_of = np.array([n if e.language in anchors else place[e.id] for n, e in enumerate(examples)], dtype=np.int64)
+        view_of = view_places(examples, views)
         self.examples = [*examples, *views]
         self.order = np.stack([view_of[draws], draws], axis=1).ravel()
         self.encoded = EncodedExamples(self.examples, tokenizer, seq_length) if encoded is None else encoded
@@ -58,3 +50,20 @@ class PairedDataset(SFTDataset):
     def __getitem__(self, sample: int) -> dict[str, Tensor]:
         item = super().__getitem__(sample)
         return item if sample % 2 else item | {"loss_mask": torch.zeros_like(item["loss_mask"])}
+
+
+def view_places(examples: Sequence[Example], views: Sequence[Example]) -> np.ndarray:
+    """The place of each example's anchor view among the examples and behind them the views, int64 [examples].
+
+    Raises:
+        RamoeError: examples without a view (how many, the first five).
+    """
+    anchors = {view.language for view in views}
+    place = {view.id: len(examples) + number for number, view in enumerate(views)}
+    missing = sorted({e.id for e in examples if e.language not in anchors and e.id not in place})
+    if missing:
+        raise RamoeError(
+            f"{len(missing)} training examples have no view in the anchor language, first {', '.join(missing[:5])}: the target paired "
+            "needs one of each; add them to the data, or use the target example"
+        )
+    return np.array([n if e.language in anchors else place[e.id] for n, e in enumerate(examples)], dtype=np.int64)

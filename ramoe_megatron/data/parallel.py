@@ -89,10 +89,10 @@ def load_examples(
             )
         places[key] = place
         examples.append(example)
-    return select(examples, split, languages, ", ".join(sources))
+    return select_examples(examples, split, languages, ", ".join(sources))
 
 
-def select(examples: Sequence[Example], split: str | None, languages: Sequence[str] | None, where: str) -> list[Example]:
+def select_examples(examples: Sequence[Example], split: str | None, languages: Sequence[str] | None, where: str) -> list[Example]:
     """The examples of the splits ("train,test"; None: all) and languages (None: all), in order; `where` names the data in errors.
 
     Raises:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
@@ -16,20 +15,25 @@ from ramoe_megatron.artifacts.files import atomic_write_text, digests, package_v
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.jobs.entry import Job
 from ramoe_megatron.jobs.offline_job import (
-    Progress,
+    OfflineInputs,
+    OfflineOptions,
+    ProgressLines,
     checkpoint_name,
     data_digests,
-    examples_with_anchor,
-    offline_job,
+    read_experts,
+    read_offline,
     write_on_rank_0,
 )
 from ramoe_megatron.jobs.shards import Shards, depends_on
+from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
-from ramoe_megatron.mcore.launch import is_rank_0, refuse_conversations, run_job
+from ramoe_megatron.mcore.launch import is_rank_0, run_job
+from ramoe_megatron.mcore.start import Start, Step
 from ramoe_megatron.mcore.steer.steering_options import SteeringOptions, told
 from ramoe_megatron.method.losses import mass
-from ramoe_megatron.method.steering import NO_STEERING
+from ramoe_megatron.method.steering import NO_STEERING, Steering
 
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline.model import OfflineModel
@@ -55,67 +59,92 @@ class EvaluateOptions:
 
 def main() -> None:
     """Write `NAME.json` and the outcome of each example, `NAME.jsonl`, to the output folder."""
-    with offline_job(EvaluateOptions, SteeringOptions) as (args, data, options):
-        from ramoe_megatron.jobs.scores import answers, by_id, score_parts
-        from ramoe_megatron.mcore.offline.model import OfflineModel, start
-        from ramoe_megatron.mcore.steer.contexts import steering_contexts
+    JOB.main()
 
-        own, steer = options_from_args(EvaluateOptions, args), options_from_args(SteeringOptions, args)
-        check_steering(own, steer, args)
-        examples = examples_with_anchor(data)
-        refuse_conversations(examples)
-        experts = ExpertFile.load(own.experts) if own.experts else None
-        steering = steer.setting(experts, args) if experts else None
-        parts, groups = by_id(examples), groups_of_tasks(examples, experts.tasks if experts else ())
-        limits = options.limits(args, chain.from_iterable(parts), start(args))
-        model = OfflineModel(args, options.batch_tokens)
-        if experts is not None:
-            model.check(experts)
-            if steer.on and is_rank_0():
-                print(*(f"ramoe: {line}" for line in told(steering, experts, {e.task for e in examples})), sep="\n", flush=True)
-        contexts = steering_contexts(model, experts, steering) if experts and steering else None
-        output, digest = Path(str(options.output)), model.weights_digest() if own.weights_digest else None
-        name = own.method if own.seed is None else f"{own.method}-seed{own.seed}"
-        total = len(parts) + len(groups)
-        with Shards(output, f"evaluate-{name}", total, lambda: depends_on(args, data.data, examples)) as shards:
-            progress = Progress(answers(examples), "answers")
-            correct = score_parts(model, parts, limits, shards, progress, contexts)
-            outcomes = [(example, correct[example.id, example.language]) for example in examples]
-            mass_rows = task_mass(model, groups, experts, shards, len(parts), contexts) if experts else []
 
-            def write() -> None:
-                output.mkdir(parents=True, exist_ok=True)
-                lines = (
-                    json.dumps({"id": e.id, "task": e.task, "language": e.language, "correct": right}, ensure_ascii=False)
-                    for e, right in outcomes
-                )
-                atomic_write_text(output / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
-                total, right = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-                for example, outcome in outcomes:
-                    total[example.task, example.language] += 1
-                    right[example.task, example.language] += outcome
-                body: dict[str, Any] = {
-                    "method": own.method,
-                    "seed": own.seed,
-                    "checkpoint": checkpoint_name(args.load),
-                    "split": data.split,
-                    "data": data_digests(data.data),
-                    "package_version": package_version(),
-                    "rows": [
-                        {"task": task, "language": language, "n": n, "correct": right[task, language]}
-                        for (task, language), n in sorted(total.items())
-                    ],
-                    "mass": mass_rows,
-                    "examples": f"{name}.jsonl",
-                }
-                if digest:
-                    body["weights_sha256"] = digest
-                if steer.on:
-                    body["steering"] = (steering.document() if steering else NO_STEERING) | {"experts": digests([str(own.experts)])}
-                save_document(output / f"{name}.json", "ramoe-evaluation", body)
-                shards.remove()
+def _read(start: Start, args: Any) -> Callable[[], None]:
+    """The examples, how many tokens an answer may take, the expert file and the setting of steering."""
+    from ramoe_megatron.jobs.scores import by_id
 
-            write_on_rank_0(model, write)
+    own, steer = options_from_args(EvaluateOptions, args), options_from_args(SteeringOptions, args)
+    inputs = read_offline(start, args)
+    limits = inputs.limits(start, lambda: list(chain.from_iterable(by_id(inputs.examples.value))))
+    experts = read_experts(start, args, own.experts) if own.experts else Step(None)
+    setting: Step[Steering | None] = Step(None)
+    if steer != SteeringOptions():
+        fix = "correct the --ramoe-steer flags"
+        flags = start.step("steering", lambda: check_steering(own, steer, args), None, fix)
+
+        def chosen() -> Steering | None:
+            _ = flags.value
+            return steer.setting(experts.value, args) if experts.value else None
+
+        needs = [own.experts, steer.steering]
+        setting = start.step("steering", chosen, lambda found: str(found or "none is best"), fix, needs)
+    return lambda: evaluate_and_write(inputs, own, steer, limits.value, experts.value, setting.value)
+
+
+def evaluate_and_write(
+    inputs: OfflineInputs,
+    own: EvaluateOptions,
+    steer: SteeringOptions,
+    limits: Sequence[int],
+    experts: ExpertFile | None,
+    steering: Steering | None,
+) -> None:
+    """The work of the job, after its start. `limits`: new tokens of each example, in the order of `by_id`."""
+    from ramoe_megatron.jobs.scores import answers, by_id, score_parts
+    from ramoe_megatron.mcore.offline.model import OfflineModel
+    from ramoe_megatron.mcore.steer.contexts import steering_contexts
+
+    args, data, examples, output = inputs.args, inputs.data, inputs.examples.value, inputs.output.value
+    parts, groups = by_id(examples), groups_of_tasks(examples, experts.tasks if experts else ())
+    model = OfflineModel(args, inputs.options.batch_tokens)
+    if experts is not None and steer.on and is_rank_0():
+        print(*(f"ramoe: {line}" for line in told(steering, experts, {e.task for e in examples})), sep="\n", flush=True)
+    contexts = steering_contexts(model, experts, steering) if experts and steering else None
+    digest = model.weights_digest() if own.weights_digest else None
+    name = own.method if own.seed is None else f"{own.method}-seed{own.seed}"
+    total = len(parts) + len(groups)
+    with Shards(output, f"evaluate-{name}", total, lambda: depends_on(args, data.data, examples)) as shards:
+        progress = ProgressLines(answers(examples), "answers")
+        correct = score_parts(model, parts, limits, shards, progress, contexts)
+        outcomes = [(example, correct[example.id, example.language]) for example in examples]
+        mass_rows = task_mass(model, groups, experts, shards, len(parts), contexts) if experts else []
+
+        def write() -> None:
+            output.mkdir(parents=True, exist_ok=True)
+            lines = (
+                json.dumps({"id": e.id, "task": e.task, "language": e.language, "correct": right}, ensure_ascii=False)
+                for e, right in outcomes
+            )
+            atomic_write_text(output / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
+            total, right = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+            for example, outcome in outcomes:
+                total[example.task, example.language] += 1
+                right[example.task, example.language] += outcome
+            body: dict[str, Any] = {
+                "method": own.method,
+                "seed": own.seed,
+                "checkpoint": checkpoint_name(args.load),
+                "split": data.split,
+                "data": data_digests(data.data),
+                "package_version": package_version(),
+                "rows": [
+                    {"task": task, "language": language, "n": n, "correct": right[task, language]}
+                    for (task, language), n in sorted(total.items())
+                ],
+                "mass": mass_rows,
+                "examples": f"{name}.jsonl",
+            }
+            if digest:
+                body["weights_sha256"] = digest
+            if steer.on:
+                body["steering"] = (steering.document() if steering else NO_STEERING) | {"experts": digests([str(own.experts)])}
+            save_document(output / f"{name}.json", "ramoe-evaluation", body)
+            shards.remove()
+
+        write_on_rank_0(model, write)
 
 
 def groups_of_tasks(examples: Sequence[Example], tasks: Sequence[str]) -> dict[tuple[str, str], list[Example]]:
@@ -162,6 +191,8 @@ def task_mass(
         shards.save(number, shards.state | {"mass": torch.stack(means)})
     return [{"task": task, "language": language, "mass": mean.tolist()} for (task, language), mean in zip(groups, means, strict=True)]
 
+
+JOB = Job(lambda: (DataOptions, OfflineOptions, EvaluateOptions, SteeringOptions), _read)
 
 if __name__ == "__main__":
     run_job(main)

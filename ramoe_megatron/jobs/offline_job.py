@@ -1,28 +1,29 @@
 """What the offline jobs share: their options, the data they read, and progress lines."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import digests
-from ramoe_megatron.data.encode import Tokenizer
+from ramoe_megatron.data.encode import Tokenizer, check_conversations
 from ramoe_megatron.data.limits import new_token_limits
-from ramoe_megatron.data.parallel import Example, load_examples
+from ramoe_megatron.data.parallel import Example, load_examples, pair_with_anchor
 from ramoe_megatron.data.sources import local_files
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.jobs.entry import CHECKPOINT_FIX, DATA_FIX, FILE_FIX, FORWARD_ONLY_FLAGS
 from ramoe_megatron.mcore.arguments import DataOptions, arguments_with
+from ramoe_megatron.mcore.checkpoint import named, require_checkpoint
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, megatron_arguments
+from ramoe_megatron.mcore.start import Start, Step
+from ramoe_megatron.mcore.trial import tokenizer_flags
 
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline.model import OfflineModel
-
-FORWARD_ONLY_FLAGS = ["--micro-batch-size", "1", "--no-load-optim", "--no-load-rng", "--finetune"]
-"""Megatron's parser asks for a micro-batch size; a checkpoint is loaded for its weights alone."""
-
 
 @dataclass(frozen=True)
 class OfflineOptions:
@@ -47,20 +48,118 @@ class OfflineOptions:
 
 @contextmanager
 def offline_job(*options: type) -> Iterator[tuple[Any, DataOptions, OfflineOptions]]:
-    """Parsed arguments, data options and offline options of a job, on Megatron or its CPU backend."""
-    provider = arguments_with(DataOptions, OfflineOptions, *options)
-    with megatron_arguments(provider, FORWARD_ONLY_FLAGS) as args:
-        yield args, *offline_options(args)
+    """Parsed arguments, data options and offline options, on Megatron or its CPU backend, for a script that is no `Job`."""
+    groups = (DataOptions, OfflineOptions, *options)
+    with megatron_arguments(arguments_with(*groups), FORWARD_ONLY_FLAGS, options=groups) as args:
+        yield args, options_from_args(DataOptions, args), options_from_args(OfflineOptions, args)
 
 
-def offline_options(args: Any) -> tuple[DataOptions, OfflineOptions]:
-    """The options that all offline jobs share, from the parsed flags. Raises RamoeError when one without a default is missing."""
-    data, offline = options_from_args(DataOptions, args), options_from_args(OfflineOptions, args)
-    if not data.data:
-        raise RamoeError("--ramoe-data is missing: expected JSONL files, folders of them, or the name of a data set")
-    if offline.output is None:
-        raise RamoeError("--ramoe-output is missing: expected the folder to write to")
-    return data, offline
+@dataclass(frozen=True)
+class OfflineInputs:
+    """What every offline job reads. `examples` and `output` are steps of the job's start."""
+
+    args: Any
+    data: DataOptions
+    options: OfflineOptions
+    examples: Step[list[Example]]
+    """Of the chosen languages and, always, of the anchor."""
+    output: Step[Path]
+
+    def pairs(self, start: Start) -> Step[list[tuple[Example, Example]]]:
+        """(anchor view, target view) of the examples, for the jobs that compare languages; at least one."""
+
+        def look() -> list[tuple[Example, Example]]:
+            pairs = pair_with_anchor(self.examples.value, self.data.anchor)
+            if not pairs:
+                raise RamoeError(
+                    f"{', '.join(self.data.data)}: only {self.data.anchor!r} rows in split {self.data.split!r}; nothing to compare"
+                )
+            return pairs
+
+        return start.step("data", look, None, DATA_FIX)
+
+    def limits(self, start: Start, scored: Callable[[], Sequence[Example]]) -> Step[list[int]]:
+        """New tokens of each example that the job scores; `OfflineOptions.limits`. The expensive part of a check."""
+
+        def look() -> list[int]:
+            examples, tokenizer = scored(), start.tokenizer.value
+            key = ("limits", _choice(self.data), len(examples), self.options.max_new_tokens, self.args.max_position_embeddings)
+            kept = (*key, tokenizer_flags(self.args))
+            return start.once(kept, lambda: self.options.limits(self.args, examples, tokenizer))
+
+        return start.step("data", look, None, DATA_FIX)
+
+
+def read_offline(start: Start, args: Any, data: DataOptions | None = None) -> OfflineInputs:
+    """The steps that the offline jobs share: the data, the checkpoint, the output folder.
+
+    Args:
+        data: the data options, where the job does not use those of the flags.
+    """
+    data, options = data or options_from_args(DataOptions, args), options_from_args(OfflineOptions, args)
+
+    def examples() -> list[Example]:
+        if not data.data:
+            raise RamoeError("--ramoe-data is missing: expected JSONL files, folders of them, or the name of a data set")
+        return start.once(("examples", _choice(data)), lambda: examples_with_anchor(data))
+
+    def output() -> Path:
+        if options.output is None:
+            raise RamoeError("--ramoe-output is missing: expected the folder to write to")
+        return Path(options.output)
+
+    folder = start.step("output", output, str, "give the folder")
+    read = start.step("data", examples, lambda found: f"{len(found)} examples of split {data.split}", DATA_FIX, data.data)
+    read_conversations(start, args, read, _choice(data))
+    start.step(
+        "checkpoint", lambda: require_checkpoint(args.load, "--load"), lambda _: named(args.load), CHECKPOINT_FIX, [args.load]
+    )
+    return OfflineInputs(args, data, options, read, folder)
+
+
+def read_conversations(
+    start: Start, args: Any, examples: Step[list[Example]], choice: object, check: str = "data"
+) -> None:
+    """The step that tries the tokenizer's chat template on the examples that have `messages`; `choice`: what chooses them."""
+
+    def look() -> None:
+        found, tokenizer = examples.value, start.tokenizer.value
+        start.once(("conversations", choice, tokenizer_flags(args)), lambda: check_conversations(found, tokenizer))
+
+    start.step(check, look, None, DATA_FIX)
+
+
+def _choice(data: DataOptions) -> tuple[Any, ...]:
+    """What chooses the examples of an offline job."""
+    return (data.data, data.split, data.languages, data.anchor, data.columns)
+
+
+def given(path: str | None, flag: str) -> str:
+    """The value of a flag that names a file of an earlier job. Raises RamoeError where the flag is missing."""
+    if path is None:
+        raise RamoeError(f"--ramoe-{flag} is missing: expected the file that `ramoe taxonomy` or `ramoe profile` wrote")
+    return path
+
+
+def moe_layers(start: Start, args: Any) -> int:
+    """How many MoE layers the model of the flags has."""
+    from ramoe_megatron.mcore.router import configured_moe_layer_numbers
+
+    return len(configured_moe_layer_numbers(start.config.value, args.hybrid_layer_pattern))
+
+
+def fitting_experts(start: Start, args: Any, path: str | None) -> ExpertFile:
+    """The expert file. Raises RamoeError when it cannot be read, or belongs to another model than the flags say."""
+    experts, config = ExpertFile.load(given(path, "experts")), start.config.value
+    experts.check_model(moe_layers(start, args), config.num_moe_experts, config.moe_router_topk, config.moe_router_score_function)
+    return experts
+
+
+def read_experts(start: Start, args: Any, path: str | None) -> Step[ExpertFile]:
+    """The step of a job that reads an expert file."""
+    return start.step(
+        "expert file", lambda: fitting_experts(start, args, path), lambda e: f"{len(e.tasks)} tasks", FILE_FIX, [path]
+    )
 
 
 def examples_with_anchor(options: DataOptions, split: str | None = None) -> list[Example]:
@@ -84,7 +183,7 @@ def checkpoint_name(folder: str) -> str:
     return f"{path.name}@{(path / 'latest_checkpointed_iteration.txt').read_text().strip()}"
 
 
-class Progress:
+class ProgressLines:
     """Prints a job's progress on rank 0, as lines that `ramoe run` turns into a bar."""
 
     def __init__(self, total: int, unit: str) -> None:

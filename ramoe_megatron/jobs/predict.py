@@ -7,20 +7,20 @@ The transplant test answers each target-language prompt twice: as it is, and wit
 router logits that the model had at the last token of the parallel English prompt (our own test: no paper has it).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import save_document
 from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy
 from ramoe_megatron.data.encode import encode
-from ramoe_megatron.data.parallel import Example, pair_with_anchor
-from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.jobs.offline_job import Progress, examples_with_anchor, offline_job, write_on_rank_0
+from ramoe_megatron.data.parallel import Example
+from ramoe_megatron.jobs.entry import FILE_FIX, Job
+from ramoe_megatron.jobs.offline_job import OfflineOptions, ProgressLines, fitting_experts, given, read_offline, write_on_rank_0
+from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
-from ramoe_megatron.mcore.launch import refuse_conversations, run_job
+from ramoe_megatron.mcore.launch import run_job
+from ramoe_megatron.mcore.start import Start
 from ramoe_megatron.method.layers import parse_layers
 from ramoe_megatron.method.predict import TransplantOutcome, predict
 from ramoe_megatron.method.taxonomy import summarise
@@ -48,33 +48,47 @@ class PredictOptions:
 
 def main() -> None:
     """Write `predict.json` to the output folder."""
-    with offline_job(PredictOptions) as (args, data, options):
-        from ramoe_megatron.mcore.offline.model import OfflineModel, start
+    JOB.main()
 
-        own = options_from_args(PredictOptions, args)
-        for flag, value in (("taxonomy", own.taxonomy), ("experts", own.experts), ("divergence-file", own.divergence_file)):
-            if value is None:
-                raise RamoeError(f"--ramoe-{flag} is missing: expected the file that `ramoe taxonomy` or `ramoe profile` wrote")
-        experts = ExpertFile.load(str(own.experts))
-        zone = parse_layers(own.layers, experts.shape.num_moe_layers, experts.zone)
-        taxonomy = summarise(read_taxonomy(str(own.taxonomy)))
-        divergence = read_divergence(str(own.divergence_file))
-        examples = examples_with_anchor(data)
-        refuse_conversations(examples)
-        pairs = pair_with_anchor(examples, data.anchor)
-        limits = options.limits(args, [target for _, target in pairs], start(args))
-        model = OfflineModel(args, options.batch_tokens)
-        model.check(experts)
-        outcomes = transplant(model, pairs, range(zone[0], zone[1] + 1), limits)
-        prediction = predict(taxonomy, divergence, zone, outcomes, data.split)
+
+def _read(start: Start, args: Any) -> Callable[[], None]:
+    """The pairs, how many tokens an answer may take, the taxonomy, the divergence curve and the zone."""
+    own = options_from_args(PredictOptions, args)
+    inputs = read_offline(start, args)
+    pairs = inputs.pairs(start)
+    limits = inputs.limits(start, lambda: [target for _, target in pairs.value])
+
+    def zone() -> tuple[int, int, int]:
+        experts = fitting_experts(start, args, own.experts)
+        layers = experts.shape.num_moe_layers
+        return *parse_layers(own.layers, layers, experts.zone), layers
+
+    rows = start.step(
+        "taxonomy", lambda: read_taxonomy(given(own.taxonomy, "taxonomy")), lambda found: f"{len(found)} rows", FILE_FIX, [own.taxonomy]
+    )
+    divergence = start.step(
+        "divergence", lambda: read_divergence(given(own.divergence_file, "divergence-file")), lambda found: f"{len(found)} rows",
+        FILE_FIX, [own.divergence_file],
+    )  # fmt: skip
+    layers = start.step("expert file", zone, lambda found: "MoE layers {}-{} of {}".format(*found), FILE_FIX, [own.experts])
+
+    def work() -> None:
+        from ramoe_megatron.mcore.offline.model import OfflineModel
+
+        first, last, _ = layers.value
+        model = OfflineModel(args, inputs.options.batch_tokens)
+        outcomes = transplant_outcomes(model, pairs.value, range(first, last + 1), limits.value)
+        prediction = predict(summarise(rows.value), divergence.value, (first, last), outcomes, inputs.data.split)
 
         def write() -> None:
-            save_document(Path(str(options.output)) / "predict.json", "ramoe-prediction", prediction.document())
+            save_document(inputs.output.value / "predict.json", "ramoe-prediction", prediction.document())
 
         write_on_rank_0(model, write)
 
+    return work
 
-def transplant(
+
+def transplant_outcomes(
     model: "OfflineModel",
     pairs: Sequence[tuple[Example, Example]],
     layers: range,
@@ -105,7 +119,7 @@ def transplant(
 
         return context
 
-    progress = Progress(2 * sum(len(target.choices or (target,)) for target in targets), "answers")
+    progress = ProgressLines(2 * sum(len(target.choices or (target,)) for target in targets), "answers")
     plain = score(model, targets, limits, progress=progress)
     moved = score(model, targets, limits, context_for, progress)
     return [
@@ -113,6 +127,8 @@ def transplant(
         for target, before, after in zip(targets, plain, moved, strict=True)
     ]
 
+
+JOB = Job(lambda: (DataOptions, OfflineOptions, PredictOptions), _read)
 
 if __name__ == "__main__":
     run_job(main)

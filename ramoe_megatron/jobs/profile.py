@@ -9,7 +9,7 @@ written: what each further anchor has to bring (`ramoe anchors`).
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,24 +24,29 @@ from ramoe_megatron.artifacts.records import read_taxonomy, write_divergence
 from ramoe_megatron.artifacts.tensors import TOKENS
 from ramoe_megatron.artifacts.usage import UsageSum
 from ramoe_megatron.data.encode import encode
-from ramoe_megatron.data.parallel import Example, load_examples, pair_with_anchor
+from ramoe_megatron.data.parallel import Example, load_examples
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.jobs.entry import DATA_FIX, FILE_FIX, Job
 from ramoe_megatron.jobs.offline_job import (
+    OfflineInputs,
     OfflineOptions,
-    Progress,
+    ProgressLines,
     checkpoint_name,
     data_digests,
-    examples_with_anchor,
-    offline_job,
+    moe_layers,
+    read_conversations,
+    read_offline,
     write_on_rank_0,
 )
 from ramoe_megatron.jobs.shards import SHARD_EXAMPLES, Shards, depends_on
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
-from ramoe_megatron.mcore.launch import is_rank_0, refuse_conversations, run_job
+from ramoe_megatron.mcore.launch import is_rank_0, run_job
+from ramoe_megatron.mcore.start import Start
 from ramoe_megatron.method.divergence import DivergenceCurve, Zone, mean_curve, zone_from_curve
-from ramoe_megatron.method.experts import FrequencySum, delta, describe_empty, parse_rule, task_experts
+from ramoe_megatron.method.experts import FrequencySum, Rule, delta, describe_empty, parse_rule, task_experts
 from ramoe_megatron.method.layers import parse_layers
+from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline.model import OfflineModel
@@ -90,15 +95,9 @@ class ProfileOptions:
         return self.save_priors and not self.general and self.taxonomy is None
 
     def check(self) -> None:
-        """Raise RamoeError for a flag that is missing."""
-        if self.priors_alone:
-            if self.save_usage:
-                raise RamoeError("--ramoe-save-usage is of a whole profile: give --ramoe-general and --ramoe-taxonomy, or leave it out")
-            return
-        if not self.general:
-            raise RamoeError("--ramoe-general is missing: expected general English text to compare the task data with")
-        if self.taxonomy is None:
-            raise RamoeError("--ramoe-taxonomy is missing: expected taxonomy.jsonl; run `ramoe taxonomy` first")
+        """Raise RamoeError for a flag that priors alone do not go with."""
+        if self.save_usage:
+            raise RamoeError("--ramoe-save-usage is of a whole profile: give --ramoe-general and --ramoe-taxonomy, or leave it out")
 
     def rows_of(self, data: DataOptions) -> DataOptions:
         """What is run of the task data: for priors alone, the anchor's rows."""
@@ -107,36 +106,61 @@ class ProfileOptions:
 
 def main() -> None:
     """Write `experts.safetensors`, `divergence.csv` and, when asked for, `priors.safetensors` and `usage.safetensors`; or priors alone."""
-    with offline_job(ProfileOptions) as (args, data, options):
-        own = options_from_args(ProfileOptions, args)
-        own.check()
-        if own.priors_alone:
-            _priors_alone(args, data, options, own)
-        else:
-            _profile(args, data, options, own)
+    JOB.main()
 
 
-def _profile(args: Any, data: DataOptions, options: OfflineOptions, own: ProfileOptions) -> None:
+def _read(start: Start, args: Any) -> Callable[[], None]:
+    """The examples; and unless priors are all that is asked for: the rule, the layers, general text and the taxonomy."""
+    own, anchor = options_from_args(ProfileOptions, args), options_from_args(DataOptions, args).anchor
+    inputs = read_offline(start, args, own.rows_of(options_from_args(DataOptions, args)))
+    if own.priors_alone:
+        start.step("priors", own.check, lambda _: f"alone, of {anchor!r}", "correct the flag")
+        return lambda: _priors_alone(inputs, own)
+
+    def rule() -> tuple[Rule, tuple[int, int] | None]:
+        return parse_rule(own.select), None if own.layers == "auto" else parse_layers(own.layers, moe_layers(start, args))
+
+    def general() -> list[Example]:
+        if not own.general:
+            raise RamoeError("--ramoe-general is missing: expected general English text to compare the task data with")
+        return load_examples(own.general, languages=[anchor])
+
+    def taxonomy() -> list[TaxonomyRow]:
+        if own.taxonomy is None:
+            raise RamoeError("--ramoe-taxonomy is missing: expected taxonomy.jsonl; run `ramoe taxonomy` first")
+        rows = read_taxonomy(own.taxonomy)
+        check_anchor(own.taxonomy, anchor)
+        return rows
+
+    pairs = inputs.pairs(start)
+    chosen = start.step(
+        "expert rule", rule, lambda _: f"{own.select}, layers {own.layers}", "correct --ramoe-select or --ramoe-layers"
+    )
+    texts = start.step("general text", general, lambda found: f"{len(found)} texts", DATA_FIX, own.general)
+    read_conversations(start, args, texts, (own.general, anchor), "general text")
+    rows = start.step("taxonomy", taxonomy, lambda found: f"{len(found)} rows", FILE_FIX, [own.taxonomy])
+    return lambda: _profile(inputs, own, *chosen.value, [target for _, target in pairs.value], texts.value, rows.value)
+
+
+def _profile(
+    inputs: OfflineInputs, own: ProfileOptions, rule: Rule, given: tuple[int, int] | None, targets: Sequence[Example],
+    general: Sequence[Example], taxonomy: Sequence[TaxonomyRow],
+) -> None:  # fmt: skip
+    """The work of the job, after its start. `given`: the zone to record, where it is not read off the curve."""
     from ramoe_megatron.mcore.offline.model import OfflineModel
 
-    rule = parse_rule(own.select)
-    examples = examples_with_anchor(own.rows_of(data))
-    pairs = pair_with_anchor(examples, data.anchor)
-    general = load_examples(own.general, languages=[data.anchor])
-    check_anchor(str(own.taxonomy), data.anchor)
-    correct = {row.id for row in read_taxonomy(str(own.taxonomy)) if row.english_correct}
+    args, data, examples, output = inputs.args, inputs.data, inputs.examples.value, inputs.output.value
+    correct = {row.id for row in taxonomy if row.english_correct}
     english = [example for example in examples if example.language == data.anchor]
-    refuse_conversations([*examples, *general])
-    model = OfflineModel(args, options.batch_tokens)
-    output, shape = Path(str(options.output)), model.shape
-    given = None if own.layers == "auto" else parse_layers(own.layers, shape.num_moe_layers)
-    passes = Passes(model, general, english, [target for _, target in pairs], correct, own, data.anchor)
+    model = OfflineModel(args, inputs.options.batch_tokens)
+    shape = model.shape
+    passes = Passes(model, general, english, targets, correct, own, data.anchor)
 
     def key() -> dict[str, Any]:
         return depends_on(args, [*data.data, *own.general], [*examples, *general])
 
     with Shards(output, "profile", len(passes.parts), key) as shards:
-        passes.run(shards, Progress(len(examples) + len(general), "sequences"))
+        passes.run(shards, ProgressLines(len(examples) + len(general), "sequences"))
         rows = passes.curve.rows(model.layer_numbers)
         zone = zone_from_curve(mean_curve(rows))
         if given is not None:
@@ -157,7 +181,7 @@ def _profile(args: Any, data: DataOptions, options: OfflineOptions, own: Profile
                 sequences={
                     "english_task": dict(zip(passes.tasks, frequency.sequences.tolist(), strict=True)),
                     "english_correct": dict(zip(passes.tasks, passes.pattern_count.int().tolist(), strict=True)),
-                    "general": len(general), "pairs": len(pairs),
+                    "general": len(general), "pairs": len(targets),
                 },
             )  # fmt: skip
 
@@ -180,16 +204,15 @@ def _profile(args: Any, data: DataOptions, options: OfflineOptions, own: Profile
             print(f"ramoe: zone: {zone}", *empty, sep="\nramoe: ", flush=True)
 
 
-def _priors_alone(args: Any, data: DataOptions, options: OfflineOptions, own: ProfileOptions) -> None:
+def _priors_alone(inputs: OfflineInputs, own: ProfileOptions) -> None:
     from ramoe_megatron.mcore.offline.model import OfflineModel
 
-    english = examples_with_anchor(own.rows_of(data))
-    refuse_conversations(english)
-    model = OfflineModel(args, options.batch_tokens)
-    output, passes = Path(str(options.output)), Passes(model, [], english, [], set(), own, data.anchor)
+    args, data, english, output = inputs.args, inputs.data, inputs.examples.value, inputs.output.value
+    model = OfflineModel(args, inputs.options.batch_tokens)
+    passes = Passes(model, [], english, [], set(), own, data.anchor)
     # the job's name is the whole profile's: both write priors.safetensors
     with Shards(output, "profile", len(passes.parts), lambda: depends_on(args, data.data, english)) as shards:
-        passes.run(shards, Progress(len(english), "sequences"))
+        passes.run(shards, ProgressLines(len(english), "sequences"))
 
         def write() -> None:
             output.mkdir(parents=True, exist_ok=True)
@@ -243,7 +266,7 @@ class Passes:
         self.anchor = anchor
         self.usage = UsageSum([anchor, *self.views], layers, experts, model.device) if options.save_usage else None
 
-    def run(self, shards: Shards, progress: Progress) -> None:
+    def run(self, shards: Shards, progress: ProgressLines) -> None:
         """Add every part to the sums; those of finished shards come from their state, bit for bit."""
         for name, total in self._sums().items():
             if shards.done:
@@ -279,7 +302,7 @@ class Passes:
             return {}
         return {language: [by_id[example.id] for example in part if example.id in by_id] for language, by_id in self.views.items()}
 
-    def _general(self, part: Sequence[Example], progress: Progress) -> None:
+    def _general(self, part: Sequence[Example], progress: ProgressLines) -> None:
         """Expert frequency of general English text."""
         routing = self._routing(part, choices=())
         group = torch.zeros(len(part), dtype=torch.int64, device=self.model.device)
@@ -287,7 +310,7 @@ class Passes:
         progress(len(part))
 
     def _parallel(
-        self, part: Sequence[Example], targets: Mapping[str, Sequence[Example]], progress: Progress
+        self, part: Sequence[Example], targets: Mapping[str, Sequence[Example]], progress: ProgressLines
     ) -> dict[str, torch.Tensor]:
         """English views (frequency, pattern), and each language's divergence from them. Gives the English priors, [n, L, E] by token
         choice."""
@@ -337,6 +360,8 @@ class Passes:
 def _parts(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
     return (examples[start : start + SHARD_EXAMPLES] for start in range(0, len(examples), SHARD_EXAMPLES))
 
+
+JOB = Job(lambda: (DataOptions, OfflineOptions, ProfileOptions), _read)
 
 if __name__ == "__main__":
     run_job(main)

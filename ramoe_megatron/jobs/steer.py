@@ -8,27 +8,31 @@ The model is loaded once. A shard is one setting: all examples answered under it
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import digests, package_version, save_document
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.jobs.entry import Job
 from ramoe_megatron.jobs.offline_job import (
-    Progress,
+    OfflineInputs,
+    OfflineOptions,
+    ProgressLines,
     checkpoint_name,
     data_digests,
-    examples_with_anchor,
-    offline_job,
+    read_experts,
+    read_offline,
     write_on_rank_0,
 )
 from ramoe_megatron.jobs.shards import Shards, depends_on
 from ramoe_megatron.mcore.align.refusals import refuse_hard_steering
+from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
-from ramoe_megatron.mcore.launch import is_rank_0, refuse_conversations, run_job
+from ramoe_megatron.mcore.launch import is_rank_0, run_job
+from ramoe_megatron.mcore.start import Start
 from ramoe_megatron.method.layers import parse_layers
 from ramoe_megatron.method.steering import NO_STEERING, Kind, Steering
 from ramoe_megatron.statistics import Difference, clustered_difference, paired_proportions
@@ -58,14 +62,14 @@ class SteerOptions:
         if "hard" in self.kinds:
             refuse_hard_steering(args)
 
-    def to_try(self, examples: Sequence[Example], anchor: str) -> tuple[ExpertFile, list["Candidate"], list[str]]:
-        """The expert file, the settings to try on the targets among the examples, and what is left out.
+    def to_try(
+        self, file: ExpertFile, examples: Sequence[Example], anchor: str
+    ) -> tuple[list["Candidate"], list[str]]:
+        """The settings to try on the targets among the examples, and what is left out.
 
         Raises:
-            RamoeError: for a missing file, a bad value, examples without a target, or when nothing is left to try.
+            RamoeError: for a bad value, examples without a target, or when nothing is left to try.
         """
-        if self.experts is None:
-            raise RamoeError("--ramoe-experts is missing: expected the file that `ramoe profile` wrote")
         for strength in self.strengths:
             if not math.isfinite(strength):
                 raise RamoeError(f"--ramoe-strengths {strength}: expected finite numbers (the paper: 0.5)")
@@ -73,64 +77,84 @@ class SteerOptions:
         tasks = {example.task for example in examples if example.language != anchor}
         if not tasks:
             raise RamoeError(f"only {anchor!r} examples: nothing to search on; give data and a --ramoe-split with target languages")
-        file = ExpertFile.load(self.experts)
-        return file, *candidates(file, tasks, self.kinds, taus, self.strengths, self.zones)
+        return candidates(file, tasks, self.kinds, taus, self.strengths, self.zones)
 
 
 def main() -> None:
     """Write `steering.json` to the output folder."""
-    with offline_job(SteerOptions) as (args, data, options):
-        import torch
+    JOB.main()
 
-        from ramoe_megatron.jobs.scores import answers
-        from ramoe_megatron.mcore.offline.model import OfflineModel, start
-        from ramoe_megatron.mcore.offline.scoring import score
-        from ramoe_megatron.mcore.steer.contexts import steering_contexts
 
-        own = options_from_args(SteerOptions, args)
-        own.check(args)
-        examples = examples_with_anchor(data)
-        refuse_conversations(examples)
-        experts, tried, skipped = own.to_try(examples, data.anchor)
-        limits = options.limits(args, examples, start(args))
-        model = OfflineModel(args, options.batch_tokens)
-        model.check(experts)
+def _read(start: Start, args: Any) -> Callable[[], None]:
+    """The examples, how many tokens an answer may take, the expert file and the settings to try."""
+    own = options_from_args(SteerOptions, args)
+    inputs = read_offline(start, args)
+    limits = inputs.limits(start, lambda: inputs.examples.value)
+    experts = read_experts(start, args, own.experts)
+    flags = start.step("settings", lambda: own.check(args), None, "correct the flag")
+
+    def settings() -> tuple[list[Candidate], list[str]]:
+        _ = flags.value
+        return own.to_try(experts.value, inputs.examples.value, inputs.data.anchor)
+
+    tried = start.step(
+        "settings", settings, lambda found: "\n".join(_told(*found)), "correct the flag", [own.experts, *inputs.data.data]
+    )
+    return lambda: search_and_write(inputs, experts.value, *tried.value, limits.value)
+
+
+def _told(tried: Sequence["Candidate"], skipped: Sequence[str]) -> list[str]:
+    return [*skipped, f"{len(tried)} settings, no steering among them"]
+
+
+def search_and_write(
+    inputs: OfflineInputs, experts: ExpertFile, tried: Sequence["Candidate"], skipped: Sequence[str], limits: Sequence[int]
+) -> None:
+    """The work of the job, after its start. `limits`: new tokens of each example."""
+    import torch
+
+    from ramoe_megatron.jobs.scores import answers
+    from ramoe_megatron.mcore.offline.model import OfflineModel
+    from ramoe_megatron.mcore.offline.scoring import score
+    from ramoe_megatron.mcore.steer.contexts import steering_contexts
+
+    args, data, examples, output = inputs.args, inputs.data, inputs.examples.value, inputs.output.value
+    model = OfflineModel(args, inputs.options.batch_tokens)
+    if is_rank_0():
+        print(*(f"ramoe: {line}" for line in _told(tried, skipped)), sep="\n", flush=True)
+    with Shards(output, "steering", len(tried), lambda: depends_on(args, data.data, examples)) as shards:
+        progress = ProgressLines(answers(examples) * len(tried), "answers")
+        correct: list[list[bool]] = shards.state["correct"].bool().tolist() if shards.done else []
+        if correct:
+            progress(answers(examples) * len(correct))
+        for number in range(shards.done, len(tried)):
+            steering = tried[number].steering
+            context_for = steering_contexts(model, experts, steering)(examples) if steering else None
+            progress.note = str(steering or "no steering")
+            correct.append(score(model, examples, limits, context_for, progress))
+            shards.save(number, {"correct": torch.tensor(correct, dtype=torch.uint8)})
+
+        rows = search_table(tried, [Answer(e.id, e.language) for e in examples], correct, data.anchor)
+
+        def write() -> None:
+            body = {
+                "anchor": data.anchor,
+                "checkpoint": checkpoint_name(args.load),
+                "split": data.split,
+                "data": data_digests(data.data),
+                "experts": digests([str(experts.path)]),
+                "package_version": package_version(),
+                "settings": rows,
+                "skipped": list(skipped),
+                "best": best(rows),
+            }
+            save_document(output / "steering.json", "ramoe-steering", body)
+            shards.remove()
+
+        write_on_rank_0(model, write)
         if is_rank_0():
-            print(*(f"ramoe: {line}" for line in (*skipped, f"{len(tried)} settings, no steering among them")), sep="\n", flush=True)
-        output = Path(str(options.output))
-        with Shards(output, "steering", len(tried), lambda: depends_on(args, data.data, examples)) as shards:
-            progress = Progress(answers(examples) * len(tried), "answers")
-            correct: list[list[bool]] = shards.state["correct"].bool().tolist() if shards.done else []
-            if correct:
-                progress(answers(examples) * len(correct))
-            for number in range(shards.done, len(tried)):
-                steering = tried[number].steering
-                context_for = steering_contexts(model, experts, steering)(examples) if steering else None
-                progress.note = str(steering or "no steering")
-                correct.append(score(model, examples, limits, context_for, progress))
-                shards.save(number, {"correct": torch.tensor(correct, dtype=torch.uint8)})
-
-            rows = search_table(tried, [Answer(e.id, e.language) for e in examples], correct, data.anchor)
-
-            def write() -> None:
-                body = {
-                    "anchor": data.anchor,
-                    "checkpoint": checkpoint_name(args.load),
-                    "split": data.split,
-                    "data": data_digests(data.data),
-                    "experts": digests([str(experts.path)]),
-                    "package_version": package_version(),
-                    "settings": rows,
-                    "skipped": skipped,
-                    "best": best(rows),
-                }
-                save_document(output / "steering.json", "ramoe-steering", body)
-                shards.remove()
-
-            write_on_rank_0(model, write)
-            if is_rank_0():
-                number = rows.index(best(rows))
-                print(f"ramoe: best of {len(rows)}: {tried[number].steering or 'no steering'}", flush=True)
+            number = rows.index(best(rows))
+            print(f"ramoe: best of {len(rows)}: {tried[number].steering or 'no steering'}", flush=True)
 
 
 # ---- which settings to try, what each gave, and the best ----
@@ -278,6 +302,8 @@ def best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     return min(rows, key=rank)
 
+
+JOB = Job(lambda: (DataOptions, OfflineOptions, SteerOptions), _read)
 
 if __name__ == "__main__":
     run_job(main)

@@ -3,60 +3,82 @@
     torchrun --nproc-per-node N -m ramoe_megatron.jobs.taxonomy MEGATRON_FLAGS --load DIR --ramoe-data FILE --ramoe-output DIR
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
+from typing import Any
 
 from ramoe_megatron.artifacts.files import package_version, save_document
 from ramoe_megatron.artifacts.records import write_taxonomy
-from ramoe_megatron.data.parallel import pair_with_anchor
-from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.jobs.offline_job import Progress, checkpoint_name, data_digests, examples_with_anchor, offline_job, write_on_rank_0
+from ramoe_megatron.data.parallel import Example
+from ramoe_megatron.jobs.entry import Job
+from ramoe_megatron.jobs.offline_job import (
+    OfflineInputs,
+    OfflineOptions,
+    ProgressLines,
+    checkpoint_name,
+    data_digests,
+    read_offline,
+    write_on_rank_0,
+)
 from ramoe_megatron.jobs.shards import Shards, depends_on
-from ramoe_megatron.mcore.launch import refuse_conversations, run_job
+from ramoe_megatron.mcore.arguments import DataOptions
+from ramoe_megatron.mcore.launch import run_job
+from ramoe_megatron.mcore.start import Start
 from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
 
 
 def main() -> None:
     """Write `taxonomy.jsonl` and `taxonomy.json` to the output folder."""
-    with offline_job() as (args, data, options):
-        from ramoe_megatron.jobs.scores import answers, by_id, score_parts
-        from ramoe_megatron.mcore.offline.model import OfflineModel, start
+    JOB.main()
 
-        examples = examples_with_anchor(data)
-        pairs = pair_with_anchor(examples, data.anchor)
-        if not pairs:
-            raise RamoeError(f"{', '.join(data.data)}: only {data.anchor!r} rows in split {data.split!r}; nothing to compare")
-        refuse_conversations(examples)
-        output, parts = Path(str(options.output)), by_id(examples)
-        limits = options.limits(args, chain.from_iterable(parts), start(args))
-        model = OfflineModel(args, options.batch_tokens)
-        with Shards(output, "taxonomy", len(parts), lambda: depends_on(args, data.data, examples)) as shards:
-            progress = Progress(answers(examples), "answers")
-            correct = score_parts(model, parts, limits, shards, progress)
-            rows = [
-                TaxonomyRow(
-                    target.id, target.task, target.language, target.split,
-                    english_correct=correct[english.id, english.language],
-                    target_correct=correct[target.id, target.language],
-                )
-                for english, target in pairs
-            ]  # fmt: skip
 
-            def write() -> None:
-                write_taxonomy(output / "taxonomy.jsonl", rows)
-                body = {
-                    "anchor": data.anchor,
-                    "checkpoint": checkpoint_name(args.load),
-                    "data": data_digests(data.data),
-                    "package_version": package_version(),
-                    "pairs": [asdict(pair) for pair in summarise(rows)],
-                }
-                save_document(output / "taxonomy.json", "ramoe-taxonomy", body)
-                shards.remove()
+def _read(start: Start, args: Any) -> Callable[[], None]:
+    """The examples, their pairs, and how many tokens an answer may take."""
+    from ramoe_megatron.jobs.scores import by_id
 
-            write_on_rank_0(model, write)
+    inputs = read_offline(start, args)
+    pairs = inputs.pairs(start)
+    limits = inputs.limits(start, lambda: list(chain.from_iterable(by_id(inputs.examples.value))))
+    return lambda: score_and_write(inputs, pairs.value, limits.value)
 
+
+def score_and_write(inputs: OfflineInputs, pairs: Sequence[tuple[Example, Example]], limits: Sequence[int]) -> None:
+    """The work of the job, after its start. `limits`: new tokens of each example, in the order of `by_id`."""
+    from ramoe_megatron.jobs.scores import answers, by_id, score_parts
+    from ramoe_megatron.mcore.offline.model import OfflineModel
+
+    args, data, examples, output = inputs.args, inputs.data, inputs.examples.value, inputs.output.value
+    parts = by_id(examples)
+    model = OfflineModel(args, inputs.options.batch_tokens)
+    with Shards(output, "taxonomy", len(parts), lambda: depends_on(args, data.data, examples)) as shards:
+        progress = ProgressLines(answers(examples), "answers")
+        correct = score_parts(model, parts, limits, shards, progress)
+        rows = [
+            TaxonomyRow(
+                target.id, target.task, target.language, target.split,
+                english_correct=correct[english.id, english.language],
+                target_correct=correct[target.id, target.language],
+            )
+            for english, target in pairs
+        ]  # fmt: skip
+
+        def write() -> None:
+            write_taxonomy(output / "taxonomy.jsonl", rows)
+            body = {
+                "anchor": data.anchor,
+                "checkpoint": checkpoint_name(args.load),
+                "data": data_digests(data.data),
+                "package_version": package_version(),
+                "pairs": [asdict(pair) for pair in summarise(rows)],
+            }
+            save_document(output / "taxonomy.json", "ramoe-taxonomy", body)
+            shards.remove()
+
+        write_on_rank_0(model, write)
+
+
+JOB = Job(lambda: (DataOptions, OfflineOptions), _read)
 
 if __name__ == "__main__":
     run_job(main)

@@ -12,6 +12,9 @@ from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.flags import PREFIX
 from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
 
+CHECK = "--check"
+"""The flag that has a job stop before its model is built."""
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -91,6 +94,17 @@ def arguments_with(*options: type) -> Callable[[argparse.ArgumentParser], argpar
         for group in options:
             parser = add_options(parser, group)
         return compat.printable_help(parser)
+
+    return provider
+
+
+def job_arguments(*options: type) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
+    """`arguments_with`, and the flag --check that every job has."""
+
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        told = "stop before the model is built: parse, validate, read what the job reads, and list what would stop it"
+        parser.add_argument(CHECK, action="store_true", default=argparse.SUPPRESS, help=told)  # absent: no trace in a checkpoint
+        return arguments_with(*options)(parser)
 
     return provider
 

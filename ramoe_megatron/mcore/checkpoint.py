@@ -23,6 +23,12 @@ def require_checkpoint(folder: str | None, flag: str) -> None:
         raise RamoeError(f"{flag} {folder}: no checkpoint there (expected a folder with {TRACKER}); give the folder that training saved to")
 
 
+def named(folder: str) -> str:
+    """A folder that holds a checkpoint, in words: its name and the iteration."""
+    path = Path(folder)
+    return f"{path.name} at iteration {(path / TRACKER).read_text(encoding='utf-8').strip()}"
+
+
 def starting_checkpoint(args: Any) -> str | None:
     """The folder whose weights training starts from: --load where it holds a checkpoint (the run resumes), else
     --pretrained-checkpoint; None for random weights.

@@ -11,16 +11,17 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.managers import SyncManager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ramoe_megatron.artifacts.files import refuse_unwritable
-from ramoe_megatron.data.encode import check_conversations, check_tokenizer
-from ramoe_megatron.data.parallel import Example
+from ramoe_megatron.data.encode import check_tokenizer
 from ramoe_megatron.errors import RamoeError, error_noted, note_error
 from ramoe_megatron.mcore import compat, trial
 from ramoe_megatron.mcore.cpu.backend import cpu_backend, cpu_command_line
 from ramoe_megatron.mcore.findings import reason
+from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.missing import name_missing_ranks
+from ramoe_megatron.mcore.start import Absent, Start, Step
 
 GRACE_SECONDS = 3.0
 """How long a rank waits before it tells an error: where rank 0 met it too, torchrun has ended the others by then."""
@@ -28,44 +29,114 @@ GRACE_SECONDS = 3.0
 
 @contextlib.contextmanager
 def megatron_arguments(
-    extra_args_provider: Callable, flags: list[str] | None = None, trains: bool = False
+    extra_args_provider: Callable,
+    flags: Sequence[str] = (),
+    trains: bool = False,
+    options: Sequence[type] = (),
+    start: Start | None = None,
 ) -> Iterator[Any]:
     """Megatron's validated arguments, with the CPU backend around the body where there is no CUDA device.
 
     Args:
-        extra_args_provider: adds our flags to Megatron's parser.
+        extra_args_provider, trains, options: as `take_arguments` takes them.
         flags: flags that the job itself sets, after the user's.
-        trains: whether the job trains, for `trial.made_from_arguments`.
+        start: the start whose first steps this is.
 
     Raises:
-        RamoeError: a flag that the parser refuses, arguments that Megatron refuses, an argument that is no Unicode, or a
-            tokenizer that `check_tokenizer` refuses.
+        RamoeError: as `take_arguments`, or an argument that is no Unicode.
     """
     refuse_unwritable(sys.argv[1:], "command line")
-
-    def provider(parser: Any) -> Any:
-        parser.error = _refuse_flag  # argparse prints a thousand lines of usage for each rank
-        return extra_args_provider(parser)
-
     with cpu_backend() as on_cpu:
-        from megatron.training import get_tokenizer
-        from megatron.training.arguments import parse_and_validate_args
-
         compat.skip_helper_compilation()
-        with command_line(sys.argv[1:] + (flags or []), on_cpu) as left_out:
+        with command_line([*sys.argv[1:], *flags], on_cpu) as left_out:
             if left_out and is_rank_0():
                 print(f"ramoe: the CPU backend leaves out {', '.join(left_out)}", flush=True)
-            with refusals_of_megatron():
-                args = parse_and_validate_args(extra_args_provider=provider, args_defaults={})
-                trial.made_from_arguments(args, trains)
-        check_tokenizer(get_tokenizer(), f"{args.tokenizer_type} {args.tokenizer_model or ''}".strip())
+            args = take_arguments(start or Start(), extra_args_provider, left_out, trains, options)
         if on_cpu and args.save:
             fork_writer_queue()
         yield args
 
 
-def _refuse_flag(message: str) -> NoReturn:
-    raise RamoeError(f"{message} (`--help` lists the flags)")
+def take_arguments(
+    start: Start,
+    extra_args_provider: Callable,
+    left_out: Sequence[str],
+    trains: bool = False,
+    options: Sequence[type] = (),
+) -> Any:
+    """The first steps of every start: the arguments on `sys.argv`, validated by Megatron; its tokenizer, and the model's
+    configuration. In a run they become Megatron's global state. A check sets none.
+
+    Args:
+        extra_args_provider: adds our flags to Megatron's parser.
+        left_out: flags that the CPU backend leaves out.
+        trains: whether the job trains. One that does not runs without context parallelism.
+        options: option classes, each of which refuses flags that do not go together.
+
+    Raises:
+        RamoeError: what Megatron refuses, or a tokenizer that `check_tokenizer` refuses.
+        Absent: in a check, when there are no arguments that the next steps could go on with.
+    """
+    correct, relaid = "correct the flag", "change the ranks, the parallel sizes or the batch sizes"
+    left = f"; the CPU backend leaves out {', '.join(left_out)}" if left_out else ""
+
+    def taken(_: Any) -> str:
+        return f"Megatron takes them{left}"
+
+    def fits(args: Any) -> Any:
+        trial.refuse_sizes(args)
+        if not trains:
+            trial.refuse_context_parallel(args)
+        return args
+
+    def validated() -> Any:
+        args = trial.validated(sized.value)
+        for group in options:
+            options_from_args(group, args)
+        return args
+
+    def laid_out() -> str:
+        fits(args)
+        told = trial.layout(args) if start.checks else ""  # in a run Megatron has counted its micro-batches
+        return told if trains else told.partition(";")[0]  # an offline job makes its own batches
+
+    def tokenizer() -> Any:
+        from megatron.training import get_tokenizer
+        from megatron.training.global_vars import set_global_variables
+
+        if start.checks:
+            made = trial.tokenizer(args)
+        else:
+            trial.refuse_no_tokenizer(args)
+            set_global_variables(args)
+            made = get_tokenizer()
+        check_tokenizer(made, f"{args.tokenizer_type} {args.tokenizer_model or ''}".strip())
+        return made
+
+    def model_config() -> Any:
+        _ = fitting.value
+        with trial.micro_batches(args) if start.checks else contextlib.nullcontext():
+            return trial.made_from_arguments(args, trains)
+
+    def step(check: str, look: Callable[[], Any], told: Callable[[Any], str] | None, advice: str, *needs: str) -> Step[Any]:
+        return start.step(check, refusals_of_megatron()(look), told, advice, needs)
+
+    parsed = step("flags", lambda: trial.parsed(extra_args_provider), taken, correct)
+    sized = step(  # with --use-checkpoint-args the sizes may be those in the checkpoint
+        "layout", lambda: parsed.value if parsed.value.use_checkpoint_args else fits(parsed.value), None, relaid
+    )
+    args = step("flags", validated, taken, correct).value
+    start.tokenizer = step(
+        "tokenizer",
+        tokenizer,
+        lambda made: f"{args.tokenizer_type} of {made.vocab_size} tokens, padded to {args.padded_vocab_size}",
+        "give --tokenizer-type and --tokenizer-model of the model",
+        *(args.tokenizer_model, args.vocab_file, args.merge_file),
+    )
+    fitting = step("layout", laid_out, str, relaid)
+    start.config = step("flags", model_config, None, correct)
+    _ = start.config.value
+    return args
 
 
 @contextlib.contextmanager
@@ -74,18 +145,10 @@ def refusals_of_megatron() -> Iterator[None]:
     and condition."""
     try:
         yield
-    except RamoeError:
+    except (RamoeError, Absent):
         raise
     except Exception as error:
         raise RamoeError(f"Megatron does not take these flags: {reason(error)}") from error
-
-
-def refuse_conversations(examples: Sequence[Example]) -> None:
-    """Try the chat template of the job's tokenizer on the examples that have `messages`. Raises as `check_conversations`."""
-    if any(example.messages is not None for example in examples):
-        from megatron.training import get_tokenizer  # Megatron builds the tokenizer with the arguments, before any model
-
-        check_conversations(examples, get_tokenizer())
 
 
 def fork_writer_queue() -> None:

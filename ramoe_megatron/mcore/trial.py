@@ -1,18 +1,17 @@
-"""A job's command line on trial: parsed, laid out on ranks and validated as the job would do it, with nothing started.
+"""The pieces of taking a job's command line: parsed, laid out on ranks and validated, by Megatron's own code.
 
-No global state of Megatron is set, so one process can try many command lines, and no folder or logger comes into being. The CPU
-backend has to be on where there is no CUDA device, and `launch.command_line` around each command line.
+A job and its check share them (`launch.take_arguments`). They set no global state of Megatron, so one process can check many
+command lines, and no folder or logger comes into being. The CPU backend has to be on where there is no CUDA device, and
+`launch.command_line` around each command line.
 """
 
 import contextlib
 import copy
-import io
 import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
-from ramoe_megatron.data.encode import check_tokenizer
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore import compat
 
@@ -37,13 +36,15 @@ def parsed(provider: Callable) -> Any:
     """The arguments as Megatron's parser leaves them. Raises RamoeError for what it refuses."""
     from megatron.training.arguments import parse_args
 
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            return parse_args(provider)
-    except SystemExit as end:
-        lines = told.getvalue().strip().splitlines() or ["the parser ends the job (--help?)"]
-        raise RamoeError(lines[-1].partition("error: ")[2] or lines[-1]) from end
+    def refusing(parser: Any) -> Any:
+        parser.error = _refuse_flag  # argparse prints a thousand lines of usage for each rank
+        return provider(parser)
+
+    return parse_args(refusing)
+
+
+def _refuse_flag(message: str) -> NoReturn:
+    raise RamoeError(f"{message} (`--help` lists the flags)")
 
 
 def validated(args: Any) -> Any:
@@ -53,7 +54,7 @@ def validated(args: Any) -> Any:
     names = ("parse_args", "set_global_variables")
     before = {name: getattr(arguments, name) for name in names}
     arguments.parse_args = lambda *_, **__: args  # making the parser is what takes the time
-    arguments.set_global_variables = lambda *_, **__: None  # tokenizer, TensorBoard, loggers: not on trial
+    arguments.set_global_variables = lambda *_, **__: None  # tokenizer, TensorBoard, loggers: a later step
     try:
         return arguments.parse_and_validate_args(args_defaults={})
     finally:
@@ -61,7 +62,7 @@ def validated(args: Any) -> Any:
             setattr(arguments, name, function)
 
 
-def refuse_layout(args: Any) -> None:
+def refuse_sizes(args: Any) -> None:
     """Raise RamoeError when the sizes of parsed arguments do not fit the number of ranks, the experts or the batch."""
     world, tp, pp, cp, ep, etp = _sizes(args)
     if world % (tp * pp * cp):
@@ -73,6 +74,15 @@ def refuse_layout(args: Any) -> None:
     batch, micro, dp = args.global_batch_size, args.micro_batch_size, world // (tp * pp * cp)
     if batch and micro and batch % (micro * dp) and not (args.decrease_batch_size_if_needed or args.step_batch_size_schedule):
         raise RamoeError(f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x DP {dp} = {micro * dp}")
+
+
+def refuse_context_parallel(args: Any) -> None:
+    """Raise RamoeError for a parallel layout that the offline jobs do not run."""
+    if args.context_parallel_size > 1:
+        raise RamoeError(
+            f"--context-parallel-size {args.context_parallel_size}: the offline jobs score whole sequences; run them with 1 "
+            "(the checkpoint loads in any layout)"
+        )
 
 
 def layout(args: Any) -> str:
@@ -116,17 +126,23 @@ def _sizes(args: Any) -> tuple[int, int, int, int, int, int]:
 
 
 def tokenizer(args: Any) -> Any:
-    """Megatron's tokenizer for validated arguments, whose padded vocabulary it sets.
-
-    Raises RamoeError as `check_tokenizer`.
-    """
+    """Megatron's tokenizer for validated arguments, whose padded vocabulary it sets."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
+    refuse_no_tokenizer(args)
+    return build_tokenizer(args)
+
+
+def tokenizer_flags(args: Any) -> dict[str, Any]:
+    """The arguments that a tokenizer is made from."""
+    further = ("vocab_file", "merge_file", "chat_template", "special_tokens")
+    return {name: value for name, value in vars(args).items() if name.startswith("tokenizer") or name in further}
+
+
+def refuse_no_tokenizer(args: Any) -> None:
+    """Raise RamoeError for a command line that names no tokenizer."""
     if args.tokenizer_type is None:
         raise RamoeError("--tokenizer-type is missing: expected one of Megatron's, such as SentencePieceTokenizer")
-    built = build_tokenizer(args)
-    check_tokenizer(built, f"{args.tokenizer_type} {args.tokenizer_model or ''}".strip())
-    return built
 
 
 def made_from_arguments(args: Any, trains: bool) -> Any:
@@ -143,7 +159,7 @@ def made_from_arguments(args: Any, trains: bool) -> Any:
     Raises:
         RamoeError: the sizes do not fit the ranks. What Megatron raises passes.
     """
-    refuse_layout(args)
+    refuse_sizes(args)
     args = copy.copy(args)  # Megatron writes into them
     args.padded_vocab_size = getattr(args, "padded_vocab_size", None) or args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     args.iteration = 0

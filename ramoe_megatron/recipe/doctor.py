@@ -179,7 +179,7 @@ def _value(words: Sequence[str], name: str) -> str | None:
     return found
 
 
-def table(findings: Sequence[Finding]) -> Table:
+def findings_table(findings: Sequence[Finding]) -> Table:
     """The findings, a line each."""
     shown = Table("check", "state", "found", "what to do")
     for finding in findings:

@@ -13,7 +13,7 @@ from rich.console import Console
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.unfinished import STATUS
 from ramoe_megatron.recipe.chain import read_stage
-from ramoe_megatron.recipe.doctor import environment_findings, job_findings, table
+from ramoe_megatron.recipe.doctor import environment_findings, findings_table, job_findings
 from ramoe_megatron.recipe.launcher import Place
 from ramoe_megatron.recipe.manifest import Manifest, locked
 from ramoe_megatron.recipe.nodes import Leader, follow
@@ -71,7 +71,7 @@ def _examine(stage: Stage, place: Place, folder: Path, console: Console) -> None
         raise
     fatal = [finding for finding in found if finding.state == "fatal"]
     if place.node == 0 or fatal:
-        console.print(table(found))
+        console.print(findings_table(found))
     if fatal:
         first = f"{fatal[0].check}: {fatal[0].found}"
         raise RamoeError(f"{first} ({stage.name} was not started on node {place.node}; the table above has all)")

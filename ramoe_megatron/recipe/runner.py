@@ -48,7 +48,7 @@ def run_recipe(
     submits = recipe.launch.launcher == "slurm"
     flags.check_layout(recipe, None if submits else flags.cuda_devices(os.environ))  # a login node's devices say nothing
     plan = make_plan(recipe, folder, path.parent)
-    begin, end = select(plan, first, last)
+    begin, end = select_stages(plan, first, last)
     if submits:
         if dry_run:
             manifest = Manifest(folder, recipe.name)
@@ -87,7 +87,7 @@ def _submit(
         chain.submit_chain(stages, after, recipe, manifest, console, stages[0].name if force else None)
 
 
-def select(plan: Sequence[Stage], first: str | None, last: str | None) -> tuple[int, int]:
+def select_stages(plan: Sequence[Stage], first: str | None, last: str | None) -> tuple[int, int]:
     """[begin, end) of the stages to run. Raises RamoeError for a name that is neither stage nor kind."""
     begin = _places(plan, first)[0] if first else 0
     end = _places(plan, last)[-1] + 1 if last else len(plan)

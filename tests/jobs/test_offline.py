@@ -9,7 +9,7 @@ from data_rows import example, row, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramoe_megatron.jobs.offline_job import Progress, data_digests
+from ramoe_megatron.jobs.offline_job import ProgressLines, data_digests
 from ramoe_megatron.jobs.scores import by_id
 from ramoe_megatron.jobs.shards import SHARD_EXAMPLES
 
@@ -36,7 +36,7 @@ def test_digests_name_the_files_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_progress_lines_count_up_to_the_total(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(10, "answers")
+    progress = ProgressLines(10, "answers")
     for count in (4, 4, 4):
         progress(count)
     lines = [json.loads(line.removeprefix("RAMOE-PROGRESS ")) for line in capsys.readouterr().out.splitlines()]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from broken_lines import FATAL, SOUND
 from data_rows import SmallTokenizer
 from safetensors.torch import load_file
 from small_run import LANGUAGES
@@ -109,3 +110,19 @@ def test_bad_input_is_told(layouts: Path, name: str, words: list[str]) -> None:
         assert word in error, error
     if name in ("warm-up", "unevaluated"):
         assert not list(layouts.glob(f"{name}.*.safetensors")), "before any model"
+
+
+@pytest.mark.parametrize("name", FATAL)
+def test_a_check_finds_first_what_the_job_dies_of(layouts: Path, name: str) -> None:
+    """And a job dies of what its check calls fatal: both errors are there, and the check's begins with the job's."""
+    place = name.replace(" ", "-")
+    job, check = (json.loads((layouts / f"{kind}-{place}.json").read_text())["error"] for kind in ("broken", "checked"))
+    first = check.splitlines()[0].partition(": ")[2]
+    assert first.startswith(" ".join(job.split())), (job, check)
+    assert not (layouts / "unmade").exists()
+
+
+@pytest.mark.parametrize("kind", SOUND)
+def test_a_check_of_a_sound_job_ends_well(layouts: Path, kind: str) -> None:
+    result = json.loads((layouts / f"sound-{kind}.json").read_text())
+    assert "error" not in result

@@ -13,7 +13,7 @@ from ramoe_megatron.artifacts.usage import UsageFile
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
 from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
-from ramoe_megatron.mcore.select.trained import Selection, refuse_partial_groups, refuse_unreached, select
+from ramoe_megatron.mcore.select.trained import Selection, refuse_partial_groups, refuse_unreached, select_weights
 from ramoe_megatron.method.divergence import NoZone
 from ramoe_megatron.method.selection import esft, rise
 
@@ -66,7 +66,7 @@ def selected(files: Path, languages: list[str], **options: Any) -> Selection:
     if options["train"] not in ("routers", "task-experts"):
         options["usage"] = str(files / "usage.safetensors")
     alignment = RoutingAlignmentConfig(experts=str(files / "experts.safetensors"))
-    return select(SelectiveOptions(**options), alignment, CONFIG, 4, languages, "en")
+    return  select_weights(SelectiveOptions(**options), alignment, CONFIG, 4, languages, "en")
 
 
 def test_a_selection_is_that_of_the_training_languages(files: Path) -> None:

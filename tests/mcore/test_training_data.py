@@ -67,7 +67,7 @@ def arguments(folder: Path, **changes: Any) -> types.SimpleNamespace:
     megatron = {"eval_iters": 0, "full_validation": False, "micro_batch_size": 1, "rampup_batch_size": None, "dataloader_type": "single"}
     megatron |= {"step_batch_size_schedule": None, "calculate_per_token_loss": False, "context_parallel_size": 1}
     megatron |= {"overlap_param_gather": False, "moe_input_jitter_eps": None, "seq_length": 40}
-    megatron |= {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": None}
+    megatron |= {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": None, "seed": 7, "max_position_embeddings": 48}
     return types.SimpleNamespace(**settings | megatron | changes)
 
 

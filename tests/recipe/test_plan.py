@@ -8,7 +8,7 @@ from plans import BASE, option, plan
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.recipe.digests import digest_path
-from ramoe_megatron.recipe.runner import select
+from ramoe_megatron.recipe.runner import select_stages
 
 
 def test_every_stage_reads_only_what_an_earlier_one_wrote(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_from_and_until_select_by_stage_or_kind(tmp_path: Path) -> None:
     names = [stage.name for stage in stages]
 
     def chosen(first: str | None, last: str | None) -> list[str]:
-        begin, end = select(stages, first, last)
+        begin, end = select_stages(stages, first, last)
         return names[begin:end]
 
     assert chosen(None, None) == names
@@ -167,9 +167,9 @@ def test_from_and_until_select_by_stage_or_kind(tmp_path: Path) -> None:
     assert chosen("profile", "finetune/sft-seed1") == ["profile", "evaluate/base", "predict", "finetune/sft-seed1"]
     assert chosen(None, "data") == ["data"]
     with pytest.raises(RamoeError, match="no stage 'finetun'; did you mean finetune"):
-        select(stages, "finetun", None)
+        select_stages(stages, "finetun", None)
     with pytest.raises(RamoeError, match="comes after"):
-        select(stages, "report", "data")
+        select_stages(stages, "report", "data")
 
 
 def checkpoint(path: Path, iteration: int = 3, weights: bytes = b"w" * 300_000) -> Path:

@@ -44,6 +44,12 @@ def write(folder: Path) -> Path:
     write_world(folder)
     (folder / "base").mkdir()
     (folder / "base" / "latest_checkpointed_iteration.txt").write_text("1")
+    write_faults(folder)
+    return folder
+
+
+def write_faults(folder: Path) -> None:
+    """Beside a small world: an expert file that fits its model, and files that do not fit, or are broken."""
     save_experts(folder / "experts.safetensors")
     save_experts(folder / "foreign.safetensors", layers=6)
     save_experts(folder / "zoneless.safetensors", NoZone("the curve is flat"))
@@ -52,4 +58,3 @@ def write(folder: Path) -> Path:
     rows = (folder / "parallel.jsonl").read_text().splitlines()
     (folder / "broken.jsonl").write_text("\n".join([*rows[:4], rows[4][:-9], *rows[5:]]) + "\n")
     (folder / "short.jsonl").write_text("\n".join((folder / "taxonomy.jsonl").read_text().splitlines()[:6]) + "\n")
-    return folder

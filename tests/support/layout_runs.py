@@ -5,7 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from broken_lines import FATAL, SOUND, broken_line, sound_line
 from chat_rows import chat_rows, write_conversations
+from doctor_world import write_faults
 from layout_rows import LAYOUTS, PLACEMENTS, PROFILE_OF, ROWS, WORLDS, Row
 from packed_rows import samples_of_first_packs
 from small_run import (
@@ -34,11 +36,12 @@ PADDED = ("--make-vocab-size-divisible-by", "100")  # the vocabulary of 384 toke
 def run_all(folder: Path) -> None:
     """Everything, into `folder`."""
     write_world(folder)
+    write_faults(folder)
     write_placements(folder)
     write_conversations(folder)
     run_table(1, bases(folder), folder)
     parts: list[list[dict[str, Any]]] = [[], []]
-    for place, row in enumerate([*jobs(folder), *finetuning(folder, 1), *refused(folder)]):
+    for place, row in enumerate([*jobs(folder), *finetuning(folder, 1), *refused(folder), *checked(folder)]):
         parts[0 if row["name"] in ("through-one", "resumed-one") else place % 2].append(row)  # the second needs the first
     parts[1] += chat_rows(folder)  # each evaluation needs the training before it
     with ThreadPoolExecutor() as pool:  # two processes of one rank beside each other, on the two cores of a small machine
@@ -182,6 +185,21 @@ def refused(folder: Path) -> list[dict[str, Any]]:
             for calls in (0, 2)
         ),
     ]
+
+
+def checked(folder: Path) -> list[dict[str, Any]]:
+    """Every broken command line, by the job itself ("broken-") and by its --check ("checked-"); and sound ones, checked."""
+    rows = []
+    for name in FATAL:
+        line = broken_line(name, folder, 1)
+        words = [*line.flags, "--ramoe-output", str(folder / "unmade")] if line.job != "finetune" else list(line.flags)
+        place = name.replace(" ", "-")
+        rows.append({"name": f"broken-{place}", "job": line.job, "argv": words})
+        rows.append({"name": f"checked-{place}", "job": line.job, "argv": [*words, "--check"]})
+    for kind in SOUND:
+        line = sound_line(kind, folder)
+        rows.append({"name": f"sound-{kind}", "job": line.job, "argv": [*line.flags, "--check"]})
+    return rows
 
 
 def _evaluate(folder: Path) -> list[str]:

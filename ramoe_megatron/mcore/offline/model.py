@@ -13,26 +13,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.data.dataset import pad
 from ramoe_megatron.data.encode import Encoded
-from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.carrier import RoutingContext, routing_context
 from ramoe_megatron.mcore.checkpoint import explained_mismatch, require_checkpoint
 from ramoe_megatron.mcore.router import moe_layer_numbers, observe_routers
+from ramoe_megatron.mcore.trial import refuse_context_parallel
 
 ContextMaker = Callable[["MicroBatch"], RoutingContext | None]
-
-
-def refuse_layout(args: Any) -> None:
-    """Raise RamoeError for a parallel layout that the offline jobs do not run."""
-    if args.context_parallel_size > 1:
-        raise RamoeError(
-            f"--context-parallel-size {args.context_parallel_size}: the offline jobs score whole sequences; run them with 1 "
-            "(the checkpoint loads in any layout)"
-        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +49,7 @@ def start(args: Any) -> Any:
     from megatron.training.initialize import initialize_megatron
 
     if not torch.distributed.is_initialized():
-        refuse_layout(args)
+        refuse_context_parallel(args)
         require_checkpoint(args.load, "--load")
         initialize_megatron()
     return get_tokenizer()
@@ -79,8 +69,8 @@ class OfflineModel:
 
     @classmethod
     def around(cls, chunks: Sequence[Any], args: Any, batch_tokens: int) -> Self:
-        """The unwrapped chunks of a model that is being trained; the caller sets evaluation mode. Raises as `refuse_layout`."""
-        refuse_layout(args)
+        """The unwrapped chunks of a model that is being trained; the caller sets evaluation mode. Raises as `refuse_context_parallel`."""
+        refuse_context_parallel(args)
         model = cls.__new__(cls)
         model._adopt(list(chunks), args, batch_tokens)
         return model
@@ -117,11 +107,6 @@ class OfflineModel:
             score_function=config.moe_router_score_function,
             hidden_size=config.hidden_size,
         )
-
-    def check(self, experts: ExpertFile) -> None:
-        """Raises RamoeError unless the expert file was profiled on a model of this shape."""
-        shape = self.shape
-        experts.check_model(shape.num_moe_layers, shape.num_experts, shape.topk, shape.score_function)
 
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Places sorted by length, longest first, cut into what all ranks run at once: dp * pp micro-batches."""

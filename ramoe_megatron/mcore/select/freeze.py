@@ -15,7 +15,7 @@ from ramoe_megatron.mcore.align.startup import count_range, numbers_in_words
 from ramoe_megatron.mcore.router import chunks, moe_layer_numbers, unwrapped
 from ramoe_megatron.mcore.select.selective_optimizer import holding_to_selection
 from ramoe_megatron.mcore.select.trained import Selection, selection_from_args
-from ramoe_megatron.mcore.train.datasets import training_languages
+from ramoe_megatron.mcore.train.datasets import inputs_of
 
 
 def train_selected(args: Any, model_config: Any) -> None:
@@ -28,9 +28,13 @@ def train_selected(args: Any, model_config: Any) -> None:
     Raises:
         RamoeError: as `selection_from_args`.
     """
+    hold_to(selection_from_args(args, model_config.transformer, inputs_of(args).languages), model_config)
+
+
+def hold_to(selection: Selection | None, model_config: Any) -> None:
+    """The part of `train_selected` after the selection is known; None trains everything."""
     from megatron.training import training
 
-    selection = selection_from_args(args, model_config.transformer, training_languages(args))
     if selection is not None:
         model_config.pre_wrap_hooks.append(partial(select_trainable, selection=selection))
         training.get_megatron_optimizer = holding_to_selection(training.get_megatron_optimizer)

@@ -54,14 +54,14 @@ def selection_from_args(args: Any, config: Any, languages: Sequence[str]) -> Sel
     if not layers:
         raise RamoeError(f"--ramoe-train {options.train}: the model has no MoE layer; remove the flag")
     alignment = RoutingAlignmentConfig.from_args(args)
-    selection = select(options, alignment, config, layers, languages, options_from_args(DataOptions, args).anchor)
+    selection = select_weights(options, alignment, config, layers, languages, options_from_args(DataOptions, args).anchor)
     _refuse_unsupported(selection, args, config)
     refuse_partial_groups(selection, config)
     refuse_unreached(selection, alignment)
     return selection
 
 
-def select(
+def select_weights(
     options: SelectiveOptions, alignment: RoutingAlignmentConfig, config: Any, layers: int, languages: Sequence[str], anchor: str
 ) -> Selection:
     """The selection itself; see `selection_from_args`."""

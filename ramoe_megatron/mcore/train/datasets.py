@@ -1,13 +1,16 @@
 """The data sets of a training run, from the parsed arguments; and what can be checked about them before Megatron starts."""
 
 import functools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ramoe_megatron.data.dataset import EncodedExamples, SFTDataset
-from ramoe_megatron.data.encode import check_tokenizer
+from ramoe_megatron.data.encode import Tokenizer, check_conversations, check_tokenizer
 from ramoe_megatron.data.packing import PackedDataset
-from ramoe_megatron.data.paired import PairedDataset
-from ramoe_megatron.data.parallel import Example, load_examples, select
+from ramoe_megatron.data.paired import PairedDataset, view_places
+from ramoe_megatron.data.parallel import Example, load_examples, select_examples
+from ramoe_megatron.data.sampler import order
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.labels import AlignedDataset, ExampleLabels, refuse_weightless_views
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
@@ -15,64 +18,163 @@ from ramoe_megatron.mcore.align.startup import samples_block
 from ramoe_megatron.mcore.align.state import current_state
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
-from ramoe_megatron.mcore.launch import refuse_conversations
-from ramoe_megatron.mcore.train.refresh import TaxonomyRefresh, refuse_other_anchors, refuse_refresh
+from ramoe_megatron.mcore.train.refresh import TaxonomyRefresh, refuse_other_anchors, refuse_refresh, refuse_unanswerable
+from ramoe_megatron.mcore.trial import tokenizer_flags
+
+
+class TrainingInputs:
+    """What a training run reads, from the parsed arguments: each part is read and made once, for the first check and for the run.
+
+    Attributes: `options`, `alignment` (of the flags), `examples` (of training), `views` (the anchor's examples, None unless the
+    target is paired), `held` (the examples and behind them the views: what the data set holds) and `validation` (None with
+    `--eval-iters 0`).
+    """
+
+    def __init__(self, args: Any) -> None:
+        """
+        Raises:
+            RamoeError: no data, no rows of a split that is asked for, sampling weights that do not fit the groups, examples
+                without the view that the target paired needs, or batches that packing or a normaliser cannot work with.
+        """
+        self.args, self.flags = args, _flags_of(args)
+        self.options, self.alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
+        _refuse_batches(args, self.options, self.alignment)
+        self.examples = self._chosen(self.options.split)
+        order(self.examples, 1, args.seed, self.options.weight_mapping())
+        paired = self.alignment.coeff > 0 and self.alignment.target == "paired"
+        self.views = self.anchors if paired else None
+        if self.views is not None:
+            view_places(self.examples, self.views)
+        self.held = [*self.examples, *(self.views or [])]
+        self.validation = self._validation_examples() if args.eval_iters else None
+        self._encoded: dict[str, EncodedExamples] = {}
+
+    @property
+    def languages(self) -> list[str]:
+        """Languages of the training examples, in alphabetical order."""
+        return sorted({example.language for example in self.examples})
+
+    @functools.cached_property
+    def anchors(self) -> list[Example]:
+        """The anchor's examples of the training split."""
+        return self._chosen(self.options.split, [self.options.anchor])
+
+    @functools.cached_property
+    def labels(self) -> ExampleLabels:
+        """The labels of `held`, of an alignment that is on.
+
+        Raises:
+            RamoeError: as `ExampleLabels`, or flags of the alignment that do not go with its files.
+        """
+        self.alignment.refuse_unread_rule(getattr(self.args, "ramoe_train", "all"))  # a script of one's own may have no such flag
+        if self.alignment.refresh_interval is not None and self.alignment.taxonomy is not None:
+            refuse_other_anchors(self.alignment.taxonomy, self.options.anchor)
+        return ExampleLabels(self.held, self.alignment, self.options.anchor)
+
+    def encoded(self, tokenizer: Tokenizer) -> dict[str, EncodedExamples]:
+        """The tokens of "train" (`held`) and of "validation".
+
+        Raises:
+            RamoeError: conversations that the chat template cannot write (`check_conversations`), also of the anchor's rows that a
+                taxonomy refresh scores; or as `EncodedExamples`.
+        """
+        made_by = (self.options, self.args.seq_length, tokenizer_flags(self.args))
+        _once(repr(("conversations", made_by, self._all_views)), lambda: check_conversations(self._tokenised(), tokenizer))
+        parts = {"train": self.held}
+        if self.validation is not None:
+            parts["validation"] = self.validation
+        for name, examples in parts.items():
+            if name not in self._encoded:
+                key = repr((name, made_by, self.views is not None))
+                self._encoded[name] = _once(key, partial(EncodedExamples, examples, tokenizer, self.args.seq_length))
+        return self._encoded
+
+    def refuse_unanswerable(self, tokenizer: Tokenizer) -> None:
+        """Raise RamoeError for examples that a taxonomy refresh may score and that no model can answer right."""
+        if self.alignment.refresh_interval is not None:
+            refuse_unanswerable(self.labels, self.held, self.anchors, tokenizer, self.args.max_position_embeddings)
+
+    @property
+    def _all_views(self) -> bool:
+        """Whether the run reads the anchor's rows beside the languages of the flags."""
+        return self.alignment.coeff > 0 and (self.alignment.target == "paired" or self.alignment.refresh_interval is not None)
+
+    def _tokenised(self) -> list[Example]:
+        """All examples that a run tokenises, each once."""
+        languages = self.options.languages
+        chosen = self._chosen(self.options.split, [*languages, self.options.anchor] if self._all_views and languages else None)
+        return [*chosen, *(self.validation or [])]
+
+    def _chosen(self, split: str | None, languages: list[str] | None = None) -> list[Example]:
+        options = self.options
+        if not options.data:
+            raise RamoeError("--ramoe-data is missing: expected JSONL files, folders of them, or the name of a data set")
+        columns = options.column_mapping()
+        examples = _read(tuple(options.data), tuple(columns.items()) if columns else None)
+        return select_examples(examples, split, languages or options.languages, ", ".join(options.data))
+
+    def _validation_examples(self) -> list[Example]:
+        if self.args.full_validation:
+            raise RamoeError("--full-validation: parallel data is drawn by --eval-iters; remove that flag")
+        if not any(example.split == "validation" for example in self._chosen(None)):
+            raise RamoeError(
+                f"--eval-iters {self.args.eval_iters} (100 when not given) needs rows of the split 'validation', and "
+                f"{', '.join(self.options.data)} has none: add them, or give --eval-iters 0"
+            )
+        return self._chosen("validation")
 
 
 def check_data(args: Any) -> None:
     """Read the training data and the files of alignment, and raise what is wrong with them before any model is built.
 
     Raises:
-        RamoeError: no data, no rows of a split that is asked for, labels that do not fit the data
-            (`ExampleLabels`), batches that packing or a normaliser cannot work with, a tokenizer that
-            `check_tokenizer` refuses, conversations that the chat template cannot write (`check_conversations`),
-            or examples that are longer than a sequence (`EncodedExamples`).
+        RamoeError: as `TrainingInputs`; labels that do not fit the data (`ExampleLabels`), a tokenizer that `check_tokenizer`
+            refuses, conversations that the chat template cannot write, or examples that are longer than a sequence
+            (`TrainingInputs.encoded`).
     """
     from megatron.training import get_tokenizer
 
     _read.cache_clear()
-    _encoded.clear()
-    check_labels(args, check_examples(args))
+    _kept.clear()
+    inputs = new_inputs(args)
+    if inputs.alignment.coeff > 0:
+        _ = inputs.labels
     check_tokenizer(get_tokenizer(), "of the flags")
-    refuse_conversations(examples_read(args))
+    inputs.encoded(get_tokenizer())
+    if inputs.alignment.coeff > 0:
+        inputs.refuse_unanswerable(get_tokenizer())
+
+
+def new_inputs(args: Any) -> TrainingInputs:
+    """The inputs, read anew; `inputs_of` gives the same from now on. Raises RamoeError as `TrainingInputs`."""
+    global _latest
+    _latest = TrainingInputs(args)
+    return _latest
+
+
+def inputs_of(args: Any) -> TrainingInputs:
+    """The inputs that `new_inputs` read last, where they are of the same flags. Raises RamoeError as `TrainingInputs`."""
+    return _latest if _latest is not None and _latest.flags == _flags_of(args) else new_inputs(args)
+
+
+_latest: TrainingInputs | None = None
+"""Megatron calls `dataset_provider` without what the check has read."""
+
+
+def _flags_of(args: Any) -> str:
+    """What the inputs are read from."""
     options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
-    _encode(args, options, "train", _examples(options, options.split), _views(options, alignment))
-    if args.eval_iters:
-        _encode(args, options, "validation", _validation_examples(args, options), None)
+    return repr((options, alignment, args.seed, args.eval_iters, args.seq_length, tokenizer_flags(args)))
 
 
-def check_examples(args: Any) -> list[Example]:
-    """The part of `check_data` that concerns the data alone; returns the training examples."""
-    options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
-    _refuse_batches(args, options, alignment)
-    examples = _examples(options, options.split)
-    if args.eval_iters:
-        _validation_examples(args, options)
-    return examples
+_kept: dict[str, Any] = {}
+"""What has been tokenised: once for all command lines that one process checks."""
 
 
-def training_languages(args: Any) -> list[str]:
-    """Languages of the training examples, in alphabetical order."""
-    options = options_from_args(DataOptions, args)
-    return sorted({example.language for example in _examples(options, options.split)})
-
-
-def examples_read(args: Any) -> list[Example]:
-    """All examples that a run tokenises: training, validation, and views in the anchor language where it runs them."""
-    options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
-    views = alignment.coeff > 0 and (alignment.target == "paired" or alignment.refresh_interval is not None)
-    languages = [*options.languages, options.anchor] if views and options.languages else None
-    return [*_examples(options, options.split, languages), *(_validation_examples(args, options) if args.eval_iters else [])]
-
-
-def check_labels(args: Any, examples: list[Example]) -> None:
-    """The part of `check_data` that concerns the files of alignment; nothing without alignment."""
-    alignment, anchor = RoutingAlignmentConfig.from_args(args), options_from_args(DataOptions, args).anchor
-    if alignment.coeff == 0:
-        return
-    alignment.refuse_unread_rule(getattr(args, "ramoe_train", "all"))  # a script of one's own may have no such flag
-    _refuse_taxonomy(alignment, anchor)
-    ExampleLabels(examples, alignment, anchor)
+def _once[Value](key: str, make: Callable[[], Value]) -> Value:
+    if key not in _kept:
+        _kept[key] = make()
+    return _kept[key]
 
 
 def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
@@ -99,61 +201,54 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
             f"--ramoe-train {args.ramoe_train}: this script trains all weights; call ramoe_megatron.train_selected(args, model_config) "
             "before pretrain(), or remove the flag"
         )
-    options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
-    _refuse_batches(args, options, alignment)
+    inputs = inputs_of(args)
+    options, encoded = inputs.options, inputs.encoded(get_tokenizer())
     # One batch more than is drawn: Megatron's sampler refuses to resume a run that has drawn all there is.
-    count, views = num_samples[0] + args.global_batch_size, _views(options, alignment)
-    train: Any = _dataset(args, options, "train", _examples(options, options.split), count, views)
+    count = num_samples[0] + args.global_batch_size
+    train: Any = _dataset(inputs, inputs.examples, count, encoded["train"], inputs.views)
     if isinstance(train, PackedDataset):
         per_pack = len(train.order) / len(train)
         print_rank_0(f"ramoe: packed: {per_pack:.1f} samples a sequence, {100 * train.fill:.0f} % of its tokens are samples")
     drawn = train.drawn(num_samples[0])
-    if alignment.coeff > 0:
-        _refuse_taxonomy(alignment, options.anchor)
-        train = AlignedDataset(train, alignment, options.anchor, args.global_batch_size, args.calculate_per_token_loss)
-        labels = train.labels
-        if alignment.refresh_interval is not None:
+    if inputs.alignment.coeff > 0:
+        labels = inputs.labels
+        train = AlignedDataset(train, inputs.alignment, options.anchor, args.global_batch_size, args.calculate_per_token_loss, labels)
+        if inputs.alignment.refresh_interval is not None:
             state = current_state()
             assert state is not None  # attached before the data are read
-            anchors = _examples(options, options.split, [options.anchor])
-            refresh = TaxonomyRefresh(state.chunks, labels, train.dataset.examples, anchors, args)
-            refresh.refuse_unanswerable(get_tokenizer())
-            state.refresh = refresh
-        print_rank_0(samples_block(train.dataset.examples, labels.category, labels.aligned, drawn, options.anchor))
+            inputs.refuse_unanswerable(get_tokenizer())
+            state.refresh = TaxonomyRefresh(state.chunks, labels, train.dataset.examples, inputs.anchors, args)
+        print_rank_0(samples_block(inputs.held, labels.category, labels.aligned, drawn, options.anchor))
         if labels.unshuffled:
             print_rank_0(f"  note: {labels.unshuffled} aligned ids keep their own target: each is the only aligned one of its task")
     else:
         print_rank_0(f"ramoe: {len(train.examples)} training examples, {len(drawn)} draws")
-    if not args.eval_iters:
+    if inputs.validation is None:
         return train, None, None
-    validation = _dataset(args, options, "validation", _validation_examples(args, options), num_samples[1])
-    return train, validation, None
+    return train, _dataset(inputs, inputs.validation, num_samples[1], encoded["validation"]), None
 
 
 dataset_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron: build on every rank
 
 
 def _dataset(
-    args: Any,
-    options: DataOptions,
-    name: str,
+    inputs: TrainingInputs,
     examples: list[Example],
     count: int,
+    encoded: EncodedExamples,
     views: list[Example] | None = None,
 ) -> SFTDataset | PackedDataset:
     from megatron.training import get_tokenizer
 
-    weights, encoded = options.weight_mapping(), _encode(args, options, name, examples, views)
+    args, weights, tokenizer = inputs.args, inputs.options.weight_mapping(), get_tokenizer()
     if views is not None:
-        return PairedDataset(
-            examples, views, get_tokenizer(), args.seq_length, count, args.seed, weights, encoded
-        )
-    if not options.pack:
-        return SFTDataset(examples, get_tokenizer(), args.seq_length, count, args.seed, weights, encoded)
+        return PairedDataset(examples, views, tokenizer, args.seq_length, count, args.seed, weights, encoded)
+    if not inputs.options.pack:
+        return SFTDataset(examples, tokenizer, args.seq_length, count, args.seed, weights, encoded)
     multiple = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1  # each sample is sliced apart
     return PackedDataset(
         examples,
-        get_tokenizer(),
+        tokenizer,
         args.seq_length,
         count,
         args.seed,
@@ -162,38 +257,6 @@ def _dataset(
         multiple,
         encoded,
     )
-
-
-def _views(options: DataOptions, alignment: RoutingAlignmentConfig) -> list[Example] | None:
-    """The anchor's examples, for the target paired."""
-    paired = alignment.coeff > 0 and alignment.target == "paired"
-    return _examples(options, options.split, [options.anchor]) if paired else None
-
-
-_encoded: dict[str, EncodedExamples] = {}
-"""What has been tokenised: once for the check, and for the data set of each virtual stage."""
-
-
-def _encode(
-    args: Any, options: DataOptions, name: str, examples: list[Example], views: list[Example] | None
-) -> EncodedExamples:
-    from megatron.training import get_tokenizer
-
-    key = repr((name, options, views is not None, args.seq_length, args.tokenizer_type, args.tokenizer_model))
-    if key not in _encoded:
-        _encoded[key] = EncodedExamples([*examples, *(views or [])], get_tokenizer(), args.seq_length)
-    return _encoded[key]
-
-
-def _validation_examples(args: Any, options: DataOptions) -> list[Example]:
-    if args.full_validation:
-        raise RamoeError("--full-validation: parallel data is drawn by --eval-iters; remove that flag")
-    if not any(example.split == "validation" for example in _examples(options, None)):
-        raise RamoeError(
-            f"--eval-iters {args.eval_iters} (100 when not given) needs rows of the split 'validation', and {', '.join(options.data)} "
-            "has none: add them, or give --eval-iters 0"
-        )
-    return _examples(options, "validation")
 
 
 def _refuse_batches(args: Any, options: DataOptions, alignment: RoutingAlignmentConfig) -> None:
@@ -222,25 +285,12 @@ def _refuse_batches(args: Any, options: DataOptions, alignment: RoutingAlignment
         )
 
 
-def _refuse_taxonomy(alignment: RoutingAlignmentConfig, anchor: str) -> None:
-    if alignment.refresh_interval is not None and alignment.taxonomy is not None:
-        refuse_other_anchors(alignment.taxonomy, anchor)
-
-
 def _refuse_pairs(args: Any, options: DataOptions, loader: list[str]) -> None:
     why = "--ramoe-target paired keeps each sample and its English view side by side in a micro-batch"
     if args.micro_batch_size % 2:
         raise RamoeError(f"{why}: --micro-batch-size {args.micro_batch_size} has to be even")
     if options.pack or loader:
         raise RamoeError(f"{why}: remove {', '.join(['--ramoe-pack'] * options.pack + loader)}")
-
-
-def _examples(options: DataOptions, split: str | None, languages: list[str] | None = None) -> list[Example]:
-    if not options.data:
-        raise RamoeError("--ramoe-data is missing: expected JSONL files, folders of them, or the name of a data set")
-    columns = options.column_mapping()
-    examples = _read(tuple(options.data), tuple(columns.items()) if columns else None)
-    return select(examples, split, languages or options.languages, ", ".join(options.data))
 
 
 @functools.lru_cache(maxsize=1)

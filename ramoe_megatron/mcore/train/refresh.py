@@ -7,7 +7,7 @@ Shape suffixes: N training examples, B samples of a micro-batch.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,29 @@ def refuse_other_anchors(taxonomy: str, anchor: str) -> None:
         ) from error
 
 
+def scorable(labels: ExampleLabels, examples: Sequence[Example], views: Mapping[str, Example]) -> list[int]:
+    """The places of the examples that a refresh may score. `views`: the anchor's rows by id."""
+    return [n for n, (e, may) in enumerate(zip(examples, labels.may_align, strict=True)) if may and e.id in views]
+
+
+def refuse_unanswerable(
+    labels: ExampleLabels, examples: Sequence[Example], anchors: Sequence[Example], tokenizer: Tokenizer, positions: int
+) -> None:
+    """Raise RamoeError for examples that may be scored and that no model can answer right (`new_token_limits`).
+
+    Args:
+        anchors: the anchor's rows of the same split.
+        positions: the model's position embeddings.
+    """
+    views = {view.id: view for view in anchors}
+    scored = [examples[n] for n in scorable(labels, examples, views)]
+    asked = list({example.id: views[example.id] for example in scored}.values())
+    try:
+        new_token_limits([*asked, *scored], tokenizer, None, positions)
+    except RamoeError as error:
+        raise RamoeError(f"--ramoe-refresh-interval scores training examples: {error} Or remove --ramoe-refresh-interval.") from error
+
+
 class TaxonomyRefresh:
     """The categories of the training examples as they stand now, on the device."""
 
@@ -73,7 +96,7 @@ class TaxonomyRefresh:
         self.views = {view.id: view for view in views}
         self.config = labels.config
         self.category = list(labels.category)
-        self.scorable = [n for n, (e, may) in enumerate(zip(examples, labels.may_align, strict=True)) if may and e.id in self.views]
+        self.scorable = scorable(labels, self.examples, self.views)
         self._resume()
         self._to_device()
 
@@ -84,14 +107,6 @@ class TaxonomyRefresh:
     def is_ci(self, example_B: Tensor) -> Tensor:
         """Whether it is ci now. [B], bool"""
         return self.ci_N[example_B]
-
-    def refuse_unanswerable(self, tokenizer: Tokenizer) -> None:
-        """Raise RamoeError for examples that may be scored and that no model can answer right (`new_token_limits`)."""
-        views = {self.examples[n].id: self.views[self.examples[n].id] for n in self.scorable}
-        try:
-            self._limits([*views.values(), *(self.examples[n] for n in self.scorable)], tokenizer)
-        except RamoeError as error:
-            raise RamoeError(f"--ramoe-refresh-interval scores training examples: {error} Or remove --ramoe-refresh-interval.") from error
 
     def step(self, iteration: int) -> None:
         """After iteration `iteration` (from 1): refresh where it is due. Every rank calls it."""
