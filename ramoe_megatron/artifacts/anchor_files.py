@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ramoe_megatron.artifacts.files import ANCHOR_FILES, check_document, digests, package_version, read_json, save_document
+from ramoe_megatron.artifacts.files import (
+    ANCHOR_FILES,
+    check_document,
+    digests,
+    package_version,
+    read_json,
+    save_document,
+)
 from ramoe_megatron.artifacts.priors import Priors
 from ramoe_megatron.artifacts.records import read_taxonomy, write_taxonomy
 from ramoe_megatron.errors import RamoeError
@@ -36,10 +43,16 @@ def gather(priors: Mapping[str, Priors], chosen: Mapping[str, str]) -> tuple[lis
     """
     first, *others = priors.values()
     for other in others:
-        mine, theirs = ({**asdict(p.shape), "tokens": p.tokens, "checkpoint": p.checkpoint} for p in (first, other))
-        differences = [f"{key} is {mine[key]!r} and {theirs[key]!r}" for key in mine if mine[key] != theirs[key]]
+        mine, theirs = (
+            {**asdict(p.shape), "tokens": p.tokens, "checkpoint": p.checkpoint} for p in (first, other)
+        )
+        differences = [
+            f"{key} is {mine[key]!r} and {theirs[key]!r}" for key in mine if mine[key] != theirs[key]
+        ]
         if differences:
-            raise RamoeError(f"{first.path} and {other.path}: {'; '.join(differences)}; profile both anchors alike")
+            raise RamoeError(
+                f"{first.path} and {other.path}: {'; '.join(differences)}; profile both anchors alike"
+            )
     default = next(iter(priors))
     ids = list(dict.fromkeys([*first.ids, *chosen]))
     rows = torch.empty(len(ids), first.shape.num_moe_layers, first.shape.num_experts)
@@ -47,14 +60,23 @@ def gather(priors: Mapping[str, Priors], chosen: Mapping[str, str]) -> tuple[lis
         places = [place for place, id_ in enumerate(ids) if chosen.get(id_, default) == name]
         wanted, known = [ids[place] for place in places], set(file.ids)
         lacking = [id_ for id_ in wanted if id_ not in known]
-        refuse_examples(lacking, f"have no routing in {name!r}, their chosen anchor; profile them (--ramoe-save-priors)", file.path)
+        refuse_examples(
+            lacking,
+            f"have no routing in {name!r}, their chosen anchor; profile them (--ramoe-save-priors)",
+            file.path,
+        )
         if places:
             rows[places] = file.rows(wanted)
     return ids, rows
 
 
 def write_anchors(
-    taxonomy: Path, anchor: str, priors: Mapping[str, Path], out: Path, splits: Sequence[str] = (), replacing: bool = False
+    taxonomy: Path,
+    anchor: str,
+    priors: Mapping[str, Path],
+    out: Path,
+    splits: Sequence[str] = (),
+    replacing: bool = False,
 ) -> list[dict[str, Any]]:
     """Write taxonomy.jsonl, taxonomy.json, priors.safetensors and anchors.json (`ANCHOR_FILES`) to ``out``, and give the `counts`.
 
@@ -72,7 +94,9 @@ def write_anchors(
     """
     standing = [] if replacing else [str(out / name) for name in ANCHOR_FILES if (out / name).exists()]
     if standing:
-        raise RamoeError(f"--out {out}: {', '.join(standing)} exist already; give another folder, or --replace")
+        raise RamoeError(
+            f"--out {out}: {', '.join(standing)} exist already; give another folder, or --replace"
+        )
     rows = _of_splits(taxonomy, splits)
     right = answered(rows, anchor, list(priors))
     opened = {name: Priors(path) for name, path in priors.items()}
@@ -80,16 +104,26 @@ def write_anchors(
     first = next(iter(opened.values()))
     _check_beside(taxonomy, anchor, first)
     made, told = anchored(rows, right), counts(rows, right)
-    data = tuple({(entry["path"], entry["sha256"]): entry for file in opened.values() for entry in file.data}.values())
+    data = tuple(
+        {(entry["path"], entry["sha256"]): entry for file in opened.values() for entry in file.data}.values()
+    )
     body = {
         "anchor": anchor, "anchors": list(priors), "checkpoint": first.checkpoint, "data": digests([taxonomy, *priors.values()]),
         "package_version": package_version(),
     }  # fmt: skip
     Priors.save(
-        out / "priors.safetensors", ids, gathered, tokens=first.tokens, shape=first.shape, checkpoint=first.checkpoint, data=data
+        out / "priors.safetensors",
+        ids,
+        gathered,
+        tokens=first.tokens,
+        shape=first.shape,
+        checkpoint=first.checkpoint,
+        data=data,
     )
     write_taxonomy(out / "taxonomy.jsonl", made)
-    save_document(out / "taxonomy.json", "ramoe-taxonomy", {**body, "pairs": [asdict(pair) for pair in summarise(made)]})
+    save_document(
+        out / "taxonomy.json", "ramoe-taxonomy", {**body, "pairs": [asdict(pair) for pair in summarise(made)]}
+    )
     save_document(out / "anchors.json", "ramoe-anchors", {**body, "tasks": told})
     return told
 
@@ -102,7 +136,9 @@ def check_anchor(taxonomy: str | os.PathLike[str], anchor: str) -> dict[str, Any
     """
     path, kind = Path(taxonomy).with_suffix(".json"), "ramoe-taxonomy"
     document = read_json(path) if path.exists() else None
-    if not isinstance(document, dict) or document.get("format") != kind:  # a file of that name that is none of ours tells nothing
+    if (
+        not isinstance(document, dict) or document.get("format") != kind
+    ):  # a file of that name that is none of ours tells nothing
         return None
     check_document(path, document, kind)
     found = document.get("anchors", [document["anchor"]])
@@ -129,5 +165,7 @@ def _of_splits(taxonomy: Path, splits: Sequence[str]) -> list[TaxonomyRow]:
     known = dict.fromkeys(row.split for row in rows)
     empty = [name for name in splits if name not in known]
     if empty:
-        raise RamoeError(f"{taxonomy}: no row of the split {empty[0]!r}; it has {', '.join(known)}. Name one of these, or score that one")
+        raise RamoeError(
+            f"{taxonomy}: no row of the split {empty[0]!r}; it has {', '.join(known)}. Name one of these, or score that one"
+        )
     return [row for row in rows if row.split in (splits or known)]

@@ -76,7 +76,10 @@ class ExpertFile:
             "task_frequency": self.task_frequency.float(),
             "general_frequency": self.general_frequency.float(),
             "layer_number": self.layer_number.to(torch.int64),
-            **{f"english_pattern.{tokens}": pattern.float() for tokens, pattern in self.english_pattern.items()},
+            **{
+                f"english_pattern.{tokens}": pattern.float()
+                for tokens, pattern in self.english_pattern.items()
+            },
         }
         none = {"first": None, "last": None, "how": "auto", "reason": self.zone.reason}
         zone = asdict(self.zone) if isinstance(self.zone, Zone) else none
@@ -121,7 +124,10 @@ class ExpertFile:
                 select_tokens=meta.get("select_tokens", "all"),
                 package_version=meta["package_version"],
                 path=path,
-                **{name: tensors[name].bool() if name == "expert_mask" else tensors[name] for name in _TENSORS},
+                **{
+                    name: tensors[name].bool() if name == "expert_mask" else tensors[name]
+                    for name in _TENSORS
+                },
             )
         except (KeyError, TypeError) as error:
             raise bad_metadata(path, error) from error
@@ -187,13 +193,17 @@ class ExpertFile:
         tensors = {name: getattr(self, name) for name in _TENSORS}
         for tokens, pattern in self.english_pattern.items():
             if tokens not in TOKENS:
-                raise RamoeError(f"{path}: found a pattern for tokens {tokens!r}, expected {', '.join(TOKENS)}")
+                raise RamoeError(
+                    f"{path}: found a pattern for tokens {tokens!r}, expected {', '.join(TOKENS)}"
+                )
             tensors[f"english_pattern.{tokens}"] = pattern
             expected[f"english_pattern.{tokens}"] = (tasks, layers, experts)
         for name, tensor in tensors.items():
             check_tensor(path, name, tensor, expected[name])
         if isinstance(self.zone, Zone) and not 0 <= self.zone.first <= self.zone.last < layers:
-            raise RamoeError(f"{path}: zone {self.zone.first} to {self.zone.last}, expected within 0 to {layers - 1}; profile again")
+            raise RamoeError(
+                f"{path}: zone {self.zone.first} to {self.zone.last}, expected within 0 to {layers - 1}; profile again"
+            )
         for name in (n for n in tensors if n.startswith("english_pattern")):
             totals = tensors[name].double().sum(-1)
             if not bool((((totals - 1).abs() < 1e-3) | (totals == 0)).all()):

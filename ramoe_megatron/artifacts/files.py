@@ -16,9 +16,36 @@ FORMATS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ramoe-anchors": (1, ("anchor", "anchors", "checkpoint", "data", "package_version", "tasks")),
     "ramoe-evaluation": (1, ("method", "seed", "checkpoint", "split", "data", "rows", "mass", "examples")),
     "ramoe-prediction": (1, ("rows", "verdict", "limits")),
-    "ramoe-steering": (1, ("anchor", "checkpoint", "split", "data", "experts", "package_version", "settings", "skipped", "best")),
+    "ramoe-steering": (
+        1,
+        (
+            "anchor",
+            "checkpoint",
+            "split",
+            "data",
+            "experts",
+            "package_version",
+            "settings",
+            "skipped",
+            "best",
+        ),
+    ),
     "ramoe-results": (1, ("recipe", "anchor", "methods", "seeds", "rows", "summary", "mass", "ci_gain")),
-    "ramoe-comparison": (2, ("bases", "methods", "reference", "headline", "claims", "cells", "english", "cost", "mass", "transplant")),
+    "ramoe-comparison": (
+        2,
+        (
+            "bases",
+            "methods",
+            "reference",
+            "headline",
+            "claims",
+            "cells",
+            "english",
+            "cost",
+            "mass",
+            "transplant",
+        ),
+    ),
     "ramoe-stage": (1, ("recipe", "stage")),
     "ramoe-slurm": (1, ("recipe", "jobs")),
     "ramoe-experts": (1, ()),
@@ -92,7 +119,9 @@ def save_document(path: str | os.PathLike[str], format_name: str, body: Mapping[
     if missing:
         raise RamoeError(f"{path}: {format_name} to be written lacks {', '.join(missing)}")
     try:
-        text = json.dumps({"format": format_name, "version": number, **body}, ensure_ascii=False, indent=1, allow_nan=False)
+        text = json.dumps(
+            {"format": format_name, "version": number, **body}, ensure_ascii=False, indent=1, allow_nan=False
+        )
     except ValueError as error:
         raise RamoeError(f"{path}: {format_name} to be written holds a number that is not finite") from error
     atomic_write_text(path, text + "\n")
@@ -121,7 +150,9 @@ def check_document(path: str | os.PathLike[str], document: Any, format_name: str
         )
     missing = [key for key in keys if key not in document]
     if missing:
-        raise RamoeError(f"{path}: {format_name} lacks {', '.join(missing)}; the file is incomplete, write it again")
+        raise RamoeError(
+            f"{path}: {format_name} lacks {', '.join(missing)}; the file is incomplete, write it again"
+        )
     return document
 
 
@@ -137,7 +168,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except OSError as error:
         raise _unreadable(path, error) from error
     except UnicodeDecodeError as error:
-        raise RamoeError(f"{path}: not UTF-8 text at byte {error.start}, expected JSON; give the right file") from error
+        raise RamoeError(
+            f"{path}: not UTF-8 text at byte {error.start}, expected JSON; give the right file"
+        ) from error
     except json.JSONDecodeError as error:
         raise RamoeError(
             f"{path}: line {error.lineno} column {error.colno}: {error.msg}; the file is not JSON or was cut short: write it again"
@@ -183,7 +216,9 @@ def _texts(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...],
 
 
 def _unreadable(path: str | os.PathLike[str], error: OSError) -> RamoeError:
-    return RamoeError(f"{path}: cannot be read ({error.strerror}); check the path, or run the stage that writes it")
+    return RamoeError(
+        f"{path}: cannot be read ({error.strerror}); check the path, or run the stage that writes it"
+    )
 
 
 def _sync(path: Path) -> None:
@@ -200,4 +235,7 @@ ANCHOR_FILES = ("taxonomy.jsonl", "taxonomy.json", "priors.safetensors", "anchor
 
 def files_by_tokens(name: str, tokens: Sequence[str]) -> dict[str, str]:
     """The file of each of these token choices: of the first NAME.safetensors, of a further one NAME-TOKENS.safetensors."""
-    return {choice: f"{name}.safetensors" if choice == tokens[0] else f"{name}-{choice}.safetensors" for choice in tokens}
+    return {
+        choice: f"{name}.safetensors" if choice == tokens[0] else f"{name}-{choice}.safetensors"
+        for choice in tokens
+    }

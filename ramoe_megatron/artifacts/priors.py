@@ -90,7 +90,12 @@ class Priors:
         check_tensor(path, "priors", priors, (len(ids), shape.num_moe_layers, shape.num_experts))
         text = json.dumps(list(ids), ensure_ascii=False).encode()
         tensors = {"priors": priors.float(), "ids": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
-        meta = {**asdict(shape), "tokens": tokens, "checkpoint": checkpoint, "data": [dict(entry) for entry in data]}
+        meta = {
+            **asdict(shape),
+            "tokens": tokens,
+            "checkpoint": checkpoint,
+            "data": [dict(entry) for entry in data],
+        }
         save_tensors(path, "ramoe-priors", tensors, {**meta, "package_version": package_version()})
 
     def check_model(self, num_moe_layers: int, num_experts: int, topk: int, score_function: str) -> None:
@@ -133,4 +138,6 @@ class Priors:
 def _check_ids(path: Path, ids: Sequence[str]) -> None:
     if len(set(ids)) != len(ids):
         twice = [id_ for id_, count in Counter(ids).items() if count > 1][:5]
-        raise RamoeError(f"{path}: ids occur twice, first {', '.join(twice)}; expected one English view of each id")
+        raise RamoeError(
+            f"{path}: ids occur twice, first {', '.join(twice)}; expected one English view of each id"
+        )

@@ -60,7 +60,9 @@ def first_line(path: str | os.PathLike[str]) -> str:
     raise RamoeError(f"{path}: no rows, expected one a line; run the stage that writes it again")
 
 
-def _records(path: str | os.PathLike[str], types: Mapping[str, type], again: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(
+    path: str | os.PathLike[str], types: Mapping[str, type], again: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", object) for every line, its keys checked for their types and (id, language) for being unique."""
     seen: dict[tuple[str, str], int] = {}
     for number, line in _lines(path):
@@ -68,7 +70,9 @@ def _records(path: str | os.PathLike[str], types: Mapping[str, type], again: str
         try:
             found = json.loads(line)
         except json.JSONDecodeError as error:
-            raise RamoeError(f"{where}: column {error.colno}: {error.msg}, expected one JSON object; {again}") from error
+            raise RamoeError(
+                f"{where}: column {error.colno}: {error.msg}, expected one JSON object; {again}"
+            ) from error
         if not isinstance(found, dict):
             raise RamoeError(f"{where}: found {type(found).__name__}, expected one JSON object; {again}")
         refuse_unwritable(found, where)
@@ -78,7 +82,9 @@ def _records(path: str | os.PathLike[str], types: Mapping[str, type], again: str
                 raise RamoeError(f"{where}: key {key!r}: found {value}, expected {kind.__name__}; {again}")
         first = seen.setdefault((found["id"], found["language"]), number)
         if first != number:
-            raise RamoeError(f"{where}: id {found['id']!r} in {found['language']!r} stands on line {first} already; {again}")
+            raise RamoeError(
+                f"{where}: id {found['id']!r} in {found['language']!r} stands on line {first} already; {again}"
+            )
         yield where, found
     if not seen:
         raise RamoeError(f"{path}: no rows, expected one a line; {again}")
@@ -91,11 +97,15 @@ def _lines(path: str | os.PathLike[str], whole: bool = False) -> Iterator[tuple[
         with open(path, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if whole and not line.endswith("\n"):
-                    raise RamoeError(f"{path}:{number}: no line end, so the file was cut short; run the stage that writes it again")
+                    raise RamoeError(
+                        f"{path}:{number}: no line end, so the file was cut short; run the stage that writes it again"
+                    )
                 if whole or line.strip():
                     yield number, line if whole else line.rstrip()
     except OSError as error:
-        raise RamoeError(f"{path}: cannot be read ({error.strerror}); check the path, or run the stage that writes it") from error
+        raise RamoeError(
+            f"{path}: cannot be read ({error.strerror}); check the path, or run the stage that writes it"
+        ) from error
     except UnicodeDecodeError as error:
         raise RamoeError(f"{path}: not UTF-8 text at byte {error.start}; give the right file") from error
 
@@ -144,7 +154,9 @@ def read_divergence(path: str | os.PathLike[str]) -> list[DivergenceRow]:
     deepest = max((len(found) for found in layers.values()), default=0)
     for language, found in layers.items():
         if found != list(range(deepest)):
-            raise RamoeError(f"{path}: language {language!r} has MoE layers {found}, expected 0 to {deepest - 1}; profile again")
+            raise RamoeError(
+                f"{path}: language {language!r} has MoE layers {found}, expected 0 to {deepest - 1}; profile again"
+            )
     if not rows:
         raise RamoeError(f"{path}: no rows, expected one per language and MoE layer; profile again")
     return rows

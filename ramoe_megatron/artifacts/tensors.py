@@ -52,11 +52,15 @@ def shape_from(meta: Mapping[str, Any]) -> ModelShape:
     return ModelShape(**{f.name: meta[f.name] for f in fields(ModelShape)})
 
 
-def save_tensors(path: str | os.PathLike[str], format_name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+def save_tensors(
+    path: str | os.PathLike[str], format_name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> None:
     """Write a safetensors file of this format, whole or not at all."""
     text = json.dumps({"format": format_name, "version": FORMATS[format_name][0], **meta}, ensure_ascii=False)
     with atomic_write(path) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"ramoe": text})
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"ramoe": text}
+        )
 
 
 def open_tensors(path: Path, format_name: str) -> tuple[Any, dict[str, Any]]:
@@ -79,10 +83,14 @@ def open_any(path: Path, expected: str) -> tuple[Any, Any]:
     except FileNotFoundError as error:
         raise RamoeError(f"{path}: no such file; check the path, or make it with ramoe profile") from error
     except (SafetensorError, OSError) as error:
-        raise RamoeError(f"{path}: not a whole safetensors file ({error}); it was cut short or is something else: profile again") from error
+        raise RamoeError(
+            f"{path}: not a whole safetensors file ({error}); it was cut short or is something else: profile again"
+        ) from error
     text = (handle.metadata() or {}).get("ramoe")
     if text is None:
-        raise RamoeError(f"{path}: a safetensors file without ramoe metadata, expected {expected}; give the right file")
+        raise RamoeError(
+            f"{path}: a safetensors file without ramoe metadata, expected {expected}; give the right file"
+        )
     try:
         return handle, json.loads(text)
     except json.JSONDecodeError as error:
@@ -99,4 +107,6 @@ def check_tensor(path: Path, name: str, tensor: Tensor, shape: tuple[int, ...]) 
     if tuple(tensor.shape) != shape:
         raise RamoeError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {shape}; profile again")
     if not bool(torch.isfinite(tensor).all()):
-        raise RamoeError(f"{path}: {name} holds values that are not finite; check the checkpoint, then profile again")
+        raise RamoeError(
+            f"{path}: {name} holds values that are not finite; check the checkpoint, then profile again"
+        )

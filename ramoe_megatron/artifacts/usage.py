@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from ramoe_megatron.artifacts.files import package_version
-from ramoe_megatron.artifacts.tensors import ModelShape, bad_metadata, check_tensor, open_tensors, save_tensors, shape_from
+from ramoe_megatron.artifacts.tensors import (
+    ModelShape,
+    bad_metadata,
+    check_tensor,
+    open_tensors,
+    save_tensors,
+    shape_from,
+)
 from ramoe_megatron.errors import RamoeError
 
 _TENSORS = ("tokens", "frequency", "gate", "layer_number")
@@ -90,7 +97,11 @@ class UsageFile:
     def check_model(self, num_moe_layers: int, num_experts: int, topk: int, score_function: str) -> None:
         """Raise RamoeError, naming every difference, unless the file was profiled on a model of this shape."""
         self.shape.check(
-            self.path, num_moe_layers=num_moe_layers, num_experts=num_experts, topk=topk, score_function=score_function
+            self.path,
+            num_moe_layers=num_moe_layers,
+            num_experts=num_experts,
+            topk=topk,
+            score_function=score_function,
         )
 
     def places(self, languages: Sequence[str]) -> list[int]:
@@ -113,24 +124,32 @@ class UsageFile:
     def _validate(self, path: Path) -> None:
         languages, layers, experts = len(self.languages), self.shape.num_moe_layers, self.shape.num_experts
         if not languages or len(set(self.languages)) != languages:
-            raise RamoeError(f"{path}: found the languages {list(self.languages)}, expected different names; profile again")
+            raise RamoeError(
+                f"{path}: found the languages {list(self.languages)}, expected different names; profile again"
+            )
         whole = (languages, layers, experts)
         for name, shape in zip(_TENSORS, ((languages,), whole, whole, (layers,)), strict=True):
             check_tensor(path, name, getattr(self, name), shape)
         if not bool((self.tokens > 0).all()):
-            raise RamoeError(f"{path}: tokens holds {self.tokens.tolist()}, expected counts above 0; profile again")
+            raise RamoeError(
+                f"{path}: tokens holds {self.tokens.tolist()}, expected counts above 0; profile again"
+            )
         for name in ("frequency", "gate"):
             if bool((getattr(self, name) < 0).any()):
                 raise RamoeError(f"{path}: {name} holds values below 0; profile again")
         most = float(self.frequency.double().sum(-1).max())
         if most > self.shape.topk + 1e-3:
-            raise RamoeError(f"{path}: a row of frequency sums to {most:g}, expected at most {self.shape.topk} (top-k); profile again")
+            raise RamoeError(
+                f"{path}: a row of frequency sums to {most:g}, expected at most {self.shape.topk} (top-k); profile again"
+            )
 
 
 class UsageSum:
     """The sums behind a usage file, over sequences as they come; the same on every rank."""
 
-    def __init__(self, languages: Sequence[str], layers: int, experts: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self, languages: Sequence[str], layers: int, experts: int, device: torch.device | None = None
+    ) -> None:
         shape = (len(languages), layers, experts)
         self.languages = tuple(languages)
         self.tokens = torch.zeros(len(languages), dtype=torch.int64, device=device)
@@ -149,7 +168,13 @@ class UsageSum:
         """The sums by name, to keep and to put back."""
         return {"usage_tokens": self.tokens, "usage_counts": self.counts, "usage_gate": self.gate}
 
-    def file(self, shape: ModelShape, layer_numbers: Sequence[int], checkpoint: str, data: Sequence[Mapping[str, str]]) -> UsageFile:
+    def file(
+        self,
+        shape: ModelShape,
+        layer_numbers: Sequence[int],
+        checkpoint: str,
+        data: Sequence[Mapping[str, str]],
+    ) -> UsageFile:
         """The usage file of what has been added."""
         tokens_G11 = self.tokens.double()[:, None, None]
         return UsageFile(

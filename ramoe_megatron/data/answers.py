@@ -25,7 +25,9 @@ from ramoe_megatron.errors import RamoeError
 NEW_TOKENS = 16  # room for an answer that is spelt in more tokens than the gold one
 
 DECIMAL_MARK = "\u066b"  # of a normalised number: the one mark that means the same in every language
-GROUPING_SPACES = "\u00a0\u2007\u2009\u202f"  # between two groups of digits these cannot be the border of two words
+GROUPING_SPACES = (
+    "\u00a0\u2007\u2009\u202f"  # between two groups of digits these cannot be the border of two words
+)
 GROUPING_MARKS = "'\u066c"  # Swiss and Arabic; in every language
 
 # Format characters that a reader sees or that change the sign: marks written around a number, and the tags in flags of regions.
@@ -33,16 +35,18 @@ _VISIBLE = frozenset("\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd") | fro
     map(chr, [*range(0x600, 0x606), *range(0xE0020, 0xE0080)])
 )
 # Invisible too, but of other categories: joiners, fillers, variation selectors; and the Arabic stroke that stretches a word.
-_INVISIBLE = frozenset("\u034f\u0640\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0") | frozenset(
-    map(chr, [*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)])
-)
+_INVISIBLE = frozenset(
+    "\u034f\u0640\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0"
+) | frozenset(map(chr, [*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)]))
 _SPELLINGS = str.maketrans(
     dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\uff0d\ufe63", "-")
     | dict.fromkeys("\u2018\u2019\u201b\u02bc\u02bb", "'")
     | dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00bb", '"')
     | {"\u066a": "%", "\u2044": "/"}
 )
-_CONTENT = frozenset("-#%&@/\\§‰‱\u0609\u060a\u2032\u2033\u2034")  # punctuation to Unicode, content to a reader
+_CONTENT = frozenset(
+    "-#%&@/\\§‰‱\u0609\u060a\u2032\u2033\u2034"
+)  # punctuation to Unicode, content to a reader
 _BULLETS = frozenset("-#")  # but none where white space parts them from the text: a list's bullet, a heading
 _CURRENCY = "".join(char for char in map(chr, range(0x20D0)) if unicodedata.category(char) == "Sc")
 _DOTTED_I = str.maketrans({"I": "ı", "İ": "i"})
@@ -99,7 +103,9 @@ def normalise_answer(text: str, language: str) -> str:
         language: a CLDR or FLORES code ("de", "pt-BR", "deu_Latn") or an English name; English conventions for any other.
     """
     own, before = _conventions(language), None
-    while text != before:  # a symbol that moves behind its number may leave another number: at most a few rounds
+    while (
+        text != before
+    ):  # a symbol that moves behind its number may leave another number: at most a few rounds
         before, text = text, _normalised_once(text, own)
     return text
 
@@ -109,7 +115,9 @@ def is_correct(generated: str, answer: str, language: str) -> bool:
     return normalise_answer(generated, language) == normalise_answer(answer, language) != ""
 
 
-def new_token_limits(examples: Sequence[Example], tokenizer: Tokenizer, given: int | None, positions: int) -> list[int]:
+def new_token_limits(
+    examples: Sequence[Example], tokenizer: Tokenizer, given: int | None, positions: int
+) -> list[int]:
     """How many tokens greedy decoding may write for each example, once it is clear that each can be answered right.
 
     The limit is `given`, or else `NEW_TOKENS`, or as many as the longest gold answer and its end token take; for each example as far
@@ -128,7 +136,9 @@ def new_token_limits(examples: Sequence[Example], tokenizer: Tokenizer, given: i
     room, needed = [0] * len(examples), [0] * len(examples)
     longest = 0
     for place, example in enumerate(examples):
-        encoded = encode_choices(example, tokenizer) if example.choices else [encode_answer(example, tokenizer)]
+        encoded = (
+            encode_choices(example, tokenizer) if example.choices else [encode_answer(example, tokenizer)]
+        )
         prompt = encoded[0].prompt_length
         if fault := _fault(example, tokenizer, [tuple(e.ids[prompt:]) for e in encoded], prompt):
             faults.setdefault(fault, []).append(example)
@@ -143,7 +153,9 @@ def new_token_limits(examples: Sequence[Example], tokenizer: Tokenizer, given: i
         faults[_CUT] = short
     if faults:
         values = {"longest": longest, "positions": positions, "most": most, "needed": max(needed)}
-        reasons = "; ".join(f"{_by_language(wrong)}: {fault.format(**values)}" for fault, wrong in faults.items())
+        reasons = "; ".join(
+            f"{_by_language(wrong)}: {fault.format(**values)}" for fault, wrong in faults.items()
+        )
         count = sum(map(len, faults.values()))
         raise RamoeError(
             f"{count} of {len(examples)} examples can never be answered right. {reasons}. Correct the rows, or drop their ids in "
@@ -159,7 +171,9 @@ _CUT = (
 )
 
 
-def _fault(example: Example, tokenizer: Tokenizer, answers: Sequence[tuple[int, ...]], prompt: int) -> str | None:
+def _fault(
+    example: Example, tokenizer: Tokenizer, answers: Sequence[tuple[int, ...]], prompt: int
+) -> str | None:
     """Why an example cannot be answered right, whatever the limits; `answers`: ids of its choices, or of the gold answer, with the end."""
     if prompt == 0:
         return "the prompt has no token, so nothing predicts the answer's first one"
@@ -170,11 +184,17 @@ def _fault(example: Example, tokenizer: Tokenizer, answers: Sequence[tuple[int, 
     if not normalise_answer(example.answer, example.language):
         return "the gold answer has no text"
     written = tokenizer.detokenize(list(answers[0][:-1]))
-    return None if is_correct(written, example.answer, example.language) else "the tokenizer cannot write the gold answer"
+    return (
+        None
+        if is_correct(written, example.answer, example.language)
+        else "the tokenizer cannot write the gold answer"
+    )
 
 
 def _by_language(examples: Sequence[Example]) -> str:
-    counts = ", ".join(f"{count} in {language}" for language, count in sorted(Counter(e.language for e in examples).items()))
+    counts = ", ".join(
+        f"{count} in {language}" for language, count in sorted(Counter(e.language for e in examples).items())
+    )
     return f"{counts} (ids {', '.join(dict.fromkeys(e.id for e in examples[:3]))}{', ...' if len(examples) > 3 else ''})"
 
 
@@ -222,7 +242,9 @@ def _locale(language: str) -> Locale | None:
 def _visible(text: str) -> str:
     """The text without its format characters, but for those that a reader sees."""
     return "".join(
-        char for char in text if char in _VISIBLE or (char not in _INVISIBLE and unicodedata.category(char) != "Cf")
+        char
+        for char in text
+        if char in _VISIBLE or (char not in _INVISIBLE and unicodedata.category(char) != "Cf")
     )
 
 
@@ -254,12 +276,18 @@ def _read_numbers(text: str, own: _Conventions) -> str:
         digits = "".join(str(unicodedata.decimal(char)) if char.isdecimal() else char for char in run)
         # an Arabic decimal mark is on few keyboards
         tried = [own, _ENGLISH, *([_DECIMAL_COMMA] if _ARABIC_DIGIT.search(run) else [])]
-        if number := next((found for conventions in tried if (found := conventions.reads(digits)) is not None), None):
+        if number := next(
+            (found for conventions in tried if (found := conventions.reads(digits)) is not None), None
+        ):
             return number
         return " ".join(map(read, run.split(" "))) if " " in run else digits
 
     marks = f"[.,{GROUPING_MARKS}{DECIMAL_MARK}{space}]"
-    return re.sub(rf"(?<![\w.,{DECIMAL_MARK}])[.,{DECIMAL_MARK}]\d+|\d+(?:{marks}\d+)*", lambda found: read(found[0]), text)
+    return re.sub(
+        rf"(?<![\w.,{DECIMAL_MARK}])[.,{DECIMAL_MARK}]\d+|\d+(?:{marks}\d+)*",
+        lambda found: read(found[0]),
+        text,
+    )
 
 
 def _is_edge(char: str, inner: str) -> bool:

@@ -39,7 +39,9 @@ class EncodedExamples:
             )
         self._prompt_lengths = np.array([e.prompt_length for e in encoded], dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self.lengths + 1)])
-        self._ids = np.fromiter((i for e in encoded for i in e.ids), dtype=np.int32, count=int(self._starts[-1]))
+        self._ids = np.fromiter(
+            (i for e in encoded for i in e.ids), dtype=np.int32, count=int(self._starts[-1])
+        )
 
     @property
     def loss_tokens(self) -> np.ndarray:

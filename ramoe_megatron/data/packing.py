@@ -94,7 +94,9 @@ class PackedDataset(torch.utils.data.Dataset):
         borders = np.concatenate([[0], np.cumsum(room)])
         rest = self._seq_length - int(borders[-1])
         filler = [pad(Encoded([self.encoded.eod], 0), rest, self.encoded.eod)] if rest else []
-        cu_seqlens = torch.from_numpy(np.concatenate([borders, [self._seq_length] * len(filler)]).astype(np.int32))
+        cu_seqlens = torch.from_numpy(
+            np.concatenate([borders, [self._seq_length] * len(filler)]).astype(np.int32)
+        )
         return {
             **{key: torch.cat([part[key] for part in [*parts, *filler]]) for key in SEQUENCE_KEYS},
             **{key: torch.stack([part[key] for part in parts]) for key in ("prompt_length", "length")},

@@ -49,7 +49,9 @@ class PairedDataset(SFTDataset):
                 f"{len(missing)} training examples have no view in the anchor language, first {', '.join(missing[:5])}: the target paired "
                 "needs one of each; add them to the data, or use the target example"
             )
-        view_of = np.array([n if e.language in anchors else place[e.id] for n, e in enumerate(examples)], dtype=np.int64)
+        view_of = np.array(
+            [n if e.language in anchors else place[e.id] for n, e in enumerate(examples)], dtype=np.int64
+        )
         self.examples = [*examples, *views]
         self.order = np.stack([view_of[draws], draws], axis=1).ravel()
         self.encoded = EncodedExamples(self.examples, tokenizer, seq_length) if encoded is None else encoded

@@ -92,7 +92,9 @@ def load_examples(
     return select(examples, split, languages, ", ".join(sources))
 
 
-def select(examples: Sequence[Example], split: str | None, languages: Sequence[str] | None, where: str) -> list[Example]:
+def select(
+    examples: Sequence[Example], split: str | None, languages: Sequence[str] | None, where: str
+) -> list[Example]:
     """The examples of the splits ("train,test"; None: all) and languages (None: all), in order; `where` names the data in errors.
 
     Raises:
@@ -101,7 +103,9 @@ def select(examples: Sequence[Example], split: str | None, languages: Sequence[s
     known = Counter(example.language for example in examples)
     for language in languages or ():
         if language not in known:
-            raise RamoeError(f"unknown language {language!r}: no row of {where} has it. Found: {_counts(known)}.")
+            raise RamoeError(
+                f"unknown language {language!r}: no row of {where} has it. Found: {_counts(known)}."
+            )
     kept = [example for example in examples if not languages or example.language in languages]
     if split is None:
         if not kept:
@@ -124,7 +128,9 @@ def pair_with_anchor(examples: Iterable[Example], anchor: str) -> list[tuple[Exa
     anchors = {example.id: example for example in examples if example.language == anchor}
     if not anchors:
         found = sorted({example.language for example in examples})
-        raise RamoeError(f"no row is in the anchor language {anchor!r}. Languages found: {', '.join(found) or 'none'}.")
+        raise RamoeError(
+            f"no row is in the anchor language {anchor!r}. Languages found: {', '.join(found) or 'none'}."
+        )
     targets = [example for example in examples if example.language != anchor]
     missing = list(dict.fromkeys(example.id for example in targets if example.id not in anchors))
     if missing:
@@ -179,8 +185,12 @@ def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> 
         answer = response
     choices = field("choices", required=False)
     if choices is not None:
-        if not (isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)):
-            raise RamoeError(f"{place}: field 'choices' is {choices!r}, expected a list of two or more strings.")
+        if not (
+            isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
+        ):
+            raise RamoeError(
+                f"{place}: field 'choices' is {choices!r}, expected a list of two or more strings."
+            )
         if answer not in choices:
             raise RamoeError(f"{place}: answer {answer!r} is none of the choices {choices!r}.")
         choices = tuple(choices)
@@ -195,7 +205,8 @@ def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> 
 
 def _messages(value: Any, place: str) -> tuple[dict[str, str], ...]:
     fits = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in value
     )
     if not fits or len(value) < 2 or value[-1]["role"] != "assistant" or not value[-1]["content"]:
         raise RamoeError(

@@ -68,7 +68,9 @@ def _pools(examples: Sequence[Example], weights: Mapping[str, float]) -> tuple[l
     shares: list[float] = []
     for pattern, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
-            raise RamoeError(f"sampling weights: {pattern}={weight}, expected a finite number that is not negative.")
+            raise RamoeError(
+                f"sampling weights: {pattern}={weight}, expected a finite number that is not negative."
+            )
         if not members[pattern]:
             names = ", ".join("/".join(group) for group in sorted(groups))
             raise RamoeError(

@@ -45,7 +45,9 @@ def read_source(source: str, optional: Collection[str] = ()) -> Iterator[tuple[s
     elif _HUB_NAME.fullmatch(source) and path.suffix not in {".json", *SUFFIXES}:
         yield from _read_hub(source, optional)
     else:
-        raise RamoeError(f"{source}: no such file or folder. Expected a path, or a hub name such as owner/name.")
+        raise RamoeError(
+            f"{source}: no such file or folder. Expected a path, or a hub name such as owner/name."
+        )
 
 
 def local_files(source: str) -> list[Path]:
@@ -74,11 +76,17 @@ def _read_typed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
         try:
             table = load_dataset(
-                BUILDERS[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+                BUILDERS[path.suffix],
+                data_files=str(path),
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
             )
             rows = table.to_list()
         except Exception as error:
-            raise RamoeError(f"{path}: not readable as {path.suffix[1:]}: {error.__cause__ or error}") from error
+            raise RamoeError(
+                f"{path}: not readable as {path.suffix[1:]}: {error.__cause__ or error}"
+            ) from error
     for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", row
 

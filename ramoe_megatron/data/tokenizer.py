@@ -8,7 +8,9 @@ from ramoe_megatron.errors import RamoeError
 EOD_ID = 2
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, whole: Iterable[str] = (), apart: str = "") -> bytes:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, whole: Iterable[str] = (), apart: str = ""
+) -> bytes:
     """A SentencePiece model with byte fallback, as bytes, for Megatron's `--tokenizer-type SentencePieceTokenizer`.
 
     Text is kept as it is (no normalisation), so that detokenising gives it back. End of document is `</s>`, id 2.
@@ -28,7 +30,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole: Iterable[str] 
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),  # an iterator and a writer: file names would be stored in the model
+            sentence_iterator=iter(
+                sentences
+            ),  # an iterator and a writer: file names would be stored in the model
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -46,5 +50,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole: Iterable[str] 
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise RamoeError(f"tokenizer: vocab_size {vocab_size} does not fit the training text: {error}") from error
+        raise RamoeError(
+            f"tokenizer: vocab_size {vocab_size} does not fit the training text: {error}"
+        ) from error
     return model.getvalue()

@@ -35,7 +35,10 @@ def answered(rows: Sequence[TaxonomyRow], anchor: str, anchors: Sequence[str]) -
             "Score the examples in these languages (ramoe taxonomy)"
         )
     own = [row.id for row in rows if row.language == anchor]
-    refuse_examples(own, f"have rows in {anchor!r} itself, which is no anchor of this taxonomy; give the one that it was scored with")
+    refuse_examples(
+        own,
+        f"have rows in {anchor!r} itself, which is no anchor of this taxonomy; give the one that it was scored with",
+    )
     right: dict[str, dict[str, bool]] = {}
     by_anchor = {row.id: row.english_correct for row in rows}
     both = [row.id for row in rows if row.english_correct != by_anchor[row.id]]
@@ -43,7 +46,9 @@ def answered(rows: Sequence[TaxonomyRow], anchor: str, anchors: Sequence[str]) -
     by_target = {(row.id, row.language): row.target_correct for row in rows}
     for name in anchors:
         lacking = [id_ for id_ in by_anchor if name != anchor and (id_, name) not in by_target]
-        refuse_examples(lacking, f"have no row in the anchor {name!r}; score them in it (ramoe taxonomy), or leave it out")
+        refuse_examples(
+            lacking, f"have no row in the anchor {name!r}; score them in it (ramoe taxonomy), or leave it out"
+        )
         for id_, correct in by_anchor.items():
             right.setdefault(id_, {})[name] = correct if name == anchor else by_target[id_, name]
     return right
@@ -59,12 +64,18 @@ def anchored(rows: Sequence[TaxonomyRow], right: Mapping[str, Mapping[str, bool]
         rows: the taxonomy.
         right: what `answered` gave for these rows.
     """
-    return [replace(row, english_correct=any(ok for name, ok in right[row.id].items() if name != row.language)) for row in rows]
+    return [
+        replace(row, english_correct=any(ok for name, ok in right[row.id].items() if name != row.language))
+        for row in rows
+    ]
 
 
 def choose(right: Mapping[str, Mapping[str, bool]]) -> dict[str, str]:
     """The anchor of each example: the first that is right, or the first of all where none is; id -> anchor."""
-    return {id_: next((name for name, ok in found.items() if ok), next(iter(found))) for id_, found in right.items()}
+    return {
+        id_: next((name for name, ok in found.items() if ok), next(iter(found)))
+        for id_, found in right.items()
+    }
 
 
 def counts(rows: Sequence[TaxonomyRow], right: Mapping[str, Mapping[str, bool]]) -> list[dict[str, Any]]:

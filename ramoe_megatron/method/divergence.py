@@ -67,7 +67,9 @@ class DivergenceCurve:
     Ranks that each saw a part of the data add up their ``sums`` (an all-reduce of one tensor).
     """
 
-    def __init__(self, languages: Sequence[str], num_moe_layers: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, languages: Sequence[str], num_moe_layers: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.languages = tuple(languages)
         self.sums = torch.zeros(len(self.languages), 3, num_moe_layers, dtype=torch.float64, device=device)
         """[languages, (sum of values, defined pairs, undefined pairs), L]"""
@@ -79,7 +81,9 @@ class DivergenceCurve:
             RamoeError: for a language that the curve was not made for.
         """
         if language not in self.languages:
-            raise RamoeError(f"divergence: found language {language!r}, expected one of {', '.join(self.languages)}")
+            raise RamoeError(
+                f"divergence: found language {language!r}, expected one of {', '.join(self.languages)}"
+            )
         value, defined = hjs(q_en, q_tg)
         counts = torch.stack([value.sum(0), defined.sum(0).double(), (~defined).sum(0).double()])
         self.sums[self.languages.index(language)] += counts.to(self.sums.device)
@@ -90,7 +94,9 @@ class DivergenceCurve:
         for language, (total, pairs, undefined) in zip(self.languages, self.sums.tolist(), strict=True):
             for layer, number in enumerate(layer_numbers):
                 mean = total[layer] / pairs[layer] if pairs[layer] else None
-                rows.append(DivergenceRow(language, layer, number, mean, int(pairs[layer]), int(undefined[layer])))
+                rows.append(
+                    DivergenceRow(language, layer, number, mean, int(pairs[layer]), int(undefined[layer]))
+                )
         return rows
 
 

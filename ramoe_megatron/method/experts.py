@@ -20,7 +20,9 @@ class FrequencySum:
     Ranks that each saw a part of the data add up ``sums`` and ``sequences`` (two all-reduces).
     """
 
-    def __init__(self, num_groups: int, num_moe_layers: int, num_experts: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, num_groups: int, num_moe_layers: int, num_experts: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.sums = torch.zeros(num_groups, num_moe_layers, num_experts, dtype=torch.float64, device=device)
         """Sum over sequences of count / tokens. [G, L, E]"""
         self.sequences = torch.zeros(num_groups, dtype=torch.int64, device=device)
@@ -84,7 +86,9 @@ class TopM:
     def choose(self, delta: Tensor) -> Tensor:
         """Bool mask of the chosen experts, the shape of ``delta``; raises RamoeError when m exceeds E."""
         if self.m > delta.shape[-1]:
-            raise RamoeError(f"select: found top-m={self.m}, expected at most {delta.shape[-1]}, the experts of a layer")
+            raise RamoeError(
+                f"select: found top-m={self.m}, expected at most {delta.shape[-1]}, the experts of a layer"
+            )
         # sort, not topk: only a stable sort promises which of equal values comes first.
         order = delta.sort(dim=-1, descending=True, stable=True).indices[..., : self.m]
         return torch.zeros_like(delta, dtype=torch.bool).scatter(-1, order, True)
@@ -114,7 +118,9 @@ def parse_rule(text: str) -> Rule:
             return TopM(int(value))
     except ValueError:
         pass
-    raise RamoeError(f"select: found {text!r}, expected tau=X with X in [-1, 1), as in tau=0.3, or top-m=M, as in top-m=4")
+    raise RamoeError(
+        f"select: found {text!r}, expected tau=X with X in [-1, 1), as in tau=0.3, or top-m=M, as in top-m=4"
+    )
 
 
 def rule_from(entry: Mapping[str, Any]) -> Rule:

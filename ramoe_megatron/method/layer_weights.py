@@ -35,7 +35,9 @@ def divergence_weights(curve_L: Tensor, layers: Sequence[int]) -> Tensor:
             f"layer weights: no defined divergence at MoE layer {', '.join(map(str, missing))}; profile more data, or weigh layers equally"
         )
     if not layers or len(set(layers)) != len(layers) or not all(0 <= layer < len(curve) for layer in layers):
-        raise RamoeError(f"layer weights: found layers {list(layers)}, expected some of 0 to {len(curve) - 1}, each once")
+        raise RamoeError(
+            f"layer weights: found layers {list(layers)}, expected some of 0 to {len(curve) - 1}, each once"
+        )
     low, high = float(curve.min()), float(curve.max())
     if high - low <= MIN_DEPTH * high:
         raise RamoeError(

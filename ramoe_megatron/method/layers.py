@@ -27,7 +27,9 @@ def chosen_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | Non
         return tuple(everything[first : last + 1])
     layers = tuple(layer for layer in everything if not first <= layer <= last)
     if not layers:
-        raise RamoeError(f"layers: {text!r} leaves none of the {num_moe_layers} MoE layers; give a smaller range")
+        raise RamoeError(
+            f"layers: {text!r} leaves none of the {num_moe_layers} MoE layers; give a smaller range"
+        )
     return layers
 
 
@@ -51,7 +53,9 @@ def parse_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | None
     Raises:
         RamoeError: for another form, a range that is reversed, empty or outside the model, or ``auto`` without a zone.
     """
-    wanted = "expected auto, FIRST-LAST (0-based MoE layers, as in 8-35) or a range of depth (as in 0.25-0.75)"
+    wanted = (
+        "expected auto, FIRST-LAST (0-based MoE layers, as in 8-35) or a range of depth (as in 0.25-0.75)"
+    )
     if text.strip() == "auto":
         if isinstance(auto_zone, Zone):
             return _inside(text, auto_zone.first, auto_zone.last, num_moe_layers)
@@ -69,7 +73,9 @@ def parse_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | None
     first, last = math.ceil(low * num_moe_layers - half), math.floor(high * num_moe_layers - half)
     first, last = max(first, 0), min(last, num_moe_layers - 1)
     if first > last:
-        raise RamoeError(f"layers: {text!r} holds the middle of none of the {num_moe_layers} MoE layers; give a wider range")
+        raise RamoeError(
+            f"layers: {text!r} holds the middle of none of the {num_moe_layers} MoE layers; give a wider range"
+        )
     return first, last
 
 

@@ -98,7 +98,9 @@ def predict(
     chosen = sorted((p for p in pairs if p.split == split), key=lambda p: (p.task, p.language))
     if not chosen:
         found = ", ".join(sorted({p.split for p in pairs})) or "none"
-        raise RamoeError(f"taxonomy: no pairs of split {split!r}, found {found}; score that split, or predict on another")
+        raise RamoeError(
+            f"taxonomy: no pairs of split {split!r}, found {found}; score that split, or predict on another"
+        )
     rows = tuple(_row(pair, divergence, zone, outcomes) for pair in chosen)
     return Prediction(rows, _verdict(rows, outcomes), LIMITS)
 
@@ -110,7 +112,9 @@ def sign_word(change: Difference | None) -> str:
     return "go" if change.low > 0 else "no-go" if change.high < 0 else "undecided"
 
 
-def zone_divergence(divergence: Iterable[DivergenceRow], language: str, zone: tuple[int, int]) -> float | None:
+def zone_divergence(
+    divergence: Iterable[DivergenceRow], language: str, zone: tuple[int, int]
+) -> float | None:
     """Mean divergence of a language over the layers of the zone where it is defined; None where it nowhere is."""
     values = [
         row.divergence
@@ -166,7 +170,9 @@ def _verdict(rows: Sequence[PredictionRow], outcomes: Sequence[TransplantOutcome
             **{key: value for key, value in asdict(change).items() if key != "n" and value is not None},
         }
         tasks = sorted({o.task for o in outcomes})
-        verdict["tasks"] = {task: sign_word(_pooled([o for o in outcomes if o.task == task])) for task in tasks}
+        verdict["tasks"] = {
+            task: sign_word(_pooled([o for o in outcomes if o.task == task])) for task in tasks
+        }
         verdict["pairs"] = _pairs_sentence(rows)
     verdict["ci_share"] = _ci_sentence(rows)
     verdict["paper"] = _paper_sentence()
@@ -184,7 +190,9 @@ def _reading(word: str, change: Difference | None) -> str:
         return f"{points}; too few examples, or too alike, for an interval. Score more examples."
     points += f" (95 % interval {100 * change.low:+.1f} to {100 * change.high:+.1f}), without any training"
     if word == "go":
-        return f"{points}. {_HYPOTHESIS} routing is a bottleneck, and aligned fine-tuning gains over plain SFT."
+        return (
+            f"{points}. {_HYPOTHESIS} routing is a bottleneck, and aligned fine-tuning gains over plain SFT."
+        )
     if word == "no-go":
         return f"{points}. {_HYPOTHESIS} routing is not the bottleneck, and alignment does nothing, or harms."
     return f"{points}: the interval holds zero, so the sign is open. More examples narrow it; training may go either way."

@@ -47,7 +47,9 @@ def overlap(frequency_GLE: Tensor) -> Tensor:
     return mean_LE / torch.where(mean_LE > 0, mean_LE + deviation_LE, 1.0) * (1 + 10 * mean_LE)
 
 
-def rise(frequency_GLE: Tensor, targets: Sequence[int], budget: int, split: Sequence[int] | None = None) -> Tensor:
+def rise(
+    frequency_GLE: Tensor, targets: Sequence[int], budget: int, split: Sequence[int] | None = None
+) -> Tensor:
     """The experts that RISE trains (arXiv 2604.03592): those of highest specificity in the shallow and the deep layers, and of
     highest overlap in the middle ones. One ranking per zone over all its (layer, expert) pairs; ties go to the lower pair.
 
@@ -68,11 +70,17 @@ def rise(frequency_GLE: Tensor, targets: Sequence[int], budget: int, split: Sequ
     if not targets:
         raise RamoeError("RISE: no target language; expected at least one beside the anchor")
     if not 1 <= budget <= layers * experts:
-        raise RamoeError(f"RISE: found a budget of {budget}, expected 1 to {layers * experts} ({layers} MoE layers x {experts} experts)")
+        raise RamoeError(
+            f"RISE: found a budget of {budget}, expected 1 to {layers * experts} ({layers} MoE layers x {experts} experts)"
+        )
     zone_L = zones(layers)
     held = [int((zone_L == zone).sum()) for zone in range(3)]
     parts = _proportional(budget, held) if split is None else list(split)
-    if len(parts) != 3 or sum(parts) != budget or any(not 0 <= part <= n * experts for part, n in zip(parts, held, strict=True)):
+    if (
+        len(parts) != 3
+        or sum(parts) != budget
+        or any(not 0 <= part <= n * experts for part, n in zip(parts, held, strict=True))
+    ):
         raise RamoeError(
             f"RISE: found the split {parts}, expected three numbers that sum to {budget}, at most {[n * experts for n in held]}"
         )

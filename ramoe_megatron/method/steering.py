@@ -52,7 +52,9 @@ def steer(kind: Kind, logits: Tensor, expert_mask: Tensor, strength: float, nois
         raised = (z + strength * z.std(dim=-1, keepdim=True, correction=0)).to(logits.dtype)
     else:
         largest = z.amax(dim=-1, keepdim=True)
-        above = torch.nextafter(largest.to(logits.dtype), torch.full_like(largest, math.inf, dtype=logits.dtype))
+        above = torch.nextafter(
+            largest.to(logits.dtype), torch.full_like(largest, math.inf, dtype=logits.dtype)
+        )
         rise = torch.maximum(noise.abs().to(z.dtype), LEAST_RISE * largest.abs().clamp(min=1))
         raised = torch.maximum((largest + rise).to(logits.dtype), above)
     return torch.where(expert_mask, raised, logits)
@@ -81,11 +83,17 @@ class Steering:
         if self.kind not in KINDS:
             raise RamoeError(f"steering: found kind {self.kind!r}, expected {' or '.join(KINDS)}")
         if self.kind == "soft" and (self.strength is None or not math.isfinite(self.strength)):
-            raise RamoeError(f"steering: found strength {self.strength!r}, expected a finite number (the paper: 0.5)")
+            raise RamoeError(
+                f"steering: found strength {self.strength!r}, expected a finite number (the paper: 0.5)"
+            )
         if self.kind == "hard" and self.strength is not None:
-            raise RamoeError(f"steering: found strength {self.strength} for hard, which takes none; leave it out, or steer soft")
+            raise RamoeError(
+                f"steering: found strength {self.strength} for hard, which takes none; leave it out, or steer soft"
+            )
         if self.tau is not None and not -1 <= self.tau < 1:
-            raise RamoeError(f"steering: found tau {self.tau}, expected one in [-1, 1) (the paper: 0.25 to 0.5)")
+            raise RamoeError(
+                f"steering: found tau {self.tau}, expected one in [-1, 1) (the paper: 0.25 to 0.5)"
+            )
 
     def experts(self, chosen: Tensor, delta: Tensor) -> Tensor:
         """The steered experts of each task: those that are chosen, in the steered layers. bool [G, L, E]
@@ -120,7 +128,9 @@ class Steering:
             strength, tau = (None if entry[key] is None else float(entry[key]) for key in ("strength", "tau"))
             return cls(entry["kind"], strength, tau, (first, last))
         except (KeyError, TypeError, ValueError) as error:  # a RamoeError is a ValueError
-            raise RamoeError(f"{path}: bad setting of steering ({type(error).__name__}: {error}); write the file again") from error
+            raise RamoeError(
+                f"{path}: bad setting of steering ({type(error).__name__}: {error}); write the file again"
+            ) from error
 
     def __str__(self) -> str:
         strength = "" if self.strength is None else f" {self.strength:g}"

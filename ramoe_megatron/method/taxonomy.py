@@ -63,5 +63,9 @@ def summarise(rows: Iterable[TaxonomyRow]) -> list[TaxonomyPair]:
         n = counts.total()
         low, high = wilson(counts["ci"], n)
         by_category = {name: counts[name] for name in CATEGORIES}
-        pairs.append(TaxonomyPair(task, language, split, n, **by_category, ci_share=counts["ci"] / n, ci_low=low, ci_high=high))
+        pairs.append(
+            TaxonomyPair(
+                task, language, split, n, **by_category, ci_share=counts["ci"] / n, ci_low=low, ci_high=high
+            )
+        )
     return pairs

@@ -12,7 +12,22 @@ from ramoe_megatron.data.encode import encode_answer
 from ramoe_megatron.errors import RamoeError
 
 TOKENIZER = SmallTokenizer()
-LANGUAGES = ["en", "de", "fr", "es", "tr", "el", "ar", "fa", "hi", "ru", "de-CH", "deu_Latn", "Turkish", "unknown"]
+LANGUAGES = [
+    "en",
+    "de",
+    "fr",
+    "es",
+    "tr",
+    "el",
+    "ar",
+    "fa",
+    "hi",
+    "ru",
+    "de-CH",
+    "deu_Latn",
+    "Turkish",
+    "unknown",
+]
 # decimal mark, grouping mark
 MARKS = {
     "en": (".", ","), "zh": (".", ","), "sw": (".", ","), "th": (".", ","), "hi": (".", ","), "unknown": (".", ","),
@@ -33,11 +48,15 @@ def test_normalising_twice_is_normalising_once(text: str, language: str) -> None
 
 
 @given(
-    st.text(alphabet="abc éß漢٣3.,!", min_size=1), st.sampled_from(["", ".", "!", "。", "؟", '"', "  ", "\n"]), languages
+    st.text(alphabet="abc éß漢٣3.,!", min_size=1),
+    st.sampled_from(["", ".", "!", "。", "؟", '"', "  ", "\n"]),
+    languages,
 )
 def test_case_outer_white_space_and_punctuation_do_not_count(text: str, edge: str, language: str) -> None:
     words = text.strip(".,! ")
-    assert is_correct(f"{edge} {words.upper()} {edge}", words, language) or not any(c.isalnum() for c in words)
+    assert is_correct(f"{edge} {words.upper()} {edge}", words, language) or not any(
+        c.isalnum() for c in words
+    )
 
 
 @given(st.integers(0, 10**6), st.sampled_from("٠۰०๐০០０"), languages)
@@ -47,9 +66,15 @@ def test_digits_of_every_script_are_equal(number: int, zero: str, language: str)
     assert is_correct(native, str(number), language)
 
 
-@given(st.text(alphabet="abc نعم हिन्दी 3-", min_size=1).filter(lambda text: any(c.isalnum() for c in text)), st.data(), languages)
+@given(
+    st.text(alphabet="abc نعم हिन्दी 3-", min_size=1).filter(lambda text: any(c.isalnum() for c in text)),
+    st.data(),
+    languages,
+)
 def test_format_characters_do_not_count(text: str, data: st.DataObject, language: str) -> None:
-    marked = "".join(data.draw(st.sampled_from(["", *FORMATS])) + char for char in text) + data.draw(st.sampled_from(FORMATS))
+    marked = "".join(data.draw(st.sampled_from(["", *FORMATS])) + char for char in text) + data.draw(
+        st.sampled_from(FORMATS)
+    )
     assert is_correct(marked, text, language)
 
 
@@ -59,8 +84,14 @@ def test_every_minus_is_one_and_none_is_lost(number: int, one: str, other: str, 
     assert not is_correct(f"{one}{number}", str(number), language)
 
 
-@given(st.integers(0, 10**9), st.none() | st.text("0123456789", min_size=1, max_size=4), st.sampled_from(sorted(MARKS)))
-def test_a_number_is_read_by_the_marks_of_its_language(number: int, decimals: str | None, language: str) -> None:
+@given(
+    st.integers(0, 10**9),
+    st.none() | st.text("0123456789", min_size=1, max_size=4),
+    st.sampled_from(sorted(MARKS)),
+)
+def test_a_number_is_read_by_the_marks_of_its_language(
+    number: int, decimals: str | None, language: str
+) -> None:
     mark, group = MARKS[language]
     tail = "" if decimals is None else mark + decimals
     grouped, plain = f"{number:,}".replace(",", group) + tail, f"{number}{tail}"
@@ -70,7 +101,9 @@ def test_a_number_is_read_by_the_marks_of_its_language(number: int, decimals: st
 
 
 @given(st.integers(0, 10**9), st.sampled_from(sorted(MARKS)))
-def test_english_grouping_of_millions_and_english_decimals_are_read_everywhere(number: int, language: str) -> None:
+def test_english_grouping_of_millions_and_english_decimals_are_read_everywhere(
+    number: int, language: str
+) -> None:
     assert is_correct(f"{number + 10**6:,}", str(number + 10**6), language)
     assert is_correct(f"{number}.5", f"{number}{MARKS[language][0]}5", language)
 
@@ -118,8 +151,14 @@ def tokens(answer: str) -> int:
 LONG = " ".join("one two three four five six seven eight nine ten".split() * 4)
 
 
-@given(st.lists(st.sampled_from(["EUR", "one two", LONG]), min_size=1, max_size=4), st.integers(1, 99), st.integers(30, 200))
-def test_a_limit_holds_every_gold_answer_or_is_refused(answers: list[str], given: int, positions: int) -> None:
+@given(
+    st.lists(st.sampled_from(["EUR", "one two", LONG]), min_size=1, max_size=4),
+    st.integers(1, 99),
+    st.integers(30, 200),
+)
+def test_a_limit_holds_every_gold_answer_or_is_refused(
+    answers: list[str], given: int, positions: int
+) -> None:
     rows = [example(f"q{number}", "hi", response=answer) for number, answer in enumerate(answers)]
     prompts = [encode_answer(row, TOKENIZER).prompt_length for row in rows]
     needed = [tokens(answer) for answer in answers]
@@ -136,10 +175,19 @@ def test_a_limit_holds_every_gold_answer_or_is_refused(answers: list[str], given
 
 
 def test_what_a_limit_cuts_is_counted_by_language_with_the_number_that_is_needed() -> None:
-    rows = [example(f"q{n}", language, response=LONG if language == "hi" else "EUR") for n in range(2) for language in ("en", "hi")]
+    rows = [
+        example(f"q{n}", language, response=LONG if language == "hi" else "EUR")
+        for n in range(2)
+        for language in ("en", "hi")
+    ]
     with pytest.raises(RamoeError) as error:
         new_token_limits(rows, TOKENIZER, 16, 200)
-    for words in ("2 of 4 examples", "2 in hi (ids q0, q1)", f"up to {tokens(LONG)} tokens", "--ramoe-max-new-tokens 16"):
+    for words in (
+        "2 of 4 examples",
+        "2 in hi (ids q0, q1)",
+        f"up to {tokens(LONG)} tokens",
+        "--ramoe-max-new-tokens 16",
+    ):
         assert words in str(error.value)
     assert new_token_limits(rows, TOKENIZER, tokens(LONG), 200) == [tokens(LONG)] * 4
 

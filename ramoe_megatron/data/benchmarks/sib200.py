@@ -88,7 +88,9 @@ def convert(config: SibConfig, out: Path) -> SibStats:
     languages = find_languages(config.source, config.languages, config.anchor)
     splits = {name: read_split(config.source, languages, file) for file, name in _SPLITS.items()}
     sentences = [text for s in splits["train"].values() for text in s.texts.values()]
-    model = train_tokenizer((config.frame.format(text=text) for text in sentences), config.vocab_size, CATEGORIES)
+    model = train_tokenizer(
+        (config.frame.format(text=text) for text in sentences), config.vocab_size, CATEGORIES
+    )
     lengths = _lengths(splits, config, model)
     dropped = _drop_long(splits, lengths, config.max_tokens)
     splits = {"pretrain": {}, **splits}
@@ -104,7 +106,11 @@ def convert(config: SibConfig, out: Path) -> SibStats:
     for name, rows in (("parallel", parallel), ("pretrain", pretrain), ("general", general)):
         atomic_write_text(out / f"{name}.jsonl", write_rows(rows))
     # the first pattern that matches counts
-    weights = {"text/*": config.weight_text, f"*/{config.anchor}": config.weight_anchor, "*": config.weight_target}
+    weights = {
+        "text/*": config.weight_text,
+        f"*/{config.anchor}": config.weight_anchor,
+        "*": config.weight_target,
+    }
     atomic_write_text(out / "weights.json", json.dumps(weights, indent=1) + "\n")
     with atomic_write(out / "tokenizer.model") as temporary:
         temporary.write_bytes(model)
@@ -125,7 +131,10 @@ def _lengths(
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     choice = max(len(processor.encode(category)) for category in CATEGORIES)
     return {
-        id: {lang: len(processor.encode(config.frame.format(text=text))) + choice for lang, text in s.texts.items()}
+        id: {
+            lang: len(processor.encode(config.frame.format(text=text))) + choice
+            for lang, text in s.texts.items()
+        }
         for members in splits.values()
         for id, s in members.items()
     }
@@ -190,7 +199,9 @@ def _pretrain_rows(
 
 def _draw(ids: list[str], share: float, seed: int, name: str) -> list[str]:
     """A seeded share of the ids, at least one, in their own order."""
-    return [ids[i] for i in sorted(named_rng(seed, name).permutation(len(ids))[: max(1, round(len(ids) * share))])]
+    return [
+        ids[i] for i in sorted(named_rng(seed, name).permutation(len(ids))[: max(1, round(len(ids) * share))])
+    ]
 
 
 def _task_row(id: str, language: str, sentence: Sentence, config: SibConfig, split: str) -> dict[str, Any]:
@@ -207,4 +218,11 @@ def _task_row(id: str, language: str, sentence: Sentence, config: SibConfig, spl
 
 
 def _text_row(id: str, language: str, task: str, text: str) -> dict[str, Any]:
-    return {"id": f"{task}-{id}", "language": language, "task": task, "prompt": "", "response": text, "split": "train"}
+    return {
+        "id": f"{task}-{id}",
+        "language": language,
+        "task": task,
+        "prompt": "",
+        "response": text,
+        "split": "train",
+    }

@@ -29,7 +29,9 @@ def find_languages(folder: str, languages: Sequence[str], anchor: str) -> list[s
     """
     source = Path(folder)
     if not folder or not source.is_dir():
-        raise RamoeError(f"SIB-200 source {folder!r}: no such folder. Expected one with a folder per language.")
+        raise RamoeError(
+            f"SIB-200 source {folder!r}: no such folder. Expected one with a folder per language."
+        )
     found = sorted(path.name for path in source.iterdir() if (path / "train.tsv").is_file())
     wanted = list(languages) or found
     for language in dict.fromkeys([*wanted, anchor]):
@@ -97,11 +99,17 @@ def _read_tsv(path: Path) -> dict[str, tuple[str, str, int]]:
         if cells == [""]:
             continue
         if len(cells) != 3 or not all(cell.strip() for cell in cells):
-            raise RamoeError(f"{path}, line {number}: expected three cells with text ({', '.join(_COLUMNS)}): {cells}.")
+            raise RamoeError(
+                f"{path}, line {number}: expected three cells with text ({', '.join(_COLUMNS)}): {cells}."
+            )
         id, category, text = cells
         if category not in CATEGORIES:
-            raise RamoeError(f"{path}, line {number}: category {category!r}, expected one of {', '.join(CATEGORIES)}.")
+            raise RamoeError(
+                f"{path}, line {number}: category {category!r}, expected one of {', '.join(CATEGORIES)}."
+            )
         if id in rows:
-            raise RamoeError(f"{path}, line {number}: index_id {id} again; the first is on line {rows[id][2]}.")
+            raise RamoeError(
+                f"{path}, line {number}: index_id {id} again; the first is on line {rows[id][2]}."
+            )
         rows[id] = (category, text.strip(), number)
     return rows

@@ -63,7 +63,9 @@ class WorldConfig:
             if not 0 <= share <= 1:
                 raise RamoeError(f"share of {name} is {share}, expected 0 to 1.")
         if max(self.target_shares.values(), default=0) > self.pretrain_share:
-            raise RamoeError(f"a target share is above pretrain_share {self.pretrain_share}, from which it is drawn.")
+            raise RamoeError(
+                f"a target share is above pretrain_share {self.pretrain_share}, from which it is drawn."
+            )
         if self.pretrain_share + self.finetune_share >= 1:
             raise RamoeError("pretrain_share and finetune_share leave no facts for the test split.")
 
@@ -102,7 +104,9 @@ def build_world(config: WorldConfig, out: Path) -> WorldStats:
         parallel += _parallel_rows(task, splits, languages, config.seed)
         pretrain += _task_rows(task, splits, config)
     other = [row for language in languages for rows in (name_rows, list_rows) for row in rows(language)]
-    model = train_tokenizer(_tokenizer_text(parallel + pretrain, other), config.vocab_size, codes(), PUNCTUATION)
+    model = train_tokenizer(
+        _tokenizer_text(parallel + pretrain, other), config.vocab_size, codes(), PUNCTUATION
+    )
     lengths = _Lengths(model)
     kept = [row for row in other if lengths(row) <= config.max_tokens]
     pretrain += [{**row, "answer": row["response"], "split": "train"} for row in kept]
@@ -120,13 +124,19 @@ def build_world(config: WorldConfig, out: Path) -> WorldStats:
         "names/*": config.weight_names,
         "lists/*": config.weight_lists,
         f"*/{ANCHOR}": config.weight_english,
-        **({"*": config.weight_target} if any(r["task"] in TASKS and r["language"] != ANCHOR for r in pretrain) else {}),
+        **(
+            {"*": config.weight_target}
+            if any(r["task"] in TASKS and r["language"] != ANCHOR for r in pretrain)
+            else {}
+        ),
     }
     atomic_write_text(out / "weights.json", json.dumps(weights, indent=1) + "\n")
     with atomic_write(out / "tokenizer.model") as temporary:
         temporary.write_bytes(model)
     counts: dict[str, dict[str, int]] = {task: {} for task in TASKS}
-    for (task, split), count in Counter((r["task"], r["split"]) for r in parallel if r["language"] == ANCHOR).items():
+    for (task, split), count in Counter(
+        (r["task"], r["split"]) for r in parallel if r["language"] == ANCHOR
+    ).items():
         counts[task][split] = count
     return WorldStats(
         rows={"parallel": len(parallel), "pretrain": len(pretrain), "general": len(general)},
@@ -160,7 +170,9 @@ def _split(task: str, config: WorldConfig) -> dict[str, list[Fact]]:
         held_out += [splits[name][i] for i in rng.permutation(len(splits[name]))[:count]]
     splits["held out"] = held_out
     for language, share in config.target_shares.items():
-        chosen = named_rng(config.seed, f"{task}/{language}").permutation(len(pool))[: round(len(all_facts) * share)]
+        chosen = named_rng(config.seed, f"{task}/{language}").permutation(len(pool))[
+            : round(len(all_facts) * share)
+        ]
         splits[language] = [pool[i] for i in chosen]
     return {name: sorted(members, key=lambda fact: fact.key) for name, members in splits.items()}
 
@@ -198,7 +210,9 @@ def _general_rows(kept: list[dict[str, Any]], config: WorldConfig) -> list[dict[
     rows = []
     for row in (english[i] for i in chosen):
         text = f"{row['prompt']} {row['response']}"
-        rows.append({**row, "task": "general", "prompt": "", "response": text, "answer": text, "split": "train"})
+        rows.append(
+            {**row, "task": "general", "prompt": "", "response": text, "answer": text, "split": "train"}
+        )
     return rows
 
 
@@ -239,5 +253,6 @@ class _Lengths:
         for row in rows:
             groups.setdefault(f"{row['task']}/{row['language']}", []).append(self(row))
         return {
-            name: {"mean": round(float(np.mean(group)), 2), "longest": max(group)} for name, group in groups.items()
+            name: {"mean": round(float(np.mean(group)), 2), "longest": max(group)}
+            for name, group in groups.items()
         }
