@@ -1,9 +1,8 @@
 """Go or no-go before any training: ci share, divergence, and the transplant test.
 
-The transplant test is this project's own, no paper has it: without training, run the target-language prompt with the
-router probabilities that the model had on the parallel English prompt. The hypothesis: if English routing makes target
-answers better, routing is a bottleneck that alignment can widen. Our comparisons do not confirm the hypothesis: see
-`LIMITS`.
+The transplant test is our own, in no paper. Without training, the model answers the target-language prompt with the
+router probabilities that it had on the parallel English prompt. The hypothesis: if English routing improves the target
+answers, routing is a bottleneck that alignment can widen. Our comparisons do not confirm the hypothesis; see `LIMITS`.
 """
 
 import math
@@ -17,56 +16,59 @@ from ramoe_megatron.method.taxonomy import TaxonomyPair
 from ramoe_megatron.statistics import Difference, clustered_difference, paired_proportions
 
 PAPER_R = 0.70
-"""Pearson correlation of ci share and gain over task-language pairs (arXiv 2605.28306, which gives p = 0.001)."""
+"""Pearson correlation of ci share and gain over task-language pairs (arXiv 2605.28306, with p = 0.001)."""
 
 PAPER_N = 18
-"""Its number of points: 3 tasks x 6 languages, which fits r and p. Inferred, the paper does not state it."""
+"""Number of task-language pairs behind `PAPER_R`: 3 tasks x 6 languages, which fits r and p. The paper does not state
+the number; we infer it."""
 
 
 @dataclass(frozen=True, slots=True)
 class TransplantOutcome:
-    """One target-language example, answered twice by one checkpoint, without training between."""
+    """One target-language example, answered twice by the same checkpoint: with its own and with English routing."""
 
     id: str
     task: str
     language: str
     plain: bool
-    """Right with its own routing."""
+    """Whether the answer is correct with the example's own routing."""
     transplanted: bool
-    """Right with the routing of the parallel English prompt."""
+    """Whether the answer is correct with the routing of the parallel English prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class PredictionRow:
-    """One task and target language. Shares and accuracies in [0, 1]; None where nothing was measured."""
+    """One task and target language. Shares and accuracies are in [0, 1]; None means not measured."""
 
     task: str
     language: str
     n: int
     """Examples in the taxonomy."""
     ci_share: float
-    """Also the ceiling of what alignment can repair: the gain if every ci example became cc."""
+    """Share of ci examples. Also the largest gain that alignment can give: the gain if every ci example became cc."""
     ci_low: float
     ci_high: float
     divergence: float | None
-    """Mean of the language's divergence over the layers of the zone; the curve is not split by task."""
+    """Mean divergence of the language over the layers of the zone, over all tasks together."""
     target_accuracy: float | None
-    """With its own routing, over the examples of the transplant test."""
+    """Accuracy with the examples' own routing, over the examples of the transplant test."""
     transplant_accuracy: float | None
-    """With English routing."""
+    """Accuracy with English routing, over the same examples."""
     transplant_change: float | None
+    """transplant_accuracy - target_accuracy."""
     transplant_low: float | None
-    """95 % interval of the paired difference."""
+    """Lower end of the 95 % interval of the paired difference."""
     transplant_high: float | None
+    """Upper end of the 95 % interval of the paired difference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """``predict.json``: the table, the verdict, and what neither can tell."""
+    """``predict.json``: the table, the verdict, and the limits of both."""
 
     rows: tuple[PredictionRow, ...]
     verdict: dict[str, Any]
-    """``word`` (go, no-go or undecided), its ``reading`` and the numbers behind it."""
+    """``word`` (go, no-go or undecided), ``reading`` (the word explained), and the numbers behind the word."""
     limits: tuple[str, ...]
 
     def document(self) -> dict[str, Any]:
@@ -85,14 +87,14 @@ def predict(
     """The go/no-go estimate.
 
     Args:
-        pairs: the taxonomy's counts.
-        divergence: the curve per language.
-        zone: first and last MoE layer (0-based, inclusive) to align.
-        outcomes: the transplant test, over the same layers; may be empty, the verdict is "undecided" then.
-        split: which of the taxonomy's splits to show.
+        pairs: the counts of the taxonomy.
+        divergence: the divergence curve of each language.
+        zone: first and last MoE layer to align, 0-based, inclusive.
+        outcomes: the transplant test in the layers of the zone. Without outcomes the verdict is "undecided".
+        split: the split of the taxonomy to show.
 
     Raises:
-        RamoeError: when the taxonomy holds nothing of this split.
+        RamoeError: the taxonomy has no rows of this split.
     """
     pairs = list(pairs)
     chosen = sorted((p for p in pairs if p.split == split), key=lambda p: (p.task, p.language))
@@ -106,7 +108,7 @@ def predict(
 
 
 def sign_word(change: Difference | None) -> str:
-    """``go`` when the whole interval lies above zero, ``no-go`` when it lies below, else ``undecided``."""
+    """``go`` for an interval above 0, ``no-go`` for an interval below 0, otherwise ``undecided``."""
     if change is None or change.low is None or change.high is None:
         return "undecided"
     return "go" if change.low > 0 else "no-go" if change.high < 0 else "undecided"
@@ -115,7 +117,7 @@ def sign_word(change: Difference | None) -> str:
 def zone_divergence(
     divergence: Iterable[DivergenceRow], language: str, zone: tuple[int, int]
 ) -> float | None:
-    """Mean divergence of a language over the layers of the zone where it is defined; None where it nowhere is."""
+    """Mean divergence of a language over the layers of the zone with a defined divergence; None without any."""
     values = [
         row.divergence
         for row in divergence
@@ -150,7 +152,7 @@ def _row(
 
 
 def _pooled(outcomes: Sequence[TransplantOutcome]) -> Difference | None:
-    """Over all languages, clustered by id: the parallel rows of one example are not independent draws."""
+    """The change over all languages, clustered by id: parallel rows of one example are not independent."""
     clusters: dict[str, list[float]] = {}
     for outcome in outcomes:
         clusters.setdefault(outcome.id, []).append(float(outcome.transplanted) - float(outcome.plain))
@@ -195,7 +197,10 @@ def _reading(word: str, change: Difference | None) -> str:
         )
     if word == "no-go":
         return f"{points}. {_HYPOTHESIS} routing is not the bottleneck, and alignment does nothing, or harms."
-    return f"{points}: the interval holds zero, so the sign is open. More examples narrow it; training may go either way."
+    return (
+        f"{points}: the interval holds zero, so the sign is open. More examples narrow it; training may go either "
+        "way."
+    )
 
 
 def _pairs_sentence(rows: Sequence[PredictionRow]) -> str:
