@@ -1,8 +1,9 @@
 """Several anchor languages: an example is aligned to the first anchor that the model answers correctly.
 
 Our own extension. The paper has one anchor, English (arXiv 2605.28306). Here a second anchor serves the
-examples that the model answers wrongly in the first anchor. The results are a taxonomy and a prior file in the
-usual formats, so fine-tuning reads them without any change. In these files "English" means any other anchor.
+examples that the model answers wrongly in the first anchor. The results are a taxonomy and a prior file in
+the usual formats, so fine-tuning reads them without any change. In these files "English" means any other
+anchor.
 """
 
 from collections import Counter
@@ -20,17 +21,17 @@ def answered(rows: Sequence[TaxonomyRow], anchor: str, anchors: Sequence[str]) -
     Args:
         rows: a taxonomy whose ``english_correct`` describes answers in the language ``anchor``.
         anchor: the language that the taxonomy was scored against.
-        anchors: the anchor languages, the preferred anchor first. All except ``anchor`` are target languages of
-            the taxonomy.
+        anchors: the anchor languages, the preferred anchor first. All except ``anchor`` are target languages
+            of the taxonomy.
 
     Returns:
-        id -> anchor language -> whether the answer is correct. Ids keep the order of the rows, anchors the order
-        of ``anchors``.
+        id -> anchor language -> whether the answer is correct. Ids keep the order of the rows, anchors the
+        order of ``anchors``.
 
     Raises:
-        RamoeError: an anchor is repeated or not in the taxonomy, the taxonomy has rows in ``anchor`` itself, the
-            rows of an example disagree about ``anchor``, or an example has no row in an anchor language. The
-            message counts the examples and names the first five.
+        RamoeError: an anchor is repeated or not in the taxonomy, the taxonomy has rows in ``anchor`` itself,
+            the rows of an example disagree about ``anchor``, or an example has no row in an anchor language.
+            The message counts the examples and names the first five.
     """
     if not anchors or len(set(anchors)) != len(anchors):
         raise RamoeError(f"anchors: found {', '.join(anchors) or 'none'}, expected languages, each once")
@@ -39,13 +40,14 @@ def answered(rows: Sequence[TaxonomyRow], anchor: str, anchors: Sequence[str]) -
     if absent:
         raise RamoeError(
             f"anchors: {len(absent)} of {len(anchors)} not in the taxonomy: {', '.join(absent[:5])}; "
-            f"the taxonomy has {', '.join(sorted(known))}. Score the examples in the missing languages (ramoe taxonomy)"
+            f"the taxonomy has {', '.join(sorted(known))}. Score the examples in the missing languages "
+            "(ramoe taxonomy)"
         )
     own = [row.id for row in rows if row.language == anchor]
     refuse_examples(
         own,
-        f"have rows in {anchor!r}, so {anchor!r} is not the anchor of this taxonomy; give the anchor that the "
-        "taxonomy was scored against",
+        f"have rows in {anchor!r}, so {anchor!r} is not the anchor of this taxonomy; "
+        "give the anchor that the taxonomy was scored against",
     )
     right: dict[str, dict[str, bool]] = {}
     by_anchor = {row.id: row.english_correct for row in rows}
@@ -56,7 +58,8 @@ def answered(rows: Sequence[TaxonomyRow], anchor: str, anchors: Sequence[str]) -
         lacking = [id_ for id_ in by_anchor if name != anchor and (id_, name) not in by_target]
         refuse_examples(
             lacking,
-            f"have no row in the anchor {name!r}; score these examples in {name!r} (ramoe taxonomy), or leave out this anchor",
+            f"have no row in the anchor {name!r}; score these examples in {name!r} (ramoe taxonomy), "
+            "or leave out this anchor",
         )
         for id_, correct in by_anchor.items():
             right.setdefault(id_, {})[name] = correct if name == anchor else by_target[id_, name]
@@ -66,9 +69,10 @@ def answered(rows: Sequence[TaxonomyRow], anchor: str, anchors: Sequence[str]) -
 def anchored(rows: Sequence[TaxonomyRow], right: Mapping[str, Mapping[str, bool]]) -> list[TaxonomyRow]:
     """The taxonomy against several anchors.
 
-    ``english_correct`` becomes true when the model is correct in some anchor other than the row's language. More
-    anchors never reduce the number of ci rows. A ci row is wrong in its own language, so the anchor that `choose`
-    gives it is correct and a different language. A row whose own language is chosen is correct there (cc or ic).
+    ``english_correct`` becomes true when the model is correct in some anchor other than the row's language.
+    More anchors never reduce the number of ci rows. A ci row is wrong in its own language, so the anchor that
+    `choose` gives it is correct and a different language. A row whose own language is chosen is correct there
+    (cc or ic).
 
     Args:
         rows: the taxonomy.

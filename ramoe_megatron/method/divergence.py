@@ -16,7 +16,7 @@ UNDEFINED_BELOW = 1e-8
 """Below this denominator `hjs` is undefined for a pair: both distributions are then almost uniform."""
 
 MIN_DEPTH = 0.2
-"""Least depth of a U, as a share of the lower rim: how far the floor lies below the lower rim (our reading)."""
+"""Least depth of a U: how far its floor lies below its lower rim, as a share of that rim (our reading)."""
 
 
 def hjs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,11 +137,13 @@ def zone_from_curve(curve: Tensor) -> Zone | NoZone:
 
     The paper describes the U (arXiv 2510.04694). The rule below is our reading:
 
-    1. Replace each inner layer by the median of itself and its two neighbours, so that one outlier has no effect.
+    1. Replace each inner layer by the median of itself and its two neighbours, so that one outlier has no
+       effect.
     2. The bottom is the lowest layer. The rims are the highest values on either side of the bottom.
     3. The curve is a U when the bottom lies below the lower rim by more than 20 % of that rim (`MIN_DEPTH`).
        Otherwise the curve is flat, monotonic or inverted, and there is no zone.
-    4. The zone is the run of layers around the bottom with values up to half-way between bottom and lower rim.
+    4. The zone is the run of layers around the bottom with values up to half-way between bottom and lower
+       rim.
 
     Args:
         curve: divergence by MoE layer. [L]
@@ -184,6 +186,8 @@ def _why_not_a_u(smooth: list[float], left: float, right: float) -> str:
         return f"the divergence curve is flat: {low:.4f} to {high:.4f} over depth"
     edges = max(smooth[0], smooth[-1])
     if high - edges > MIN_DEPTH * high:
-        return f"the divergence curve is inverted: {high:.4f} inside, {smooth[0]:.4f} and {smooth[-1]:.4f} at the ends"
+        ends = f"{smooth[0]:.4f} and {smooth[-1]:.4f} at the ends"
+        return f"the divergence curve is inverted: {high:.4f} inside, {ends}"
     side, what = ("last", "falls towards") if right < left else ("first", "rises from")
-    return f"the divergence curve {what} the {side} layer ({smooth[0]:.4f} to {smooth[-1]:.4f}): it has one rim only"
+    values = f"{smooth[0]:.4f} to {smooth[-1]:.4f}"
+    return f"the divergence curve {what} the {side} layer ({values}): it has one rim only"

@@ -1,6 +1,6 @@
 """Task experts: experts that a task uses more often than general English text does (arXiv 2510.04694, eq. 3).
 
-Shapes: G groups (the tasks, or the general text), L MoE layers, E routed experts. MoE layers are numbered from 0.
+Shapes: G groups (tasks or general text), L MoE layers, E routed experts. MoE layers are numbered from 0.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ class FrequencySum:
         self.sequences.index_add_(0, group, used.to(torch.int64))
 
     def mean(self) -> Tensor:
-        """Mean frequency per group, float32 [G, L, E]. Each row sums to K; a group without sequences has zeros."""
+        """Mean frequency, float32 [G, L, E]. Each row sums to K; a group without sequences has zeros."""
         return (self.sums / self.sequences.clamp_min(1)[:, None, None]).float()
 
 
@@ -78,7 +78,7 @@ class Tau:
 
 @dataclass(frozen=True, slots=True)
 class TopM:
-    """Choose the m experts with the largest ``Delta`` in every layer (our reading). Ties go to the lower index."""
+    """Choose the m experts with the largest ``Delta`` in every layer (our reading). Ties: the lower index."""
 
     m: int
 
@@ -86,7 +86,8 @@ class TopM:
         """Bool mask of the chosen experts, the shape of ``delta``; raises RamoeError when m exceeds E."""
         if self.m > delta.shape[-1]:
             raise RamoeError(
-                f"select: found top-m={self.m}, expected at most {delta.shape[-1]}, the number of experts in a layer"
+                f"select: found top-m={self.m}, expected at most {delta.shape[-1]}, "
+                "the number of experts in a layer"
             )
         # A stable sort, because topk does not define the order of equal values.
         order = delta.sort(dim=-1, descending=True, stable=True).indices[..., : self.m]
@@ -129,7 +130,7 @@ def rule_from(entry: Mapping[str, Any]) -> Rule:
 
 
 def task_experts(delta: Tensor, rule: Rule) -> Tensor:
-    """Task experts by the rule, independently for each task and layer; bool, the shape of ``delta`` [..., L, E]."""
+    """Task experts by the rule, independently for each task and layer; bool [..., L, E], as ``delta``."""
     return rule.choose(delta)
 
 
@@ -146,14 +147,14 @@ def empty_layers(mask: Tensor) -> list[int]:
 
 
 def describe_empty(mask: Tensor, tasks: tuple[str, ...] | list[str], rule: Rule) -> list[str]:
-    """One sentence for each task with layers in which the rule chooses no expert; ``mask`` is bool [G, L, E]."""
+    """One sentence for each task with layers without a chosen expert; ``mask`` is bool [G, L, E]."""
     sentences = []
     for task, mask_LE in zip(tasks, mask, strict=True):
         layers = empty_layers(mask_LE)
         if layers:
             listed = ", ".join(map(str, layers))
             sentences.append(
-                f"task {task!r}: {rule} chooses no expert in {len(layers)} of {len(mask_LE)} MoE layers ({listed}). "
-                f"These layers are not aligned. To fill them, use a lower tau or top-m=M"
+                f"task {task!r}: {rule} chooses no expert in {len(layers)} of {len(mask_LE)} MoE layers "
+                f"({listed}). These layers are not aligned. To fill them, use a lower tau or top-m=M"
             )
     return sentences

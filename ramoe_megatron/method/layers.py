@@ -12,7 +12,8 @@ from ramoe_megatron.method.divergence import NoZone, Zone
 def chosen_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | None = None) -> tuple[int, ...]:
     """The MoE layers (0-based, ascending) of a ``--ramoe-layers`` value.
 
-    The value is ``all``, a range as in `parse_layers`, or ``outside:RANGE`` for all layers that are not in the range.
+    The value is ``all``, a range as in `parse_layers`, or ``outside:RANGE`` for all layers that are not in
+    the range.
 
     Raises:
         RamoeError: as `parse_layers`, or when ``outside:RANGE`` leaves no layer.
@@ -50,8 +51,8 @@ def parse_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | None
       "0.0-1.0" is every layer, and "0.25-0.75" of 24 layers is 6-17.
 
     Raises:
-        RamoeError: the value has another form, the range is reversed, empty or outside the model, or ``auto`` has
-            no zone.
+        RamoeError: the value has another form, the range is reversed, empty or outside the model, or ``auto``
+            has no zone.
     """
     wanted = (
         "expected auto, FIRST-LAST (0-based MoE layers, as in 8-35) or a range of depths (as in 0.25-0.75)"
@@ -74,7 +75,8 @@ def parse_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | None
     first, last = max(first, 0), min(last, num_moe_layers - 1)
     if first > last:
         raise RamoeError(
-            f"layers: {text!r} contains the middle of none of the {num_moe_layers} MoE layers; give a wider range"
+            f"layers: {text!r} contains the middle of none of the {num_moe_layers} MoE layers; "
+            "give a wider range"
         )
     return first, last
 

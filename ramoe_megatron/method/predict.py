@@ -1,8 +1,9 @@
 """Go or no-go before any training: ci share, divergence, and the transplant test.
 
-The transplant test is our own, in no paper. Without training, the model answers the target-language prompt with the
-router probabilities that it had on the parallel English prompt. The hypothesis: if English routing improves the target
-answers, routing is a bottleneck that alignment can widen. Our comparisons do not confirm the hypothesis; see `LIMITS`.
+The transplant test is our own, in no paper. Without training, the model answers the target-language prompt
+with the router probabilities that it had on the parallel English prompt. The hypothesis: if English routing
+improves the target answers, routing is a bottleneck that alignment can widen. Our comparisons do not confirm
+the hypothesis; see `LIMITS`.
 """
 
 import math
@@ -19,13 +20,13 @@ PAPER_R = 0.70
 """Pearson correlation of ci share and gain over task-language pairs (arXiv 2605.28306, with p = 0.001)."""
 
 PAPER_N = 18
-"""Number of task-language pairs behind `PAPER_R`: 3 tasks x 6 languages, which fits r and p. The paper does not state
-the number; we infer it."""
+"""Number of task-language pairs behind `PAPER_R`: 3 tasks x 6 languages, which fits r and p. The paper does
+not state the number; we infer it."""
 
 
 @dataclass(frozen=True, slots=True)
 class TransplantOutcome:
-    """One target-language example, answered twice by the same checkpoint: with its own and with English routing."""
+    """One target-language example, answered twice by one checkpoint: with its own and English routing."""
 
     id: str
     task: str
@@ -45,7 +46,7 @@ class PredictionRow:
     n: int
     """Examples in the taxonomy."""
     ci_share: float
-    """Share of ci examples. Also the largest gain that alignment can give: the gain if every ci example became cc."""
+    """Share of ci examples. Also the largest possible gain: the gain if every ci example became cc."""
     ci_low: float
     ci_high: float
     divergence: float | None
@@ -68,7 +69,7 @@ class Prediction:
 
     rows: tuple[PredictionRow, ...]
     verdict: dict[str, Any]
-    """``word`` (go, no-go or undecided), ``reading`` (the word explained), and the numbers behind the word."""
+    """``word`` (go, no-go or undecided), ``reading`` (the word explained), and the numbers behind them."""
     limits: tuple[str, ...]
 
     def document(self) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def sign_word(change: Difference | None) -> str:
 def zone_divergence(
     divergence: Iterable[DivergenceRow], language: str, zone: tuple[int, int]
 ) -> float | None:
-    """Mean divergence of a language over the layers of the zone with a defined divergence; None without any."""
+    """Mean of a language's defined divergences over the layers of the zone; None without any."""
     values = [
         row.divergence
         for row in divergence
@@ -198,8 +199,8 @@ def _reading(word: str, change: Difference | None) -> str:
     if word == "no-go":
         return f"{points}. {_HYPOTHESIS} routing is not the bottleneck, and alignment does nothing, or harms."
     return (
-        f"{points}: the interval holds zero, so the sign is open. More examples narrow it; training may go either "
-        "way."
+        f"{points}: the interval holds zero, so the sign is open. More examples narrow it; "
+        "training may go either way."
     )
 
 
@@ -217,8 +218,9 @@ def _ci_sentence(rows: Sequence[PredictionRow]) -> str:
     ranked = sorted(rows, key=lambda row: -row.ci_share)
     most, least = ranked[0], ranked[-1]
     return (
-        f"Largest ci share: {most.task} in {most.language} ({100 * most.ci_share:.0f} %), smallest: {least.task} in "
-        f"{least.language} ({100 * least.ci_share:.0f} %). By the paper's correlation the former tend to gain more."
+        f"Largest ci share: {most.task} in {most.language} ({100 * most.ci_share:.0f} %), smallest: "
+        f"{least.task} in {least.language} ({100 * least.ci_share:.0f} %). "
+        "By the paper's correlation the former tend to gain more."
     )
 
 
@@ -226,23 +228,28 @@ def _paper_sentence() -> str:
     half = 1.959964 / math.sqrt(PAPER_N - 3)
     low, high = (math.tanh(math.atanh(PAPER_R) + sign * half) for sign in (-1, 1))
     return (
-        f"RA-MoE reports r = {PAPER_R:.2f} (p = 0.001) between ci share and gain over task-language pairs. With n = "
-        f"{PAPER_N}, which we infer, the 95 % interval is {low:.2f} to {high:.2f}: ci share explains about half of the "
-        f"variance (r squared {PAPER_R**2:.2f}). It orders pairs; it gives no slope, so no gain in points."
+        f"RA-MoE reports r = {PAPER_R:.2f} (p = 0.001) between ci share and gain over task-language pairs. "
+        f"With n = {PAPER_N}, which we infer, the 95 % interval is {low:.2f} to {high:.2f}: "
+        f"ci share explains about half of the variance (r squared {PAPER_R**2:.2f}). It orders pairs; "
+        "it gives no slope, so no gain in points."
     )
 
 
 LIMITS = (
-    "The sign has not been shown to forecast anything. In our two comparisons (docs/headroom.md, docs/experiment.md) "
-    "the sign agreed with the sign of the gain over SFT in 25 of 37 and 21 of 30 pairs of task and language, 68 and "
-    "70 %. The margins alone, which are how often each sign occurs, give 66 and 60 %; neither difference is beyond "
-    "chance (Fisher's exact test, p = 0.65 and 0.13). Before that, the signs agreed in three small worlds (1.1 million "
-    "parameters). The test has not been tried on a large model.",
-    "A correlation over task-language pairs of the paper's models says nothing sure about one pair, or another model.",
-    "Part of that correlation is headroom: where the target language fails more there is more to gain by any means. In "
-    "our small worlds ci share predicted the gain of plain SFT too (r = 0.4 to 0.7).",
-    "The ci share bounds what repairing ci examples can add to accuracy; it does not say how much of it is repaired.",
-    "Divergence is a mean over the zone and all tasks of a language. Lower divergence went with higher accuracy across "
-    "languages in other models (arXiv 2510.04694); that is no estimate of a gain from lowering it.",
+    "The sign has not been shown to forecast anything. In our two comparisons (docs/headroom.md, "
+    "docs/experiment.md) the sign agreed with the sign of the gain over SFT in 25 of 37 and 21 of 30 pairs "
+    "of task and language, 68 and 70 %. The margins alone, which are how often each sign occurs, "
+    "give 66 and 60 %; neither difference is beyond chance (Fisher's exact test, p = 0.65 and 0.13). "
+    "Before that, the signs agreed in three small worlds (1.1 million parameters). "
+    "The test has not been tried on a large model.",
+    "A correlation over task-language pairs of the paper's models says nothing sure about one pair, "
+    "or another model.",
+    "Part of that correlation is headroom: where the target language fails more there is more to gain by "
+    "any means. In our small worlds ci share predicted the gain of plain SFT too (r = 0.4 to 0.7).",
+    "The ci share bounds what repairing ci examples can add to accuracy; "
+    "it does not say how much of it is repaired.",
+    "Divergence is a mean over the zone and all tasks of a language. "
+    "Lower divergence went with higher accuracy across languages in other models (arXiv 2510.04694); "
+    "that is no estimate of a gain from lowering it.",
     "The intervals speak of new examples for this checkpoint, not of new checkpoints or training seeds.",
 )

@@ -1,4 +1,4 @@
-"""The schedule of the alignment coefficient over training. Our own extension, in no paper of routing alignment."""
+"""The schedule of the alignment coefficient over training. Our own extension, in no paper."""
 
 import math
 
@@ -6,9 +6,9 @@ import math
 def coefficient_factor(iteration: int, warmup: int, decay: str, train_iters: int) -> float:
     """The factor on the alignment coefficient at an iteration, in [0, 1].
 
-    The warm-up is linear: the factor is 1 / (warmup + 1) at iteration 0 and 1 at iteration ``warmup``. After the
-    warm-up, ``constant`` stays at 1. ``cosine`` falls along half a cosine from 1 to 0, which it reaches at
-    ``train_iters``.
+    The warm-up is linear: the factor is 1 / (warmup + 1) at iteration 0 and 1 at iteration ``warmup``. After
+    the warm-up, ``constant`` stays at 1. ``cosine`` falls along half a cosine from 1 to 0, which it reaches
+    at ``train_iters``.
 
     Args:
         iteration: number of completed iterations, 0 at the first iteration.

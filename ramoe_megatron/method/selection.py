@@ -12,14 +12,14 @@ from torch import Tensor
 from ramoe_megatron.errors import RamoeError
 
 REACHED = 1e-6
-"""A share within this distance below ``top_p`` has reached ``top_p``, because scores are stored in float32."""
+"""Tolerance for a share to reach ``top_p``, because scores are stored in float32."""
 
 
 def zones(layers: int) -> Tensor:
     """The zone of each MoE layer: 0 (shallow), 1 (middle) or 2 (deep). int64 [L]
 
-    The zones are cut at 37.5 % and 62.5 % of depth (arXiv 2604.03592). The middle of a layer decides its zone, and a
-    middle exactly at a cut belongs to the middle zone (our reading).
+    The zones are cut at 37.5 % and 62.5 % of depth (arXiv 2604.03592). The middle of a layer decides its
+    zone, and a middle exactly at a cut belongs to the middle zone (our reading).
     """
     depth = (torch.arange(layers) * 2 + 1) * 8  # in sixteenths of a layer: exact
     return (depth >= 6 * layers).long() + (depth > 10 * layers).long()
@@ -28,8 +28,8 @@ def zones(layers: int) -> Tensor:
 def specificity(frequency_GLE: Tensor, targets: Sequence[int]) -> Tensor:
     """RISE's score in the shallow and deep layers: ``S * (1 + 10 a)`` with ``S = a / mean over languages``.
 
-    ``a`` is the target language's frequency (arXiv 2604.03592). With several target languages, the score is the mean
-    of their scores (our reading). An expert that no language uses has score 0. float64 [L, E]
+    ``a`` is the target language's frequency (arXiv 2604.03592). With several target languages, the score is
+    the mean of their scores (our reading). An expert that no language uses has score 0. float64 [L, E]
     """
     frequency_GLE = frequency_GLE.double()
     mean_LE = _ordered_mean(frequency_GLE)
@@ -39,10 +39,10 @@ def specificity(frequency_GLE: Tensor, targets: Sequence[int]) -> Tensor:
 
 
 def overlap(frequency_GLE: Tensor) -> Tensor:
-    """RISE's score in the middle layers: ``O * (1 + 10 mean)`` with ``O = 1 / (1 + std / mean)`` over languages.
+    """RISE's score in the middle layers: ``O * (1 + 10 mean)`` with ``O = 1 / (1 + std / mean)``.
 
-    The source is arXiv 2604.03592; ``std`` is the population's. An expert that no language uses has score 0.
-    float64 [L, E]
+    ``mean`` and ``std`` are over languages (arXiv 2604.03592); ``std`` is that of a population. An expert
+    that no language uses has score 0. float64 [L, E]
     """
     frequency_GLE = frequency_GLE.double()
     mean_LE = _ordered_mean(frequency_GLE)
@@ -56,15 +56,17 @@ def rise(
 ) -> Tensor:
     """The experts that RISE trains (arXiv 2604.03592).
 
-    RISE takes the experts of highest specificity in the shallow and deep layers, and the experts of highest overlap
-    in the middle layers. Each zone has one ranking of all its (layer, expert) pairs; ties go to the lower pair.
+    RISE takes the experts of highest specificity in the shallow and deep layers, and the experts of highest
+    overlap in the middle layers. Each zone has one ranking of all its (layer, expert) pairs; ties go to the
+    lower pair.
 
     Args:
         frequency_GLE: top-k count / tokens of each language.
         targets: indices of the target languages.
         budget: number of (layer, expert) pairs to choose.
-        split: number of shallow, middle and deep pairs. By default in proportion to the layers of each zone, with
-            the largest remainders rounded up (our reading: the paper gives 44/32/52 of 128 and 2/11/3 of 16).
+        split: number of shallow, middle and deep pairs. By default in proportion to the layers of each zone,
+            with the largest remainders rounded up (our reading: the paper gives 44/32/52 of 128 and 2/11/3 of
+            16).
 
     Returns:
         The chosen experts. bool [L, E]
@@ -105,11 +107,12 @@ def rise(
 def esft(score_LE: Tensor, top_p: float) -> Tensor:
     """The experts that ESFT trains (arXiv 2407.01906).
 
-    In each layer, ESFT takes experts in order of falling score until their share of the layer's total score reaches
-    ``top_p``. Ties go to the lower expert.
+    In each layer, ESFT takes experts in order of falling score until their share of the layer's total score
+    reaches ``top_p``. Ties go to the lower expert.
 
     Args:
-        score_LE: mean gate weight or token share of each expert, at least 0. Only ratios within a layer matter.
+        score_LE: mean gate weight or token share of each expert, at least 0. Only ratios within a layer
+            matter.
         top_p: share to reach, in (0, 1]; 1 takes every expert with a score above 0.
 
     Returns:
@@ -136,7 +139,7 @@ def _ordered_mean(values: Tensor) -> Tensor:
 
 
 def _proportional(budget: int, held: Sequence[int]) -> list[int]:
-    """Whole numbers in proportion to ``held`` that sum to ``budget``, by the largest remainder; ties go to the first."""
+    """``budget`` in whole numbers proportional to ``held``, by largest remainder; ties go to the first."""
     total = sum(held)
     parts = [budget * n // total for n in held]
     by_remainder = sorted(range(len(held)), key=lambda zone: (-(budget * held[zone] % total), zone))

@@ -18,11 +18,11 @@ from ramoe_megatron.method.experts import Tau
 Kind = Literal["soft", "hard"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NOISE_VARIANCE = 1e-6
-"""Variance of ``eps ~ N(0, 1e-6)`` in hard steering. The paper does not say whether 1e-6 is the variance or the standard
-deviation; the variance is our reading."""
+"""Variance of ``eps ~ N(0, 1e-6)`` in hard steering. The paper does not say whether 1e-6 is the variance or
+the standard deviation; the variance is our reading."""
 LEAST_RISE = 2.0**-19
-"""Least rise in hard steering: the smallest rise that float32 scores can resolve. The value is for logits of size up to
-1; for larger logits the least rise is proportional to the largest logit."""
+"""Least rise in hard steering: the smallest rise that float32 scores can resolve. The value is for logits of
+size up to 1; for larger logits the least rise is proportional to the largest logit."""
 NO_STEERING = {"kind": "none", "strength": None, "tau": None, "layers": None}
 """The entry of the files for a run without steering."""
 
@@ -30,13 +30,15 @@ NO_STEERING = {"kind": "none", "strength": None, "tau": None, "layers": None}
 def steer(kind: Kind, logits: Tensor, expert_mask: Tensor, strength: float, noise: Tensor) -> Tensor:
     """Router logits before the softmax, raised for the steered experts (arXiv 2510.04694, eq. 4-5).
 
-    soft: ``z_k += strength * std_E(z)``. ``std_E`` is the standard deviation of the token's logits over all E experts,
-    as of a population (our reading: the paper does not say population or sample). A negative strength lowers the logits.
+    soft: ``z_k += strength * std_E(z)``. ``std_E`` is the standard deviation of the token's logits over all E
+    experts, as of a population (our reading: the paper does not say population or sample). A negative
+    strength lowers the logits.
 
-    hard: ``z_k = max(z) + |eps|``. The absolute value is our reading: with a random sign, half of the steered experts
-    would fall below ``max(z)``. The rise is at least ``LEAST_RISE`` and at least one step of the logits' dtype. So each
-    steered expert ranks above every other expert, also after a softmax in float32, or after a sqrt(softplus) that does
-    not underflow (``max(z)`` above -87). For other routers see `mcore.refusals.refuse_hard_steering`.
+    hard: ``z_k = max(z) + |eps|``. The absolute value is our reading: with a random sign, half of the steered
+    experts would fall below ``max(z)``. The rise is at least ``LEAST_RISE`` and at least one step of the
+    logits' dtype. So each steered expert ranks above every other expert, also after a softmax in float32, or
+    after a sqrt(softplus) that does not underflow (``max(z)`` above -87). For other routers see
+    `mcore.refusals.refuse_hard_steering`.
 
     Args:
         logits: [..., E]
@@ -45,8 +47,8 @@ def steer(kind: Kind, logits: Tensor, expert_mask: Tensor, strength: float, nois
         noise: eps of hard steering, broadcast to the logits; soft steering ignores it.
 
     Returns:
-        Logits of the same shape and dtype, computed in float32 or wider. Logits outside the mask, and all logits with
-        soft steering of strength 0, keep their bits.
+        Logits of the same shape and dtype, computed in float32 or wider. Logits outside the mask, and all
+        logits with soft steering of strength 0, keep their bits.
     """
     if kind == "soft" and strength == 0:
         return logits
@@ -64,7 +66,7 @@ def steer(kind: Kind, logits: Tensor, expert_mask: Tensor, strength: float, nois
 
 
 def steering_noise(num_moe_layers: int, num_experts: int) -> Tensor:
-    """eps of hard steering, float32 [L, E]: one draw per layer and expert, independent of layout and batch."""
+    """eps of hard steering: one draw per layer and expert, the same in any layout. float32 [L, E]"""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(num_moe_layers, num_experts, generator=generator) * math.sqrt(NOISE_VARIANCE)
 
@@ -78,8 +80,8 @@ class Steering:
     """Strength of soft steering, in standard deviations of the token's logits; None for hard steering. In
     arXiv 2510.04694, 0.5 is used, and values up to 1 work best."""
     tau: float | None
-    """Steer the experts whose delta is above tau (arXiv 2510.04694: 0.25 to 0.5). None steers the experts chosen in the
-    expert file."""
+    """Steer the experts whose delta is above tau (arXiv 2510.04694: 0.25 to 0.5). None steers the experts
+    chosen in the expert file."""
     layers: tuple[int, int]
     """First and last steered MoE layer, 0-based, inclusive."""
 
@@ -93,8 +95,8 @@ class Steering:
             )
         if self.kind == "hard" and self.strength is not None:
             raise RamoeError(
-                f"steering: found strength {self.strength} for hard, which takes no strength; leave the strength out, or "
-                "use soft"
+                f"steering: found strength {self.strength} for hard, which takes none; "
+                "leave the strength out, or use soft"
             )
         if self.tau is not None and not -1 <= self.tau < 1:
             raise RamoeError(

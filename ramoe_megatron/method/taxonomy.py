@@ -11,13 +11,13 @@ CATEGORIES = ("cc", "ci", "ic", "ii")
 
 
 def category(english_correct: bool, target_correct: bool) -> str:
-    """``cc``: both correct; ``ci``: English correct, target wrong; ``ic``: the reverse; ``ii``: both wrong."""
+    """``cc``: both correct; ``ci``: only English correct; ``ic``: only target correct; ``ii``: both wrong."""
     return ("c" if english_correct else "i") + ("c" if target_correct else "i")
 
 
 @dataclass(frozen=True, slots=True)
 class TaxonomyRow:
-    """One parallel example in one target language, scored with one checkpoint: a line of ``taxonomy.jsonl``."""
+    """One parallel example in one target language, scored by one checkpoint: a line of taxonomy.jsonl."""
 
     id: str
     task: str

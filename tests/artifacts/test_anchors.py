@@ -132,7 +132,9 @@ def test_priors_of_other_models_tokens_or_checkpoints_are_refused(tmp_path: Path
         "topk is 1 and 2": save_priors(tmp_path / "model", "ab", 0.5, shape=replace(SHAPE, topk=2)),
     }
     for told, path in others.items():
-        with pytest.raises(RamoeError, match=f"{tmp_path}/en and {path}: {told}; profile both anchors alike"):
+        with pytest.raises(
+            RamoeError, match=f"{tmp_path}/en and {path}: {told}; profile both anchors in the same way"
+        ):
             gather({"en": first, "zh": Priors(path)}, {"a": "en"})
 
 

@@ -160,7 +160,7 @@ def test_bad_configs_are_refused(source: Path, tmp_path: Path) -> None:
         run(source, out, languages=("eng_Latn",))
     with pytest.raises(RamoeError, match="vocab_size 100000 does not fit"):
         run(source, out, vocab_size=100_000)
-    with pytest.raises(RamoeError, match="lacks the place of the sentence"):
+    with pytest.raises(RamoeError, match="the place of the sentence"):
         SibConfig(frame="Topic:")
     with pytest.raises(RamoeError, match=r"target_share is 1\.5"):
         SibConfig(target_share=1.5)

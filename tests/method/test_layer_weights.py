@@ -76,9 +76,9 @@ def test_weights_by_hand_are_taken_over_all_layers() -> None:
     [
         ([0.5, math.nan, 0.1], [0, 2], "no defined divergence at MoE layer 1"),
         ([0.5, 0.1, math.inf], [1], "no defined divergence at MoE layer 2"),
-        ([0.5, 0.4, 0.45], [1], "flat .0.4000 to 0.5000.*no shape to weigh by"),
+        ([0.5, 0.4, 0.45], [1], "flat .0.4000 to 0.5000.*do not differ enough"),
         ([0.0, 0.0, 0.0], [1], "flat"),
-        ([0.5, 0.1, 0.5], [0, 2], "layers 0, 2 are the highest .*would all weigh 0"),
+        ([0.5, 0.1, 0.5], [0, 2], "layers 0, 2 have the highest .*would be 0"),
         ([0.5, 0.1, 0.5], [], "found layers .., expected some of 0 to 2"),
         ([0.5, 0.1, 0.5], [1, 1], "each once"),
         ([0.5, 0.1, 0.5], [1, 3], "expected some of 0 to 2"),
