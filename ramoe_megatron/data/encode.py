@@ -111,9 +111,7 @@ def _tokenize(text: str, tokenizer: Tokenizer, start: bool = False) -> list[int]
     template, which writes its own, they would be wrong.
     """
     wrap, letter = list(tokenizer.tokenize("")), list(tokenizer.tokenize("a"))
-    before = next(
-        (i for i, (one, other) in enumerate(zip(wrap, letter, strict=False)) if one != other), len(wrap)
-    )
+    before = next((i for i, (one, other) in enumerate(zip(wrap, letter, strict=False)) if one != other), len(wrap))
     ids = list(tokenizer.tokenize(text))
     return ids[0 if start else before : len(ids) - (len(wrap) - before)]
 
@@ -130,9 +128,7 @@ def _chat_response(example: Example, tokenizer: Tokenizer, prompt: list[int]) ->
         )
     ids = _tokenize(whole, tokenizer)
     # a token that straddles the border is split there: generation starts from the prompt's own ids
-    response = (
-        ids[len(prompt) :] if ids[: len(prompt)] == prompt else _tokenize(whole[len(start) :], tokenizer)
-    )
+    response = ids[len(prompt) :] if ids[: len(prompt)] == prompt else _tokenize(whole[len(start) :], tokenizer)
     # drop what a template writes after the end of the turn, such as a line break
     return response[: response.index(tokenizer.eod)] if tokenizer.eod in response else response
 
