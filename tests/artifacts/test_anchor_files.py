@@ -1,4 +1,4 @@
-"""`ramoe anchors`: fine-tuning reads what it writes, one anchor gives the files back, nothing is overwritten, bad words leave nothing."""
+"""`ramoe anchors`: fine-tuning reads its files, one anchor changes nothing, no file is overwritten."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Laws of files in text: what is written is read back, nothing is half-written, foreign files are refused by name."""
+"""Laws of text files: round trips, atomic writes, and errors that name a file of another kind."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every file that a run writes, cut short anywhere or replaced by another kind of file, is refused by name."""
+"""Each file of a run is refused by name when it is cut short or replaced by another kind of file."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ EXAMPLE = {"id": "a", "task": "t", "language": "en"}
 
 @dataclass(frozen=True)
 class File:
-    """A kind of file: how a good one is written and read, and whether it is one record a line, so that fewer lines are a file too."""
+    """How a valid file of some kind is written and read. ``by_line``: fewer lines are a valid file too."""
 
     name: str
     write: Callable[[Path], object]
@@ -48,10 +48,18 @@ class File:
 def experts(path: Path) -> None:
     random = torch.rand(1, 3, 4, generator=torch.Generator().manual_seed(0))
     ExpertFile(
-        tasks=("t",), shape=SHAPE, expert_mask=random > 0.5, delta=random, task_frequency=random, general_frequency=random[0],
-        english_pattern={"last": random.softmax(-1)}, layer_number=torch.arange(3), rule={"name": "tau", "tau": 0.3},
-        zone=NoZone("flat"), checkpoint="base",
-    ).save(path)  # fmt: skip
+        tasks=("t",),
+        shape=SHAPE,
+        expert_mask=random > 0.5,
+        delta=random,
+        task_frequency=random,
+        general_frequency=random[0],
+        english_pattern={"last": random.softmax(-1)},
+        layer_number=torch.arange(3),
+        rule={"name": "tau", "tau": 0.3},
+        zone=NoZone("flat"),
+        checkpoint="base",
+    ).save(path)
 
 
 def usage(path: Path) -> None:

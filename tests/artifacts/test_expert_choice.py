@@ -24,9 +24,13 @@ from ramoe_megatron.report.comparison.ablation import training_flags
 
 SHAPE = ModelShape(num_moe_layers=3, num_experts=6, topk=2, score_function="softmax", hidden_size=8)
 RECIPE: dict[str, Any] = {
-    "name": "small", "model": {"num-layers": 3, "num-experts": 6}, "data": {"world": {}}, "pretrain": {"train-iters": 8, "lr": 1e-2},
-    "train": {"train-iters": 4, "micro-batch-size": 2, "global-batch-size": 8, "lr": 1e-3}, "alignment": {"coeff": 10},
-}  # fmt: skip
+    "name": "small",
+    "model": {"num-layers": 3, "num-experts": 6},
+    "data": {"world": {}},
+    "pretrain": {"train-iters": 8, "lr": 1e-2},
+    "train": {"train-iters": 4, "micro-batch-size": 2, "global-batch-size": 8, "lr": 1e-3},
+    "alignment": {"coeff": 10},
+}
 LAST = {"name": "last", "preset": ["ra-moe"], "alignment": {"select-tokens": "last", "select": "top-m=2"}}
 RULES = st.one_of(
     st.integers(-9, 9).map(lambda n: f"tau={n / 10:g}"), st.integers(1, 6).map(lambda m: f"top-m={m}")
@@ -39,11 +43,24 @@ def expert_file(seed: int, rule: str = "tau=0.3", **facts: Any) -> ExpertFile:
     )
     delta, parsed = (task - general[:, :1])[0], parse_rule(rule)
     return ExpertFile(
-        tasks=("even", "odd"), shape=SHAPE, expert_mask=task_experts(delta, parsed), delta=delta, task_frequency=task[0],
-        general_frequency=general[0, 0], english_pattern={}, layer_number=torch.arange(1, 4), rule=parsed.as_dict(),
-        zone=Zone(0, 2, "0-2", "given"), checkpoint="base@1",
-        sequences={"english_task": {"even": 2, "odd": 3}, "english_correct": {"even": 1, "odd": 1}, "general": 4}, **facts,
-    )  # fmt: skip
+        tasks=("even", "odd"),
+        shape=SHAPE,
+        expert_mask=task_experts(delta, parsed),
+        delta=delta,
+        task_frequency=task[0],
+        general_frequency=general[0, 0],
+        english_pattern={},
+        layer_number=torch.arange(1, 4),
+        rule=parsed.as_dict(),
+        zone=Zone(0, 2, "0-2", "given"),
+        checkpoint="base@1",
+        sequences={
+            "english_task": {"even": 2, "odd": 3},
+            "english_correct": {"even": 1, "odd": 1},
+            "general": 4,
+        },
+        **facts,
+    )
 
 
 def plan(out: Path, *methods: str | dict[str, Any], **changes: Any) -> dict[str, Stage]:

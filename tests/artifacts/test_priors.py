@@ -1,4 +1,4 @@
-"""Laws of the priors, rows by id, and the refusals that their file shares with the expert file: cut short, foreign, of another version."""
+"""Laws of the priors: rows by id, and the errors for damaged files, which the expert file shares."""
 
 import json
 import pickle

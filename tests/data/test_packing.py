@@ -1,4 +1,4 @@
-"""Laws of packed samples: a pack holds whole samples in the order of the draws, and a router sees of each what it sees of a padded one."""
+"""Laws of packed samples: packs have whole samples in order, and routing is pooled as for padded samples."""
 
 import itertools
 import types
@@ -90,9 +90,8 @@ def test_shares_give_the_mean_over_the_samples_of_a_global_batch() -> None:
 def test_a_longer_run_starts_with_the_same_packs() -> None:
     long = packed(24)
     for packs in range(1, 24):
-        assert packed(packs).first.tolist() == long.first[: packs + 1].tolist(), (
-            packs
-        )  # the last pack is not cut short either
+        # Also the last pack is complete.
+        assert packed(packs).first.tolist() == long.first[: packs + 1].tolist(), packs
     short = packed(6)
     for place in range(6):
         a, b = short[place], long[place]
@@ -143,7 +142,7 @@ def test_a_router_pools_a_packed_sample_as_a_padded_one(tokens: str) -> None:
 @pytest.mark.parametrize(("tp", "cp"), [(2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("tokens", TOKEN_CHOICES)
 def test_pieces_of_a_pack_add_up(tokens: str, tp: int, cp: int) -> None:
-    """Over tensor- and context-parallel ranks: each row lies on one of them, and the samples' sums add to the whole pack's."""
+    """Each token is on one tensor- and context-parallel rank; the sums over ranks are those of the pack."""
     item = packed(multiple=4)[2]
     values = torch.randn(SEQ, 1, 3, generator=torch.Generator().manual_seed(1))
     whole, total, rows = selection(item).local(router(), SEQ), torch.zeros(len(item["start"]), 3), []

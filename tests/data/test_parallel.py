@@ -379,7 +379,10 @@ def test_a_hub_data_set_whose_card_has_a_csv_read_otherwise_is_refused(tmp_path:
 
 
 def test_hub_name_out_of_reach_is_told() -> None:
-    code = "from ramoe_megatron.data.parallel import load_examples; load_examples(['no-such-owner/no-such-data'])"
+    code = (
+        "from ramoe_megatron.data.parallel import load_examples; "
+        "load_examples(['no-such-owner/no-such-data'])"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},

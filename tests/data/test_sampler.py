@@ -16,9 +16,8 @@ WEIGHTS = {"names/*": 1.0, "*/en": 2.0, "*": 0.5}
 
 def examples(sizes: dict[str, int] = SIZES) -> list[Example]:
     found = []
-    for number in range(
-        max(sizes.values())
-    ):  # groups interleaved, as no law may lean on the order of the rows
+    # Groups are interleaved, because no law may depend on the order of the rows.
+    for number in range(max(sizes.values())):
         for group, size in sizes.items():
             task, language = group.split("/")
             if number < size:

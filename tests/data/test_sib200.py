@@ -1,4 +1,4 @@
-"""SIB-200 conversion on a tiny folder of its shape: ids stay parallel, splits keep apart, faults are told by line."""
+"""SIB-200 conversion of a tiny folder: ids stay parallel, splits are disjoint, errors name the line."""
 
 import json
 import subprocess

@@ -45,11 +45,12 @@ def fact_of(example: Example) -> str:
 
 
 def test_another_process_writes_the_same_bytes(built: tuple[Path, WorldStats], tmp_path: Path) -> None:
-    # other hash seed, and other parts of Babel's data loaded first: both once changed what a build saw
+    # Another hash seed, and other data of Babel loaded first. Both have changed the bytes of a build before.
     code = (
         "import sys; from babel import Locale\n"
         "for name in ('hi', 'ar', 'sw', 'fi', 'tr', 'es', 'en', 'en_GB'):\n"
-        "    for data in (Locale.parse(name).months, Locale.parse(name).days): dict(data['stand-alone']['wide'])\n"
+        "    locale = Locale.parse(name)\n"
+        "    for data in (locale.months, locale.days): dict(data['stand-alone']['wide'])\n"
         "from ramoe_megatron.jobs.generate import main\n"
         f"sys.exit(main(['world', '--out', {str(tmp_path)!r}]))"
     )

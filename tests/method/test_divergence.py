@@ -163,7 +163,7 @@ def test_small_noise_and_one_odd_layer_move_the_edges_little(layers: int, bottom
 def test_noise_too_small_to_carry_a_layer_over_the_level_changes_nothing(
     layers: int, bottom: float, size: float, seed: int
 ) -> None:
-    """A median moves by no more than the noise, and so does the level, half-way between floor and lower rim."""
+    """Noise moves each median, and the level between floor and lower rim, by at most its own size."""
     curve = u_curve(layers, bottom)
     smooth = torch.cat([curve[:1], curve.unfold(0, 3, 1).median(-1).values, curve[-1:]])
     floor = smooth.argmin()

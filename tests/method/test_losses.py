@@ -16,7 +16,7 @@ names = pytest.mark.parametrize("name", DIVERGENCES)
 
 @st.composite
 def routings(draw: st.DrawFn, zeros: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Two distributions [L, E], exact zeros among them, and a mask with at least one expert in and one out."""
+    """Two distributions [L, E] with exact zeros, and a mask with experts both inside and outside."""
     layers, experts, seed = draw(st.integers(1, 3)), draw(st.integers(2, 9)), draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
 
@@ -96,7 +96,7 @@ def test_js_reaches_log_2_where_no_expert_is_shared_and_only_there(
 
 @given(routings(zeros=False))
 def test_the_two_terms_at_their_ends(case: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Without English mass on the task experts their allocation says nothing; where all experts are task experts there is nothing else."""
+    """Only the masses count without English mass on task experts; KL remains if all are task experts."""
     q_en, q_tg, mask = case
     outside = q_en.masked_fill(mask, 0.0) / q_en.masked_fill(mask, 0.0).sum(-1, keepdim=True)
     torch.testing.assert_close(
@@ -114,7 +114,7 @@ def test_the_two_terms_at_their_ends(case: tuple[Tensor, Tensor, Tensor]) -> Non
 
 @given(routings(zeros=False))
 def test_coarser_bins_diverge_less(case: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Data processing: lumping experts together can only hide differences. Not at zeros, where `TINY` stands in."""
+    """Data-processing inequality: lumping can only reduce a divergence (not at zeros, because of `TINY`)."""
     q_en, q_tg, mask = case
     by_mass, by_expert, by_all = (divergence(name, q_en, q_tg, mask) for name in ("mass", "lumped-kl", "kl"))
     assert (by_mass <= by_expert + 1e-9).all()

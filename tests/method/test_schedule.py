@@ -1,4 +1,4 @@
-"""Laws of the coefficient's schedule, of the layers that a user names, and of the random experts of a control."""
+"""Laws of the coefficient's schedule, of the value of --ramoe-layers, and of the random control experts."""
 
 import pytest
 import torch

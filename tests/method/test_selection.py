@@ -81,9 +81,8 @@ def test_rise_meets_its_budget_in_every_zone(seed: int, budget: int) -> None:
 
 @given(seeds, st.integers(1, 20))
 def test_rise_follows_a_permutation_of_experts_and_ignores_one_of_languages(seed: int, budget: int) -> None:
-    frequency = usage(seed, experts=6).clamp(
-        min=1e-3 * torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(seed))
-    )  # no ties
+    no_ties = 1e-3 * torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(seed))
+    frequency = usage(seed, experts=6).clamp(min=no_ties)
     generator = torch.Generator().manual_seed(seed + 1)
     experts, languages = torch.randperm(6, generator=generator), torch.randperm(3, generator=generator)
     chosen = rise(frequency, [0, 2], budget)
@@ -157,10 +156,14 @@ def test_a_share_of_one_takes_every_expert_with_a_score(seed: int) -> None:
 
 def made(path: Path, **changed: object) -> UsageFile:
     fields: dict[str, object] = {
-        "languages": ("en", "tr"), "shape": SHAPE, "tokens": torch.tensor([1, 3]),
-        "frequency": torch.full((2, 3, 4), 0.5), "gate": torch.tensor([0.25, 0.5])[:, None, None].expand(2, 3, 4),
-        "layer_number": torch.tensor([1, 2, 3]), "checkpoint": "base@4",
-    }  # fmt: skip
+        "languages": ("en", "tr"),
+        "shape": SHAPE,
+        "tokens": torch.tensor([1, 3]),
+        "frequency": torch.full((2, 3, 4), 0.5),
+        "gate": torch.tensor([0.25, 0.5])[:, None, None].expand(2, 3, 4),
+        "layer_number": torch.tensor([1, 2, 3]),
+        "checkpoint": "base@4",
+    }
     UsageFile(**(fields | changed)).save(path)  # type: ignore[arg-type]
     return UsageFile.load(path)
 

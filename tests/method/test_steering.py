@@ -1,4 +1,4 @@
-"""Laws of routing steering (arXiv 2510.04694, eq. 4-5), and where Megatron's router would leave steered experts out."""
+"""Laws of routing steering (arXiv 2510.04694, eq. 4-5), and routers that would leave out steered experts."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -72,9 +72,8 @@ SCORES = {
     "sqrtsoftplus": {"score_function": "sqrtsoftplus"},
 }
 WIDE = torch.randn(256, 16, generator=torch.Generator().manual_seed(0)) * 8
-STEERED = (
-    torch.rand(256, 16, generator=torch.Generator().manual_seed(1)).argsort(-1) < 4
-)  # four of each token
+# four experts of each token
+STEERED = torch.rand(256, 16, generator=torch.Generator().manual_seed(1)).argsort(-1) < 4
 
 
 def chosen_by_megatron(
@@ -86,10 +85,15 @@ def chosen_by_megatron(
 
 @pytest.mark.parametrize("scores", SCORES)
 @given(
-    seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), experts=st.integers(2, 64),
-    scale=st.sampled_from([1e-3, 1.0, 8.0, 50.0, 1e3, 1e4, 1e6]), offset=st.sampled_from([0.0, -60.0, 20.0, 200.0]), k=st.integers(1, 12),
-    steered=st.integers(1, 12), eps=st.sampled_from([0.0, 1e-9, 1e-6, 1.0]),
-)  # fmt: skip
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    experts=st.integers(2, 64),
+    scale=st.sampled_from([1e-3, 1.0, 8.0, 50.0, 1e3, 1e4, 1e6]),
+    offset=st.sampled_from([0.0, -60.0, 20.0, 200.0]),
+    k=st.integers(1, 12),
+    steered=st.integers(1, 12),
+    eps=st.sampled_from([0.0, 1e-9, 1e-6, 1.0]),
+)
 def test_hard_fills_the_top_k_of_megatrons_router(
     scores: str,
     seed: int,
@@ -101,7 +105,7 @@ def test_hard_fills_the_top_k_of_megatrons_router(
     steered: int,
     eps: float,
 ) -> None:
-    """With as many steered experts as places too, where one tie with an unsteered expert would take a place."""
+    """Also with k steered experts, where a single tie with another expert would take the place of one."""
     generator = torch.Generator().manual_seed(seed)
     k, steered = min(k, experts), min(steered, experts)
     z = torch.randn(32, experts, generator=generator) * scale + offset
@@ -116,16 +120,28 @@ def test_hard_fills_the_top_k_of_megatrons_router(
 @pytest.mark.parametrize(
     ("config", "words", "settings"),
     [
-        ({"moe_router_score_function": "sigmoid"}, "score-function sigmoid: large logits", {"score_function": "sigmoid"}),
+        (
+            {"moe_router_score_function": "sigmoid"},
+            "score-function sigmoid: large logits",
+            {"score_function": "sigmoid"},
+        ),
         (
             {"moe_router_score_function": "sqrtsoftplus", "moe_router_enable_expert_bias": True},
             "enable-expert-bias: experts are chosen by",
             {"score_function": "sqrtsoftplus", "expert_bias": torch.arange(16) * 0.05},
         ),
-        ({"moe_router_num_groups": 4, "moe_router_group_topk": 2}, "group-topk 2: an expert outside", {"num_groups": 4, "group_topk": 2}),
-        ({"moe_router_topk_limited_devices": 2}, "topk-limited-devices 2: an expert outside", {"num_groups": 4, "group_topk": 2}),
+        (
+            {"moe_router_num_groups": 4, "moe_router_group_topk": 2},
+            "group-topk 2: an expert outside",
+            {"num_groups": 4, "group_topk": 2},
+        ),
+        (
+            {"moe_router_topk_limited_devices": 2},
+            "topk-limited-devices 2: an expert outside",
+            {"num_groups": 4, "group_topk": 2},
+        ),
     ],
-)  # fmt: skip
+)
 def test_hard_is_refused_where_megatrons_router_leaves_steered_experts_out(
     config: dict[str, Any], words: str, settings: dict[str, Any]
 ) -> None:
@@ -165,12 +181,8 @@ def test_soft_and_hard_by_hand() -> None:
     noise = torch.tensor([-0.25, 9.0, 0.0, 9.0])
     found = steer("hard", z, mask, 0.0, noise)[0]
     assert found.tolist() == [6.25, 2, 6 + 6 * LEAST_RISE, 6]
-    assert steer("hard", z.bfloat16(), mask, 0.0, noise / 1000)[0].tolist() == [
-        6.03125,
-        2,
-        6.03125,
-        6,
-    ]  # 8 bits: steps of 1/32
+    # bfloat16 has 8 bits of precision: steps of 1/32 above 4
+    assert steer("hard", z.bfloat16(), mask, 0.0, noise / 1000)[0].tolist() == [6.03125, 2, 6.03125, 6]
 
 
 @given(cases(), st.sampled_from(KINDS), st.randoms())
@@ -200,11 +212,8 @@ def test_soft_moves_and_scales_with_the_logits(
 def test_reduced_precision_is_float32_rounded_once(
     case: tuple[torch.Tensor, ...], kind: str, strength: float
 ) -> None:
-    z, mask, noise = (
-        case[0].bfloat16(),
-        case[1],
-        case[2] * 100,
-    )  # so that the next number above decides nothing
+    # Noise large enough that the rise is above one step of bfloat16.
+    z, mask, noise = case[0].bfloat16(), case[1], case[2] * 100
     expected = steer(kind, z.float(), mask, strength, noise).bfloat16()
     largest = z.amax(dim=-1, keepdim=True)
     rounded_away = (expected <= largest) & mask if kind == "hard" else torch.zeros_like(mask)

@@ -1,4 +1,4 @@
-"""Taxonomies and priors for the tests of several anchors: drawn at random, and small enough to follow by hand."""
+"""Taxonomies and priors for the tests of several anchors: random ones, and a small one to follow by hand."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ LANGUAGES = ("zh", "es", "sw")
 
 @st.composite
 def tables(draw: st.DrawFn) -> list[TaxonomyRow]:
-    """A whole taxonomy against en: every id in every language, in any order."""
+    """A complete taxonomy against en: every id in every language, in any order."""
     rows = []
     for n in range(draw(st.integers(1, 6))):
         task, english = draw(st.sampled_from(["t", "u"])), draw(st.booleans())
@@ -27,7 +27,7 @@ def tables(draw: st.DrawFn) -> list[TaxonomyRow]:
 
 
 def by_hand() -> list[TaxonomyRow]:
-    """a: en right. b: zh alone right. c: none. d: en and zh right. Languages zh and sw; sw is wrong but in d."""
+    """Correct answers: a in en; b in zh; c in none; d in en, zh and sw."""
     outcomes = {
         "a": (True, False, False),
         "b": (False, True, False),
