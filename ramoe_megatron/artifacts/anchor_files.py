@@ -154,7 +154,7 @@ def check_anchor(taxonomy: str | os.PathLike[str], anchor: str) -> dict[str, Any
     if found != [anchor]:
         names = ", ".join(map(repr, found))
         raise RamoeError(
-            f"{path}: found the anchor {names}, expected {anchor!r}; give the taxonomy that ramoe taxonomy "
+            f"{path} is of the anchor {names}, expected {anchor!r}; give the taxonomy that ramoe taxonomy "
             f"wrote for {anchor!r}, or give another anchor"
         )
     return document
@@ -164,7 +164,7 @@ def _check_beside(taxonomy: Path, anchor: str, priors: Priors) -> None:
     document, path = check_anchor(taxonomy, anchor), taxonomy.with_suffix(".json")
     if document is not None and document["checkpoint"] != priors.checkpoint:
         raise RamoeError(
-            f"{path} is from the checkpoint {document['checkpoint']!r}, but {priors.path} is from "
+            f"{path} is of the checkpoint {document['checkpoint']!r}, but {priors.path} is of "
             f"{priors.checkpoint!r}; score and profile the same checkpoint"
         )
 

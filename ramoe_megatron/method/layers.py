@@ -69,7 +69,7 @@ def parse_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | None
         return _inside(text, int(match[1]), int(match[2]), num_moe_layers)
     low, high = Fraction(match[1]), Fraction(match[2])
     if not 0 <= low < high <= 1:
-        raise RamoeError(f"layers: found {text!r}, expected two increasing depths between 0.0 and 1.0")
+        raise RamoeError(f"layers: found {text!r}, expected two rising depths between 0.0 and 1.0")
     half = Fraction(1, 2)
     first, last = math.ceil(low * num_moe_layers - half), math.floor(high * num_moe_layers - half)
     first, last = max(first, 0), min(last, num_moe_layers - 1)
@@ -84,7 +84,7 @@ def parse_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | None
 def _inside(text: str, first: int, last: int, num_moe_layers: int) -> tuple[int, int]:
     if not 0 <= first <= last < num_moe_layers:
         raise RamoeError(
-            f"layers: {text!r} means MoE layers {first} to {last}, expected an increasing range within 0 to "
+            f"layers: {text!r} means MoE layers {first} to {last}, expected a rising range within 0 to "
             f"{num_moe_layers - 1} (this model has {num_moe_layers} MoE layers, numbered from 0)"
         )
     return first, last

@@ -141,7 +141,7 @@ class Steering:
             return cls(entry["kind"], strength, tau, (first, last))
         except (KeyError, TypeError, ValueError) as error:  # a RamoeError is a ValueError
             raise RamoeError(
-                f"{path}: invalid steering setting ({type(error).__name__}: {error}); write the file again"
+                f"{path}: bad setting of steering ({type(error).__name__}: {error}); write the file again"
             ) from error
 
     def __str__(self) -> str:

@@ -91,7 +91,7 @@ def test_taxonomy_round_trip(tmp_path: Path, rows: list[TaxonomyRow]) -> None:
         ({"id": "x\ud800"}, "'id': character 2 of .* half of a surrogate pair"),
         ({"english_correct": 1}, "key 'english_correct': found 1, expected bool"),
         ({"category": "ii"}, "key 'category': found 'ii', expected 'ci'"),
-        ({"id": "a"}, "id 'a' in 'tr' stands on line 1 already"),
+        ({"id": "a"}, "id 'a' in 'tr' is on line 1 already"),
     ],
 )
 def test_a_bad_taxonomy_line_is_named(tmp_path: Path, line: str | dict[str, Any], message: str) -> None:

@@ -58,14 +58,14 @@ def test_the_same_experts_give_the_same_bytes(tmp_path: Path) -> None:
         ({"delta": torch.zeros(2, 3, 5)}, r"delta has shape \(2, 3, 5\), expected \(2, 3, 4\)"),
         (
             {"general_frequency": torch.full((3, 4), float("nan"))},
-            "general_frequency holds values that are not finite",
+            "general_frequency has values that are not finite",
         ),
         ({"english_pattern": {"last": torch.full((2, 3, 4), 0.5)}}, "sum to neither 1 nor 0"),
         (
             {"english_pattern": {"first": torch.zeros(2, 3, 4)}},
-            "'first', expected prompt, response, all, last",
+            "'first', expected one of prompt, response, all, last",
         ),
-        ({"zone": Zone(1, 3, "auto", "")}, "zone 1 to 3, expected within 0 to 2"),
+        ({"zone": Zone(1, 3, "auto", "")}, "zone 1 to 3, expected layers within 0 to 2"),
     ],
 )
 def test_an_inconsistent_expert_file_is_not_written(
@@ -84,8 +84,8 @@ def test_an_expert_file_whose_tensors_do_not_fit_its_metadata_is_refused_on_load
     tensors = load_file(path)
     for name, tensor, message in [
         ("delta", torch.zeros(2, 3, 5), r"delta has shape \(2, 3, 5\), expected \(2, 3, 4\)"),
-        ("delta", torch.full((2, 3, 4), float("inf")), "delta holds values that are not finite"),
-        ("english_pattern.last", torch.ones(2, 3, 4), "rows of english_pattern.last sum to neither 1 nor 0"),
+        ("delta", torch.full((2, 3, 4), float("inf")), "delta has values that are not finite"),
+        ("english_pattern.last", torch.ones(2, 3, 4), "found rows of english_pattern.last that sum to neither 1 nor 0"),
     ]:
         save_file({**tensors, name: tensor}, path, metadata)
         with pytest.raises(RamoeError, match=rf"experts\.safetensors: {message}"):

@@ -109,7 +109,7 @@ def test_ids_with_a_long_view_go_in_every_language(source: Path, tmp_path: Path)
             for response in e.choices or (e.response,):
                 assert len(processor.encode(e.prompt) + processor.encode(response)) <= limit
     with pytest.raises(
-        RamoeError, match="max_tokens 3 drops all 20 ids of split 'train': the shortest needs"
+        RamoeError, match="max_tokens 3 drops all 20 ids of split 'train': the shortest id needs"
     ):
         run(source, tmp_path / "none", max_tokens=3)
     assert not (tmp_path / "none").exists()
@@ -126,9 +126,13 @@ def edit(source: Path, line: int, text: str, language: str = "fin_Latn") -> None
     ("line", "text", "message"),
     [
         (1, "id\tcategory\ttext", "fin_Latn/train.tsv, line 1: columns"),
-        (4, "2\tsports", "fin_Latn/train.tsv, line 4: expected three cells"),
+        (4, "2\tsports", "fin_Latn/train.tsv, line 4: found .*, expected three cells"),
         (4, "2\tcooking\tx", "fin_Latn/train.tsv, line 4: category 'cooking', expected one of"),
-        (4, "1\tgeography\tx", "fin_Latn/train.tsv, line 4: index_id 1 again; the first is on line 3"),
+        (
+            4,
+            "1\tgeography\tx",
+            "fin_Latn/train.tsv, line 4: index_id 1 occurs again; the first row is on line 3",
+        ),
         (
             4,
             "2\tsports\tx",

@@ -184,7 +184,7 @@ def test_a_usage_file_comes_back_as_it_was(tmp_path: Path) -> None:
     found.check_model(3, 4, 2, "softmax")
     with pytest.raises(RamoeError, match="num_experts is 4 in the file, 8 in the model"):
         found.check_model(3, 8, 2, "softmax")
-    with pytest.raises(RamoeError, match="no language 'sw', it was profiled on en, tr"):
+    with pytest.raises(RamoeError, match="no language 'sw', the file was profiled on en, tr"):
         found.places(["en", "sw"])
 
 
