@@ -1,19 +1,20 @@
-"""Routing-aligned fine-tuning of multilingual Mixture-of-Experts models on Megatron-Core (RA-MoE, arXiv 2605.28306; our reading).
+"""Routing-aligned fine-tuning (RA-MoE) of multilingual Mixture-of-Experts models on Megatron-Core.
 
-What a user's own training script needs, each imported from Megatron's side only when asked for:
+The method is our reading of arXiv 2605.28306. The names below are the interface for a user's own training
+script. Each name imports Megatron only on its first use.
 
-    add_arguments        Megatron's `extra_args_provider`: the --ramoe-... flags
-    attach               routing alignment on a model that is already built
-    check_data           reads the data and the files of alignment, and tells what is wrong before any model is built
-    dataset_provider     Megatron's datasets provider for parallel data
-    packed_seq_params    the model's argument of that name, for batches of packed samples
-    record_lm_loss       the language-model loss, told in a loss function: what --ramoe-coeff-unit lm-loss measures
-    train_selected       training of what --ramoe-train selects, on a model configuration before `pretrain()`
-    routing_batch        context around the model call of a `forward_step`
-    RoutingAlignmentConfig   the alignment, as a dataclass
-    cpu_backend          Megatron on a machine without a CUDA device
-    cpu_command_line     a Megatron command line as the CPU backend can run it
-    skip_helper_compilation  for megatron-core from a wheel, whose data helpers are built already
+    add_arguments            the --ramoe-... flags, as Megatron's `extra_args_provider`
+    attach                   adds routing alignment to a model that is already built
+    check_data               checks the data and the alignment files before any model is built
+    cpu_backend              runs Megatron on a machine without a CUDA device
+    cpu_command_line         adapts a Megatron command line to the CPU backend
+    dataset_provider         Megatron's datasets provider for parallel data
+    packed_seq_params        the model's argument `packed_seq_params`, for batches of packed samples
+    record_lm_loss           reports the loss from a loss function, for --ramoe-coeff-unit lm-loss
+    routing_batch            the context manager around the model call in a `forward_step`
+    RoutingAlignmentConfig   the settings of the alignment, as a dataclass
+    skip_helper_compilation  skips the build of Megatron's data helpers, which a wheel already contains
+    train_selected           limits training to --ramoe-train; takes a model configuration
 """
 
 from importlib import import_module
@@ -64,7 +65,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import from the owning module on first use: `import ramoe_megatron` loads neither torch nor Megatron."""
+    """Imports a name on first use, so that `import ramoe_megatron` loads neither torch nor Megatron."""
     if name not in _HOMES:
         raise AttributeError(f"module 'ramoe_megatron' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,20 +1,20 @@
-"""The one exception whose text is meant for the user, and the note that tells a rank's launcher of it."""
+"""The exception for errors in the input, and the note that passes its text to the launcher of a rank."""
 
 import os
 from pathlib import Path
 
-NOTE_VARIABLE = "RAMOE_ERROR"  # environment variable: the file for the note, one for the ranks of a node
+NOTE_VARIABLE = "RAMOE_ERROR"  # environment variable with the path of the note, shared by the ranks of a node
 
 
 class RamoeError(ValueError):
-    """Bad input: the text names the file, line or key, what was found, what was expected, and what to do.
+    """Invalid input. The text names the file, line or key, what was found, what was expected, and what to do.
 
     The command line and the jobs print the text without a traceback and exit with status 2.
     """
 
 
 def note_error(text: str) -> bool:
-    """Leave the text for this node's launcher, if there is one; False when another rank has left one."""
+    """Write the note for the launcher of this node, if there is one; False if the note already exists."""
     path = os.environ.get(NOTE_VARIABLE)
     if path:
         try:
@@ -26,6 +26,6 @@ def note_error(text: str) -> bool:
 
 
 def error_noted() -> bool:
-    """Whether a rank of this node has left a note: what fails after it follows from that error."""
+    """Whether a rank of this node has written the note. Later failures are consequences of that error."""
     path = os.environ.get(NOTE_VARIABLE)
     return bool(path) and Path(str(path)).exists()

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from ramoe_megatron import _HOMES
-from ramoe_megatron.cli.commands import main
+from ramoe_megatron.cli import main
 from ramoe_megatron.cli.reference import FLAGS, KEYS, KEYS_HEADING, docstrings, flags_page, recipe_keys
 from ramoe_megatron.data.parallel import load_examples, pair_with_anchor
 from ramoe_megatron.recipe.load import validate

@@ -1,6 +1,6 @@
-"""``experts.safetensors``: the task experts of a model and what chose them.
+"""``experts.safetensors``: the task experts of a model, and the data and rule that chose them.
 
-G tasks, L MoE layers, E routed experts. Layers are 0-based places among the MoE layers.
+Shapes: G tasks, L MoE layers, E routed experts. MoE layers are numbered from 0.
 """
 
 import os
@@ -32,7 +32,7 @@ _TENSORS = ("expert_mask", "delta", "task_frequency", "general_frequency", "laye
 
 @dataclass(frozen=True, slots=True)
 class ExpertFile:
-    """``experts.safetensors``: task experts per layer, what chose them, and the English routing pattern."""
+    """The content of ``experts.safetensors``: task experts, their rule, and the English routing pattern."""
 
     tasks: tuple[str, ...]
     """Names of the G tasks, in the order of the tensors."""
@@ -42,33 +42,34 @@ class ExpertFile:
     delta: Tensor
     """task_frequency - general_frequency, in [-1, 1]; float32 [G, L, E]."""
     task_frequency: Tensor
-    """Mean over sequences of top-k count / tokens, on English task data; float32 [G, L, E], rows sum to K."""
+    """Mean over sequences of top-k count / tokens on English task data; float32 [G, L, E]; rows sum to K."""
     general_frequency: Tensor
-    """The same on general English text; float32 [L, E]."""
+    """Mean over sequences of top-k count / tokens on general English text; float32 [L, E]; rows sum to K."""
     english_pattern: Mapping[str, Tensor]
-    """By token choice (keys among `TOKENS`): mean pooled router distribution over the English views of the examples
-    that English answers correctly; float32 [G, L, E]. A task without such examples has zeros."""
+    """Token choice (one of `TOKENS`) -> mean pooled router distribution, float32 [G, L, E]. The mean is over
+    the English views of the examples with a correct English answer. A task without such examples has
+    zeros."""
     layer_number: Tensor
-    """Megatron's own layer number (1-based) of each MoE layer; int64 [L]."""
+    """Megatron's layer number (1-based) of each MoE layer; int64 [L]."""
     rule: Mapping[str, Any]
     """{"name": "tau", "tau": 0.3} or {"name": "top-m", "m": 4}."""
     zone: Zone | NoZone
-    """The alignment zone that "auto" stands for."""
+    """The alignment zone that ``--ramoe-layers auto`` means."""
     checkpoint: str
     data: Sequence[Mapping[str, str]] = ()
-    """Path and sha256 of every file profiled."""
+    """Path and sha256 of every profiled file."""
     sequences: Mapping[str, Any] = field(default_factory=dict)
-    """Numbers of sequences behind the means."""
+    """Number of sequences in each mean."""
     anchor: str | None = None
-    """The language that "English" stands for here; None in a file that does not say (older ones do not)."""
+    """The anchor language, called "English" in the names here; None in older files without this entry."""
     select_tokens: str = "all"
-    """The tokens of the task data whose counts chose the experts; all where the file does not say."""
+    """The tokens of the task data whose counts chose the experts; "all" in files that do not record it."""
     package_version: str = field(default_factory=package_version)
     path: Path | None = None
-    """Where it was loaded from, for messages; not written."""
+    """The path that the file was loaded from, for messages; not written."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file, whole or not at all; raises RamoeError when the tensors do not fit together."""
+        """Write the file, whole or not at all; raises RamoeError when the tensors are inconsistent."""
         self._validate(Path(path))
         tensors = {
             "expert_mask": self.expert_mask.to(torch.uint8),
@@ -76,7 +77,10 @@ class ExpertFile:
             "task_frequency": self.task_frequency.float(),
             "general_frequency": self.general_frequency.float(),
             "layer_number": self.layer_number.to(torch.int64),
-            **{f"english_pattern.{tokens}": pattern.float() for tokens, pattern in self.english_pattern.items()},
+            **{
+                f"english_pattern.{tokens}": pattern.float()
+                for tokens, pattern in self.english_pattern.items()
+            },
         }
         none = {"first": None, "last": None, "how": "auto", "reason": self.zone.reason}
         zone = asdict(self.zone) if isinstance(self.zone, Zone) else none
@@ -92,15 +96,16 @@ class ExpertFile:
             **({} if self.select_tokens == "all" else {"select_tokens": self.select_tokens}),
             "package_version": self.package_version,
         }
-        # Cloned: the format refuses tensors that share memory, and a caller's means may well be views of one sum.
+        # Clones, because the format rejects tensors that share memory, and a caller's means may share one
+        # sum.
         save_tensors(path, "ramoe-experts", {name: tensor.clone() for name, tensor in tensors.items()}, meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read and check the file; raises RamoeError naming it, what is wrong, and what to do."""
+        """Read and check the file; raises RamoeError when the file is damaged or inconsistent."""
         path = Path(path)
         handle, meta = open_tensors(path, "ramoe-experts")
-        # Cloned: what is loaded must not change with a file that lies mapped into memory.
+        # Clones, because a tensor mapped into memory changes when the file changes.
         tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
         missing = [name for name in _TENSORS if name not in tensors]
         if missing:
@@ -121,7 +126,10 @@ class ExpertFile:
                 select_tokens=meta.get("select_tokens", "all"),
                 package_version=meta["package_version"],
                 path=path,
-                **{name: tensors[name].bool() if name == "expert_mask" else tensors[name] for name in _TENSORS},
+                **{
+                    name: tensors[name].bool() if name == "expert_mask" else tensors[name]
+                    for name in _TENSORS
+                },
             )
         except (KeyError, TypeError) as error:
             raise bad_metadata(path, error) from error
@@ -129,22 +137,30 @@ class ExpertFile:
         return experts
 
     def steered_by(self, steering: Steering) -> Tensor:
-        """The experts of each task that a setting of steering raises; bool [G, L, E]. Raises RamoeError for layers of another model."""
+        """The steered experts of each task; bool [G, L, E].
+
+        Raises:
+            RamoeError: the steered layers are outside the model.
+        """
         try:
             return steering.experts(self.expert_mask, self.delta)
         except RamoeError as error:
             raise RamoeError(f"{self.path}: {error}") from error
 
     def chosen_by(self, rule: str | None) -> Self:
-        """The same file with its experts chosen anew by `rule` (``tau=X`` or ``top-m=M``); itself without one. Raises RamoeError for a bad
-        rule."""
+        """The file with its experts re-selected by ``rule`` (``tau=X`` or ``top-m=M``); the same file with
+        None.
+
+        Raises:
+            RamoeError: the rule is invalid.
+        """
         if rule is None:
             return self
         parsed = parse_rule(rule)
         return replace(self, expert_mask=task_experts(self.delta, parsed), rule=parsed.as_dict())
 
     def check_model(self, num_moe_layers: int, num_experts: int, topk: int, score_function: str) -> None:
-        """Raise RamoeError, naming every difference, unless the file was profiled on a model of this shape."""
+        """Raise RamoeError, with every difference, unless the file was profiled on a model of this shape."""
         self.shape.check(
             self.path,
             num_moe_layers=num_moe_layers,
@@ -154,29 +170,30 @@ class ExpertFile:
         )
 
     def task_index(self, task: str) -> int:
-        """Place of a task in the tensors; raises RamoeError with the known tasks for another name."""
+        """Index of a task in the tensors; raises RamoeError, with the known tasks, for an unknown name."""
         if task not in self.tasks:
             raise RamoeError(
-                f"{self.path}: no task {task!r}, it was profiled on {', '.join(self.tasks)}; profile with data that "
-                f"has this task, or leave its examples out"
+                f"{self.path}: no task {task!r}, the file was profiled on {', '.join(self.tasks)}; "
+                f"profile with data that has task {task!r}, or leave out its examples"
             )
         return self.tasks.index(task)
 
     def profile_target(self, task: str, tokens: str) -> Tensor:
-        """The English pattern of one task for one token choice, [L, E]: what ``--ramoe-target profile`` aligns to.
+        """The English pattern of one task and token choice, [L, E]: the target of ``--ramoe-target profile``.
 
         Raises:
-            RamoeError: when the file lacks it, or the task had no English-correct example to take it from.
+            RamoeError: the file has no pattern for these tokens, or the task has no English-correct example.
         """
         if tokens not in self.english_pattern:
             raise RamoeError(
-                f"{self.path}: no English pattern for tokens {tokens!r}, found {', '.join(self.english_pattern)}; profile again"
+                f"{self.path}: no English pattern for tokens {tokens!r}, "
+                f"found {', '.join(self.english_pattern)}; profile again"
             )
         pattern = self.english_pattern[tokens][self.task_index(task)]
         if not pattern.any():
             raise RamoeError(
-                f"{self.path}: task {task!r} has no English-correct example, so no English pattern for {tokens!r}; "
-                f"leave the task out, or train the base model further"
+                f"{self.path}: task {task!r} has no English-correct example, "
+                f"so no English pattern for {tokens!r}; leave out the task, or train the base model further"
             )
         return pattern
 
@@ -187,14 +204,20 @@ class ExpertFile:
         tensors = {name: getattr(self, name) for name in _TENSORS}
         for tokens, pattern in self.english_pattern.items():
             if tokens not in TOKENS:
-                raise RamoeError(f"{path}: found a pattern for tokens {tokens!r}, expected {', '.join(TOKENS)}")
+                raise RamoeError(
+                    f"{path}: found a pattern for tokens {tokens!r}, expected one of {', '.join(TOKENS)}; "
+                    "profile again"
+                )
             tensors[f"english_pattern.{tokens}"] = pattern
             expected[f"english_pattern.{tokens}"] = (tasks, layers, experts)
         for name, tensor in tensors.items():
             check_tensor(path, name, tensor, expected[name])
         if isinstance(self.zone, Zone) and not 0 <= self.zone.first <= self.zone.last < layers:
-            raise RamoeError(f"{path}: zone {self.zone.first} to {self.zone.last}, expected within 0 to {layers - 1}; profile again")
+            raise RamoeError(
+                f"{path}: found the zone {self.zone.first} to {self.zone.last}, "
+                f"expected layers within 0 to {layers - 1}; profile again"
+            )
         for name in (n for n in tensors if n.startswith("english_pattern")):
             totals = tensors[name].double().sum(-1)
             if not bool((((totals - 1).abs() < 1e-3) | (totals == 0)).all()):
-                raise RamoeError(f"{path}: rows of {name} sum to neither 1 nor 0; profile again")
+                raise RamoeError(f"{path}: found rows of {name} that sum to neither 1 nor 0; profile again")

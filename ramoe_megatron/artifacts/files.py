@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and JSON documents with a format name and version."""
+"""Atomic writing of files, and JSON documents with a format name and a version."""
 
 import hashlib
 import json
@@ -16,25 +16,31 @@ FORMATS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ramoe-anchors": (1, ("anchor", "anchors", "checkpoint", "data", "package_version", "tasks")),
     "ramoe-evaluation": (1, ("method", "seed", "checkpoint", "split", "data", "rows", "mass", "examples")),
     "ramoe-prediction": (1, ("rows", "verdict", "limits")),
-    "ramoe-steering": (1, ("anchor", "checkpoint", "split", "data", "experts", "package_version", "settings", "skipped", "best")),
+    "ramoe-steering": (1, (
+        "anchor", "checkpoint", "split", "data", "experts", "package_version", "settings", "skipped", "best",
+    )),
     "ramoe-results": (1, ("recipe", "anchor", "methods", "seeds", "rows", "summary", "mass", "ci_gain")),
-    "ramoe-comparison": (2, ("bases", "methods", "reference", "headline", "claims", "cells", "english", "cost", "mass", "transplant")),
+    "ramoe-comparison": (2, (
+        "bases", "methods", "reference", "headline", "claims", "cells", "english", "cost", "mass",
+        "transplant",
+    )),
     "ramoe-stage": (1, ("recipe", "stage")),
     "ramoe-slurm": (1, ("recipe", "jobs")),
     "ramoe-experts": (1, ()),
     "ramoe-priors": (1, ()),
     "ramoe-usage": (1, ()),
     "ramoe-shard": (1, ("key", "done")),
-}
-"""Version and required keys of every versioned format; the safetensors formats check their own."""
+}  # fmt: skip
+"""Version and required keys of every format. The classes of the safetensors formats check their own keys."""
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives the path of a temporary file in the same folder; on leaving, it is synced and takes the name ``path``.
+    """Write a file whole or not at all: yields a temporary path, which is renamed to ``path`` at the end.
 
-    On any exception (Ctrl-C included) the temporary file is removed and whatever stood at ``path`` stays. Missing
-    folders are made. The caller opens the path that it is given, in any mode, and closes it.
+    The temporary file is in the same folder and is synced before it is renamed. On any exception, Ctrl-C
+    included, the temporary file is removed and an existing file at ``path`` is kept. Missing folders are
+    made. The caller opens the yielded path, in any mode, and closes it.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -46,20 +52,20 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(target.parent)  # the rename itself must survive a power cut too
+    _sync(target.parent)  # so that the rename survives a power cut
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8, whole or not at all; newlines as they are."""
+    """Write ``text`` as UTF-8, whole or not at all; line ends are kept."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file's bytes.
+    """SHA-256 of a file's bytes, as hexadecimal text.
 
     Raises:
-        RamoeError: when there is no such file.
+        RamoeError: the file cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -69,7 +75,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def digests(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, str]]:
-    """The ``data`` entry of the artefacts: path and digest of every file read."""
+    """The ``data`` entry of the artefacts: path and SHA-256 of every file."""
     return [{"path": str(path), "sha256": sha256(path)} for path in paths]
 
 
@@ -85,14 +91,16 @@ def save_document(path: str | os.PathLike[str], format_name: str, body: Mapping[
     """Write a JSON document of one of `FORMATS`, whole or not at all.
 
     Raises:
-        RamoeError: when a required key is missing, or a number is not finite (JSON has no NaN).
+        RamoeError: a required key is missing, or a number is not finite (JSON has no NaN).
     """
     number, keys = FORMATS[format_name]
     missing = [key for key in keys if key not in body]
     if missing:
         raise RamoeError(f"{path}: {format_name} to be written lacks {', '.join(missing)}")
     try:
-        text = json.dumps({"format": format_name, "version": number, **body}, ensure_ascii=False, indent=1, allow_nan=False)
+        text = json.dumps(
+            {"format": format_name, "version": number, **body}, ensure_ascii=False, indent=1, allow_nan=False
+        )
     except ValueError as error:
         raise RamoeError(f"{path}: {format_name} to be written holds a number that is not finite") from error
     atomic_write_text(path, text + "\n")
@@ -102,60 +110,68 @@ def load_document(path: str | os.PathLike[str], format_name: str) -> dict[str, A
     """Read a JSON document and check that it is of this format, of a known version, and complete.
 
     Raises:
-        RamoeError: naming the file, what was found, what was expected, and what to do.
+        RamoeError: the file cannot be read, is not JSON, or is not a complete document of this format and
+            version.
     """
     return check_document(path, read_json(path), format_name)
 
 
 def check_document(path: str | os.PathLike[str], document: Any, format_name: str) -> dict[str, Any]:
-    """The check of `load_document` for a document already read; ``path`` is for the message only."""
+    """The check of `load_document`, for a parsed document; ``path`` is used in messages only."""
     number, keys = FORMATS[format_name]
     if not isinstance(document, dict) or document.get("format") != format_name:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise RamoeError(f"{path}: found format {found!r}, expected {format_name!r}; give the right file")
     if document.get("version") != number:
         raise RamoeError(
-            f"{path}: found {format_name} version {document.get('version')!r}, expected {number}; write the file "
-            f"again with this version of ramoe-megatron, or use the version that wrote it "
-            f"({document.get('package_version', 'not recorded')})"
+            f"{path}: found {format_name} version {document.get('version')!r}, expected {number}; "
+            "write the file again with this version of ramoe-megatron, "
+            f"or use the version that wrote it ({document.get('package_version', 'not recorded')})"
         )
     missing = [key for key in keys if key not in document]
     if missing:
-        raise RamoeError(f"{path}: {format_name} lacks {', '.join(missing)}; the file is incomplete, write it again")
+        raise RamoeError(
+            f"{path}: {format_name} lacks {', '.join(missing)}; the file is incomplete, write it again"
+        )
     return document
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Any JSON file.
+    """The content of any JSON file.
 
     Raises:
-        RamoeError: when it is missing, or not JSON (with line and column), or holds text that is no Unicode
-            (with the key).
+        RamoeError: the file cannot be read, is not JSON (with line and column), or has text that is not valid
+            Unicode (with the key).
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise _unreadable(path, error) from error
     except UnicodeDecodeError as error:
-        raise RamoeError(f"{path}: not UTF-8 text at byte {error.start}, expected JSON; give the right file") from error
+        raise RamoeError(
+            f"{path}: not UTF-8 text at byte {error.start}, expected JSON; give the right file"
+        ) from error
     except json.JSONDecodeError as error:
         raise RamoeError(
-            f"{path}: line {error.lineno} column {error.colno}: {error.msg}; the file is not JSON or was cut short: write it again"
+            f"{path}: line {error.lineno} column {error.colno}: {error.msg}; "
+            "the file is not JSON or was cut short: write it again"
         ) from error
     refuse_unwritable(found, str(path))
     return found
 
 
 def refuse_unwritable(value: Any, where: str) -> None:
-    """Refuse text that no file can hold. JSON and YAML may write half of a surrogate pair ("\\ud800"), and
-    Python takes a byte of a command line that is no UTF-8 for one; UTF-8 has no such character.
+    """Refuse text that cannot be written as UTF-8: text with half of a surrogate pair.
+
+    JSON and YAML can spell half of a surrogate pair ("\\ud800"). Python also uses one for a byte of the
+    command line that is not UTF-8.
 
     Args:
-        value: a text, or lists and mappings with texts at any depth, keys included.
+        value: a text, or lists and mappings with texts at any depth; keys are checked too.
         where: the file and line, or the flag, for the message.
 
     Raises:
-        RamoeError: naming `where`, the key, and the character.
+        RamoeError: some text cannot be written. The message names ``where``, the key and the character.
     """
     for path, text in _texts(value, ()):
         if not text.isascii():
@@ -165,8 +181,8 @@ def refuse_unwritable(value: Any, where: str) -> None:
                 key = f": {'.'.join(map(repr, path))}" if path else ""
                 raise RamoeError(
                     f"{where}{key}: character {error.start + 1} of {text[:60]!r} is {text[error.start]!r}, "
-                    "half of a surrogate pair or a byte that is no UTF-8, expected Unicode text; write the whole "
-                    "character, or remove it"
+                    "half of a surrogate pair or a byte that is not UTF-8, expected Unicode text; "
+                    "write the whole character, or remove it"
                 ) from error
 
 
@@ -183,7 +199,9 @@ def _texts(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...],
 
 
 def _unreadable(path: str | os.PathLike[str], error: OSError) -> RamoeError:
-    return RamoeError(f"{path}: cannot be read ({error.strerror}); check the path, or run the stage that writes it")
+    return RamoeError(
+        f"{path}: cannot be read ({error.strerror}); check the path, or run the stage that writes it"
+    )
 
 
 def _sync(path: Path) -> None:
@@ -195,9 +213,12 @@ def _sync(path: Path) -> None:
 
 
 ANCHOR_FILES = ("taxonomy.jsonl", "taxonomy.json", "priors.safetensors", "anchors.json")
-"""What `ramoe anchors` writes."""
+"""The files that `ramoe anchors` writes."""
 
 
 def files_by_tokens(name: str, tokens: Sequence[str]) -> dict[str, str]:
-    """The file of each of these token choices: of the first NAME.safetensors, of a further one NAME-TOKENS.safetensors."""
-    return {choice: f"{name}.safetensors" if choice == tokens[0] else f"{name}-{choice}.safetensors" for choice in tokens}
+    """Token choice -> file: NAME.safetensors for the first choice, NAME-TOKENS.safetensors for the others."""
+    return {
+        choice: f"{name}.safetensors" if choice == tokens[0] else f"{name}-{choice}.safetensors"
+        for choice in tokens
+    }

@@ -1,6 +1,6 @@
 """``priors.safetensors``: the English routing of every example, for ``--ramoe-target example``.
 
-N examples, L MoE layers, E routed experts. Layers are 0-based places among the MoE layers.
+Shapes: N examples, L MoE layers, E routed experts. MoE layers are numbered from 0.
 """
 
 import json
@@ -30,8 +30,8 @@ from ramoe_megatron.errors import RamoeError
 class Priors:
     """An open ``priors.safetensors``: the pooled router distribution of each example's English view.
 
-    The tensor stays on disk, mapped into memory; `rows` reads just what it is asked for. A copy sent to another process
-    (a data-loader worker) opens the file anew.
+    The tensor stays on disk, mapped into memory; `rows` reads only the rows asked for. A copy sent to another
+    process, such as a data-loader worker, opens the file again.
     """
 
     ids: tuple[str, ...]
@@ -41,11 +41,11 @@ class Priors:
     shape: ModelShape
     checkpoint: str
     data: tuple[Mapping[str, str], ...]
-    """Path and sha256 of every file read."""
+    """Path and sha256 of every profiled file."""
     package_version: str
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open the file and check it; raises RamoeError naming it, what is wrong, and what to do."""
+        """Open and check the file; raises RamoeError when the file is damaged or of another format."""
         self.path = Path(path)
         handle, meta = open_tensors(self.path, "ramoe-priors")
         try:
@@ -78,10 +78,10 @@ class Priors:
         checkpoint: str,
         data: Sequence[Mapping[str, str]] = (),
     ) -> None:
-        """Write the file, whole or not at all; ``priors`` is float32 [N, L, E], row n belonging to ``ids[n]``.
+        """Write the file, whole or not at all. ``priors`` is float32 [N, L, E]; row n belongs to ``ids[n]``.
 
         Raises:
-            RamoeError: when sizes differ, an id occurs twice, or a number is not finite.
+            RamoeError: the sizes differ, an id occurs twice, or a number is not finite.
         """
         path = Path(path)
         if tokens not in TOKENS:
@@ -90,11 +90,16 @@ class Priors:
         check_tensor(path, "priors", priors, (len(ids), shape.num_moe_layers, shape.num_experts))
         text = json.dumps(list(ids), ensure_ascii=False).encode()
         tensors = {"priors": priors.float(), "ids": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
-        meta = {**asdict(shape), "tokens": tokens, "checkpoint": checkpoint, "data": [dict(entry) for entry in data]}
+        meta = {
+            **asdict(shape),
+            "tokens": tokens,
+            "checkpoint": checkpoint,
+            "data": [dict(entry) for entry in data],
+        }
         save_tensors(path, "ramoe-priors", tensors, {**meta, "package_version": package_version()})
 
     def check_model(self, num_moe_layers: int, num_experts: int, topk: int, score_function: str) -> None:
-        """Raise RamoeError, naming every difference, unless the file was profiled on a model of this shape."""
+        """Raise RamoeError, with every difference, unless the file was profiled on a model of this shape."""
         self.shape.check(
             self.path,
             num_moe_layers=num_moe_layers,
@@ -104,20 +109,20 @@ class Priors:
         )
 
     def check_ids(self, ids: Sequence[str]) -> None:
-        """Raise RamoeError, with the count and the first five, when examples have no row here."""
+        """Raise RamoeError when examples have no row. The message counts the ids and names the first five."""
         missing = [id_ for id_ in dict.fromkeys(ids) if id_ not in self._place]
         if missing:
             raise RamoeError(
-                f"{self.path}: {len(missing)} of {len(set(ids))} examples have no English prior, first "
-                f"{', '.join(missing[:5])}; profile again with the data that holds them (--ramoe-save-priors), or "
-                f"train on data with an English view of each"
+                f"{self.path}: {len(missing)} of {len(set(ids))} examples have no English prior, "
+                f"first {', '.join(missing[:5])}; profile again with data that has these examples "
+                "(--ramoe-save-priors), or train on data with an English view of each example"
             )
 
     def rows(self, ids: Sequence[str]) -> Tensor:
-        """The distributions of these examples, float32 [n, L, E], in the order asked for; repeats are allowed.
+        """The distributions of these examples, float32 [n, L, E], in the order of ``ids``, which may repeat.
 
         Raises:
-            RamoeError: with the count and the first five, when ids are missing.
+            RamoeError: ids are missing, as `check_ids`.
         """
         self.check_ids(ids)
         out = torch.empty(len(ids), self.shape.num_moe_layers, self.shape.num_experts)
@@ -133,4 +138,7 @@ class Priors:
 def _check_ids(path: Path, ids: Sequence[str]) -> None:
     if len(set(ids)) != len(ids):
         twice = [id_ for id_, count in Counter(ids).items() if count > 1][:5]
-        raise RamoeError(f"{path}: ids occur twice, first {', '.join(twice)}; expected one English view of each id")
+        raise RamoeError(
+            f"{path}: ids occur twice, first {', '.join(twice)}; expected one English view of each id, "
+            "give each id once"
+        )

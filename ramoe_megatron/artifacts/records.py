@@ -1,4 +1,4 @@
-"""The artefacts that are rows of text: ``taxonomy.jsonl``, ``divergence.csv`` and the examples' outcomes."""
+"""Artefacts with rows of text: ``taxonomy.jsonl``, ``divergence.csv`` and ``evaluations/NAME.jsonl``."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ _DIVERGENCE_COLUMNS = [f.name for f in fields(DivergenceRow)]
 
 
 def write_taxonomy(path: str | os.PathLike[str], rows: Iterable[TaxonomyRow]) -> None:
-    """Write ``taxonomy.jsonl``, whole or not at all: one row a line, in the order given."""
+    """Write ``taxonomy.jsonl``, whole or not at all: one row per line, in the given order."""
     lines = (json.dumps({**asdict(row), "category": row.category}, ensure_ascii=False) for row in rows)
     atomic_write_text(path, "".join(f"{line}\n" for line in lines))
 
@@ -29,8 +29,8 @@ def read_taxonomy(path: str | os.PathLike[str]) -> list[TaxonomyRow]:
     """Read ``taxonomy.jsonl``.
 
     Raises:
-        RamoeError: ``file:line: what`` for a line that is no JSON, lacks a key, has a value of the wrong type or a
-            category at odds with the two outcomes, or repeats an (id, language).
+        RamoeError: with file and line, for a line that is not JSON, lacks a key, has a value of the wrong
+            type, has a category that contradicts the two outcomes, or repeats an (id, language).
     """
     rows: list[TaxonomyRow] = []
     again = "score the examples again (ramoe taxonomy)"
@@ -38,7 +38,8 @@ def read_taxonomy(path: str | os.PathLike[str]) -> list[TaxonomyRow]:
         row = TaxonomyRow(**{key: found[key] for key in _TAXONOMY_TYPES})
         if found.get("category") != row.category:
             raise RamoeError(
-                f"{where}: key 'category': found {found.get('category')!r}, expected {row.category!r} by the two outcomes; {again}"
+                f"{where}: key 'category': found {found.get('category')!r}, "
+                f"expected {row.category!r} by the two outcomes; {again}"
             )
         rows.append(row)
     return rows
@@ -48,27 +49,31 @@ def read_examples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read ``evaluations/NAME.jsonl``: rows with id, task, language (str) and correct (bool).
 
     Raises:
-        RamoeError: ``file:line: what``, as `read_taxonomy`.
+        RamoeError: with file and line, as `read_taxonomy`.
     """
     return [found for _, found in _records(path, _EXAMPLE_TYPES, "evaluate again (ramoe evaluate)")]
 
 
 def first_line(path: str | os.PathLike[str]) -> str:
-    """The first line that is not blank, to tell a file's kind by; raises RamoeError when there is none."""
+    """The first line that is not blank; raises RamoeError for a file without such a line."""
     for _, line in _lines(path):
         return line
-    raise RamoeError(f"{path}: no rows, expected one a line; run the stage that writes it again")
+    raise RamoeError(f"{path}: no rows, expected one per line; run the stage that writes the file again")
 
 
-def _records(path: str | os.PathLike[str], types: Mapping[str, type], again: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) for every line, its keys checked for their types and (id, language) for being unique."""
+def _records(
+    path: str | os.PathLike[str], types: Mapping[str, type], again: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of every line. Checks the types of the keys and that (id, language) is unique."""
     seen: dict[tuple[str, str], int] = {}
     for number, line in _lines(path):
         where = f"{path}:{number}"
         try:
             found = json.loads(line)
         except json.JSONDecodeError as error:
-            raise RamoeError(f"{where}: column {error.colno}: {error.msg}, expected one JSON object; {again}") from error
+            raise RamoeError(
+                f"{where}: column {error.colno}: {error.msg}, expected one JSON object; {again}"
+            ) from error
         if not isinstance(found, dict):
             raise RamoeError(f"{where}: found {type(found).__name__}, expected one JSON object; {again}")
         refuse_unwritable(found, where)
@@ -78,24 +83,35 @@ def _records(path: str | os.PathLike[str], types: Mapping[str, type], again: str
                 raise RamoeError(f"{where}: key {key!r}: found {value}, expected {kind.__name__}; {again}")
         first = seen.setdefault((found["id"], found["language"]), number)
         if first != number:
-            raise RamoeError(f"{where}: id {found['id']!r} in {found['language']!r} stands on line {first} already; {again}")
+            raise RamoeError(
+                f"{where}: id {found['id']!r} in {found['language']!r} is on line {first} already; {again}"
+            )
         yield where, found
     if not seen:
-        raise RamoeError(f"{path}: no rows, expected one a line; {again}")
+        raise RamoeError(f"{path}: no rows, expected one per line; {again}")
 
 
 def _lines(path: str | os.PathLike[str], whole: bool = False) -> Iterator[tuple[int, str]]:
-    """(number, line) of those that are not blank. With `whole` all lines as they are, since a cell may hold a
-    blank one; a last line without a line end is then refused: a number may be cut short."""
+    """(number, line) of the lines that are not blank.
+
+    With ``whole``, all lines unchanged, because a cell of a CSV file may contain blank lines. A last line
+    without a line end is then an error, because its last number may be cut short.
+    """
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if whole and not line.endswith("\n"):
-                    raise RamoeError(f"{path}:{number}: no line end, so the file was cut short; run the stage that writes it again")
+                    raise RamoeError(
+                        f"{path}:{number}: no line end, so the file was cut short; "
+                        "run the stage that writes the file again"
+                    )
                 if whole or line.strip():
                     yield number, line if whole else line.rstrip()
     except OSError as error:
-        raise RamoeError(f"{path}: cannot be read ({error.strerror}); check the path, or run the stage that writes it") from error
+        raise RamoeError(
+            f"{path}: cannot be read ({error.strerror}); check the path, "
+            "or run the stage that writes the file"
+        ) from error
     except UnicodeDecodeError as error:
         raise RamoeError(f"{path}: not UTF-8 text at byte {error.start}; give the right file") from error
 
@@ -113,8 +129,8 @@ def read_divergence(path: str | os.PathLike[str]) -> list[DivergenceRow]:
     """Read ``divergence.csv``.
 
     Raises:
-        RamoeError: ``file:line: what`` for other columns or a value that is no number; also when the layers of a
-            language do not run 0, 1, ...
+        RamoeError: with file and line, for other columns or a value that is not a number; also when the
+            layers of a language are not 0, 1, ...
     """
     reader = csv.DictReader(line for _, line in _lines(path, whole=True))
     if reader.fieldnames is None or list(reader.fieldnames) != _DIVERGENCE_COLUMNS:
@@ -144,7 +160,10 @@ def read_divergence(path: str | os.PathLike[str]) -> list[DivergenceRow]:
     deepest = max((len(found) for found in layers.values()), default=0)
     for language, found in layers.items():
         if found != list(range(deepest)):
-            raise RamoeError(f"{path}: language {language!r} has MoE layers {found}, expected 0 to {deepest - 1}; profile again")
+            raise RamoeError(
+                f"{path}: language {language!r} has MoE layers {found}, expected 0 to {deepest - 1}; "
+                "profile again"
+            )
     if not rows:
         raise RamoeError(f"{path}: no rows, expected one per language and MoE layer; profile again")
     return rows

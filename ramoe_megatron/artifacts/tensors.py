@@ -1,6 +1,6 @@
-"""What the two safetensors artefacts share: the model's shape, and reading and writing tensors with checks.
+"""Common parts of the safetensors artefacts: the model's shape, and checked reading and writing of tensors.
 
-The files hold tensors and one JSON text, under the metadata key "ramoe"; never pickle.
+The files have tensors and one JSON text under the metadata key "ramoe". The files never contain pickle.
 """
 
 import json
@@ -19,22 +19,22 @@ from ramoe_megatron.artifacts.files import FORMATS, atomic_write, check_document
 from ramoe_megatron.errors import RamoeError
 
 TOKENS = ("prompt", "response", "all", "last")
-"""Token choices of pooling; ``last`` is the last prompt token."""
+"""The tokens to pool over; ``last`` is the last token of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What must agree between a model and the artefacts profiled on it."""
+    """The properties that must agree between a model and the artefacts profiled on it."""
 
     num_moe_layers: int
     num_experts: int
     topk: int
     score_function: str
-    """softmax, or sigmoid (where the distribution is the scores divided by their sum: our reading)."""
+    """softmax or sigmoid. With sigmoid, the distribution is the scores divided by their sum (our reading)."""
     hidden_size: int
 
     def check(self, path: Path | None, **model: int | str) -> None:
-        """Raise RamoeError, naming every difference, unless the given fields of the model at hand equal these."""
+        """Raise RamoeError, with every difference, unless these fields of the model agree with the file."""
         differences = [
             f"{name} is {getattr(self, name)!r} in the file, {value!r} in the model"
             for name, value in model.items()
@@ -42,21 +42,25 @@ class ModelShape:
         ]
         if differences:
             raise RamoeError(
-                f"{path}: made from another model: {'; '.join(differences)}. Profile this checkpoint (ramoe profile), "
-                f"or give the file that was profiled on it"
+                f"{path}: made from another model: {'; '.join(differences)}. "
+                "Profile this checkpoint (ramoe profile), or give the file that was profiled on it"
             )
 
 
 def shape_from(meta: Mapping[str, Any]) -> ModelShape:
-    """The shape fields of an artefact's metadata; KeyError when one is absent."""
+    """The shape in an artefact's metadata; raises KeyError when a field is absent."""
     return ModelShape(**{f.name: meta[f.name] for f in fields(ModelShape)})
 
 
-def save_tensors(path: str | os.PathLike[str], format_name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+def save_tensors(
+    path: str | os.PathLike[str], format_name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> None:
     """Write a safetensors file of this format, whole or not at all."""
     text = json.dumps({"format": format_name, "version": FORMATS[format_name][0], **meta}, ensure_ascii=False)
     with atomic_write(path) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"ramoe": text})
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"ramoe": text}
+        )
 
 
 def open_tensors(path: Path, format_name: str) -> tuple[Any, dict[str, Any]]:
@@ -66,23 +70,30 @@ def open_tensors(path: Path, format_name: str) -> tuple[Any, dict[str, Any]]:
         The open file (``keys``, ``get_tensor``, ``get_slice``) and its metadata.
 
     Raises:
-        RamoeError: when the file is missing, cut short, no safetensors, or of another format or version.
+        RamoeError: the file is missing, is cut short, is not safetensors, or has another format or version.
     """
     handle, meta = open_any(path, format_name)
     return handle, check_document(path, meta, format_name)
 
 
 def open_any(path: Path, expected: str) -> tuple[Any, Any]:
-    """`open_tensors` without the check of format and version; ``expected`` is for the message only."""
+    """`open_tensors` without the check of format and version; ``expected`` is used in messages only."""
     try:
         handle = safe_open(path, framework="pt")
     except FileNotFoundError as error:
-        raise RamoeError(f"{path}: no such file; check the path, or make it with ramoe profile") from error
+        raise RamoeError(
+            f"{path}: no such file; check the path, or make the file with ramoe profile"
+        ) from error
     except (SafetensorError, OSError) as error:
-        raise RamoeError(f"{path}: not a whole safetensors file ({error}); it was cut short or is something else: profile again") from error
+        raise RamoeError(
+            f"{path}: not a whole safetensors file ({error}); the file was cut short or has another format: "
+            "profile again"
+        ) from error
     text = (handle.metadata() or {}).get("ramoe")
     if text is None:
-        raise RamoeError(f"{path}: a safetensors file without ramoe metadata, expected {expected}; give the right file")
+        raise RamoeError(
+            f"{path}: a safetensors file without ramoe metadata, expected {expected}; give the right file"
+        )
     try:
         return handle, json.loads(text)
     except json.JSONDecodeError as error:
@@ -90,7 +101,7 @@ def open_any(path: Path, expected: str) -> tuple[Any, Any]:
 
 
 def bad_metadata(path: Path, error: Exception) -> RamoeError:
-    """The refusal of a file whose metadata lacks a key or holds the wrong type."""
+    """The error for metadata that lacks a key or has a value of the wrong type."""
     return RamoeError(f"{path}: bad metadata ({type(error).__name__}: {error}); profile again")
 
 
@@ -99,4 +110,6 @@ def check_tensor(path: Path, name: str, tensor: Tensor, shape: tuple[int, ...]) 
     if tuple(tensor.shape) != shape:
         raise RamoeError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {shape}; profile again")
     if not bool(torch.isfinite(tensor).all()):
-        raise RamoeError(f"{path}: {name} holds values that are not finite; check the checkpoint, then profile again")
+        raise RamoeError(
+            f"{path}: {name} has values that are not finite; check the checkpoint, then profile again"
+        )

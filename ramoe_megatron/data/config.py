@@ -1,4 +1,4 @@
-"""Configs of the data jobs: frozen dataclasses filled from JSON, with unknown keys refused."""
+"""Configs of the data jobs: frozen dataclasses read from JSON. Unknown keys are errors."""
 
 import difflib
 import json
@@ -13,11 +13,11 @@ from ramoe_megatron.errors import RamoeError
 
 
 def config_from_mapping[T](kind: type[T], values: Mapping[str, Any]) -> T:
-    """A config dataclass from its field values; lists become tuples, numbers are checked.
+    """A config dataclass from its field values. Lists become tuples; types are checked.
 
     Raises:
-        RamoeError: for an unknown key (with the nearest valid one), a value of the wrong type or out of
-            range, or text that is no Unicode.
+        RamoeError: a key is unknown (the message suggests the nearest key), a value has the wrong type or is
+            out of range, or text is not valid Unicode.
     """
     refuse_unwritable(values, kind.__name__)
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
@@ -36,7 +36,7 @@ def config_from_mapping[T](kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def config_from_json[T](kind: type[T], text: str) -> T:
-    """A config from a JSON object given as text (`{...}`) or as the name of a file that holds one."""
+    """A config from a JSON object, given as text (``{...}``) or as the path of a JSON file."""
     try:
         values = json.loads(text) if text.lstrip().startswith("{") else read_json(text)
     except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning samples for Megatron: padded, with the loss on the response only."""
+"""Samples of supervised fine-tuning for Megatron: padded, with the loss on the response only."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,19 +12,23 @@ from ramoe_megatron.data.sampler import order
 from ramoe_megatron.errors import RamoeError
 
 SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
-"""What an item has for each row of its sequence."""
+"""The tensors of a sample with one entry per token."""
 
 
 class EncodedExamples:
-    """Examples tokenised once, kept as one flat int32 array.
+    """Examples tokenised once, stored in one flat int32 array.
 
-    Attributes: `eod`, and `lengths`, int64 [examples]: input tokens of each (all but the last, which is only ever a label).
+    Attributes:
+        eod: id of the end-of-document token.
+        lengths: number of input tokens of each example, int64 [examples]. The last token is never an input,
+            only a label, and does not count.
     """
 
     def __init__(self, examples: Sequence[Example], tokenizer: Tokenizer, seq_length: int) -> None:
         """
         Raises:
-            RamoeError: for examples longer than `seq_length` (their count and the longest).
+            RamoeError: examples are longer than ``seq_length``. The message gives their count and the
+                longest.
         """
         self.eod = tokenizer.eod
         encoded = [encode(example, tokenizer) for example in examples]
@@ -33,38 +37,45 @@ class EncodedExamples:
         if len(too_long):
             worst, longest = examples[int(self.lengths.argmax())], self.lengths.max()
             raise RamoeError(
-                f"{len(too_long)} of {len(examples)} examples are longer than --seq-length {seq_length}. The longest "
-                f"(id {worst.id!r}, language {worst.language!r}) needs {longest}. Set --seq-length to at "
-                f"least {longest}, or drop the ids of the long examples in every language."
+                f"{len(too_long)} of {len(examples)} examples are longer than --seq-length {seq_length}. "
+                f"The longest (id {worst.id!r}, language {worst.language!r}) needs {longest}. "
+                f"Set --seq-length to at least {longest}, or drop the ids of the long examples in every "
+                "language."
             )
         self._prompt_lengths = np.array([e.prompt_length for e in encoded], dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self.lengths + 1)])
-        self._ids = np.fromiter((i for e in encoded for i in e.ids), dtype=np.int32, count=int(self._starts[-1]))
+        self._ids = np.fromiter(
+            (i for e in encoded for i in e.ids), dtype=np.int32, count=int(self._starts[-1])
+        )
 
     @property
     def loss_tokens(self) -> np.ndarray:
-        """Tokens of each example that the loss is taken on, int64 [examples]."""
+        """Number of tokens with a loss in each example, int64 [examples]."""
         return self.lengths + 1 - np.maximum(self._prompt_lengths, 1)
 
     def __getitem__(self, example: int) -> Encoded:
-        """The token ids of one example, by its place among the examples."""
+        """The token ids of one example, by its index."""
         ids = self._ids[self._starts[example] : self._starts[example + 1]]
         return Encoded(ids.tolist(), int(self._prompt_lengths[example]))
 
 
 class SFTDataset(torch.utils.data.Dataset):
-    """Samples of S = `seq_length` tokens, one example each, drawn by `sampler.order`.
+    """Samples of S = ``seq_length`` tokens with one example each, in the order of `sampler.order`.
 
     A sample is a dict of tensors:
         tokens, labels  int64 [S]: ids[:-1] and ids[1:] of prompt + response + eod, padded with eod
-        loss_mask       float32 [S]: 1 where the label is a token of the response or its eod, else 0
+        loss_mask       float32 [S]: 1 where the label is a token of the response or its eod, otherwise 0
         position_ids    int64 [S]: 0 .. S-1
-        prompt_length   int64 []: tokens of the prompt (its last one stands at prompt_length - 1)
-        length          int64 []: tokens that are real input; the rest is padding
-        example         int64 []: index into `examples`
-    An empty prompt leaves the first token of the response without a prediction, since there is nothing to predict it from.
+        prompt_length   int64 []: number of prompt tokens; the last prompt token is at prompt_length - 1
+        length          int64 []: number of input tokens; the rest is padding
+        example         int64 []: index into ``examples``
 
-    Attributes: `examples`, `encoded`, and `order`, int64 [num_samples], the example index of every sample.
+    With an empty prompt, the first token of the response has no loss, because no token comes before it.
+
+    Attributes:
+        examples: the examples.
+        encoded: their `EncodedExamples`.
+        order: the example index of every sample, int64 [num_samples].
     """
 
     def __init__(
@@ -79,7 +90,7 @@ class SFTDataset(torch.utils.data.Dataset):
     ) -> None:
         """
         Args:
-            encoded: the examples, where they are tokenised already.
+            encoded: the tokenised examples, if they exist already.
 
         Raises:
             RamoeError: as `EncodedExamples` and `sampler.order`.
@@ -93,15 +104,15 @@ class SFTDataset(torch.utils.data.Dataset):
         return len(self.order)
 
     def draws(self, sample: int) -> int:
-        """Which draw of `order` a sample holds."""
+        """The index into ``order`` of a sample."""
         return sample
 
     def drawn(self, samples: int) -> np.ndarray:
-        """The example of each draw in the first `samples` samples, int64."""
+        """The example index of each draw in the first ``samples`` samples, int64 [draws]."""
         return self.order[:samples]
 
     def global_batches(self, global_batch_size: int) -> np.ndarray:
-        """The global batch that each draw belongs to, int64 [draws]."""
+        """The global batch of each draw, int64 [draws]."""
         return np.arange(len(self.order)) // global_batch_size
 
     def __getitem__(self, sample: int) -> dict[str, Tensor]:
@@ -110,12 +121,12 @@ class SFTDataset(torch.utils.data.Dataset):
 
 
 def pad(encoded: Encoded, seq_length: int, eod: int) -> dict[str, Tensor]:
-    """One padded sample (see `SFTDataset`) without `example`; the ids must fit."""
+    """One padded sample, as in `SFTDataset` but without ``example``. The ids must fit into ``seq_length``."""
     length = len(encoded.ids) - 1
     ids = torch.full((seq_length + 1,), eod, dtype=torch.int64)
     ids[: length + 1] = torch.tensor(encoded.ids)
     loss_mask = torch.zeros(seq_length)
-    # the label at place j is token j + 1, so the place before the response predicts its first token
+    # The label at position j is token j + 1, so the position before the response predicts its first token.
     loss_mask[max(encoded.prompt_length - 1, 0) : length] = 1.0
     return {
         "tokens": ids[:-1].clone(),

@@ -208,7 +208,9 @@ def _tokenize(text: str, tokenizer: Tokenizer, start: bool = False) -> list[int]
 def _wrapping(tokenizer: Tokenizer) -> tuple[int, int]:
     """How many tokens the tokenizer puts before every text, and how many after."""
     wrap, letter = list(tokenizer.tokenize("")), list(tokenizer.tokenize("a"))
-    before = next((i for i, (one, other) in enumerate(zip(wrap, letter, strict=False)) if one != other), len(wrap))
+    before = next(
+        (i for i, (one, other) in enumerate(zip(wrap, letter, strict=False)) if one != other), len(wrap)
+    )
     return before, len(wrap) - before
 
 
@@ -237,7 +239,9 @@ def _ending(tail: str, tokenizer: Tokenizer) -> tuple[list[int], str]:
     texts = [tokenizer.detokenize([token]).strip() for token in ids]
     first = next((n for n, text in enumerate(texts) if text), None)
     ends = [n for n, token in enumerate(ids) if token == tokenizer.eod]
-    if first is not None and [texts[first]] == tail.split()[:1]:  # one token writes the first word of the tail
+    if (
+        first is not None and [texts[first]] == tail.split()[:1]
+    ):  # one token writes the first word of the tail
         ends.append(first)
     written = ids[: min(ends)] if ends else ids_of(tail.rstrip())
     return ids[min(ends) :] if ends else [], tokenizer.detokenize(written).strip()
@@ -285,7 +289,9 @@ def _refuse_equal_choices(example: Example, encoded: Sequence[Encoded]) -> None:
     for n, one in enumerate(encoded):
         if one in encoded[:n]:
             equal = [example.choices[encoded.index(one)], example.choices[n]]
-            raise RamoeError(f"{_name(example)}: the chat template writes the choices {equal} alike. {INSTEAD}")
+            raise RamoeError(
+                f"{_name(example)}: the chat template writes the choices {equal} alike. {INSTEAD}"
+            )
 
 
 def _name(example: Example) -> str:

@@ -1,4 +1,7 @@
-"""How many tokens an answer may take; and which examples no model can answer right, found before any forward pass."""
+"""The limit of new tokens of each answer, and the examples that no model can answer correctly.
+
+Such examples are found before any forward pass.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,29 +11,37 @@ from ramoe_megatron.data.encode import Tokenizer, decoding, encode_answer, encod
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 
-NEW_TOKENS = 16  # room for an answer that is spelt in more tokens than the gold one
+NEW_TOKENS = 16  # room for an answer with more tokens than the gold answer
 
 
-def new_token_limits(examples: Sequence[Example], tokenizer: Tokenizer, given: int | None, positions: int) -> list[int]:
-    """How many tokens greedy decoding may write for each example, once it is clear that each can be answered right.
+def new_token_limits(
+    examples: Sequence[Example], tokenizer: Tokenizer, given: int | None, positions: int
+) -> list[int]:
+    """The maximum number of generated tokens of each example. Checks that every example can be answered.
 
-    The limit is `given`, or else `NEW_TOKENS`, or as many as the longest gold answer and its end token take; for each example as far
-    as `positions` go. An example with choices has the limit 0: nothing is generated for it.
+    The limit is ``given``. Without ``given``, the limit is `NEW_TOKENS`, or more when the longest gold answer
+    and its end token need more. The limit of an example is lower when ``positions`` leaves less room, and 0
+    for an example with choices, which needs no generation.
 
     Args:
-        given: --ramoe-max-new-tokens.
-        positions: --max-position-embeddings.
+        examples: the examples to answer.
+        tokenizer: the tokenizer of the model.
+        given: value of --ramoe-max-new-tokens, or None.
+        positions: value of --max-position-embeddings.
 
     Raises:
-        RamoeError: for examples that no model can answer right, counted by reason and language: an empty prompt, a gold answer that
-            is none of the choices, a choice that comes twice, a gold answer without text or with text that the tokenizer cannot
-            write, a gold answer longer than the limit, a sequence longer than `positions`.
+        RamoeError: no model can answer some examples correctly. The message counts them by reason and
+            language. The reasons are an empty prompt, a gold answer that is not among the choices, a repeated
+            choice, a gold answer without text, a gold answer that the tokenizer cannot write, a gold answer
+            longer than the limit, and a sequence longer than ``positions``.
     """
     faults: dict[str, list[Example]] = {}
     room, needed = [0] * len(examples), [0] * len(examples)
     longest = 0
     for place, example in enumerate(examples):
-        encoded = encode_choices(example, tokenizer) if example.choices else [encode_answer(example, tokenizer)]
+        encoded = (
+            encode_choices(example, tokenizer) if example.choices else [encode_answer(example, tokenizer)]
+        )
         prompt = encoded[0].prompt_length
         if fault := _fault(example, tokenizer, [tuple(e.ids[prompt:]) for e in encoded], prompt):
             faults.setdefault(fault, []).append(example)
@@ -45,26 +56,37 @@ def new_token_limits(examples: Sequence[Example], tokenizer: Tokenizer, given: i
         faults[_CUT] = short
     if faults:
         values = {"longest": longest, "positions": positions, "most": most, "needed": max(needed)}
-        reasons = "; ".join(f"{_by_language(wrong)}: {fault.format(**values)}" for fault, wrong in faults.items())
+        reasons = "; ".join(
+            f"{_by_language(wrong)}: {fault.format(**values)}" for fault, wrong in faults.items()
+        )
         count = sum(map(len, faults.values()))
         raise RamoeError(
-            f"{count} of {len(examples)} examples can never be answered right. {reasons}. Correct the rows, or drop their ids in "
-            "every language."
+            f"{count} of {len(examples)} examples can never be answered right. {reasons}. "
+            "Correct the rows, or drop their ids in every language."
         )
     return [min(most, tokens) for tokens in room]
 
 
 _TOO_LONG = "prompt and answer take up to {longest} tokens, more than --max-position-embeddings {positions}"
 _CUT = (
-    "the gold answer and its end token take up to {needed} tokens, more than --ramoe-max-new-tokens {most} (give {needed} or more, or "
-    "leave the flag out)"
+    "the gold answer and its end token take up to {needed} tokens, more than --ramoe-max-new-tokens {most} "
+    "(give {needed} or more, or leave the flag out)"
 )
 
 
-def _fault(example: Example, tokenizer: Tokenizer, answers: Sequence[tuple[int, ...]], prompt: int) -> str | None:
-    """Why an example cannot be answered right, whatever the limits; `answers`: ids of its choices, or of the gold answer, with the end."""
+def _fault(
+    example: Example, tokenizer: Tokenizer, answers: Sequence[tuple[int, ...]], prompt: int
+) -> str | None:
+    """Why no model can answer an example correctly, apart from limits of length; None if a model can.
+
+    Args:
+        example: the example.
+        tokenizer: the tokenizer of the model.
+        answers: token ids of the choices, or of the gold answer; each with the end token.
+        prompt: number of prompt tokens.
+    """
     if prompt == 0:
-        return "the prompt has no token, so nothing predicts the answer's first one"
+        return "the prompt has no token, so nothing predicts the answer's first token"
     if example.choices:
         if example.answer not in example.choices:
             return "the gold answer is none of the choices"
@@ -72,9 +94,16 @@ def _fault(example: Example, tokenizer: Tokenizer, answers: Sequence[tuple[int, 
     if not normalise_answer(example.answer, example.language):
         return "the gold answer has no text"
     written = decoding(example, tokenizer).answer(list(answers[0][:-1]), tokenizer)
-    return None if is_correct(written, example.answer, example.language) else "the tokenizer cannot write the gold answer"
+    return (
+        None
+        if is_correct(written, example.answer, example.language)
+        else "the tokenizer cannot write the gold answer"
+    )
 
 
 def _by_language(examples: Sequence[Example]) -> str:
-    counts = ", ".join(f"{count} in {language}" for language, count in sorted(Counter(e.language for e in examples).items()))
-    return f"{counts} (ids {', '.join(dict.fromkeys(e.id for e in examples[:3]))}{', ...' if len(examples) > 3 else ''})"
+    counts = ", ".join(
+        f"{count} in {language}" for language, count in sorted(Counter(e.language for e in examples).items())
+    )
+    ids = ", ".join(dict.fromkeys(example.id for example in examples[:3]))
+    return f"{counts} (ids {ids}{', ...' if len(examples) > 3 else ''})"

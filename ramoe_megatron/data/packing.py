@@ -1,4 +1,4 @@
-"""Several samples in one sequence (packed, THD), so that a fine-tuning step is not mostly padding."""
+"""Packed samples (THD format): several samples share a sequence, which avoids most of the padding."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,20 +13,29 @@ from ramoe_megatron.data.sampler import order
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """Packs of S = `seq_length` tokens, filled with whole samples in the order of the draws.
+    """Packs of S = ``seq_length`` tokens, filled with whole samples in the order of the draws.
 
     A pack of K samples is a dict of tensors:
-        tokens, labels, loss_mask, position_ids     [S], as of `SFTDataset`, sample after sample; positions start at 0 in each
-        prompt_length, length, example              int64 [K], as of `SFTDataset`
-        start           int64 [K]: the first row of each sample
-        cu_seqlens      int32 [K + 1 or K + 2]: borders of the samples from 0 to S; what is left at the end is a segment of padding
-        max_seqlen      int64 []: the longest segment
-        sample_share    float32 []: packs / samples of the global batch that the pack belongs to, so that a mean over packs of
-                        (share times the sum over a pack's samples) is the mean over the samples of the global batch
+        tokens, labels, loss_mask, position_ids
+                        [S]: those of `SFTDataset`, one sample after another; the positions of each sample
+                        start at 0
+        prompt_length, length, example
+                        int64 [K]: those of `SFTDataset`
+        start           int64 [K]: position of the first token of each sample
+        cu_seqlens      int32 [K + 1 or K + 2]: borders of the samples from 0 to S. Free room at the end is a
+                        last segment of padding
+        max_seqlen      int64 []: length of the longest segment
+        sample_share    float32 []: packs / samples in the global batch of this pack. The mean over packs of
+                        (sample_share * sum over the samples of a pack) is the mean over the samples
 
-    Packs follow the order of the draws (next fit), which keeps it a pure function of the seed: the samples of a global batch of packs are
-    consecutive draws, and resuming is slicing. Attributes: `examples`, `encoded`, `order` (int64 [draws]), `first` (int64 [packs + 1], the
-    first draw of each pack).
+    Packs are filled in the order of the draws (next fit). So packs depend only on the seed, the samples of a
+    global batch are consecutive draws, and a resumed run continues with the same packs.
+
+    Attributes:
+        examples: the examples.
+        encoded: their `EncodedExamples`.
+        order: the example index of every draw, int64 [draws].
+        first: the first draw of each pack, then the number of draws, int64 [packs + 1].
     """
 
     def __init__(
@@ -43,9 +52,9 @@ class PackedDataset(torch.utils.data.Dataset):
     ) -> None:
         """
         Args:
-            global_batch_size: in packs.
-            multiple: what the room of each sample is rounded up to (2 cp under context parallelism).
-            encoded: the examples, where they are tokenised already.
+            global_batch_size: number of packs in a global batch.
+            multiple: the length of each sample is padded to this multiple (2 cp under context parallelism).
+            encoded: the tokenised examples, if they exist already.
 
         Raises:
             RamoeError: as `SFTDataset`.
@@ -57,7 +66,7 @@ class PackedDataset(torch.utils.data.Dataset):
         while True:  # a longer order starts with the shorter one
             self.order = order(examples, count, seed, weights)
             self.first = next_fit(self.room[self.order], seq_length)
-            if len(self.first) > num_packs + 1 or num_packs == 0:  # the last one may be cut short
+            if len(self.first) > num_packs + 1 or num_packs == 0:  # the last pack may be incomplete
                 break
             count *= 2
         self.first = self.first[: num_packs + 1]
@@ -71,20 +80,20 @@ class PackedDataset(torch.utils.data.Dataset):
         return len(self.first) - 1
 
     def draws(self, pack: int) -> slice:
-        """Which draws of `order` a pack holds."""
+        """The slice of ``order`` of a pack."""
         return slice(int(self.first[pack]), int(self.first[pack + 1]))
 
     def drawn(self, packs: int) -> np.ndarray:
-        """The example of each draw in the first `packs` packs, int64."""
+        """The example index of each draw in the first ``packs`` packs, int64 [draws]."""
         return self.order[: self.first[packs]]
 
     def global_batches(self, global_batch_size: int) -> np.ndarray:
-        """The global batch that each draw belongs to, int64 [draws]."""
+        """The global batch of each draw, int64 [draws]."""
         return np.repeat(np.arange(len(self)) // global_batch_size, np.diff(self.first))
 
     @property
     def fill(self) -> float:
-        """Share of the packs' tokens that is not padding."""
+        """Share of the packs' tokens that are not padding, in [0, 1]."""
         return float(self.encoded.lengths[self.order].sum() / (len(self) * self._seq_length))
 
     def __getitem__(self, pack: int) -> dict[str, Tensor]:
@@ -94,7 +103,9 @@ class PackedDataset(torch.utils.data.Dataset):
         borders = np.concatenate([[0], np.cumsum(room)])
         rest = self._seq_length - int(borders[-1])
         filler = [pad(Encoded([self.encoded.eod], 0), rest, self.encoded.eod)] if rest else []
-        cu_seqlens = torch.from_numpy(np.concatenate([borders, [self._seq_length] * len(filler)]).astype(np.int32))
+        cu_seqlens = torch.from_numpy(
+            np.concatenate([borders, [self._seq_length] * len(filler)]).astype(np.int32)
+        )
         return {
             **{key: torch.cat([part[key] for part in [*parts, *filler]]) for key in SEQUENCE_KEYS},
             **{key: torch.stack([part[key] for part in parts]) for key in ("prompt_length", "length")},
@@ -107,10 +118,13 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """First draw of each pack when each draw goes into the open pack or, if it does not fit, opens the next; then the number of draws.
+    """The first draw of each pack under next-fit packing, then the number of draws. int64 [packs + 1]
+
+    Next fit adds each draw to the current pack, and starts a new pack for a draw that does not fit.
 
     Args:
-        lengths: of the draws, each at most `capacity`. [draws]
+        lengths: length of each draw, at most ``capacity``. [draws]
+        capacity: length of a pack.
     """
     first, used = [0], 0
     for draw, length in enumerate(lengths.tolist()):

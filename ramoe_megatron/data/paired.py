@@ -1,4 +1,4 @@
-"""Samples in pairs: each draw stands behind the anchor-language view of the same example, in one micro-batch."""
+"""Paired samples: each draw follows the anchor-language view of its example, in the same micro-batch."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,10 +14,11 @@ from ramoe_megatron.errors import RamoeError
 
 
 class PairedDataset(SFTDataset):
-    """An `SFTDataset` whose even places hold the anchor's view of the draw that follows, its loss masked throughout.
+    """An `SFTDataset` of pairs: an anchor-language view without loss, then the draw.
 
-    The draws are those of `SFTDataset`, in the same order, at the odd places: twice the batch trains on the same samples. A draw of the
-    anchor language is its own view. Micro-batches of an even size keep each pair together.
+    Even positions have the view, odd positions the draw. The draws and their order are those of `SFTDataset`,
+    so twice the batch size trains on the same samples. A draw in the anchor language is its own view. A
+    micro-batch of even size keeps each pair together.
     """
 
     def __init__(
@@ -33,12 +34,13 @@ class PairedDataset(SFTDataset):
     ) -> None:
         """
         Args:
-            views: the anchor-language examples; their ids find them.
-            num_samples: places, views included.
-            encoded: the examples and behind them the views, where they are tokenised already.
+            views: the anchor-language examples, matched by id.
+            num_samples: number of samples, views included.
+            encoded: the tokenised examples followed by the views, if they exist already.
 
         Raises:
-            RamoeError: as `SFTDataset`, or examples without a view (how many, the first five).
+            RamoeError: as `SFTDataset`; also when examples have no view. The message counts the examples and
+                names the first five.
         """
         draws = order(examples, -(-num_samples // 2), seed, weights)
         view_of = view_places(examples, views)
@@ -66,4 +68,6 @@ def view_places(examples: Sequence[Example], views: Sequence[Example]) -> np.nda
             f"{len(missing)} training examples have no view in the anchor language, first {', '.join(missing[:5])}: the target paired "
             "needs one of each; add them to the data, or use the target example"
         )
-    return np.array([n if e.language in anchors else place[e.id] for n, e in enumerate(examples)], dtype=np.int64)
+    return np.array(
+        [n if e.language in anchors else place[e.id] for n, e in enumerate(examples)], dtype=np.int64
+    )

@@ -1,8 +1,8 @@
-"""Parallel task data: rows with the same id say the same thing in different languages.
+"""Parallel task data: rows with the same id have the same content in different languages.
 
-One JSON object a line: `id`, `language`, `task`, `prompt` and `response` (trained on) or `messages`, `answer` (gold;
-without it the response), `choices` (optional), `split`. `data.sources` reads the rows of a file, a folder or
-a hub data set; a fault is told by file and line. Text is what the file says: "NA", "007" and "" are texts.
+A row has the fields of `Example`: ``id``, ``language``, ``task``, ``split``, ``prompt`` and ``response`` or
+``messages``, and optionally ``answer`` and ``choices``. `data.sources` reads the rows of a file, a folder or
+a hub data set. Errors name the file and the line. Text is never converted: "NA", "007" and "" are texts.
 """
 
 import json
@@ -18,31 +18,32 @@ from ramoe_megatron.errors import RamoeError
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One view (one language) of a parallel example."""
+    """One view of a parallel example: the example in one language."""
 
     id: str
-    """Shared by the views of one example; (id, language) is unique."""
+    """The same for all views of an example. Each (id, language) is unique."""
     language: str
-    """Any name of a language, for example "en" or "eng_Latn"."""
+    """Any name of the language, for example "en" or "eng_Latn"."""
     task: str
-    """The task; the views of one example share it."""
+    """Name of the task, the same for all views of an example."""
     prompt: str
-    """What the model is asked; may be empty (plain text). With `messages`: the contents before the last."""
+    """Input of the model; empty for plain text. With ``messages``: the contents of the earlier messages."""
     response: str
-    """What is trained on. With `messages`: the content of the last one."""
+    """Text to train on. With ``messages``: the content of the last message."""
     answer: str
-    """The gold answer: what greedy decoding is compared with, or one of `choices`."""
+    """Gold answer, compared with the model's greedy answer, or one of ``choices``. Default: ``response``."""
     choices: tuple[str, ...] | None
-    """With choices, scoring is by the log-likelihood of each choice as response."""
+    """Possible answers. With choices, the model's answer is the choice with the highest log-likelihood."""
     split: str
     """For example "train", "validation" or "test"."""
     messages: tuple[dict[str, str], ...] | None = None
-    """A conversation ("role", "content") whose last message is the assistant's; tokenised by the chat template."""
+    """A conversation, tokenised with the chat template. Each message has "role" and "content"; the last
+    message is the assistant's."""
 
 
 FIELDS = tuple(field.name for field in fields(Example))
 OPTIONAL = ("answer", "choices", "messages")
-"""Fields that a row may lack; of a CSV file, an empty cell there."""
+"""Fields that a row may lack. In a CSV file, an empty cell of such a field means that the field is absent."""
 
 
 def load_examples(
@@ -51,19 +52,19 @@ def load_examples(
     split: str | None = None,
     languages: Sequence[str] | None = None,
 ) -> list[Example]:
-    """Reads and checks the rows of all sources, in the order of the sources and of their rows.
+    """Reads and checks the rows of all sources, in the order of the sources and their rows.
 
     Args:
-        sources: files (.jsonl, .parquet, .csv), folders of such files (in sorted order), or hub names
-            ("owner/name" or "owner/name:configuration").
-        columns: our field name -> the source's column name, for sources that name them otherwise.
-        split: keep this split only (several as "train,test"); None keeps all.
-        languages: keep these languages only; None keeps all.
+        sources: files (.jsonl, .parquet, .csv, .arrow), folders with such files (read in sorted order), or
+            names of hub data sets ("owner/name" or "owner/name:configuration").
+        columns: our field name -> column name in the source, for sources with other column names.
+        split: keep only this split, or several splits as in "train,test"; None keeps all splits.
+        languages: keep only these languages; None keeps all languages.
 
     Raises:
-        RamoeError: for a missing or malformed source (file, line, column), a missing or mistyped field, two rows of one
-            (id, language), one id in two tasks, text that is no Unicode (half of a surrogate pair), a
-            language or split that no row has.
+        RamoeError: a source is missing or malformed (the message has the file, line and column), a field is
+            missing or has the wrong type, an (id, language) occurs twice, an id has two tasks, text is not
+            valid Unicode, or no row has a requested language or split.
     """
     for name in columns or {}:
         if name not in FIELDS:
@@ -78,8 +79,8 @@ def load_examples(
         key = (example.id, example.language)
         if key in places:
             raise RamoeError(
-                f"{place}: second row with id {example.id!r} and language {example.language!r}; the first is at "
-                f"{places[key]}. Give each example one row per language."
+                f"{place}: second row with id {example.id!r} and language {example.language!r}; "
+                f"the first is at {places[key]}. Give each example one row per language."
             )
         task, task_place = tasks.setdefault(example.id, (example.task, place))
         if task != example.task:
@@ -92,16 +93,26 @@ def load_examples(
     return select_examples(examples, split, languages, ", ".join(sources))
 
 
-def select_examples(examples: Sequence[Example], split: str | None, languages: Sequence[str] | None, where: str) -> list[Example]:
-    """The examples of the splits ("train,test"; None: all) and languages (None: all), in order; `where` names the data in errors.
+def select_examples(
+    examples: Sequence[Example], split: str | None, languages: Sequence[str] | None, where: str
+) -> list[Example]:
+    """The examples of some splits and languages, in their order.
+
+    Args:
+        examples: all examples.
+        split: the splits to keep, as in "train,test"; None keeps all splits.
+        languages: the languages to keep; None keeps all languages.
+        where: the name of the data, for messages.
 
     Raises:
-        RamoeError: a language or split that no example has.
+        RamoeError: no example has a requested language or split.
     """
     known = Counter(example.language for example in examples)
     for language in languages or ():
         if language not in known:
-            raise RamoeError(f"unknown language {language!r}: no row of {where} has it. Found: {_counts(known)}.")
+            raise RamoeError(
+                f"unknown language {language!r}: no row of {where} has it. Found: {_counts(known)}."
+            )
     kept = [example for example in examples if not languages or example.language in languages]
     if split is None:
         if not kept:
@@ -115,29 +126,33 @@ def select_examples(examples: Sequence[Example], split: str | None, languages: S
 
 
 def pair_with_anchor(examples: Iterable[Example], anchor: str) -> list[tuple[Example, Example]]:
-    """(anchor view, target view) for every view that is not in the anchor language, in the order of the targets.
+    """(anchor view, target view) for every view in another language than the anchor, in the order of the
+    views.
 
     Raises:
-        RamoeError: if no view is in the anchor language, or ids lack their anchor view (their count, the first five).
+        RamoeError: no view is in the anchor language, or ids have no view in the anchor language. The message
+            counts the ids and names the first five.
     """
     examples = list(examples)
     anchors = {example.id: example for example in examples if example.language == anchor}
     if not anchors:
         found = sorted({example.language for example in examples})
-        raise RamoeError(f"no row is in the anchor language {anchor!r}. Languages found: {', '.join(found) or 'none'}.")
+        raise RamoeError(
+            f"no row is in the anchor language {anchor!r}. Languages found: {', '.join(found) or 'none'}."
+        )
     targets = [example for example in examples if example.language != anchor]
     missing = list(dict.fromkeys(example.id for example in targets if example.id not in anchors))
     if missing:
         raise RamoeError(
-            f"{len(missing)} of {len({example.id for example in targets})} ids have no row in the anchor language "
-            f"{anchor!r}: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. "
+            f"{len(missing)} of {len({example.id for example in targets})} ids have no row in the anchor "
+            f"language {anchor!r}: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. "
             "Add those rows, with the same id and split, or drop the ids."
         )
     return [(anchors[example.id], example) for example in targets]
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as JSONL text: UTF-8 kept readable, keys in the order given."""
+    """Rows as JSONL text. Non-ASCII characters are not escaped; keys keep their order."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -179,8 +194,12 @@ def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> 
         answer = response
     choices = field("choices", required=False)
     if choices is not None:
-        if not (isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)):
-            raise RamoeError(f"{place}: field 'choices' is {choices!r}, expected a list of two or more strings.")
+        if not (
+            isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
+        ):
+            raise RamoeError(
+                f"{place}: field 'choices' is {choices!r}, expected a list of two or more strings."
+            )
         if answer not in choices:
             raise RamoeError(f"{place}: answer {answer!r} is none of the choices {choices!r}.")
         choices = tuple(choices)
@@ -195,12 +214,13 @@ def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> 
 
 def _messages(value: Any, place: str) -> tuple[dict[str, str], ...]:
     fits = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in value
     )
     if not fits or len(value) < 2 or value[-1]["role"] != "assistant" or not value[-1]["content"]:
         raise RamoeError(
-            f"{place}: field 'messages' must be a list of two or more objects with the strings 'role' and 'content', "
-            "of which the last has role 'assistant' and some content."
+            f"{place}: field 'messages' must be a list of two or more objects with the strings 'role' and "
+            "'content', of which the last has role 'assistant' and some content."
         )
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
 

@@ -1,4 +1,4 @@
-"""Which example the i-th draw of training takes: a pure function of (seed, i), so that resuming is slicing."""
+"""The order of training examples: a pure function of the seed and the draw, so that a run can be resumed."""
 
 import math
 import zlib
@@ -16,18 +16,24 @@ def order(
 ) -> np.ndarray:
     """Indices into `examples`, int64 [num_samples].
 
-    The i-th entry depends on the examples, the weights, the seed and i alone: a longer order starts with the shorter
-    one, so Megatron's `consumed_samples` resumes it. Without weights it is seeded epochs over all examples. With
-    weights every draw takes a group at random by weight and the next example of that group's own seeded epochs, so each
-    epoch of a group visits each of its examples once.
+    The i-th entry depends only on the examples, the weights, the seed and i. So a longer order starts with
+    the shorter order, and Megatron's ``consumed_samples`` is enough to resume. Without weights, the order is
+    a sequence of shuffled epochs over all examples. With weights, each draw picks a group at random by
+    weight, and takes the next example of that group. Each group has a sequence of shuffled epochs, so each
+    epoch of a group has each of its examples once.
 
     Args:
-        weights: "TASK/LANGUAGE" pattern (`*`, `?`, `[...]`) -> weight, not negative; they are divided by their sum. A
-            group (all examples of one task and language) belongs to the first pattern that matches it. The weight of a
-            pattern is shared by its groups by size. Weight 0 leaves its groups out.
+        examples: the examples to draw from.
+        num_samples: number of draws.
+        seed: seed of the draws and the epochs.
+        weights: "TASK/LANGUAGE" pattern (with ``*``, ``?``, ``[...]``) -> weight, at least 0. Only ratios of
+            weights matter. A group is all examples of one task and language, and belongs to the first pattern
+            that matches. The groups of a pattern share its weight in proportion to their sizes. Weight 0
+            leaves out the groups.
 
     Raises:
-        RamoeError: if there is no example, a group that no pattern matches, a pattern without a group, a bad weight.
+        RamoeError: there is no example, a group matches no pattern, a pattern matches no group, or a weight
+            is invalid.
     """
     if not examples:
         raise RamoeError("no examples to sample from.")
@@ -36,7 +42,7 @@ def order(
     else:
         pools, shares = _pools(examples, weights)
     draws = np.random.default_rng([seed, 0]).random(num_samples)
-    # the last bound is open: rounding of the cumulative sum must not leave a draw without a pool
+    # Without the last bound, because rounding of the cumulative sum must not leave a draw without a pool.
     chosen = np.searchsorted(np.cumsum(shares)[:-1], draws, side="right")
     result = np.empty(num_samples, dtype=np.int64)
     for number, pool in enumerate(pools):
@@ -46,7 +52,7 @@ def order(
 
 
 def named_rng(seed: int, name: str) -> np.random.Generator:
-    """A generator of its own for every purpose, so that one more of them does not move the others."""
+    """A random generator for one purpose, so that a new purpose does not change the numbers of the others."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
@@ -61,19 +67,22 @@ def _pools(examples: Sequence[Example], weights: Mapping[str, float]) -> tuple[l
         if match is None:
             raise RamoeError(
                 f"sampling weights: no pattern matches the group {name!r} ({len(groups[group])} examples). "
-                f"Patterns: {', '.join(weights) or 'none'}. Add one (weight 0 leaves the group out)."
+                f"Patterns: {', '.join(weights) or 'none'}. Add a pattern for the group (weight 0 leaves the "
+                "group out)."
             )
         members[match].append(group)
     pools: list[np.ndarray] = []
     shares: list[float] = []
     for pattern, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
-            raise RamoeError(f"sampling weights: {pattern}={weight}, expected a finite number that is not negative.")
+            raise RamoeError(
+                f"sampling weights: {pattern}={weight}, expected a finite number that is not negative."
+            )
         if not members[pattern]:
             names = ", ".join("/".join(group) for group in sorted(groups))
             raise RamoeError(
-                f"sampling weights: the pattern {pattern!r} matches no group that an earlier pattern leaves. "
-                f"Groups (task/language): {names}."
+                f"sampling weights: the pattern {pattern!r} matches no group, "
+                f"or only groups of earlier patterns. Groups (task/language): {names}."
             )
         size = sum(len(groups[group]) for group in members[pattern])
         for group in members[pattern]:
@@ -86,7 +95,7 @@ def _pools(examples: Sequence[Example], weights: Mapping[str, float]) -> tuple[l
 
 
 def _epochs(size: int, count: int, seed: int, pool: int) -> np.ndarray:
-    """The first `count` places of endless epochs over `range(size)`, each epoch its own seeded permutation."""
+    """The first ``count`` entries of epochs over ``range(size)``; each epoch is a seeded permutation."""
     epochs = -(-count // size)
     parts = [np.random.default_rng([seed, 1, pool, epoch]).permutation(size) for epoch in range(epochs)]
     return np.concatenate(parts)[:count] if parts else np.empty(0, dtype=np.int64)

@@ -1,8 +1,8 @@
-"""Rows of a data source, each with the place it came from.
+"""Reading the rows of a data source, each row with its place in the source.
 
-This file reads JSONL, JSON and CSV, so that text is never taken for a number, a date or an absent value. The
-`datasets` library, which reads them with pandas, finds the files of a hub data set, and reads Parquet and
-Arrow files, whose columns have types.
+JSONL, JSON and CSV are read here, because the ``datasets`` library reads them with pandas, which may take
+text for a number, a date or an absent value. ``datasets`` finds the files of a hub data set, and reads
+Parquet and Arrow files, which have typed columns.
 """
 
 import csv
@@ -16,22 +16,25 @@ from typing import Any
 
 from ramoe_megatron.errors import RamoeError
 
-# suffix -> the name of its builder in `datasets`
+# suffix -> name of the builder in `datasets`
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".arrow")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 
 
 def read_source(source: str, optional: Collection[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) for each row of a file, a folder or a hub data set; the place is for messages ("FILE, line 3").
+    """(place, row) for each row of a file, a folder or a hub data set.
+
+    The place is for messages, for example "FILE, line 3".
 
     Args:
-        optional: columns that a row may lack. CSV has no other way to say so than an empty cell, which is
-            None in these columns; in any other column an empty cell is an empty text.
+        source: a path, or the name of a hub data set.
+        optional: columns that a row may lack. An empty CSV cell is None in these columns, and an empty text
+            in other columns.
 
     Raises:
-        RamoeError: for a source that is not there, a kind of file that is not read, a line that is no JSON
-            object, a CSV file that is not well formed.
+        RamoeError: the source does not exist, a file has an unknown suffix, a line is not a JSON object, or a
+            CSV file is malformed.
     """
     path = Path(source)
     if path.is_dir():
@@ -45,11 +48,13 @@ def read_source(source: str, optional: Collection[str] = ()) -> Iterator[tuple[s
     elif _HUB_NAME.fullmatch(source) and path.suffix not in {".json", *SUFFIXES}:
         yield from _read_hub(source, optional)
     else:
-        raise RamoeError(f"{source}: no such file or folder. Expected a path, or a hub name such as owner/name.")
+        raise RamoeError(
+            f"{source}: no such file or folder. Expected a path, or a hub name such as owner/name."
+        )
 
 
 def local_files(source: str) -> list[Path]:
-    """The files behind a path, in the order they are read; none for a hub name."""
+    """The data files at a path, in reading order; empty for a hub name."""
     path = Path(source)
     if path.is_dir():
         return sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
@@ -68,17 +73,23 @@ def _read_file(path: Path, optional: Collection[str]) -> Iterator[tuple[str, dic
 
 
 def _read_typed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # the library copies what it reads into a cache: a temporary one, so that nothing of the user's disk is kept
+    # The library writes a cache of the rows; a temporary cache leaves nothing on the user's disk.
     with tempfile.TemporaryDirectory() as cache:
         from datasets import load_dataset  # importing it takes seconds
 
         try:
             table = load_dataset(
-                BUILDERS[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+                BUILDERS[path.suffix],
+                data_files=str(path),
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
             )
             rows = table.to_list()
         except Exception as error:
-            raise RamoeError(f"{path}: not readable as {path.suffix[1:]}: {error.__cause__ or error}") from error
+            raise RamoeError(
+                f"{path}: not readable as {path.suffix[1:]}: {error.__cause__ or error}"
+            ) from error
     for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", row
 
@@ -111,22 +122,22 @@ def _read_hub(source: str, optional: Collection[str] = ()) -> Iterator[tuple[str
         else:
             rows = ((f"{place}, row {number}", row) for number, row in enumerate(found, 1))
         for where, row in rows:
-            # hub data sets keep the split beside the rows
+            # Hub data sets have the split as the name of the table, not as a column.
             yield where, {**row, "split": row.get("split") or str(split)}
 
 
 def _read_text(
     path: Path, where: str, config: Any, optional: Collection[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a CSV or JSON file of a hub data set, read by the settings that its card may give."""
+    """The rows of a CSV or JSON file of a hub data set. The only supported setting of a card is ``sep``."""
     where, sep = f"{where}, {path.name}", getattr(config, "sep", None)
     plain = type(config)(sep=sep) if sep else type(config)()
     ours = {"name", "version", "data_dir", "data_files", "description", "delimiter", "chunksize"}
     for key, value in vars(config).items():
         if key not in ours and value != getattr(plain, key):
             raise RamoeError(
-                f"{where}: the data set sets {key} to {value!r}, which is not read here; download it, and "
-                "give files."
+                f"{where}: the data set sets {key} to {value!r}, which is not supported; "
+                "download the data set, and give its files."
             )
     if sep:
         yield from _read_csv(path, where, optional, sep)
@@ -139,7 +150,7 @@ def _read_text(
 def _read_csv(
     path: Path, where: str, optional: Collection[str], sep: str = ","
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a CSV file: the first names the columns, and every cell is the text in the file."""
+    """The rows of a CSV file. The first row has the column names; every cell is the text in the file."""
     text = _decode(path.read_bytes(), where)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=sep, strict=True)
@@ -152,7 +163,8 @@ def _read_csv(
             return
         except csv.Error as error:
             raise RamoeError(
-                f"{place}: malformed CSV ({error}). A cell with {sep!r}, a quote or a line break is quoted."
+                f"{place}: malformed CSV ({error}). Quote each cell that has {sep!r}, "
+                "a quote or a line break."
             ) from error
         if not cells:
             continue
@@ -160,7 +172,7 @@ def _read_csv(
             columns = cells
             if twice := [column for column in columns if columns.count(column) > 1]:
                 raise RamoeError(
-                    f"{place}: two columns are called {twice[0]!r}. Give each column a name of its own."
+                    f"{place}: two columns are called {twice[0]!r}. Give each column a different name."
                 )
             continue
         if len(cells) != len(columns):
@@ -184,7 +196,7 @@ def _read_json(path: Path, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_jsonl(path: Path, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    # split at b"\n" alone: str.splitlines also splits at characters that JSON strings may hold
+    # Split at b"\n" only: str.splitlines also splits at characters that JSON strings may contain.
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
@@ -193,9 +205,10 @@ def _read_jsonl(path: Path, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
             row = json.loads(_decode(line, place, "utf-8-sig" if number == 1 else "utf-8"))
         except json.JSONDecodeError as error:
             raise RamoeError(
-                f"{place}, column {error.colno}: malformed JSON ({error.msg}). Expected one JSON object a line."
+                f"{place}, column {error.colno}: malformed JSON ({error.msg}). "
+                "Expected one JSON object per line."
             ) from error
-        yield place, _object(row, f"{place}, column 1", "one JSON object a line")
+        yield place, _object(row, f"{place}, column 1", "one JSON object per line")
 
 
 def _object(row: Any, place: str, expected: str) -> dict[str, Any]:
@@ -205,7 +218,7 @@ def _object(row: Any, place: str, expected: str) -> dict[str, Any]:
 
 
 def _decode(content: bytes, place: str, encoding: str = "utf-8-sig") -> str:
-    """The text of a file (with a byte order mark or without), or of a line in it."""
+    """The text of a file or line. A byte order mark at its start is dropped."""
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Training a SentencePiece tokenizer whose bytes depend on the texts and the size alone."""
+"""Training of a SentencePiece tokenizer. The bytes of the model depend only on the texts and the size."""
 
 import io
 from collections.abc import Iterable
@@ -8,18 +8,23 @@ from ramoe_megatron.errors import RamoeError
 EOD_ID = 2
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, whole: Iterable[str] = (), apart: str = "") -> bytes:
-    """A SentencePiece model with byte fallback, as bytes, for Megatron's `--tokenizer-type SentencePieceTokenizer`.
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, whole: Iterable[str] = (), apart: str = ""
+) -> bytes:
+    """A SentencePiece model as bytes, for Megatron's ``--tokenizer-type SentencePieceTokenizer``.
 
-    Text is kept as it is (no normalisation), so that detokenising gives it back. End of document is `</s>`, id 2.
+    The model has byte fallback and no normalisation, so detokenising returns the original text. The end of a
+    document is ``</s>``, id 2.
 
     Args:
-        texts: the training text, one sentence each.
-        whole: words that should be one piece each when they stand alone (codes); they are repeated in the text.
-        apart: characters that are always a piece of their own, so that a code keeps its piece beside punctuation.
+        texts: the training sentences.
+        vocab_size: number of pieces.
+        whole: words that should be one piece, such as codes. They are repeated in the training text.
+        apart: characters that are always separate pieces, so that a code next to punctuation remains one
+            piece.
 
     Raises:
-        RamoeError: when the text cannot fill (or does not fit) the vocabulary.
+        RamoeError: the vocabulary is too large or too small for the text.
     """
     import sentencepiece
 
@@ -28,7 +33,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole: Iterable[str] 
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),  # an iterator and a writer: file names would be stored in the model
+            sentence_iterator=iter(sentences),  # no file name, because the model would store it
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -41,10 +46,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole: Iterable[str] 
             eos_id=EOD_ID,
             pad_id=3,
             user_defined_symbols=list(apart),
-            num_threads=1,  # the order of the work is then the same everywhere
+            num_threads=1,  # for the same order of work on every machine
             max_sentence_length=1 << 16,
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise RamoeError(f"tokenizer: vocab_size {vocab_size} does not fit the training text: {error}") from error
+        raise RamoeError(
+            f"tokenizer: vocab_size {vocab_size} does not fit the training text: {error}"
+        ) from error
     return model.getvalue()

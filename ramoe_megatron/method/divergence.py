@@ -1,6 +1,6 @@
-"""Divergence of routing between languages over depth, and the alignment zone read off it (arXiv 2510.04694).
+"""Divergence of routing between languages over depth, and the alignment zone (arXiv 2510.04694).
 
-L MoE layers, E routed experts. Layers are 0-based places among the MoE layers. Natural logarithm.
+Shapes: L MoE layers, E routed experts. MoE layers are numbered from 0. Logarithms are natural.
 """
 
 import math
@@ -13,10 +13,10 @@ from torch import Tensor
 from ramoe_megatron.errors import RamoeError
 
 UNDEFINED_BELOW = 1e-8
-"""Denominators of `hjs` below this make a pair undefined (both distributions uniform)."""
+"""Below this denominator `hjs` is undefined for a pair: both distributions are then almost uniform."""
 
 MIN_DEPTH = 0.2
-"""How far the floor of the curve must lie below its lower rim, as a share of that rim, to count as a U: our reading."""
+"""Least depth of a U: how far its floor lies below its lower rim, as a share of that rim (our reading)."""
 
 
 def hjs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,13 +24,13 @@ def hjs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         a: distributions over experts. [..., E]
-        b: likewise, broadcast against ``a``. [..., E]
+        b: distributions over experts, broadcast against ``a``. [..., E]
 
     Returns:
-        The value, [...], float64 in [0, 1], and whether it is defined, [...] bool. It is undefined where the
-        denominator is below 1e-8: the value is 0 there, to be left out and counted.
+        The value, float64 [...] in [0, 1], and whether the value is defined, bool [...]. A value is undefined
+        where the denominator is below 1e-8. An undefined value is 0; leave it out of means, and count it.
     """
-    # float64: near-uniform routing leaves a small difference of entropies both above and below the line.
+    # float64: with near-uniform routing, numerator and denominator are both small differences of entropies.
     a, b = a.double(), b.double()
     mean_entropy = (_entropy(a) + _entropy(b)) / 2
     jsd = _entropy((a + b) / 2) - mean_entropy
@@ -50,54 +50,61 @@ class DivergenceRow:
 
     language: str
     moe_layer: int
-    """0-based place among the MoE layers."""
+    """MoE layer, counted from 0."""
     layer_number: int
-    """Megatron's own, 1-based."""
+    """Megatron's layer number, counted from 1."""
     divergence: float | None
-    """Mean `hjs` over the defined pairs; None when there is none."""
+    """Mean `hjs` over the defined pairs; None without a defined pair."""
     pairs: int
-    """Parallel sequences that went into the mean."""
+    """Pairs of parallel sequences in the mean."""
     undefined_pairs: int
-    """Parallel sequences left out."""
+    """Pairs of parallel sequences with an undefined `hjs`."""
 
 
 class DivergenceCurve:
-    """Sums for the mean `hjs` per language and layer; their size does not grow with the data.
+    """Accumulates the mean `hjs` per language and layer, in memory that does not grow with the data.
 
-    Ranks that each saw a part of the data add up their ``sums`` (an all-reduce of one tensor).
+    When each rank holds a part of the data, all-reduce ``sums`` over the ranks.
     """
 
-    def __init__(self, languages: Sequence[str], num_moe_layers: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, languages: Sequence[str], num_moe_layers: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.languages = tuple(languages)
         self.sums = torch.zeros(len(self.languages), 3, num_moe_layers, dtype=torch.float64, device=device)
         """[languages, (sum of values, defined pairs, undefined pairs), L]"""
 
     def add(self, language: str, q_en: Tensor, q_tg: Tensor) -> None:
-        """Add n parallel sequences: pooled distributions of the English and the target view, [n, L, E] each.
+        """Add the pooled distributions of n parallel sequences, English and target language. [n, L, E] each
 
         Raises:
-            RamoeError: for a language that the curve was not made for.
+            RamoeError: the curve does not have this language.
         """
         if language not in self.languages:
-            raise RamoeError(f"divergence: found language {language!r}, expected one of {', '.join(self.languages)}")
+            raise RamoeError(
+                f"divergence: found language {language!r}, expected one of {', '.join(self.languages)}"
+            )
         value, defined = hjs(q_en, q_tg)
         counts = torch.stack([value.sum(0), defined.sum(0).double(), (~defined).sum(0).double()])
         self.sums[self.languages.index(language)] += counts.to(self.sums.device)
 
     def rows(self, layer_numbers: Sequence[int]) -> list[DivergenceRow]:
-        """The lines of ``divergence.csv``; ``layer_numbers[l]`` is Megatron's number of MoE layer l."""
+        """The rows of ``divergence.csv``; ``layer_numbers[l]`` is Megatron's number of MoE layer l."""
         rows = []
         for language, (total, pairs, undefined) in zip(self.languages, self.sums.tolist(), strict=True):
             for layer, number in enumerate(layer_numbers):
                 mean = total[layer] / pairs[layer] if pairs[layer] else None
-                rows.append(DivergenceRow(language, layer, number, mean, int(pairs[layer]), int(undefined[layer])))
+                rows.append(
+                    DivergenceRow(language, layer, number, mean, int(pairs[layer]), int(undefined[layer]))
+                )
         return rows
 
 
 def mean_curve(rows: Iterable[DivergenceRow]) -> Tensor:
     """Divergence by MoE layer, [L] float64: the unweighted mean over the languages (our reading).
 
-    A language without defined pairs at a layer does not count there; a layer without any language gives NaN.
+    A language without defined pairs at a layer is left out of that layer's mean. A layer without any defined
+    pair gives NaN.
     """
     by_layer: dict[int, list[float]] = {}
     for row in rows:
@@ -108,37 +115,42 @@ def mean_curve(rows: Iterable[DivergenceRow]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Zone:
-    """The MoE layers to align, first and last included."""
+    """The MoE layers to align, from ``first`` to ``last`` inclusive."""
 
     first: int
     last: int
     how: str
-    """Where it comes from: "auto", or the range as the user gave it."""
+    """Where the zone comes from: "auto", or the range as the user wrote it."""
     reason: str
-    """One sentence for a reader."""
+    """One sentence that explains the zone to the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoZone:
-    """The curve shows no zone; aligning needs an explicit range."""
+    """The curve shows no zone; the user has to give a range of layers."""
 
     reason: str
 
 
 def zone_from_curve(curve: Tensor) -> Zone | NoZone:
-    """The floor of the U that divergence makes over depth (arXiv 2510.04694 states the U, the rule is our reading).
+    """The alignment zone: the floor of the U that divergence forms over depth.
 
-    1. Each inner layer is replaced by the median of itself and its neighbours, so that one odd layer decides nothing.
-    2. The bottom is the lowest layer, the rims are the highest values on either side of it.
-    3. It is a U when the lower rim stands above the bottom by more than 20 % of its height (`MIN_DEPTH`). Otherwise the
-       curve is flat, falls or rises throughout, or is inverted, and there is no zone.
-    4. The zone is the run of layers around the bottom that lie no higher than half-way from bottom to lower rim.
+    The paper describes the U (arXiv 2510.04694). The rule below is our reading:
+
+    1. Replace each inner layer by the median of itself and its two neighbours, so that one outlier has no
+       effect.
+    2. The bottom is the lowest layer. The rims are the highest values on either side of the bottom.
+    3. The curve is a U when the bottom lies below the lower rim by more than 20 % of that rim (`MIN_DEPTH`).
+       Otherwise the curve is flat, monotonic or inverted, and there is no zone.
+    4. The zone is the run of layers around the bottom with values up to half-way between bottom and lower
+       rim.
 
     Args:
         curve: divergence by MoE layer. [L]
 
     Returns:
-        The zone, or why there is none. Scaling the curve does not change it, mirroring the curve mirrors it.
+        The zone, or the reason why there is no zone. Scaling the curve keeps the zone; mirroring the curve
+        mirrors the zone.
     """
     values = [float(v) for v in curve.tolist()]
     missing = [layer for layer, value in enumerate(values) if not math.isfinite(value)]
@@ -153,9 +165,9 @@ def zone_from_curve(curve: Tensor) -> Zone | NoZone:
     rim, floor = min(left, right), smooth[bottom]
     if rim - floor <= MIN_DEPTH * rim:
         return NoZone(_why_not_a_u(smooth, left, right))
-    level = floor + (rim - floor) / 2 * (1 + 1e-9)  # so that rounding does not part equal layers
+    level = floor + (rim - floor) / 2 * (1 + 1e-9)  # rounding must not separate equal layers
     first = last = bottom
-    while smooth[first - 1] <= level:  # stops inside: a rim above the level stands on either side
+    while smooth[first - 1] <= level:  # ends: both sides have a rim above the level
         first -= 1
     while smooth[last + 1] <= level:
         last += 1
@@ -174,6 +186,8 @@ def _why_not_a_u(smooth: list[float], left: float, right: float) -> str:
         return f"the divergence curve is flat: {low:.4f} to {high:.4f} over depth"
     edges = max(smooth[0], smooth[-1])
     if high - edges > MIN_DEPTH * high:
-        return f"the divergence curve is inverted: {high:.4f} inside, {smooth[0]:.4f} and {smooth[-1]:.4f} at the ends"
+        ends = f"{smooth[0]:.4f} and {smooth[-1]:.4f} at the ends"
+        return f"the divergence curve is inverted: {high:.4f} inside, {ends}"
     side, what = ("last", "falls towards") if right < left else ("first", "rises from")
-    return f"the divergence curve {what} the {side} layer ({smooth[0]:.4f} to {smooth[-1]:.4f}): it has one rim only"
+    values = f"{smooth[0]:.4f} to {smooth[-1]:.4f}"
+    return f"the divergence curve {what} the {side} layer ({values}): it has one rim only"

@@ -1,7 +1,4 @@
-"""The layers that a user names: a zone, a range, a depth, all of them, or all but those.
-
-Layers are 0-based places among the MoE layers.
-"""
+"""The value of ``--ramoe-layers``: which MoE layers are aligned. MoE layers are numbered from 0."""
 
 import math
 import re
@@ -13,11 +10,13 @@ from ramoe_megatron.method.divergence import NoZone, Zone
 
 
 def chosen_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | None = None) -> tuple[int, ...]:
-    """The MoE layers (0-based, ascending) of a ``--ramoe-layers`` value: ``all``, a range of `parse_layers`, or ``outside:`` and such a
-    range, for every layer but those.
+    """The MoE layers (0-based, ascending) of a ``--ramoe-layers`` value.
+
+    The value is ``all``, a range as in `parse_layers`, or ``outside:RANGE`` for all layers that are not in
+    the range.
 
     Raises:
-        RamoeError: as `parse_layers`, or when ``outside:`` leaves no layer.
+        RamoeError: as `parse_layers`, or when ``outside:RANGE`` leaves no layer.
     """
     everything, wanted = range(num_moe_layers), text.strip()
     if wanted == "all":
@@ -27,12 +26,14 @@ def chosen_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | Non
         return tuple(everything[first : last + 1])
     layers = tuple(layer for layer in everything if not first <= layer <= last)
     if not layers:
-        raise RamoeError(f"layers: {text!r} leaves none of the {num_moe_layers} MoE layers; give a smaller range")
+        raise RamoeError(
+            f"layers: {text!r} leaves none of the {num_moe_layers} MoE layers; give a smaller range"
+        )
     return layers
 
 
 def span(layers: Sequence[int], most: int | None = None) -> str:
-    """Layers for a reader: 7-9 for a run of them, else 2, 4, 6 (the first `most`)."""
+    """Layers as text: "7-9" for consecutive layers, otherwise the first ``most`` as "2, 4, 6"."""
     if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
     return ", ".join(map(str, layers[:most])) + (", ..." if most is not None and len(layers) > most else "")
@@ -44,14 +45,18 @@ _RANGE = re.compile(r"\s*(\d+|\d*\.\d+)\s*-\s*(\d+|\d*\.\d+)\s*")
 def parse_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | None = None) -> tuple[int, int]:
     """First and last MoE layer (0-based, inclusive) of a ``--ramoe-layers`` value.
 
-    ``auto`` takes ``auto_zone``. Two integers ("8-35") are MoE-layer numbers. Two decimals ("0.25-0.75") are depths in
-    [0, 1]: layer l of L stands at depth (l + 1/2) / L and is taken when that lies in the range, ends included; so
-    "0.0-1.0" is every layer and "0.25-0.75" of 24 layers is 6-17. "0-1" are integers: the first two layers.
+    - ``auto`` is ``auto_zone``.
+    - Two integers ("8-35") are numbers of MoE layers. "0-1" has integers: the first two layers.
+    - Two decimals ("0.25-0.75") are depths in [0, 1], ends included. Layer l of L has depth (l + 1/2) / L. So
+      "0.0-1.0" is every layer, and "0.25-0.75" of 24 layers is 6-17.
 
     Raises:
-        RamoeError: for another form, a range that is reversed, empty or outside the model, or ``auto`` without a zone.
+        RamoeError: the value has another form, the range is reversed, empty or outside the model, or ``auto``
+            has no zone.
     """
-    wanted = "expected auto, FIRST-LAST (0-based MoE layers, as in 8-35) or a range of depth (as in 0.25-0.75)"
+    wanted = (
+        "expected auto, FIRST-LAST (0-based MoE layers, as in 8-35) or a range of depths (as in 0.25-0.75)"
+    )
     if text.strip() == "auto":
         if isinstance(auto_zone, Zone):
             return _inside(text, auto_zone.first, auto_zone.last, num_moe_layers)
@@ -69,7 +74,10 @@ def parse_layers(text: str, num_moe_layers: int, auto_zone: Zone | NoZone | None
     first, last = math.ceil(low * num_moe_layers - half), math.floor(high * num_moe_layers - half)
     first, last = max(first, 0), min(last, num_moe_layers - 1)
     if first > last:
-        raise RamoeError(f"layers: {text!r} holds the middle of none of the {num_moe_layers} MoE layers; give a wider range")
+        raise RamoeError(
+            f"layers: {text!r} contains the middle of none of the {num_moe_layers} MoE layers; "
+            "give a wider range"
+        )
     return first, last
 
 

@@ -1,10 +1,10 @@
 """The alignment divergences of RA-MoE (arXiv 2605.28306), on pooled router distributions.
 
-Shape suffixes: T tokens, B sequences, E routed experts; "..." any leading dimensions (sequence, layer, ...).
-Natural logarithm throughout, so every divergence is in nats. The paper states what is aligned (the total routing mass
-on the task experts, and their relative allocation) but not the formula: the divergences here are our reading.
+Shape suffixes: T tokens, B sequences, E routed experts; "..." stands for any leading dimensions. Logarithms
+are natural, so every divergence is in nats. The paper says what is aligned: the total routing mass on the
+task experts, and their relative allocation. The paper gives no formula; the divergences here are our reading.
 
-All arithmetic is in float32, or in float64 for float64 input: half-precision input is widened first.
+Arithmetic is in float32, or in float64 for float64 input. Half-precision input is widened first.
 """
 
 from collections.abc import Callable
@@ -15,24 +15,27 @@ from torch import Tensor
 from ramoe_megatron.errors import RamoeError
 
 TINY = 1e-20
-"""Floor under every logarithm. Below it a probability counts as TINY and passes no gradient, so the gradient of any
-divergence stays under 1 / TINY, which float32 holds. A softmax reaches it at a logit gap of 46."""
+"""Floor under every logarithm. A probability below the floor counts as TINY and passes no gradient. So the
+gradient of any divergence stays below 1 / TINY, which float32 can hold. A softmax reaches the floor at a
+logit gap of 46."""
 
 
 def pool(p_TBE: Tensor, mask_TB: Tensor) -> tuple[Tensor, Tensor]:
     """Numerator and denominator of the pooled router distribution of each sequence (masked mean over tokens).
 
-    The two parts are returned apart because a sequence may lie on several ranks: sum both over them, then divide.
+    The two parts are returned separately because a sequence may be split over several ranks: sum each part
+    over the ranks, then divide.
 
     Args:
         p_TBE: router probabilities over all E experts, before top-k. [T, B, E]
         mask_TB: true (or non-zero) at the selected tokens. [T, B]
 
     Returns:
-        The sum of ``p`` over the selected tokens, [B, E], and their number, [B], both float32 (float64 for float64
-        input). A sequence without selected tokens gives zeros and 0: the caller decides what that means.
+        The sum of ``p`` over the selected tokens, [B, E], and the number of selected tokens, [B]. Both are
+        float32 (float64 for float64 input). A sequence without selected tokens gives zeros and 0; the caller
+        has to handle it.
     """
-    # A fill, not a (matrix) product: whatever stands at padding cannot leak in, and TF32 cannot round.
+    # A fill and no product: a value at padding (even NaN) cannot leak in, and TF32 cannot round.
     selected_TBE = _widen(p_TBE).masked_fill(~mask_TB.bool().unsqueeze(-1), 0.0)
     return selected_TBE.sum(dim=0), mask_TB.bool().sum(dim=0).to(selected_TBE.dtype)
 
@@ -53,17 +56,18 @@ def mass(q: Tensor, expert_mask: Tensor) -> Tensor:
 def lumped(q: Tensor, expert_mask: Tensor) -> Tensor:
     """The lumped distribution: one bin per task expert and one bin for everything else.
 
-    The number of task experts differs by layer, so every layer keeps E + 1 places: expert k's mass at place k where k
-    is in S, zero where it is not, and the mass of all the others at place E. Empty places add nothing to a divergence.
+    The number of task experts differs by layer, so every layer has E + 1 places. Place k holds the mass of
+    expert k if k is in S, and 0 otherwise. Place E holds the mass of all experts outside S. A place with 0
+    adds nothing to a divergence.
 
     Args:
         q: pooled router distribution. [..., E]
         expert_mask: true for the experts of S; broadcast against ``q``. [..., E]
 
     Returns:
-        [..., E + 1], summing to what ``q`` sums to.
+        [..., E + 1], with the same sum as ``q``.
     """
-    # The rest is summed, not taken as 1 - m: the difference would lose every digit when m is near 1.
+    # The rest is summed, because 1 - m loses all its digits when m is near 1.
     inside = _widen(q).masked_fill(~expert_mask.bool(), 0.0)
     rest = mass(q, ~expert_mask.bool())
     return torch.cat([inside, rest.unsqueeze(-1)], dim=-1)
@@ -72,25 +76,26 @@ def lumped(q: Tensor, expert_mask: Tensor) -> Tensor:
 def divergence(name: str, q_en: Tensor, q_tg: Tensor, expert_mask: Tensor) -> Tensor:
     """Divergence of the target language's pooled routing from the English one (our reading).
 
-    ``q_en`` is a constant: the gradient flows through ``q_tg`` only. Values and gradients are finite everywhere,
-    zeros included (see ``TINY``).
+    ``q_en`` is a constant: the gradient flows through ``q_tg`` only. Values and gradients are always finite,
+    also at zeros (see ``TINY``).
 
     Args:
-        name: one of ``DIVERGENCES``:
-            ``lumped-kl`` KL over the |S| + 1 lumped bins = KL of the masses + m_en * KL of the relative allocations;
-            ``mass`` the first of these two terms alone;
-            ``kl`` KL over all E experts;
-            ``js`` Jensen-Shannon over all E experts: symmetric, in [0, log 2] (SARA, arXiv 2606.25821).
+        name: one of ``DIVERGENCES``.
+            - ``lumped-kl``: KL over the |S| + 1 lumped bins, which equals the KL of the masses plus m_en
+              times the KL of the relative allocations.
+            - ``mass``: KL of the masses.
+            - ``kl``: KL over all E experts.
+            - ``js``: Jensen-Shannon over all E experts; symmetric, in [0, log 2] (SARA, arXiv 2606.25821).
         q_en: pooled English distribution, summing to 1 over the last dimension. [..., E]
-        q_tg: pooled distribution of the target-language sequence, likewise. [..., E]
+        q_tg: pooled target-language distribution, summing to 1 over the last dimension. [..., E]
         expert_mask: true for the task experts S; not used by ``kl`` and ``js``. [..., E]
 
     Returns:
-        [...] (the leading dimensions, broadcast), in nats, zero iff the compared distributions are equal. A layer
-        whose S is empty gives zero for ``lumped-kl`` and ``mass``: there is nothing to align.
+        In nats, [...] (the leading dimensions, broadcast); 0 iff the compared distributions are equal. A
+        layer with empty S gives 0 for ``lumped-kl`` and ``mass``: it has nothing to align.
 
     Raises:
-        RamoeError: for an unknown name.
+        RamoeError: the name is unknown.
     """
     if name not in _FORMULAS:
         raise RamoeError(f"divergence: found {name!r}, expected one of {', '.join(DIVERGENCES)}")
@@ -133,4 +138,4 @@ _FORMULAS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "js": _js,
 }
 DIVERGENCES = tuple(_FORMULAS)
-"""The names that `divergence` (and ``--ramoe-divergence``) accepts; a new one is an entry of the table above."""
+"""The names that `divergence` and ``--ramoe-divergence`` accept: the entries of `_FORMULAS`."""

@@ -1,9 +1,9 @@
 """Go or no-go before any training: ci share, divergence, and the transplant test.
 
-The transplant test is this project's own, no paper has it: without training, run the target-language prompt with the
-router probabilities that the model had on the parallel English prompt. The hypothesis: if English routing makes target
-answers better, routing is a bottleneck that alignment can widen. Our comparisons do not confirm the hypothesis: see
-`LIMITS`.
+The transplant test is our own, in no paper. Without training, the model answers the target-language prompt
+with the router probabilities that it had on the parallel English prompt. The hypothesis: if English routing
+improves the target answers, routing is a bottleneck that alignment can widen. Our comparisons do not confirm
+the hypothesis; see `LIMITS`.
 """
 
 import math
@@ -17,56 +17,59 @@ from ramoe_megatron.method.taxonomy import TaxonomyPair
 from ramoe_megatron.statistics import Difference, clustered_difference, paired_proportions
 
 PAPER_R = 0.70
-"""Pearson correlation of ci share and gain over task-language pairs (arXiv 2605.28306, which gives p = 0.001)."""
+"""Pearson correlation of ci share and gain over task-language pairs (arXiv 2605.28306, with p = 0.001)."""
 
 PAPER_N = 18
-"""Its number of points: 3 tasks x 6 languages, which fits r and p. Inferred, the paper does not state it."""
+"""Number of task-language pairs behind `PAPER_R`: 3 tasks x 6 languages, which fits r and p. The paper does
+not state the number; we infer it."""
 
 
 @dataclass(frozen=True, slots=True)
 class TransplantOutcome:
-    """One target-language example, answered twice by one checkpoint, without training between."""
+    """One target-language example, answered twice by one checkpoint: with its own and English routing."""
 
     id: str
     task: str
     language: str
     plain: bool
-    """Right with its own routing."""
+    """Whether the answer is correct with the example's own routing."""
     transplanted: bool
-    """Right with the routing of the parallel English prompt."""
+    """Whether the answer is correct with the routing of the parallel English prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class PredictionRow:
-    """One task and target language. Shares and accuracies in [0, 1]; None where nothing was measured."""
+    """One task and target language. Shares and accuracies are in [0, 1]; None means not measured."""
 
     task: str
     language: str
     n: int
     """Examples in the taxonomy."""
     ci_share: float
-    """Also the ceiling of what alignment can repair: the gain if every ci example became cc."""
+    """Share of ci examples. Also the largest possible gain: the gain if every ci example became cc."""
     ci_low: float
     ci_high: float
     divergence: float | None
-    """Mean of the language's divergence over the layers of the zone; the curve is not split by task."""
+    """Mean divergence of the language over the layers of the zone, over all tasks together."""
     target_accuracy: float | None
-    """With its own routing, over the examples of the transplant test."""
+    """Accuracy with the examples' own routing, over the examples of the transplant test."""
     transplant_accuracy: float | None
-    """With English routing."""
+    """Accuracy with English routing, over the same examples."""
     transplant_change: float | None
+    """transplant_accuracy - target_accuracy."""
     transplant_low: float | None
-    """95 % interval of the paired difference."""
+    """Lower end of the 95 % interval of the paired difference."""
     transplant_high: float | None
+    """Upper end of the 95 % interval of the paired difference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """``predict.json``: the table, the verdict, and what neither can tell."""
+    """``predict.json``: the table, the verdict, and the limits of both."""
 
     rows: tuple[PredictionRow, ...]
     verdict: dict[str, Any]
-    """``word`` (go, no-go or undecided), its ``reading`` and the numbers behind it."""
+    """``word`` (go, no-go or undecided), ``reading`` (the word explained), and the numbers behind them."""
     limits: tuple[str, ...]
 
     def document(self) -> dict[str, Any]:
@@ -85,33 +88,37 @@ def predict(
     """The go/no-go estimate.
 
     Args:
-        pairs: the taxonomy's counts.
-        divergence: the curve per language.
-        zone: first and last MoE layer (0-based, inclusive) to align.
-        outcomes: the transplant test, over the same layers; may be empty, the verdict is "undecided" then.
-        split: which of the taxonomy's splits to show.
+        pairs: the counts of the taxonomy.
+        divergence: the divergence curve of each language.
+        zone: first and last MoE layer to align, 0-based, inclusive.
+        outcomes: the transplant test in the layers of the zone. Without outcomes the verdict is "undecided".
+        split: the split of the taxonomy to show.
 
     Raises:
-        RamoeError: when the taxonomy holds nothing of this split.
+        RamoeError: the taxonomy has no rows of this split.
     """
     pairs = list(pairs)
     chosen = sorted((p for p in pairs if p.split == split), key=lambda p: (p.task, p.language))
     if not chosen:
         found = ", ".join(sorted({p.split for p in pairs})) or "none"
-        raise RamoeError(f"taxonomy: no pairs of split {split!r}, found {found}; score that split, or predict on another")
+        raise RamoeError(
+            f"taxonomy: no pairs of split {split!r}, found {found}; score that split, or predict on another"
+        )
     rows = tuple(_row(pair, divergence, zone, outcomes) for pair in chosen)
     return Prediction(rows, _verdict(rows, outcomes), LIMITS)
 
 
 def sign_word(change: Difference | None) -> str:
-    """``go`` when the whole interval lies above zero, ``no-go`` when it lies below, else ``undecided``."""
+    """``go`` for an interval above 0, ``no-go`` for an interval below 0, otherwise ``undecided``."""
     if change is None or change.low is None or change.high is None:
         return "undecided"
     return "go" if change.low > 0 else "no-go" if change.high < 0 else "undecided"
 
 
-def zone_divergence(divergence: Iterable[DivergenceRow], language: str, zone: tuple[int, int]) -> float | None:
-    """Mean divergence of a language over the layers of the zone where it is defined; None where it nowhere is."""
+def zone_divergence(
+    divergence: Iterable[DivergenceRow], language: str, zone: tuple[int, int]
+) -> float | None:
+    """Mean of a language's defined divergences over the layers of the zone; None without any."""
     values = [
         row.divergence
         for row in divergence
@@ -146,7 +153,7 @@ def _row(
 
 
 def _pooled(outcomes: Sequence[TransplantOutcome]) -> Difference | None:
-    """Over all languages, clustered by id: the parallel rows of one example are not independent draws."""
+    """The change over all languages, clustered by id: parallel rows of one example are not independent."""
     clusters: dict[str, list[float]] = {}
     for outcome in outcomes:
         clusters.setdefault(outcome.id, []).append(float(outcome.transplanted) - float(outcome.plain))
@@ -166,7 +173,9 @@ def _verdict(rows: Sequence[PredictionRow], outcomes: Sequence[TransplantOutcome
             **{key: value for key, value in asdict(change).items() if key != "n" and value is not None},
         }
         tasks = sorted({o.task for o in outcomes})
-        verdict["tasks"] = {task: sign_word(_pooled([o for o in outcomes if o.task == task])) for task in tasks}
+        verdict["tasks"] = {
+            task: sign_word(_pooled([o for o in outcomes if o.task == task])) for task in tasks
+        }
         verdict["pairs"] = _pairs_sentence(rows)
     verdict["ci_share"] = _ci_sentence(rows)
     verdict["paper"] = _paper_sentence()
@@ -184,10 +193,15 @@ def _reading(word: str, change: Difference | None) -> str:
         return f"{points}; too few examples, or too alike, for an interval. Score more examples."
     points += f" (95 % interval {100 * change.low:+.1f} to {100 * change.high:+.1f}), without any training"
     if word == "go":
-        return f"{points}. {_HYPOTHESIS} routing is a bottleneck, and aligned fine-tuning gains over plain SFT."
+        return (
+            f"{points}. {_HYPOTHESIS} routing is a bottleneck, and aligned fine-tuning gains over plain SFT."
+        )
     if word == "no-go":
         return f"{points}. {_HYPOTHESIS} routing is not the bottleneck, and alignment does nothing, or harms."
-    return f"{points}: the interval holds zero, so the sign is open. More examples narrow it; training may go either way."
+    return (
+        f"{points}: the interval holds zero, so the sign is open. More examples narrow it; "
+        "training may go either way."
+    )
 
 
 def _pairs_sentence(rows: Sequence[PredictionRow]) -> str:
@@ -204,8 +218,9 @@ def _ci_sentence(rows: Sequence[PredictionRow]) -> str:
     ranked = sorted(rows, key=lambda row: -row.ci_share)
     most, least = ranked[0], ranked[-1]
     return (
-        f"Largest ci share: {most.task} in {most.language} ({100 * most.ci_share:.0f} %), smallest: {least.task} in "
-        f"{least.language} ({100 * least.ci_share:.0f} %). By the paper's correlation the former tend to gain more."
+        f"Largest ci share: {most.task} in {most.language} ({100 * most.ci_share:.0f} %), smallest: "
+        f"{least.task} in {least.language} ({100 * least.ci_share:.0f} %). "
+        "By the paper's correlation the former tend to gain more."
     )
 
 
@@ -213,23 +228,28 @@ def _paper_sentence() -> str:
     half = 1.959964 / math.sqrt(PAPER_N - 3)
     low, high = (math.tanh(math.atanh(PAPER_R) + sign * half) for sign in (-1, 1))
     return (
-        f"RA-MoE reports r = {PAPER_R:.2f} (p = 0.001) between ci share and gain over task-language pairs. With n = "
-        f"{PAPER_N}, which we infer, the 95 % interval is {low:.2f} to {high:.2f}: ci share explains about half of the "
-        f"variance (r squared {PAPER_R**2:.2f}). It orders pairs; it gives no slope, so no gain in points."
+        f"RA-MoE reports r = {PAPER_R:.2f} (p = 0.001) between ci share and gain over task-language pairs. "
+        f"With n = {PAPER_N}, which we infer, the 95 % interval is {low:.2f} to {high:.2f}: "
+        f"ci share explains about half of the variance (r squared {PAPER_R**2:.2f}). It orders pairs; "
+        "it gives no slope, so no gain in points."
     )
 
 
 LIMITS = (
-    "The sign has not been shown to forecast anything. In our two comparisons (docs/headroom.md, docs/experiment.md) "
-    "the sign agreed with the sign of the gain over SFT in 25 of 37 and 21 of 30 pairs of task and language, 68 and "
-    "70 %. The margins alone, which are how often each sign occurs, give 66 and 60 %; neither difference is beyond "
-    "chance (Fisher's exact test, p = 0.65 and 0.13). Before that, the signs agreed in three small worlds (1.1 million "
-    "parameters). The test has not been tried on a large model.",
-    "A correlation over task-language pairs of the paper's models says nothing sure about one pair, or another model.",
-    "Part of that correlation is headroom: where the target language fails more there is more to gain by any means. In "
-    "our small worlds ci share predicted the gain of plain SFT too (r = 0.4 to 0.7).",
-    "The ci share bounds what repairing ci examples can add to accuracy; it does not say how much of it is repaired.",
-    "Divergence is a mean over the zone and all tasks of a language. Lower divergence went with higher accuracy across "
-    "languages in other models (arXiv 2510.04694); that is no estimate of a gain from lowering it.",
+    "The sign has not been shown to forecast anything. In our two comparisons (docs/headroom.md, "
+    "docs/experiment.md) the sign agreed with the sign of the gain over SFT in 25 of 37 and 21 of 30 pairs "
+    "of task and language, 68 and 70 %. The margins alone, which are how often each sign occurs, "
+    "give 66 and 60 %; neither difference is beyond chance (Fisher's exact test, p = 0.65 and 0.13). "
+    "Before that, the signs agreed in three small worlds (1.1 million parameters). "
+    "The test has not been tried on a large model.",
+    "A correlation over task-language pairs of the paper's models says nothing sure about one pair, "
+    "or another model.",
+    "Part of that correlation is headroom: where the target language fails more there is more to gain by "
+    "any means. In our small worlds ci share predicted the gain of plain SFT too (r = 0.4 to 0.7).",
+    "The ci share bounds what repairing ci examples can add to accuracy; "
+    "it does not say how much of it is repaired.",
+    "Divergence is a mean over the zone and all tasks of a language. "
+    "Lower divergence went with higher accuracy across languages in other models (arXiv 2510.04694); "
+    "that is no estimate of a gain from lowering it.",
     "The intervals speak of new examples for this checkpoint, not of new checkpoints or training seeds.",
 )

@@ -1,19 +1,20 @@
-"""How the alignment coefficient changes over training: our own options, no paper of routing alignment has them."""
+"""The schedule of the alignment coefficient over training. Our own extension, in no paper."""
 
 import math
 
 
 def coefficient_factor(iteration: int, warmup: int, decay: str, train_iters: int) -> float:
-    """What the coefficient is multiplied by at an iteration, in [0, 1].
+    """The factor on the alignment coefficient at an iteration, in [0, 1].
 
-    A linear warm-up reaches 1 at iteration `warmup`, and begins at 1 / (warmup + 1). Then `constant` stays at 1, and `cosine` falls along
-    half a cosine from 1 towards 0, which it would reach at `train_iters`.
+    The warm-up is linear: the factor is 1 / (warmup + 1) at iteration 0 and 1 at iteration ``warmup``. After
+    the warm-up, ``constant`` stays at 1. ``cosine`` falls along half a cosine from 1 to 0, which it reaches
+    at ``train_iters``.
 
     Args:
-        iteration: iterations done before this one: 0 is the first.
-        warmup: iterations of the warm-up; 0 for none.
-        decay: constant or cosine.
-        train_iters: iterations of the whole training.
+        iteration: number of completed iterations, 0 at the first iteration.
+        warmup: number of warm-up iterations; 0 means no warm-up.
+        decay: "constant" or "cosine".
+        train_iters: number of iterations of the whole training.
     """
     if iteration < warmup:
         return (iteration + 1) / (warmup + 1)

@@ -1,5 +1,6 @@
-"""Which experts are trained, read off how much each language uses them: RISE (arXiv 2604.03592) and ESFT (arXiv 2407.01906).
+"""Selection of the experts to train, from the use of each expert by each language.
 
+Two published selections: RISE (arXiv 2604.03592) and ESFT (arXiv 2407.01906).
 Shape suffixes: G languages, T target languages, L MoE layers, E routed experts.
 """
 
@@ -11,22 +12,24 @@ from torch import Tensor
 from ramoe_megatron.errors import RamoeError
 
 REACHED = 1e-6
-"""How far below `top_p` a share counts as having reached it: scores are kept in float32."""
+"""Tolerance for a share to reach ``top_p``, because scores are stored in float32."""
 
 
 def zones(layers: int) -> Tensor:
-    """0 (shallow), 1 (middle) or 2 (deep) for each MoE layer: cut at 37.5 % and 62.5 % of depth (arXiv 2604.03592).
+    """The zone of each MoE layer: 0 (shallow), 1 (middle) or 2 (deep). int64 [L]
 
-    A layer lies where its middle lies, and a middle on a border is of the middle zone (our reading). int64 [L]
+    The zones are cut at 37.5 % and 62.5 % of depth (arXiv 2604.03592). The middle of a layer decides its
+    zone, and a middle exactly at a cut belongs to the middle zone (our reading).
     """
     depth = (torch.arange(layers) * 2 + 1) * 8  # in sixteenths of a layer: exact
     return (depth >= 6 * layers).long() + (depth > 10 * layers).long()
 
 
 def specificity(frequency_GLE: Tensor, targets: Sequence[int]) -> Tensor:
-    """RISE's score of the shallow and deep layers: ``S * (1 + 10 a)`` with ``S = a / mean over languages`` (arXiv 2604.03592).
+    """RISE's score in the shallow and deep layers: ``S * (1 + 10 a)`` with ``S = a / mean over languages``.
 
-    With several target languages, the mean of theirs (our reading). An expert that no language uses has 0. float64 [L, E]
+    ``a`` is the target language's frequency (arXiv 2604.03592). With several target languages, the score is
+    the mean of their scores (our reading). An expert that no language uses has score 0. float64 [L, E]
     """
     frequency_GLE = frequency_GLE.double()
     mean_LE = _ordered_mean(frequency_GLE)
@@ -36,45 +39,60 @@ def specificity(frequency_GLE: Tensor, targets: Sequence[int]) -> Tensor:
 
 
 def overlap(frequency_GLE: Tensor) -> Tensor:
-    """RISE's score of the middle layers: ``O * (1 + 10 mean)`` with ``O = 1 / (1 + std / mean)`` over languages (arXiv 2604.03592).
+    """RISE's score in the middle layers: ``O * (1 + 10 mean)`` with ``O = 1 / (1 + std / mean)``.
 
-    The deviation is the population's. An expert that no language uses has 0. float64 [L, E]
+    ``mean`` and ``std`` are over languages (arXiv 2604.03592); ``std`` is that of a population. An expert
+    that no language uses has score 0. float64 [L, E]
     """
     frequency_GLE = frequency_GLE.double()
     mean_LE = _ordered_mean(frequency_GLE)
     deviation_LE = _ordered_mean((frequency_GLE - mean_LE) ** 2).sqrt()
-    # mean / (mean + std) is the same number, and finite at 0
+    # O as mean / (mean + std), which is finite at mean 0
     return mean_LE / torch.where(mean_LE > 0, mean_LE + deviation_LE, 1.0) * (1 + 10 * mean_LE)
 
 
-def rise(frequency_GLE: Tensor, targets: Sequence[int], budget: int, split: Sequence[int] | None = None) -> Tensor:
-    """The experts that RISE trains (arXiv 2604.03592): those of highest specificity in the shallow and the deep layers, and of
-    highest overlap in the middle ones. One ranking per zone over all its (layer, expert) pairs; ties go to the lower pair.
+def rise(
+    frequency_GLE: Tensor, targets: Sequence[int], budget: int, split: Sequence[int] | None = None
+) -> Tensor:
+    """The experts that RISE trains (arXiv 2604.03592).
+
+    RISE takes the experts of highest specificity in the shallow and deep layers, and the experts of highest
+    overlap in the middle layers. Each zone has one ranking of all its (layer, expert) pairs; ties go to the
+    lower pair.
 
     Args:
         frequency_GLE: top-k count / tokens of each language.
-        targets: places of the target languages.
-        budget: (layer, expert) pairs to choose.
-        split: how many of them are shallow, middle and deep; by default in proportion to the layers of each zone, the largest
-            remainders rounded up (our reading: the paper gives 44/32/52 of 128 and 2/11/3 of 16).
+        targets: indices of the target languages.
+        budget: number of (layer, expert) pairs to choose.
+        split: number of shallow, middle and deep pairs. By default in proportion to the layers of each zone,
+            with the largest remainders rounded up (our reading: the paper gives 44/32/52 of 128 and 2/11/3 of
+            16).
 
     Returns:
-        the chosen experts. bool [L, E]
+        The chosen experts. bool [L, E]
 
     Raises:
-        RamoeError: no target, or a budget or split that the layers cannot hold.
+        RamoeError: there is no target, or the layers cannot hold the budget or the split.
     """
     _, layers, experts = frequency_GLE.shape
     if not targets:
         raise RamoeError("RISE: no target language; expected at least one beside the anchor")
     if not 1 <= budget <= layers * experts:
-        raise RamoeError(f"RISE: found a budget of {budget}, expected 1 to {layers * experts} ({layers} MoE layers x {experts} experts)")
+        raise RamoeError(
+            f"RISE: found a budget of {budget}, expected 1 to {layers * experts} "
+            f"({layers} MoE layers x {experts} experts)"
+        )
     zone_L = zones(layers)
     held = [int((zone_L == zone).sum()) for zone in range(3)]
     parts = _proportional(budget, held) if split is None else list(split)
-    if len(parts) != 3 or sum(parts) != budget or any(not 0 <= part <= n * experts for part, n in zip(parts, held, strict=True)):
+    if (
+        len(parts) != 3
+        or sum(parts) != budget
+        or any(not 0 <= part <= n * experts for part, n in zip(parts, held, strict=True))
+    ):
         raise RamoeError(
-            f"RISE: found the split {parts}, expected three numbers that sum to {budget}, at most {[n * experts for n in held]}"
+            f"RISE: found the split {parts}, expected three numbers that sum to {budget}, at most "
+            f"{[n * experts for n in held]}"
         )
     special_LE, shared_LE = specificity(frequency_GLE, targets), overlap(frequency_GLE)
     chosen_LE = torch.zeros(layers, experts, dtype=torch.bool)
@@ -87,18 +105,21 @@ def rise(frequency_GLE: Tensor, targets: Sequence[int], budget: int, split: Sequ
 
 
 def esft(score_LE: Tensor, top_p: float) -> Tensor:
-    """The experts that ESFT trains (arXiv 2407.01906): per layer, the fewest of largest score whose share of the layer's total score
-    reaches `top_p`. Ties go to the lower expert.
+    """The experts that ESFT trains (arXiv 2407.01906).
+
+    In each layer, ESFT takes experts in order of falling score until their share of the layer's total score
+    reaches ``top_p``. Ties go to the lower expert.
 
     Args:
-        score_LE: mean gate weight or token share of each expert, not below 0; each layer is normalised by its own total.
+        score_LE: mean gate weight or token share of each expert, at least 0. Only ratios within a layer
+            matter.
         top_p: share to reach, in (0, 1]; 1 takes every expert with a score above 0.
 
     Returns:
-        the chosen experts; none in a layer whose scores are all 0. bool [L, E]
+        The chosen experts; none in a layer in which all scores are 0. bool [L, E]
 
     Raises:
-        RamoeError: `top_p` is out of range.
+        RamoeError: ``top_p`` is out of range.
     """
     if not 0 < top_p <= 1:
         raise RamoeError(f"ESFT: found top-p {top_p}, expected above 0 and at most 1")
@@ -113,12 +134,12 @@ def esft(score_LE: Tensor, top_p: float) -> Tensor:
 
 
 def _ordered_mean(values: Tensor) -> Tensor:
-    """Mean over the first dimension, to the bit the same in any order of it."""
+    """Mean over the first dimension. Permuting this dimension does not change a bit of the result."""
     return values.sort(dim=0).values.mean(dim=0)
 
 
 def _proportional(budget: int, held: Sequence[int]) -> list[int]:
-    """`budget` in proportion to `held`, whole numbers by the largest remainder; ties go to the first."""
+    """``budget`` in whole numbers proportional to ``held``, by largest remainder; ties go to the first."""
     total = sum(held)
     parts = [budget * n // total for n in held]
     by_remainder = sorted(range(len(held)), key=lambda zone: (-(budget * held[zone] % total), zone))

@@ -1,6 +1,6 @@
-"""Routing steering at inference: the router logits of the task experts are raised (arXiv 2510.04694, eq. 4-5).
+"""Routing steering at inference: raise the router logits of the task experts (arXiv 2510.04694, eq. 4-5).
 
-Shape suffixes: G tasks, L MoE layers, E routed experts. Layers are 0-based places among the MoE layers.
+Shape suffixes: G tasks, L MoE layers, E routed experts. MoE layers are numbered from 0.
 """
 
 import math
@@ -18,32 +18,37 @@ from ramoe_megatron.method.experts import Tau
 Kind = Literal["soft", "hard"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NOISE_VARIANCE = 1e-6
-"""Of `eps ~ N(0, 1e-6)` in hard steering. The paper does not say whether 1e-6 is the variance or the deviation: variance is our reading."""
+"""Variance of ``eps ~ N(0, 1e-6)`` in hard steering. The paper does not say whether 1e-6 is the variance or
+the standard deviation; the variance is our reading."""
 LEAST_RISE = 2.0**-19
-"""Of hard steering, for a largest logit of up to 1 in size, and in proportion above: the least that float32 scores still tell apart."""
+"""Least rise in hard steering: the smallest rise that float32 scores can resolve. The value is for logits of
+size up to 1; for larger logits the least rise is proportional to the largest logit."""
 NO_STEERING = {"kind": "none", "strength": None, "tau": None, "layers": None}
-"""How the files write that nothing is steered."""
+"""The entry of the files for a run without steering."""
 
 
 def steer(kind: Kind, logits: Tensor, expert_mask: Tensor, strength: float, noise: Tensor) -> Tensor:
-    """Router logits with those of the chosen experts raised, before the softmax (arXiv 2510.04694, eq. 4-5).
+    """Router logits before the softmax, raised for the steered experts (arXiv 2510.04694, eq. 4-5).
 
-    soft: ``z_k += strength * std_E(z)``, the standard deviation of the token's logits over all E experts as a population (our reading:
-    the paper does not say population or sample); a negative strength deactivates. hard: ``z_k = max(z) + |eps|``, and at least
-    ``LEAST_RISE`` and the next number in the logits' own precision above ``max(z)``, so that each chosen expert stands above every other
-    one, also after a softmax in float32, or a sqrt(softplus) that does not underflow (``max(z)`` above -87). Our reading: with the sign
-    of eps left to chance, half of them would not.
-    For other routers see `mcore.refusals.refuse_hard_steering`.
+    soft: ``z_k += strength * std_E(z)``. ``std_E`` is the standard deviation of the token's logits over all E
+    experts, as of a population (our reading: the paper does not say population or sample). A negative
+    strength lowers the logits.
+
+    hard: ``z_k = max(z) + |eps|``. The absolute value is our reading: with a random sign, half of the steered
+    experts would fall below ``max(z)``. The rise is at least ``LEAST_RISE`` and at least one step of the
+    logits' dtype. So each steered expert ranks above every other expert, also after a softmax in float32, or
+    after a sqrt(softplus) that does not underflow (``max(z)`` above -87). For other routers see
+    `mcore.refusals.refuse_hard_steering`.
 
     Args:
         logits: [..., E]
         expert_mask: the steered experts; bool, broadcast to the logits.
-        strength: of soft; hard takes none.
-        noise: eps of hard, broadcast to the logits; soft takes none of it.
+        strength: strength of soft steering; hard steering ignores it.
+        noise: eps of hard steering, broadcast to the logits; soft steering ignores it.
 
     Returns:
-        The logits' shape and dtype, computed in float32 at least. Where the mask is False, and everywhere with soft at strength 0, they
-        are the given bits.
+        Logits of the same shape and dtype, computed in float32 or wider. Logits outside the mask, and all
+        logits with soft steering of strength 0, keep their bits.
     """
     if kind == "soft" and strength == 0:
         return logits
@@ -52,14 +57,16 @@ def steer(kind: Kind, logits: Tensor, expert_mask: Tensor, strength: float, nois
         raised = (z + strength * z.std(dim=-1, keepdim=True, correction=0)).to(logits.dtype)
     else:
         largest = z.amax(dim=-1, keepdim=True)
-        above = torch.nextafter(largest.to(logits.dtype), torch.full_like(largest, math.inf, dtype=logits.dtype))
+        above = torch.nextafter(
+            largest.to(logits.dtype), torch.full_like(largest, math.inf, dtype=logits.dtype)
+        )
         rise = torch.maximum(noise.abs().to(z.dtype), LEAST_RISE * largest.abs().clamp(min=1))
         raised = torch.maximum((largest + rise).to(logits.dtype), above)
     return torch.where(expert_mask, raised, logits)
 
 
 def steering_noise(num_moe_layers: int, num_experts: int) -> Tensor:
-    """eps of hard steering: drawn once for each layer and expert, so that it depends on no layout and no batch. float32 [L, E]"""
+    """eps of hard steering: one draw per layer and expert, the same in any layout. float32 [L, E]"""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(num_moe_layers, num_experts, generator=generator) * math.sqrt(NOISE_VARIANCE)
 
@@ -70,32 +77,41 @@ class Steering:
 
     kind: Kind
     strength: float | None
-    """Of soft, in standard deviations of the token's logits (arXiv 2510.04694: 0.5, and at most 1 works best); None for hard."""
+    """Strength of soft steering, in standard deviations of the token's logits; None for hard steering. In
+    arXiv 2510.04694, 0.5 is used, and values up to 1 work best."""
     tau: float | None
-    """Task experts are those whose delta is above tau (arXiv 2510.04694: 0.25 to 0.5); None: those that the expert file chose."""
+    """Steer the experts whose delta is above tau (arXiv 2510.04694: 0.25 to 0.5). None steers the experts
+    chosen in the expert file."""
     layers: tuple[int, int]
     """First and last steered MoE layer, 0-based, inclusive."""
 
     def __post_init__(self) -> None:
-        """Raises RamoeError for a value that no steering has."""
+        """Raises RamoeError for an invalid value."""
         if self.kind not in KINDS:
             raise RamoeError(f"steering: found kind {self.kind!r}, expected {' or '.join(KINDS)}")
         if self.kind == "soft" and (self.strength is None or not math.isfinite(self.strength)):
-            raise RamoeError(f"steering: found strength {self.strength!r}, expected a finite number (the paper: 0.5)")
+            raise RamoeError(
+                f"steering: found strength {self.strength!r}, expected a finite number (the paper: 0.5)"
+            )
         if self.kind == "hard" and self.strength is not None:
-            raise RamoeError(f"steering: found strength {self.strength} for hard, which takes none; leave it out, or steer soft")
+            raise RamoeError(
+                f"steering: found strength {self.strength} for hard, which takes none; "
+                "leave the strength out, or use soft"
+            )
         if self.tau is not None and not -1 <= self.tau < 1:
-            raise RamoeError(f"steering: found tau {self.tau}, expected one in [-1, 1) (the paper: 0.25 to 0.5)")
+            raise RamoeError(
+                f"steering: found tau {self.tau}, expected a number in [-1, 1) (the paper: 0.25 to 0.5)"
+            )
 
     def experts(self, chosen: Tensor, delta: Tensor) -> Tensor:
-        """The steered experts of each task: those that are chosen, in the steered layers. bool [G, L, E]
+        """The steered experts of each task. bool [G, L, E]
 
         Args:
-            chosen: the task experts of the expert file, for a setting without tau; bool [G, L, E].
-            delta: the differences in frequency that tau is compared with; [G, L, E].
+            chosen: the task experts of the expert file, used by a setting without tau; bool [G, L, E].
+            delta: the difference in frequency of each expert, compared with tau; [G, L, E].
 
         Raises:
-            RamoeError: the layers are not those of the tensors.
+            RamoeError: the steered layers are outside the layers of the tensors.
         """
         first, last = self.layers
         layers = chosen.shape[1]
@@ -107,12 +123,16 @@ class Steering:
         return chosen_GLE & inside_L[:, None]
 
     def document(self) -> dict[str, Any]:
-        """As the files write it."""
+        """The setting as an entry of the JSON files."""
         return asdict(self) | {"layers": list(self.layers)}
 
     @classmethod
     def from_document(cls, entry: Mapping[str, Any], path: str | os.PathLike[str]) -> Self | None:
-        """Back from `document`; None for `NO_STEERING`. Raises RamoeError, naming the file, for another entry."""
+        """The setting of an entry from `document`; None for `NO_STEERING`.
+
+        Raises:
+            RamoeError: the entry is invalid. The message names the file ``path``.
+        """
         try:
             if entry["kind"] == "none":
                 return None
@@ -120,7 +140,9 @@ class Steering:
             strength, tau = (None if entry[key] is None else float(entry[key]) for key in ("strength", "tau"))
             return cls(entry["kind"], strength, tau, (first, last))
         except (KeyError, TypeError, ValueError) as error:  # a RamoeError is a ValueError
-            raise RamoeError(f"{path}: bad setting of steering ({type(error).__name__}: {error}); write the file again") from error
+            raise RamoeError(
+                f"{path}: bad setting of steering ({type(error).__name__}: {error}); write the file again"
+            ) from error
 
     def __str__(self) -> str:
         strength = "" if self.strength is None else f" {self.strength:g}"

@@ -31,16 +31,22 @@ def test_the_taxonomys_own_anchor_alone_changes_nothing(rows: list[TaxonomyRow])
 
 @given(tables(), orders)
 def test_an_outcome_is_right_iff_another_anchor_is(rows: list[TaxonomyRow], order: list[str]) -> None:
-    right = {(row.id, row.language): row.target_correct for row in rows} | {(row.id, "en"): row.english_correct for row in rows}
+    right = {(row.id, row.language): row.target_correct for row in rows} | {
+        (row.id, "en"): row.english_correct for row in rows
+    }
     made = anchored(rows, answered(rows, "en", order))
     assert len(made) == len(rows)
     for before, after in zip(rows, made, strict=True):
         assert replace(after, english_correct=before.english_correct) == before
-        assert after.english_correct == any(right[before.id, name] for name in order if name != before.language)
+        assert after.english_correct == any(
+            right[before.id, name] for name in order if name != before.language
+        )
 
 
 @given(tables(), orders)
-def test_more_anchors_only_add_ci_rows_and_their_order_does_not_matter(rows: list[TaxonomyRow], order: list[str]) -> None:
+def test_more_anchors_only_add_ci_rows_and_their_order_does_not_matter(
+    rows: list[TaxonomyRow], order: list[str]
+) -> None:
     found = [ci(anchored(rows, answered(rows, "en", order[: n + 1]))) for n in range(len(order))]
     assert all(few <= many for few, many in itertools.pairwise(found))
     assert anchored(rows, answered(rows, "en", order[::-1])) == anchored(rows, answered(rows, "en", order))
@@ -49,7 +55,9 @@ def test_more_anchors_only_add_ci_rows_and_their_order_does_not_matter(rows: lis
 
 
 @given(tables(), orders)
-def test_a_ci_row_is_pulled_to_a_right_answer_in_another_language(rows: list[TaxonomyRow], order: list[str]) -> None:
+def test_a_ci_row_is_pulled_to_a_right_answer_in_another_language(
+    rows: list[TaxonomyRow], order: list[str]
+) -> None:
     right = answered(rows, "en", order)
     chosen, made = choose(right), anchored(rows, right)
     for id_, language in ci(made):
@@ -69,7 +77,11 @@ def test_the_first_right_anchor_is_chosen_else_the_first(rows: list[TaxonomyRow]
         assert not any(right[id_][other] for other in before)
         assert right[id_][name] or (name == order[0] and not any(right[id_].values()))
     for entry in counts(rows, right):
-        assert entry["examples"] == len({row.id for row in rows if row.task == entry["task"]}) == sum(entry["chosen"].values())
+        assert (
+            entry["examples"]
+            == len({row.id for row in rows if row.task == entry["task"]})
+            == sum(entry["chosen"].values())
+        )
         assert entry["chosen"][order[0]] >= entry["none_right"]
 
 
@@ -82,18 +94,33 @@ def test_rows_and_counts_by_hand() -> None:
         ("a", "zh"): "ci", ("a", "sw"): "ci", ("b", "zh"): "ic", ("b", "sw"): "ci",
         ("c", "zh"): "ii", ("c", "sw"): "ii", ("d", "zh"): "cc", ("d", "sw"): "cc",
     }  # fmt: skip
-    expected = {"task": "t", "examples": 4, "chosen": {"en": 3, "zh": 1}, "none_right": 1, "ci_first": 2, "ci": 3, "ci_gained": 1}
+    expected = {
+        "task": "t",
+        "examples": 4,
+        "chosen": {"en": 3, "zh": 1},
+        "none_right": 1,
+        "ci_first": 2,
+        "ci": 3,
+        "ci_gained": 1,
+    }
     assert counts(rows, right) == [expected]
     assert choose(answered(rows, "en", ["zh", "en"])) == {"a": "en", "b": "zh", "c": "zh", "d": "zh"}
 
 
 def test_each_prior_is_the_chosen_anchors(tmp_path: Path) -> None:
-    files = {"en": Priors(save_priors(tmp_path / "en", "dcxa", 0.25)), "zh": Priors(save_priors(tmp_path / "zh", "ebd", 0.5))}
+    files = {
+        "en": Priors(save_priors(tmp_path / "en", "dcxa", 0.25)),
+        "zh": Priors(save_priors(tmp_path / "zh", "ebd", 0.5)),
+    }
     ids, rows = gather(files, {"a": "en", "b": "zh", "c": "en", "d": "zh"})
-    assert ids == ["d", "c", "x", "a", "b"], "those of the first file in its order, x without a choice, then the others"
+    assert ids == ["d", "c", "x", "a", "b"], (
+        "those of the first file in its order, x without a choice, then the others"
+    )
     torch.testing.assert_close(rows[:, 0, 0], torch.tensor([0.52, 0.26, 0.27, 0.28, 0.51]))
     torch.testing.assert_close(rows[:, 1], rows[:, 0])
-    with pytest.raises(RamoeError, match=r"zh: 2 examples, first c, a, have no routing in 'zh', their chosen anchor"):
+    with pytest.raises(
+        RamoeError, match=r"zh: 2 examples, first c, a, have no routing in 'zh', their chosen anchor"
+    ):
         gather(files, {"a": "zh", "b": "zh", "c": "zh"})
 
 
@@ -105,23 +132,31 @@ def test_priors_of_other_models_tokens_or_checkpoints_are_refused(tmp_path: Path
         "topk is 1 and 2": save_priors(tmp_path / "model", "ab", 0.5, shape=replace(SHAPE, topk=2)),
     }
     for told, path in others.items():
-        with pytest.raises(RamoeError, match=f"{tmp_path}/en and {path}: {told}; profile both anchors alike"):
+        with pytest.raises(
+            RamoeError, match=f"{tmp_path}/en and {path}: {told}; profile both anchors in the same way"
+        ):
             gather({"en": first, "zh": Priors(path)}, {"a": "en"})
 
 
 def test_tables_that_do_not_tell_about_an_anchor_are_refused() -> None:
     rows = by_hand()
-    with pytest.raises(RamoeError, match=r"2 of 3 not in the taxonomy: es, tr; it has en, sw, zh"):
+    with pytest.raises(RamoeError, match=r"2 of 3 not in the taxonomy: es, tr; the taxonomy has en, sw, zh"):
         answered(rows, "en", ["es", "zh", "tr"])
     with pytest.raises(RamoeError, match="found zh, zh, expected languages, each once"):
         answered(rows, "en", ["zh", "zh"])
     with pytest.raises(RamoeError, match="found none"):
         answered(rows, "en", [])
-    with pytest.raises(RamoeError, match=r"4 examples, first a, b, c, d, have rows in 'zh' itself"):
+    with pytest.raises(RamoeError, match=r"4 examples, first a, b, c, d, have rows in 'zh', so 'zh' is not the anchor"):
         answered(rows, "zh", ["zh"])
     kept = [row for row in rows if (row.id, row.language) not in {("a", "zh"), ("c", "zh")}]
     with pytest.raises(RamoeError, match=r"2 examples, first a, c, have no row in the anchor 'zh'"):
         answered(kept, "en", ["en", "zh"])
-    many = [TaxonomyRow(f"x{n}", "t", language, "train", language == "zh", True) for n in range(7) for language in ("zh", "sw")]
-    with pytest.raises(RamoeError, match=r"7 examples, first x0, x1, x2, x3, x4, are right and wrong in 'en'"):
+    many = [
+        TaxonomyRow(f"x{n}", "t", language, "train", language == "zh", True)
+        for n in range(7)
+        for language in ("zh", "sw")
+    ]
+    with pytest.raises(
+        RamoeError, match=r"7 examples, first x0, x1, x2, x3, x4, are both right and wrong in 'en'"
+    ):
         answered(many, "en", ["en"])

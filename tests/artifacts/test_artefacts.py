@@ -1,4 +1,4 @@
-"""Laws of files in text: what is written is read back, nothing is half-written, foreign files are refused by name."""
+"""Laws of text files: round trips, atomic writes, and errors that name a file of another kind."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,15 @@ from artefact_files import TEXT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ramoe_megatron.artifacts.files import atomic_write, atomic_write_text, digests, load_document, read_json, save_document, sha256
+from ramoe_megatron.artifacts.files import (
+    atomic_write,
+    atomic_write_text,
+    digests,
+    load_document,
+    read_json,
+    save_document,
+    sha256,
+)
 from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy, write_divergence, write_taxonomy
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import DivergenceRow
@@ -19,7 +27,9 @@ from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, failure: type[BaseException]) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, failure: type[BaseException]
+) -> None:
     path = tmp_path / "deep" / "file.txt"
     atomic_write_text(path, "old")
 
@@ -27,7 +37,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, fai
         with atomic_write(path) as temporary:
             temporary.write_text("half")
             assert temporary.parent == path.parent
-            assert temporary.suffix != path.suffix, "a search for files of this kind must not find half of one"
+            assert temporary.suffix != path.suffix, (
+                "a search for files of this kind must not find half of one"
+            )
             assert path.read_text() == "old"
             raise failure
 
@@ -79,7 +91,7 @@ def test_taxonomy_round_trip(tmp_path: Path, rows: list[TaxonomyRow]) -> None:
         ({"id": "x\ud800"}, "'id': character 2 of .* half of a surrogate pair"),
         ({"english_correct": 1}, "key 'english_correct': found 1, expected bool"),
         ({"category": "ii"}, "key 'category': found 'ii', expected 'ci'"),
-        ({"id": "a"}, "id 'a' in 'tr' stands on line 1 already"),
+        ({"id": "a"}, "id 'a' in 'tr' is on line 1 already"),
     ],
 )
 def test_a_bad_taxonomy_line_is_named(tmp_path: Path, line: str | dict[str, Any], message: str) -> None:
@@ -106,7 +118,9 @@ def test_a_missing_or_empty_taxonomy_is_refused(tmp_path: Path) -> None:
 
 def divergence_rows(languages: list[str]) -> list[DivergenceRow]:
     return [
-        DivergenceRow(language, layer, 2 * layer + 1, None if layer == 1 else layer / 7, 5 * (layer != 1), layer)
+        DivergenceRow(
+            language, layer, 2 * layer + 1, None if layer == 1 else layer / 7, 5 * (layer != 1), layer
+        )
         for language in languages
         for layer in range(3)
     ]

@@ -1,4 +1,4 @@
-"""Every file that a run writes, cut short anywhere or replaced by another kind of file, is refused by name."""
+"""Each file of a run is refused by name when it is cut short or replaced by another kind of file."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ EXAMPLE = {"id": "a", "task": "t", "language": "en"}
 
 @dataclass(frozen=True)
 class File:
-    """A kind of file: how a good one is written and read, and whether it is one record a line, so that fewer lines are a file too."""
+    """How a valid file of some kind is written and read. ``by_line``: fewer lines are a valid file too."""
 
     name: str
     write: Callable[[Path], object]
@@ -42,10 +42,18 @@ class File:
 def experts(path: Path) -> None:
     random = torch.rand(1, 3, 4, generator=torch.Generator().manual_seed(0))
     ExpertFile(
-        tasks=("t",), shape=SHAPE, expert_mask=random > 0.5, delta=random, task_frequency=random, general_frequency=random[0],
-        english_pattern={"last": random.softmax(-1)}, layer_number=torch.arange(3), rule={"name": "tau", "tau": 0.3},
-        zone=NoZone("flat"), checkpoint="base",
-    ).save(path)  # fmt: skip
+        tasks=("t",),
+        shape=SHAPE,
+        expert_mask=random > 0.5,
+        delta=random,
+        task_frequency=random,
+        general_frequency=random[0],
+        english_pattern={"last": random.softmax(-1)},
+        layer_number=torch.arange(3),
+        rule={"name": "tau", "tau": 0.3},
+        zone=NoZone("flat"),
+        checkpoint="base",
+    ).save(path)
 
 
 def usage(path: Path) -> None:
@@ -62,7 +70,9 @@ def document(name: str) -> Callable[[Path], None]:
 
 
 def divergence(path: Path) -> None:
-    write_divergence(path, [DivergenceRow("tr", layer, layer + 1, 0.123456789, 4321, 987) for layer in range(3)])
+    write_divergence(
+        path, [DivergenceRow("tr", layer, layer + 1, 0.123456789, 4321, 987) for layer in range(3)]
+    )
 
 
 def lines(*rows: dict[str, object]) -> Callable[[Path], object]:
@@ -92,12 +102,19 @@ def go_on(path: Path) -> None:
 
 
 KEY = hashlib.sha256(b'{"key": "a"}').hexdigest()[:16]
-DOCUMENTS = [name for name, (_, keys) in FORMATS.items() if keys and name not in ("ramoe-evaluation", "ramoe-shard")]
+DOCUMENTS = [
+    name for name, (_, keys) in FORMATS.items() if keys and name not in ("ramoe-evaluation", "ramoe-shard")
+]
 FILES = [
     File("experts.safetensors", experts, ExpertFile.load),
     File("priors.safetensors", priors, Priors.load),
     File("usage.safetensors", usage, UsageFile.load),
-    File("taxonomy.jsonl", lambda path: write_taxonomy(path, [TaxonomyRow("a", "t", "tr", "train", True, False)]), read_taxonomy, True),
+    File(
+        "taxonomy.jsonl",
+        lambda path: write_taxonomy(path, [TaxonomyRow("a", "t", "tr", "train", True, False)]),
+        read_taxonomy,
+        True,
+    ),
     File("examples.jsonl", lines({**EXAMPLE, "correct": True}), read_examples, True),
     File(
         "parallel.jsonl",
@@ -107,7 +124,12 @@ FILES = [
     ),
     File("divergence.csv", divergence, read_divergence, True),
     File("manifest.json", manifest, lambda path: Manifest(path.parent, "demo")),
-    File("recipe.yaml", lambda path: path.write_text(yaml.safe_dump({"name": "demo"})), lambda path: load_run(path.parent), True),
+    File(
+        "recipe.yaml",
+        lambda path: path.write_text(yaml.safe_dump({"name": "demo"})),
+        lambda path: load_run(path.parent),
+        True,
+    ),
     File("evaluations/e.json", document("ramoe-evaluation"), lambda path: load_run(path.parents[1])),
     *(
         File(f"{name}.json", document(name), lambda path, name=name: load_document(path, name))
@@ -142,7 +164,11 @@ def test_a_file_cut_short_anywhere_is_refused_by_name(tmp_path: Path, name: str)
     whole = path.read_bytes()
     for length in range(0, len(whole), max(1, len(whole) // 97)):
         rest = whole[:length]
-        if file.by_line and length and (rest.endswith(b"\n") or (path.suffix == ".jsonl" and rest.endswith(b"}"))):
+        if (
+            file.by_line
+            and length
+            and (rest.endswith(b"\n") or (path.suffix == ".jsonl" and rest.endswith(b"}")))
+        ):
             continue  # a shorter file, which nothing tells from one that was written so
         if rest == whole.rstrip():
             continue  # JSON's last line end
@@ -155,7 +181,12 @@ def test_another_kind_of_file_in_its_place_is_refused_by_name(tmp_path: Path, na
     file = BY_NAME[name]
     path = place(tmp_path, file)
     others = {other.name: place(tmp_path / "others", other).read_bytes() for other in FILES}
-    others |= {"text": b"not one of ours\n", "bytes": bytes(range(128, 256)) * 4, "list": b"[1]", "zeros": bytes(64)}
+    others |= {
+        "text": b"not one of ours\n",
+        "bytes": bytes(range(128, 256)) * 4,
+        "list": b"[1]",
+        "zeros": bytes(64),
+    }
     for kind, content in others.items():
         same = kind.removeprefix("shown/") in {name.removeprefix("shown/")} or content == others[name]
         if same or (name.startswith("shown/") and kind.split(".")[-1] == name.split(".")[-1]):

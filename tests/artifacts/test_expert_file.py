@@ -1,4 +1,4 @@
-"""Laws of the expert file: it is read back as written, to the same bytes, and an inconsistent one or another model's is refused."""
+"""Laws of the expert file: round trips to the same bytes; errors for inconsistent files and other models."""
 
 import json
 from dataclasses import replace
@@ -39,7 +39,8 @@ def test_the_anchor_is_kept_and_older_files_have_none(tmp_path: Path) -> None:
     replace(expert_file(), anchor="zh").save(path)
     assert ExpertFile.load(path).anchor == "zh"
     with safe_open(path, framework="pt") as handle:
-        tensors, meta = {name: handle.get_tensor(name) for name in handle.keys()}, json.loads(handle.metadata()["ramoe"])  # noqa: SIM118
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        meta = json.loads(handle.metadata()["ramoe"])
     del meta["anchor"]
     save_file(tensors, path, {"ramoe": json.dumps(meta)})
     assert ExpertFile.load(path).anchor is None
@@ -55,13 +56,21 @@ def test_the_same_experts_give_the_same_bytes(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"delta": torch.zeros(2, 3, 5)}, r"delta has shape \(2, 3, 5\), expected \(2, 3, 4\)"),
-        ({"general_frequency": torch.full((3, 4), float("nan"))}, "general_frequency holds values that are not finite"),
+        (
+            {"general_frequency": torch.full((3, 4), float("nan"))},
+            "general_frequency has values that are not finite",
+        ),
         ({"english_pattern": {"last": torch.full((2, 3, 4), 0.5)}}, "sum to neither 1 nor 0"),
-        ({"english_pattern": {"first": torch.zeros(2, 3, 4)}}, "'first', expected prompt, response, all, last"),
-        ({"zone": Zone(1, 3, "auto", "")}, "zone 1 to 3, expected within 0 to 2"),
+        (
+            {"english_pattern": {"first": torch.zeros(2, 3, 4)}},
+            "'first', expected one of prompt, response, all, last",
+        ),
+        ({"zone": Zone(1, 3, "auto", "")}, "zone 1 to 3, expected layers within 0 to 2"),
     ],
 )
-def test_an_inconsistent_expert_file_is_not_written(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_an_inconsistent_expert_file_is_not_written(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(RamoeError, match=message):
         replace(expert_file(), **change).save(tmp_path / "experts.safetensors")
     assert not list(tmp_path.iterdir())
@@ -75,8 +84,8 @@ def test_an_expert_file_whose_tensors_do_not_fit_its_metadata_is_refused_on_load
     tensors = load_file(path)
     for name, tensor, message in [
         ("delta", torch.zeros(2, 3, 5), r"delta has shape \(2, 3, 5\), expected \(2, 3, 4\)"),
-        ("delta", torch.full((2, 3, 4), float("inf")), "delta holds values that are not finite"),
-        ("english_pattern.last", torch.ones(2, 3, 4), "rows of english_pattern.last sum to neither 1 nor 0"),
+        ("delta", torch.full((2, 3, 4), float("inf")), "delta has values that are not finite"),
+        ("english_pattern.last", torch.ones(2, 3, 4), "found rows of english_pattern.last that sum to neither 1 nor 0"),
     ]:
         save_file({**tensors, name: tensor}, path, metadata)
         with pytest.raises(RamoeError, match=rf"experts\.safetensors: {message}"):
@@ -90,7 +99,12 @@ def test_the_expert_file_of_another_model_is_refused_with_every_difference(tmp_p
     experts.check_model(3, 4, 2, "softmax")
     with pytest.raises(RamoeError) as refusal:
         experts.check_model(num_moe_layers=3, num_experts=64, topk=2, score_function="sigmoid")
-    for part in (str(path), "num_experts is 4 in the file, 64 in", "'softmax' in the file, 'sigmoid'", "ramoe profile"):
+    for part in (
+        str(path),
+        "num_experts is 4 in the file, 64 in",
+        "'softmax' in the file, 'sigmoid'",
+        "ramoe profile",
+    ):
         assert part in str(refusal.value)
     assert "num_moe_layers" not in str(refusal.value)
 

@@ -1,4 +1,4 @@
-"""Laws of the priors, rows by id, and the refusals that their file shares with the expert file: cut short, foreign, of another version."""
+"""Laws of the priors: rows by id, and the errors for damaged files, which the expert file shares."""
 
 import json
 import pickle
@@ -35,7 +35,9 @@ def test_a_tensor_file_cut_short_anywhere_is_refused_by_name(tmp_path: Path, for
     whole = path.read_bytes()
     for length in [0, 4, 8, 100, len(whole) // 2, len(whole) - 1]:
         path.write_bytes(whole[:length])
-        with pytest.raises(RamoeError, match=r"file\.safetensors: not a whole safetensors file.*profile again"):
+        with pytest.raises(
+            RamoeError, match=r"file\.safetensors: not a whole safetensors file.*profile again"
+        ):
             LOADERS[format_name](path)
 
 
@@ -53,7 +55,9 @@ def test_foreign_tensor_files_are_refused_by_name(tmp_path: Path, format_name: s
     with pytest.raises(RamoeError, match=f"found format '{other}', expected '{format_name}'"):
         load(path)
     tensors = {"weight": torch.zeros(2)}
-    save_file(tensors, path, {"ramoe": json.dumps({"format": format_name, "version": 2, "package_version": "9.0"})})
+    save_file(
+        tensors, path, {"ramoe": json.dumps({"format": format_name, "version": 2, "package_version": "9.0"})}
+    )
     with pytest.raises(RamoeError, match=rf"{format_name} version 2, expected 1.*9\.0"):
         load(path)
     save_file(tensors, path, {"ramoe": json.dumps({"format": format_name, "version": 1})})
@@ -69,7 +73,9 @@ def test_foreign_tensor_files_are_refused_by_name(tmp_path: Path, format_name: s
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
 @given(st.lists(TEXT, min_size=1, max_size=6, unique=True), st.data())
-def test_rows_are_those_of_the_ids_asked_for_in_that_order(tmp_path: Path, ids: list[str], data: st.DataObject) -> None:
+def test_rows_are_those_of_the_ids_asked_for_in_that_order(
+    tmp_path: Path, ids: list[str], data: st.DataObject
+) -> None:
     written = save_priors(tmp_path / "priors.safetensors", ids)
     priors = Priors.load(tmp_path / "priors.safetensors")
     assert (priors.ids, priors.tokens, priors.shape) == (tuple(ids), "last", SHAPE)
@@ -80,7 +86,9 @@ def test_rows_are_those_of_the_ids_asked_for_in_that_order(tmp_path: Path, ids: 
 def test_missing_ids_are_refused_with_their_count_and_the_first_five(tmp_path: Path) -> None:
     save_priors(tmp_path / "priors.safetensors", ["known"])
     priors = Priors.load(tmp_path / "priors.safetensors")
-    with pytest.raises(RamoeError, match=r"priors\.safetensors: 7 of 8 examples .* first m0, m1, m2, m3, m4;"):
+    with pytest.raises(
+        RamoeError, match=r"priors\.safetensors: 7 of 8 examples .* first m0, m1, m2, m3, m4;"
+    ):
         priors.rows(["known", *(f"m{i}" for i in range(7)), "m0"])
 
 

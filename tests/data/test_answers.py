@@ -13,13 +13,28 @@ from ramoe_megatron.data.limits import NEW_TOKENS, new_token_limits
 from ramoe_megatron.errors import RamoeError
 
 TOKENIZER = SmallTokenizer()
-LANGUAGES = ["en", "de", "fr", "es", "tr", "el", "ar", "fa", "hi", "ru", "de-CH", "deu_Latn", "Turkish", "unknown"]
-# decimal mark, grouping mark
+LANGUAGES = [
+    "en",
+    "de",
+    "fr",
+    "es",
+    "tr",
+    "el",
+    "ar",
+    "fa",
+    "hi",
+    "ru",
+    "de-CH",
+    "deu_Latn",
+    "Turkish",
+    "unknown",
+]
+# language -> decimal mark, grouping mark
 MARKS = {
-    "en": (".", ","), "zh": (".", ","), "sw": (".", ","), "th": (".", ","), "hi": (".", ","), "unknown": (".", ","),
-    "de": (",", "."), "es": (",", "."), "tr": (",", "."), "id": (",", "."), "pt-BR": (",", "."), "ell_Grek": (",", "."),
-    "fr": (",", "\u202f"), "ru": (",", "\u00a0"), "fi": (",", " "), "pl": (",", "\u00a0"), "de-CH": (".", "’"),
-    "ar": ("٫", "٬"), "fa": ("٫", "٬"),
+    "en": (".", ","), "zh": (".", ","), "sw": (".", ","), "th": (".", ","), "hi": (".", ","),
+    "unknown": (".", ","), "de": (",", "."), "es": (",", "."), "tr": (",", "."), "id": (",", "."),
+    "pt-BR": (",", "."), "ell_Grek": (",", "."), "fr": (",", "\u202f"), "ru": (",", "\u00a0"),
+    "fi": (",", " "), "pl": (",", "\u00a0"), "de-CH": (".", "’"), "ar": ("٫", "٬"), "fa": ("٫", "٬"),
 }  # fmt: skip
 languages = st.sampled_from(LANGUAGES)
 FORMATS = "\u200e\u200f\u061c\u200b\u200c\u200d\u2060\ufeff\u00ad\u2066\u2069\u202b\u202c"
@@ -34,11 +49,15 @@ def test_normalising_twice_is_normalising_once(text: str, language: str) -> None
 
 
 @given(
-    st.text(alphabet="abc éß漢٣3.,!", min_size=1), st.sampled_from(["", ".", "!", "。", "؟", '"', "  ", "\n"]), languages
+    st.text(alphabet="abc éß漢٣3.,!", min_size=1),
+    st.sampled_from(["", ".", "!", "。", "؟", '"', "  ", "\n"]),
+    languages,
 )
 def test_case_outer_white_space_and_punctuation_do_not_count(text: str, edge: str, language: str) -> None:
     words = text.strip(".,! ")
-    assert is_correct(f"{edge} {words.upper()} {edge}", words, language) or not any(c.isalnum() for c in words)
+    assert is_correct(f"{edge} {words.upper()} {edge}", words, language) or not any(
+        c.isalnum() for c in words
+    )
 
 
 @given(st.integers(0, 10**6), st.sampled_from("٠۰०๐০០０"), languages)
@@ -48,9 +67,15 @@ def test_digits_of_every_script_are_equal(number: int, zero: str, language: str)
     assert is_correct(native, str(number), language)
 
 
-@given(st.text(alphabet="abc نعم हिन्दी 3-", min_size=1).filter(lambda text: any(c.isalnum() for c in text)), st.data(), languages)
+@given(
+    st.text(alphabet="abc نعم हिन्दी 3-", min_size=1).filter(lambda text: any(c.isalnum() for c in text)),
+    st.data(),
+    languages,
+)
 def test_format_characters_do_not_count(text: str, data: st.DataObject, language: str) -> None:
-    marked = "".join(data.draw(st.sampled_from(["", *FORMATS])) + char for char in text) + data.draw(st.sampled_from(FORMATS))
+    marked = "".join(data.draw(st.sampled_from(["", *FORMATS])) + char for char in text) + data.draw(
+        st.sampled_from(FORMATS)
+    )
     assert is_correct(marked, text, language)
 
 
@@ -60,8 +85,14 @@ def test_every_minus_is_one_and_none_is_lost(number: int, one: str, other: str, 
     assert not is_correct(f"{one}{number}", str(number), language)
 
 
-@given(st.integers(0, 10**9), st.none() | st.text("0123456789", min_size=1, max_size=4), st.sampled_from(sorted(MARKS)))
-def test_a_number_is_read_by_the_marks_of_its_language(number: int, decimals: str | None, language: str) -> None:
+@given(
+    st.integers(0, 10**9),
+    st.none() | st.text("0123456789", min_size=1, max_size=4),
+    st.sampled_from(sorted(MARKS)),
+)
+def test_a_number_is_read_by_the_marks_of_its_language(
+    number: int, decimals: str | None, language: str
+) -> None:
     mark, group = MARKS[language]
     tail = "" if decimals is None else mark + decimals
     grouped, plain = f"{number:,}".replace(",", group) + tail, f"{number}{tail}"
@@ -71,29 +102,34 @@ def test_a_number_is_read_by_the_marks_of_its_language(number: int, decimals: st
 
 
 @given(st.integers(0, 10**9), st.sampled_from(sorted(MARKS)))
-def test_english_grouping_of_millions_and_english_decimals_are_read_everywhere(number: int, language: str) -> None:
+def test_english_grouping_of_millions_and_english_decimals_are_read_everywhere(
+    number: int, language: str
+) -> None:
     assert is_correct(f"{number + 10**6:,}", str(number + 10**6), language)
     assert is_correct(f"{number}.5", f"{number}{MARKS[language][0]}5", language)
 
 
 RIGHT = [
-    ("1\u00a0000", "1000", "en"), ("1\u202f000", "1000", "en"), ("1'000", "1000", "de"), ("1.000,5", "1,000.5", "de"),
-    ("1 000", "1000", "fr"), ("1,00,000", "100000", "hi"), ("१,००,०००", "100000", "hi"), ("100,000", "100000", "hi"),
-    ("١٬٠٠٠٫٥", "1000.5", "ar"), ("٣,٥", "3.5", "ar"), ("١,٠٠٠", "1000", "ar"), (".5", "0.5", "en"), ("-.5", "-0,5", "de"),
-    ("1.234", "1234", "German"), ("1.234", "1234", "deu_Latn"), ("− 3", "-3", "en"), ("€3", "3 €", "de"), ("-$3", "$-3", "en"),
-    ("5 %", "5%", "de"), ("%5", "5%", "tr"), ("٪٥", "5%", "ar"), ("20℃", "20 °C", "en"), ("½", "1/2", "en"),
-    ("İSTANBUL", "istanbul", "tr"), ("ISPARTA", "ısparta", "tur_Latn"), ("BAKI", "bakı", "az"), ("ISPARTA", "isparta", "en"),
-    ("ΑΘΗΝΑ", "Αθήνα", "el"), ("ΟΔΟΣ", "οδος", "el"), ("STRASSE", "straße", "de"), ("ᲗᲑᲘᲚᲘᲡᲘ", "თბილისი", "ka"),
-    ("\u200fنعم\u200e", "نعم", "ar"), ("می\u200cخواهم", "میخواهم", "fa"), ("نـــعم", "نعم", "ar"), ("क्\u200dष", "क्ष", "hi"),
+    ("1\u00a0000", "1000", "en"), ("1\u202f000", "1000", "en"), ("1'000", "1000", "de"),
+    ("1.000,5", "1,000.5", "de"), ("1 000", "1000", "fr"), ("1,00,000", "100000", "hi"),
+    ("१,००,०००", "100000", "hi"), ("100,000", "100000", "hi"), ("١٬٠٠٠٫٥", "1000.5", "ar"),
+    ("٣,٥", "3.5", "ar"), ("١,٠٠٠", "1000", "ar"), (".5", "0.5", "en"), ("-.5", "-0,5", "de"),
+    ("1.234", "1234", "German"), ("1.234", "1234", "deu_Latn"), ("− 3", "-3", "en"), ("€3", "3 €", "de"),
+    ("-$3", "$-3", "en"), ("5 %", "5%", "de"), ("%5", "5%", "tr"), ("٪٥", "5%", "ar"), ("20℃", "20 °C", "en"),
+    ("½", "1/2", "en"), ("İSTANBUL", "istanbul", "tr"), ("ISPARTA", "ısparta", "tur_Latn"),
+    ("BAKI", "bakı", "az"), ("ISPARTA", "isparta", "en"), ("ΑΘΗΝΑ", "Αθήνα", "el"), ("ΟΔΟΣ", "οδος", "el"),
+    ("STRASSE", "straße", "de"), ("ᲗᲑᲘᲚᲘᲡᲘ", "თბილისი", "ka"), ("\u200fنعم\u200e", "نعم", "ar"),
+    ("می\u200cخواهم", "میخواهم", "fa"), ("نـــعم", "نعم", "ar"), ("क्\u200dष", "क्ष", "hi"),
     ("- Paris", "Paris", "en"), ("**Paris**", "Paris", "en"), ("l’eau", "L'EAU", "fr"), ("«ja»", "ja", "de"),
     ("Ｃ＋＋", "c++", "ja"), ("O−", "O-", "en"),
 ]  # fmt: skip
 WRONG = [
-    ("3", "-3", "en"), ("3", "−3", "ar"), ("C", "C++", "en"), ("C", "C#", "en"), ("3 $", "3 €", "de"), ("5", "5%", "en"),
-    ("A", "A-", "en"), ("Na", "Na+", "en"), ("5", ".5", "en"), ("3", "+3", "en"), ("1", "1.000", "de"), ("1000", "1,000", "de"),
-    ("35", "3,5", "de"), ("3.5", "3,5", "en"), ("100000", "1,00,000", "en"), ("12345", "12 345", "en"), ("123", "1.2.3", "de"),
-    ("102", "10²", "en"), ("11/2", "1½", "en"), ("isparta", "ISPARTA", "tr"), ("istanbul", "ISTANBUL", "az"),
-    ("3.5", "35", "en"), ("a-b", "ab", "en"), ("EUR USD", "EUR", "en"), ("", "EUR", "en"), ("?", "!", "en"), ("10", "1", "en"),
+    ("3", "-3", "en"), ("3", "−3", "ar"), ("C", "C++", "en"), ("C", "C#", "en"), ("3 $", "3 €", "de"),
+    ("5", "5%", "en"), ("A", "A-", "en"), ("Na", "Na+", "en"), ("5", ".5", "en"), ("3", "+3", "en"),
+    ("1", "1.000", "de"), ("1000", "1,000", "de"), ("35", "3,5", "de"), ("3.5", "3,5", "en"),
+    ("100000", "1,00,000", "en"), ("12345", "12 345", "en"), ("123", "1.2.3", "de"), ("102", "10²", "en"),
+    ("11/2", "1½", "en"), ("isparta", "ISPARTA", "tr"), ("istanbul", "ISTANBUL", "az"), ("3.5", "35", "en"),
+    ("a-b", "ab", "en"), ("EUR USD", "EUR", "en"), ("", "EUR", "en"), ("?", "!", "en"), ("10", "1", "en"),
     ("a b", "ab", "en"), ("", "\u200f", "ar"),
 ]  # fmt: skip
 
@@ -119,8 +155,14 @@ def tokens(answer: str) -> int:
 LONG = " ".join("one two three four five six seven eight nine ten".split() * 4)
 
 
-@given(st.lists(st.sampled_from(["EUR", "one two", LONG]), min_size=1, max_size=4), st.integers(1, 99), st.integers(30, 200))
-def test_a_limit_holds_every_gold_answer_or_is_refused(answers: list[str], given: int, positions: int) -> None:
+@given(
+    st.lists(st.sampled_from(["EUR", "one two", LONG]), min_size=1, max_size=4),
+    st.integers(1, 99),
+    st.integers(30, 200),
+)
+def test_a_limit_holds_every_gold_answer_or_is_refused(
+    answers: list[str], given: int, positions: int
+) -> None:
     rows = [example(f"q{number}", "hi", response=answer) for number, answer in enumerate(answers)]
     prompts = [encode_answer(row, TOKENIZER).prompt_length for row in rows]
     needed = [tokens(answer) for answer in answers]
@@ -137,10 +179,19 @@ def test_a_limit_holds_every_gold_answer_or_is_refused(answers: list[str], given
 
 
 def test_what_a_limit_cuts_is_counted_by_language_with_the_number_that_is_needed() -> None:
-    rows = [example(f"q{n}", language, response=LONG if language == "hi" else "EUR") for n in range(2) for language in ("en", "hi")]
+    rows = [
+        example(f"q{n}", language, response=LONG if language == "hi" else "EUR")
+        for n in range(2)
+        for language in ("en", "hi")
+    ]
     with pytest.raises(RamoeError) as error:
         new_token_limits(rows, TOKENIZER, 16, 200)
-    for words in ("2 of 4 examples", "2 in hi (ids q0, q1)", f"up to {tokens(LONG)} tokens", "--ramoe-max-new-tokens 16"):
+    for words in (
+        "2 of 4 examples",
+        "2 in hi (ids q0, q1)",
+        f"up to {tokens(LONG)} tokens",
+        "--ramoe-max-new-tokens 16",
+    ):
         assert words in str(error.value)
     assert new_token_limits(rows, TOKENIZER, tokens(LONG), 200) == [tokens(LONG)] * 4
 

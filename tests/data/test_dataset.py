@@ -1,4 +1,4 @@
-"""Laws of the padded samples: labels are shifted tokens, and the loss falls on the response and its eod alone."""
+"""Laws of the padded samples: labels are shifted tokens, with a loss on the response and its eod only."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Laws of packed samples: a pack holds whole samples in the order of the draws, and a router sees of each what it sees of a padded one."""
+"""Laws of packed samples: packs have whole samples in order, and routing is pooled as for padded samples."""
 
 import itertools
 import types
@@ -21,7 +21,8 @@ from ramoe_megatron.mcore.placement import context_parallel_rows, local_rows
 TOKENIZER = SmallTokenizer()
 WORDS = ["one", "two", "three", "four", "five", "?"]
 EXAMPLES = [
-    example(str(n), prompt=" ".join(WORDS[: n % 6]), response=" ".join(["yes"] * (1 + n % 4))) for n in range(11)
+    example(str(n), prompt=" ".join(WORDS[: n % 6]), response=" ".join(["yes"] * (1 + n % 4)))
+    for n in range(11)
 ]
 SEQ, BATCH = 24, 3
 
@@ -31,7 +32,9 @@ def packed(packs: int = 9, **changes: Any) -> PackedDataset:
 
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 40))
-def test_next_fit_keeps_order_room_and_opens_a_pack_only_when_it_must(lengths: list[int], capacity: int) -> None:
+def test_next_fit_keeps_order_room_and_opens_a_pack_only_when_it_must(
+    lengths: list[int], capacity: int
+) -> None:
     first = next_fit(np.array(lengths, dtype=np.int64), capacity)
     assert first[0] == 0
     assert first[-1] == len(lengths)
@@ -58,7 +61,10 @@ def test_a_pack_is_its_samples_one_behind_the_other(multiple: int) -> None:
         for number, start in enumerate(item["start"].tolist()):
             alone = samples[draw]
             length = int(alone["length"])
-            assert (int(item["length"][number]), int(item["prompt_length"][number])) == (length, int(alone["prompt_length"]))
+            assert (int(item["length"][number]), int(item["prompt_length"][number])) == (
+                length,
+                int(alone["prompt_length"]),
+            )
             for key in ("tokens", "labels", "loss_mask", "position_ids"):
                 assert torch.equal(item[key][start : start + length], alone[key][:length]), key
             draw += 1
@@ -84,7 +90,8 @@ def test_shares_give_the_mean_over_the_samples_of_a_global_batch() -> None:
 def test_a_longer_run_starts_with_the_same_packs() -> None:
     long = packed(24)
     for packs in range(1, 24):
-        assert packed(packs).first.tolist() == long.first[: packs + 1].tolist(), packs  # the last pack is not cut short either
+        # Also the last pack is complete.
+        assert packed(packs).first.tolist() == long.first[: packs + 1].tolist(), packs
     short = packed(6)
     for place in range(6):
         a, b = short[place], long[place]
@@ -98,7 +105,11 @@ def router(tp: int = 1, tp_rank: int = 0, cp: int = 1, cp_rank: int = 0) -> Any:
 
     config = types.SimpleNamespace(sequence_parallel=tp > 1)
     return types.SimpleNamespace(
-        config=config, score_function="softmax", tp_group=group(tp, tp_rank), cp_group=group(cp, cp_rank), tp_cp_group=None
+        config=config,
+        score_function="softmax",
+        tp_group=group(tp, tp_rank),
+        cp_group=group(cp, cp_rank),
+        tp_cp_group=None,
     )
 
 
@@ -115,9 +126,15 @@ def test_a_router_pools_a_packed_sample_as_a_padded_one(tokens: str) -> None:
     for b, (start, length) in enumerate(zip(item["start"].tolist(), item["length"].tolist(), strict=True)):
         logits_SBE[:length, b] = logits_S1E[start : start + length, 0]
     padded = TokenSelection(item["prompt_length"], item["length"])
-    pooled = [pooled_distributions(router(), x, s, (tokens,))[tokens] for x, s in ((logits_S1E, selection(item)), (logits_SBE, padded))]
+    pooled = [
+        pooled_distributions(router(), x, s, (tokens,))[tokens]
+        for x, s in ((logits_S1E, selection(item)), (logits_SBE, padded))
+    ]
     torch.testing.assert_close(*pooled, rtol=1e-6, atol=1e-7)
-    means = [mean_over_tokens(router(), x, s, tokens) for x, s in ((logits_S1E, selection(item)), (logits_SBE, padded))]
+    means = [
+        mean_over_tokens(router(), x, s, tokens)
+        for x, s in ((logits_S1E, selection(item)), (logits_SBE, padded))
+    ]
     torch.testing.assert_close(*means, rtol=1e-5, atol=1e-6)
     assert torch.equal(selection(item).count(tokens), padded.count(tokens))
 
@@ -125,7 +142,7 @@ def test_a_router_pools_a_packed_sample_as_a_padded_one(tokens: str) -> None:
 @pytest.mark.parametrize(("tp", "cp"), [(2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("tokens", TOKEN_CHOICES)
 def test_pieces_of_a_pack_add_up(tokens: str, tp: int, cp: int) -> None:
-    """Over tensor- and context-parallel ranks: each row lies on one of them, and the samples' sums add to the whole pack's."""
+    """Each token is on one tensor- and context-parallel rank; the sums over ranks are those of the pack."""
     item = packed(multiple=4)[2]
     values = torch.randn(SEQ, 1, 3, generator=torch.Generator().manual_seed(1))
     whole, total, rows = selection(item).local(router(), SEQ), torch.zeros(len(item["start"]), 3), []
@@ -147,7 +164,9 @@ def test_pieces_of_a_pack_add_up(tokens: str, tp: int, cp: int) -> None:
 def test_every_context_parallel_rank_gets_two_slices_of_each_sample() -> None:
     """Megatron's order: slice r, then slice 2 cp - 1 - r, sample after sample."""
     borders = torch.tensor([0, 8, 12, 24], dtype=torch.int32)
-    for rank, expected in enumerate(([0, 1, 6, 7, 8, 11, 12, 13, 14, 21, 22, 23], [2, 3, 4, 5, 9, 10, 15, 16, 17, 18, 19, 20])):
+    for rank, expected in enumerate(
+        ([0, 1, 6, 7, 8, 11, 12, 13, 14, 21, 22, 23], [2, 3, 4, 5, 9, 10, 15, 16, 17, 18, 19, 20])
+    ):
         assert context_parallel_rows(24, 2, rank, borders).tolist() == expected
 
 

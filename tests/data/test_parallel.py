@@ -34,7 +34,9 @@ def load(tmp_path: Path, *rows: dict[str, Any], **options: Any) -> list[Example]
 @given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5))
 def test_written_rows_are_read_back(tmp_path_factory: pytest.TempPathFactory, prompts: list[str]) -> None:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text(write_rows(row(f"q{i}", prompt=p) for i, p in enumerate(prompts)), encoding="utf-8", newline="")
+    path.write_text(
+        write_rows(row(f"q{i}", prompt=p) for i, p in enumerate(prompts)), encoding="utf-8", newline=""
+    )
     assert [e.prompt for e in load_examples([str(path)])] == prompts
 
 
@@ -221,7 +223,13 @@ def test_other_files_say_the_same_as_jsonl(tmp_path: Path, suffix: str) -> None:
 
 
 def test_split_and_languages_select(tmp_path: Path) -> None:
-    rows = [row("1"), row("1", "fi"), row("2", split="test"), row("2", "fi", split="test"), row("3", split="dev")]
+    rows = [
+        row("1"),
+        row("1", "fi"),
+        row("2", split="test"),
+        row("2", "fi", split="test"),
+        row("3", split="dev"),
+    ]
     assert [e.id for e in load(tmp_path, *rows, split="test", languages=["fi"])] == ["2"]
     assert [e.id for e in load(tmp_path, *rows, split="train,test", languages=["en"])] == ["1", "2"]
 
@@ -235,7 +243,9 @@ def test_split_and_languages_select(tmp_path: Path) -> None:
         (b'{"id": "\xff"}', "line 3, byte 9: not UTF-8"),
     ],
 )
-def test_malformed_json_is_told_by_file_line_and_column(tmp_path: Path, line: str | bytes, message: str) -> None:
+def test_malformed_json_is_told_by_file_line_and_column(
+    tmp_path: Path, line: str | bytes, message: str
+) -> None:
     path = tmp_path / "rows.jsonl"
     bad = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(json.dumps(row()).encode() + b"\n\n" + bad + b"\n")
@@ -273,7 +283,9 @@ def test_second_row_of_an_id_and_language_names_both_places(tmp_path: Path) -> N
 
 
 def test_one_id_in_two_tasks_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RamoeError, match=r"line 2: id 'q1' has task 'month', but task 'currency' at .*line 1"):
+    with pytest.raises(
+        RamoeError, match=r"line 2: id 'q1' has task 'month', but task 'currency' at .*line 1"
+    ):
         load(tmp_path, row(), row(language="fi", task="month"))
 
 
@@ -317,10 +329,14 @@ def test_pairs_join_each_target_with_its_anchor(tmp_path: Path) -> None:
 
 
 def test_ids_without_anchor_are_counted_and_the_first_five_named(tmp_path: Path) -> None:
-    found = load(tmp_path, row("a"), *(row(f"x{i}", lang) for i in range(7) for lang in ("fi", "sw")), row("a", "fi"))
+    found = load(
+        tmp_path, row("a"), *(row(f"x{i}", lang) for i in range(7) for lang in ("fi", "sw")), row("a", "fi")
+    )
     with pytest.raises(RamoeError, match=r"7 of 8 ids have no row .*'en': x0, x1, x2, x3, x4, \.\.\."):
         pair_with_anchor(found, "en")
-    with pytest.raises(RamoeError, match=r"no row is in the anchor language 'de'\. Languages found: en, fi, sw"):
+    with pytest.raises(
+        RamoeError, match=r"no row is in the anchor language 'de'\. Languages found: en, fi, sw"
+    ):
         pair_with_anchor(found, "de")
 
 
@@ -363,11 +379,20 @@ def test_a_hub_data_set_whose_card_has_a_csv_read_otherwise_is_refused(tmp_path:
 
 
 def test_hub_name_out_of_reach_is_told() -> None:
-    code = "from ramoe_megatron.data.parallel import load_examples; load_examples(['no-such-owner/no-such-data'])"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+    code = (
+        "from ramoe_megatron.data.parallel import load_examples; "
+        "load_examples(['no-such-owner/no-such-data'])"
     )
-    assert "RamoeError: no-such-owner/no-such-data: no such file or folder, and as a hub name it failed" in run.stderr
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        "RamoeError: no-such-owner/no-such-data: no such file or folder, and as a hub name it failed"
+        in run.stderr
+    )
 
 
 def test_datasets_is_not_imported_for_jsonl(tmp_path: Path) -> None:

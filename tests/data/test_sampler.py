@@ -16,7 +16,8 @@ WEIGHTS = {"names/*": 1.0, "*/en": 2.0, "*": 0.5}
 
 def examples(sizes: dict[str, int] = SIZES) -> list[Example]:
     found = []
-    for number in range(max(sizes.values())):  # groups interleaved, as no law may lean on the order of the rows
+    # Groups are interleaved, because no law may depend on the order of the rows.
+    for number in range(max(sizes.values())):
         for group, size in sizes.items():
             task, language = group.split("/")
             if number < size:
@@ -87,7 +88,7 @@ def test_weight_zero_leaves_its_groups_out() -> None:
     [
         ({"currency/*": 1.0}, "no pattern matches the group 'month/en' \\(4 examples\\)"),
         ({"*": 1.0, "currency/sw": 1.0}, "'currency/sw' matches no group"),
-        ({"*": 1.0, "currency/fi": 1.0}, "'currency/fi' matches no group that an earlier"),
+        ({"*": 1.0, "currency/fi": 1.0}, "'currency/fi' matches no group, or only groups of earlier"),
         ({"*": -1.0}, "-1.0, expected a finite number"),
         ({"*": float("nan")}, "nan, expected a finite number"),
         ({"*": 0.0}, "all are 0"),

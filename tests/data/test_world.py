@@ -45,11 +45,12 @@ def fact_of(example: Example) -> str:
 
 
 def test_another_process_writes_the_same_bytes(built: tuple[Path, WorldStats], tmp_path: Path) -> None:
-    # other hash seed, and other parts of Babel's data loaded first: both once changed what a build saw
+    # Another hash seed, and other data of Babel loaded first. Both have changed the bytes of a build before.
     code = (
         "import sys; from babel import Locale\n"
         "for name in ('hi', 'ar', 'sw', 'fi', 'tr', 'es', 'en', 'en_GB'):\n"
-        "    for data in (Locale.parse(name).months, Locale.parse(name).days): dict(data['stand-alone']['wide'])\n"
+        "    locale = Locale.parse(name)\n"
+        "    for data in (locale.months, locale.days): dict(data['stand-alone']['wide'])\n"
         "from ramoe_megatron.jobs.generate import main\n"
         f"sys.exit(main(['world', '--out', {str(tmp_path)!r}]))"
     )
@@ -67,7 +68,9 @@ def test_seed_changes_splits_but_not_facts(built: tuple[Path, WorldStats], tmp_p
 
 
 def test_every_fact_has_a_view_in_every_language_with_one_answer(parallel: list[Example]) -> None:
-    assert len(pair_with_anchor(parallel, ANCHOR)) == len({e.id for e in parallel}) * len(CONFIG.target_shares)
+    assert len(pair_with_anchor(parallel, ANCHOR)) == len({e.id for e in parallel}) * len(
+        CONFIG.target_shares
+    )
     assert len({(e.id, e.answer, e.split) for e in parallel}) == len({e.id for e in parallel})
     assert all(e.response == e.answer for e in parallel)
 
@@ -121,7 +124,9 @@ def test_everything_fits_and_codes_are_single_tokens(built: tuple[Path, WorldSta
     assert max(row["longest"] for row in built[1].lengths.values()) <= 16
 
 
-def test_key_stays_one_token_inside_every_question(built: tuple[Path, WorldStats], parallel: list[Example]) -> None:
+def test_key_stays_one_token_inside_every_question(
+    built: tuple[Path, WorldStats], parallel: list[Example]
+) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(built[0] / "tokenizer.model"))
     for e in parallel:
         if e.task != "month":
@@ -130,7 +135,9 @@ def test_key_stays_one_token_inside_every_question(built: tuple[Path, WorldStats
 
 def test_weights_give_the_stated_mixture(built: tuple[Path, WorldStats], pretrain: list[Example]) -> None:
     drawn = order(pretrain, 20_000, 1, json.loads((built[0] / "weights.json").read_text()))
-    groups = [pretrain[i].task if pretrain[i].task not in TASKS else pretrain[i].language == ANCHOR for i in drawn]
+    groups = [
+        pretrain[i].task if pretrain[i].task not in TASKS else pretrain[i].language == ANCHOR for i in drawn
+    ]
     for group, share in {True: 0.40, "names": 0.40, "lists": 0.15, False: 0.05}.items():
         assert abs(groups.count(group) / len(groups) - share) < 0.02
 
@@ -158,7 +165,9 @@ def test_questions_are_complete_and_distinct() -> None:
             assert len(frames) == len(set(frames)) == len(questions()[task][ANCHOR])
             for frame in frames:
                 assert set(re.findall(r"{(\w+)}", frame)) == slots, (language, frame)
-    frames = [frame for by_language in questions().values() for group in by_language.values() for frame in group]
+    frames = [
+        frame for by_language in questions().values() for group in by_language.values() for frame in group
+    ]
     assert len(frames) == len(set(frames))
 
 
@@ -169,7 +178,9 @@ def test_facts_are_those_of_the_world() -> None:
     assert [known[task]["IN"] for task in TASKS[:3]] == ["INR", "hi", "142"]
     assert known["continent"]["NO"] == "150"  # YAML reads a bare NO as false
     assert "PA" not in known["currency"]  # two currencies are legal tender
-    assert all(int(answer) % 12 == (int(key[:2]) + int(key[3:])) % 12 for key, answer in known["month"].items())
+    assert all(
+        int(answer) % 12 == (int(key[:2]) + int(key[3:])) % 12 for key, answer in known["month"].items()
+    )
     assert {len(code) for code in continents()} == {2}
     assert set(continents().values()) == {"002", "009", "019", "142", "150"}
 
@@ -179,7 +190,9 @@ def test_names_are_unambiguous_and_lists_in_order() -> None:
         rows = list(name_rows(language))
         back = {(row["prompt"]): row["response"] for row in rows if row["id"].endswith("#code")}
         assert len(back) == len(rows) / 2
-        assert all(back[f"{row['response']}:"] in row["prompt"] for row in rows if row["id"].endswith("#name"))
+        assert all(
+            back[f"{row['response']}:"] in row["prompt"] for row in rows if row["id"].endswith("#name")
+        )
     lists = {row["id"]: f"{row['prompt']} {row['response']}" for row in list_rows("en")}
     assert lists["months-11"] == "November, December, January, February"
     assert lists["weekdays-5"] == "Saturday, Sunday, Monday, Tuesday"
@@ -225,7 +238,16 @@ def test_worlds_that_cannot_be_built_write_nothing(tmp_path: Path) -> None:
 
 
 def test_job_tells_a_fault_without_a_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ramoe_megatron.jobs.generate", "world", "--config", '{"sede": 1}', "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "ramoe_megatron.jobs.generate",
+        "world",
+        "--config",
+        '{"sede": 1}',
+        "--out",
+        str(tmp_path),
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("ramoe: error: WorldConfig: unknown key 'sede'; did you mean 'seed'?")

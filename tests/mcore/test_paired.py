@@ -45,7 +45,7 @@ def test_a_draw_of_the_anchor_is_its_own_view_and_more_draws_change_none() -> No
 
 
 def test_examples_without_a_view_are_counted() -> None:
-    with pytest.raises(RamoeError, match=r"16 training examples have no view .* currency/0, currency/1, .* use the target example"):
+    with pytest.raises(RamoeError, match=r"16 training examples have no view .* currency/0, currency/1, .* use --ramoe-target example"):
         PairedDataset(TARGETS, [], TOKENIZER, 40, 8, 3)
 
 

@@ -38,7 +38,9 @@ def test_hjs_is_symmetric_in_zero_to_one_and_zero_at_equality(seed: int, experts
 
 
 @given(seeds, st.integers(2, 9), st.randoms(use_true_random=False))
-def test_hjs_does_not_depend_on_the_order_of_experts_nor_on_unused_ones(seed: int, experts: int, rng: object) -> None:
+def test_hjs_does_not_depend_on_the_order_of_experts_nor_on_unused_ones(
+    seed: int, experts: int, rng: object
+) -> None:
     a, b = distributions(2, 4, experts, seed=seed)
     a[:, 0] = 0.0
     a = a / a.sum(-1, keepdim=True)
@@ -158,14 +160,19 @@ def test_small_noise_and_one_odd_layer_move_the_edges_little(layers: int, bottom
 
 
 @given(st.integers(6, 64), st.floats(0.3, 0.7), st.floats(0.01, 0.99), seeds)
-def test_noise_too_small_to_carry_a_layer_over_the_level_changes_nothing(layers: int, bottom: float, size: float, seed: int) -> None:
-    """A median moves by no more than the noise, and so does the level, half-way between floor and lower rim."""
+def test_noise_too_small_to_carry_a_layer_over_the_level_changes_nothing(
+    layers: int, bottom: float, size: float, seed: int
+) -> None:
+    """Noise moves each median, and the level between floor and lower rim, by at most its own size."""
     curve = u_curve(layers, bottom)
     smooth = torch.cat([curve[:1], curve.unfold(0, 3, 1).median(-1).values, curve[-1:]])
     floor = smooth.argmin()
     level = (smooth[floor] + min(smooth[: floor + 1].max(), smooth[floor:].max())) / 2
     noise = 2 * torch.rand(layers, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
-    zone, found = zone_from_curve(curve), zone_from_curve(curve + size * (smooth - level).abs().min() / 2 * noise)
+    zone, found = (
+        zone_from_curve(curve),
+        zone_from_curve(curve + size * (smooth - level).abs().min() / 2 * noise),
+    )
     assert isinstance(zone, Zone)
     assert isinstance(found, Zone)
     assert (found.first, found.last) == (zone.first, zone.last)
@@ -190,7 +197,10 @@ def test_an_inverted_curve_has_no_zone_noise_or_not(layers: int, top: float, see
 @given(st.integers(3, 48))
 def test_a_curve_with_one_rim_has_no_zone(layers: int) -> None:
     rising = torch.linspace(0.1, 0.6, layers)
-    for curve, reason in [(rising, "rises from the first layer"), (rising.flip(0), "falls towards the last layer")]:
+    for curve, reason in [
+        (rising, "rises from the first layer"),
+        (rising.flip(0), "falls towards the last layer"),
+    ]:
         found = zone_from_curve(curve)
         assert isinstance(found, NoZone)
         assert reason in found.reason
@@ -240,7 +250,9 @@ def test_other_ranges_are_refused_with_what_was_found(text: str) -> None:
 
 
 def test_auto_without_a_zone_says_why_and_asks_for_a_range() -> None:
-    with pytest.raises(RamoeError, match=r"the divergence curve is flat: 0.1 to 0.1\); give the range yourself"):
+    with pytest.raises(
+        RamoeError, match=r"the divergence curve is flat: 0.1 to 0.1\); give the range yourself"
+    ):
         parse_layers("auto", 6, NoZone("the divergence curve is flat: 0.1 to 0.1"))
     with pytest.raises(RamoeError, match="no divergence curve was measured"):
         parse_layers("auto", 6)

@@ -113,7 +113,9 @@ def test_empty_layers_are_reported_by_task() -> None:
     assert "'currency': tau=0.3 chooses no expert in 1 of 2 MoE layers (1)" in sentences[0]
 
 
-@given(st.one_of(st.builds(Tau, st.sampled_from([-1.0, 0.25, 0.3, 0.999])), st.builds(TopM, st.integers(1, 300))))
+@given(
+    st.one_of(st.builds(Tau, st.sampled_from([-1.0, 0.25, 0.3, 0.999])), st.builds(TopM, st.integers(1, 300)))
+)
 def test_a_rule_survives_its_text_and_its_file_entry(rule: Rule) -> None:
     assert parse_rule(str(rule)) == rule
     assert rule_from(rule.as_dict()) == rule

@@ -38,7 +38,9 @@ def test_weights_have_mean_one_and_fall_as_divergence_rises(case: tuple[torch.Te
 
 
 @given(curves(), st.floats(0.01, 100), st.floats(0, 0.2))
-def test_scaling_and_shifting_the_curve_change_nothing(case: tuple[torch.Tensor, list[int]], scale: float, shift: float) -> None:
+def test_scaling_and_shifting_the_curve_change_nothing(
+    case: tuple[torch.Tensor, list[int]], scale: float, shift: float
+) -> None:
     curve, layers = case
     weights = divergence_weights(curve, layers)
     torch.testing.assert_close(divergence_weights(scale * curve, layers), weights)
@@ -55,13 +57,17 @@ def test_weights_follow_their_layers(case: tuple[torch.Tensor, list[int]], rng: 
     rng.shuffle(depth)  # type: ignore[attr-defined]
     weights = divergence_weights(curve, layers)
     torch.testing.assert_close(divergence_weights(curve, [layers[i] for i in order]), weights[order])
-    torch.testing.assert_close(divergence_weights(curve[depth], [depth.index(layer) for layer in layers]), weights)
+    torch.testing.assert_close(
+        divergence_weights(curve[depth], [depth.index(layer) for layer in layers]), weights
+    )
 
 
 def test_weights_by_hand_are_taken_over_all_layers() -> None:
     curve = torch.tensor([0.6, 0.3, 0.1, 0.2, 0.5])
     # (0.6 - D) / 0.5 is 0.6, 1.0, 0.8 at layers 1 to 3: mean 0.8
-    torch.testing.assert_close(divergence_weights(curve, [1, 2, 3]), torch.tensor([0.75, 1.25, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        divergence_weights(curve, [1, 2, 3]), torch.tensor([0.75, 1.25, 1.0], dtype=torch.float64)
+    )
     assert divergence_weights(curve, [4]).tolist() == [1.0]  # one layer has nothing to be weighed against
 
 
@@ -70,15 +76,17 @@ def test_weights_by_hand_are_taken_over_all_layers() -> None:
     [
         ([0.5, math.nan, 0.1], [0, 2], "no defined divergence at MoE layer 1"),
         ([0.5, 0.1, math.inf], [1], "no defined divergence at MoE layer 2"),
-        ([0.5, 0.4, 0.45], [1], "flat .0.4000 to 0.5000.*no shape to weigh by"),
+        ([0.5, 0.4, 0.45], [1], "flat .0.4000 to 0.5000.*do not differ enough"),
         ([0.0, 0.0, 0.0], [1], "flat"),
-        ([0.5, 0.1, 0.5], [0, 2], "layers 0, 2 are the highest .*would all weigh 0"),
+        ([0.5, 0.1, 0.5], [0, 2], "layers 0, 2 have the highest .*would be 0"),
         ([0.5, 0.1, 0.5], [], "found layers .., expected some of 0 to 2"),
         ([0.5, 0.1, 0.5], [1, 1], "each once"),
         ([0.5, 0.1, 0.5], [1, 3], "expected some of 0 to 2"),
         ([0.5, 0.1, 0.5], [-1, 1], "expected some of 0 to 2"),
     ],
 )
-def test_curves_and_layers_without_weights_are_refused(curve: list[float], layers: list[int], told: str) -> None:
+def test_curves_and_layers_without_weights_are_refused(
+    curve: list[float], layers: list[int], told: str
+) -> None:
     with pytest.raises(RamoeError, match=told):
         divergence_weights(torch.tensor(curve, dtype=torch.float64), layers)

@@ -16,7 +16,7 @@ names = pytest.mark.parametrize("name", DIVERGENCES)
 
 @st.composite
 def routings(draw: st.DrawFn, zeros: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Two distributions [L, E], exact zeros among them, and a mask with at least one expert in and one out."""
+    """Two distributions [L, E] with exact zeros, and a mask with experts both inside and outside."""
     layers, experts, seed = draw(st.integers(1, 3)), draw(st.integers(2, 9)), draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
 
@@ -42,7 +42,9 @@ def test_lumped_kl_is_mass_plus_weighted_relative_allocation(case: tuple[Tensor,
     q_en, q_tg, mask = case
     m_en, m_tg = (q_en * mask).sum(-1), (q_tg * mask).sum(-1)
     binary = kl(torch.stack([m_en, 1 - m_en], -1), torch.stack([m_tg, 1 - m_tg], -1))
-    relative = torch.stack([kl(a[s] / a[s].sum(), b[s] / b[s].sum()) for a, b, s in zip(q_en, q_tg, mask, strict=True)])
+    relative = torch.stack(
+        [kl(a[s] / a[s].sum(), b[s] / b[s].sum()) for a, b, s in zip(q_en, q_tg, mask, strict=True)]
+    )
     torch.testing.assert_close(divergence("mass", q_en, q_tg, mask), binary)
     torch.testing.assert_close(divergence("lumped-kl", q_en, q_tg, mask), binary + m_en * relative)
     torch.testing.assert_close(divergence("kl", q_en, q_tg, mask), kl(q_en, q_tg))
@@ -50,7 +52,9 @@ def test_lumped_kl_is_mass_plus_weighted_relative_allocation(case: tuple[Tensor,
 
 @names
 @given(routings())
-def test_non_negative_and_zero_iff_the_compared_distributions_are_equal(name: str, case: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_non_negative_and_zero_iff_the_compared_distributions_are_equal(
+    name: str, case: tuple[Tensor, Tensor, Tensor]
+) -> None:
     q_en, q_tg, mask = case
     value = divergence(name, q_en, q_tg, mask)
     assert (value > -1e-12).all()
@@ -76,28 +80,41 @@ def test_js_is_symmetric_and_bounded_by_log_2(case: tuple[Tensor, Tensor, Tensor
 
 
 @given(routings(zeros=False), st.integers(0, 2**31))
-def test_js_reaches_log_2_where_no_expert_is_shared_and_only_there(case: tuple[Tensor, Tensor, Tensor], seed: int) -> None:
+def test_js_reaches_log_2_where_no_expert_is_shared_and_only_there(
+    case: tuple[Tensor, Tensor, Tensor], seed: int
+) -> None:
     q_en, q_tg, mask = case
     assert (divergence("js", q_en, q_tg, mask) < math.log(2) - 1e-9).all()
-    apart = [q.masked_fill(m, 0.0) / q.masked_fill(m, 0.0).sum(-1, keepdim=True) for q, m in ((q_en, mask), (q_tg, ~mask))]
-    torch.testing.assert_close(divergence("js", *apart, mask), torch.full(mask.shape[:1], math.log(2), dtype=torch.float64))
+    apart = [
+        q.masked_fill(m, 0.0) / q.masked_fill(m, 0.0).sum(-1, keepdim=True)
+        for q, m in ((q_en, mask), (q_tg, ~mask))
+    ]
+    torch.testing.assert_close(
+        divergence("js", *apart, mask), torch.full(mask.shape[:1], math.log(2), dtype=torch.float64)
+    )
 
 
 @given(routings(zeros=False))
 def test_the_two_terms_at_their_ends(case: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Without English mass on the task experts their allocation says nothing; where all experts are task experts there is nothing else."""
+    """Only the masses count without English mass on task experts; KL remains if all are task experts."""
     q_en, q_tg, mask = case
     outside = q_en.masked_fill(mask, 0.0) / q_en.masked_fill(mask, 0.0).sum(-1, keepdim=True)
-    torch.testing.assert_close(divergence("lumped-kl", outside, q_tg, mask), divergence("mass", outside, q_tg, mask))
+    torch.testing.assert_close(
+        divergence("lumped-kl", outside, q_tg, mask), divergence("mass", outside, q_tg, mask)
+    )
     torch.testing.assert_close(divergence("mass", outside, q_tg, mask), -(1 - mass(q_tg, mask)).log())
     every = torch.ones_like(mask)
-    torch.testing.assert_close(divergence("lumped-kl", q_en, q_tg, every), divergence("kl", q_en, q_tg, every))
-    torch.testing.assert_close(divergence("mass", q_en, q_tg, every), torch.zeros(len(mask), dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        divergence("lumped-kl", q_en, q_tg, every), divergence("kl", q_en, q_tg, every)
+    )
+    torch.testing.assert_close(
+        divergence("mass", q_en, q_tg, every), torch.zeros(len(mask), dtype=torch.float64), atol=1e-9, rtol=0
+    )
 
 
 @given(routings(zeros=False))
 def test_coarser_bins_diverge_less(case: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Data processing: lumping experts together can only hide differences. Not at zeros, where `TINY` stands in."""
+    """Data-processing inequality: lumping can only reduce a divergence (not at zeros, because of `TINY`)."""
     q_en, q_tg, mask = case
     by_mass, by_expert, by_all = (divergence(name, q_en, q_tg, mask) for name in ("mass", "lumped-kl", "kl"))
     assert (by_mass <= by_expert + 1e-9).all()
@@ -106,11 +123,15 @@ def test_coarser_bins_diverge_less(case: tuple[Tensor, Tensor, Tensor]) -> None:
 
 @names
 @given(routings(), st.randoms(use_true_random=False))
-def test_the_order_of_experts_does_not_matter(name: str, case: tuple[Tensor, Tensor, Tensor], rng: object) -> None:
+def test_the_order_of_experts_does_not_matter(
+    name: str, case: tuple[Tensor, Tensor, Tensor], rng: object
+) -> None:
     q_en, q_tg, mask = case
     order = list(range(mask.shape[-1]))
     rng.shuffle(order)  # type: ignore[attr-defined]
-    torch.testing.assert_close(divergence(name, q_en, q_tg, mask), divergence(name, q_en[:, order], q_tg[:, order], mask[:, order]))
+    torch.testing.assert_close(
+        divergence(name, q_en, q_tg, mask), divergence(name, q_en[:, order], q_tg[:, order], mask[:, order])
+    )
 
 
 @names
@@ -157,7 +178,9 @@ def test_leading_dimensions_broadcast(name: str) -> None:
     assert together.shape == (4, 3)
     for b in range(4):
         for layer in range(3):
-            torch.testing.assert_close(together[b, layer], divergence(name, q_en[layer], q_tg[b, layer], mask[layer].to(torch.uint8)))
+            torch.testing.assert_close(
+                together[b, layer], divergence(name, q_en[layer], q_tg[b, layer], mask[layer].to(torch.uint8))
+            )
 
 
 @pytest.mark.parametrize("name", ["lumped-kl", "mass"])
@@ -181,7 +204,9 @@ def test_lumping_keeps_the_total_and_the_task_experts(case: tuple[Tensor, Tensor
 
 
 @given(st.integers(1, 6), st.integers(1, 3), st.integers(0, 2**31))
-def test_pooling_in_pieces_equals_pooling_at_once_and_ignores_padding(tokens: int, batch: int, seed: int) -> None:
+def test_pooling_in_pieces_equals_pooling_at_once_and_ignores_padding(
+    tokens: int, batch: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     p = torch.rand(tokens, batch, 4, generator=generator, dtype=torch.float64).softmax(-1)
     keep = torch.rand(tokens, batch, generator=generator) < 0.6

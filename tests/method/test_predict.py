@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from ramoe_megatron.artifacts.files import load_document, save_document
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.divergence import DivergenceRow
-from ramoe_megatron.method.predict import PAPER_N, PAPER_R, TransplantOutcome, predict, sign_word, zone_divergence
+from ramoe_megatron.method.predict import (
+    PAPER_N,
+    PAPER_R,
+    TransplantOutcome,
+    predict,
+    sign_word,
+    zone_divergence,
+)
 from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
 from ramoe_megatron.statistics import Difference, paired_proportions, pearson
 
@@ -41,7 +48,9 @@ def test_the_word_follows_the_sign_of_the_whole_interval(gained: int, lost: int,
 
 
 def test_a_clear_rise_is_go_a_clear_fall_no_go_and_silence_undecided() -> None:
-    words = [predict(TAXONOMY, [], (0, 1), outcomes(*c), "test").verdict["word"] for c in [(20, 2, 9), (2, 20, 9)]]
+    words = [
+        predict(TAXONOMY, [], (0, 1), outcomes(*c), "test").verdict["word"] for c in [(20, 2, 9), (2, 20, 9)]
+    ]
     assert words == ["go", "no-go"]
     for silent in (outcomes(0, 0, 40), outcomes(1, 0, 0), []):
         assert predict(TAXONOMY, [], (0, 1), silent, "test").verdict["word"] == "undecided"
@@ -86,7 +95,9 @@ def test_the_papers_correlation_is_quoted_with_its_interval_and_no_slope() -> No
     text = predict(TAXONOMY, [], (0, 1), [], "test").verdict["paper"]
     # An interval for the same r and n, from points built to have exactly that correlation.
     x = [math.cos(2 * math.pi * k / PAPER_N) for k in range(PAPER_N)]
-    y = [PAPER_R * c + math.sqrt(1 - PAPER_R**2) * math.sin(2 * math.pi * k / PAPER_N) for k, c in enumerate(x)]
+    y = [
+        PAPER_R * c + math.sqrt(1 - PAPER_R**2) * math.sin(2 * math.pi * k / PAPER_N) for k, c in enumerate(x)
+    ]
     exact = pearson(x, y)
     assert exact is not None
     assert exact.r == pytest.approx(PAPER_R)

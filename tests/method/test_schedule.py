@@ -1,4 +1,4 @@
-"""Laws of the coefficient's schedule, of the layers that a user names, and of the random experts of a control."""
+"""Laws of the coefficient's schedule, of the value of --ramoe-layers, and of the random control experts."""
 
 import pytest
 import torch
@@ -26,7 +26,9 @@ def test_the_warm_up_rises_in_equal_steps_to_one(warmup: int, decay: str) -> Non
 
 
 @given(st.integers(0, 20), st.integers(21, 100))
-def test_the_cosine_falls_from_one_to_zero_and_is_one_half_in_the_middle(warmup: int, train_iters: int) -> None:
+def test_the_cosine_falls_from_one_to_zero_and_is_one_half_in_the_middle(
+    warmup: int, train_iters: int
+) -> None:
     fall = [coefficient_factor(n, warmup, "cosine", train_iters) for n in range(warmup, train_iters + 1)]
     assert fall[0] == 1
     assert fall[-1] == pytest.approx(0, abs=1e-12)

@@ -40,16 +40,30 @@ def test_the_zones_are_symmetric(layers: int) -> None:
 def test_the_scores_by_hand() -> None:
     frequency = torch.tensor([[[0.2, 0.0, 0.3]], [[0.6, 0.0, 0.3]]])  # mean 0.4, 0, 0.3; deviation 0.2, 0, 0
     torch.testing.assert_close(specificity(frequency, [1]), torch.tensor([[1.5 * 7.0, 0.0, 4.0]]).double())
-    torch.testing.assert_close(specificity(frequency, [0, 1]), torch.tensor([[(0.5 * 3 + 1.5 * 7) / 2, 0.0, 4.0]]).double())
+    torch.testing.assert_close(
+        specificity(frequency, [0, 1]), torch.tensor([[(0.5 * 3 + 1.5 * 7) / 2, 0.0, 4.0]]).double()
+    )
     torch.testing.assert_close(overlap(frequency), torch.tensor([[1 / 1.5 * 5, 0.0, 4.0]]).double())
 
 
 def test_rise_by_hand() -> None:
     """Three layers, one a zone: the specific expert of the outer two, the shared one of the middle."""
     frequency = torch.tensor([[0.5, 0.4, 0.1], [0.1, 0.4, 0.5]])[:, None].expand(2, 3, 3)
-    assert rise(frequency, [1], 3).tolist() == [[False, False, True], [False, True, False], [False, False, True]]
-    assert rise(frequency, [0], 3).tolist() == [[True, False, False], [False, True, False], [True, False, False]]
-    assert rise(frequency, [1], 3, split=(0, 1, 2)).tolist() == [[False] * 3, [False, True, False], [False, True, True]]
+    assert rise(frequency, [1], 3).tolist() == [
+        [False, False, True],
+        [False, True, False],
+        [False, False, True],
+    ]
+    assert rise(frequency, [0], 3).tolist() == [
+        [True, False, False],
+        [False, True, False],
+        [True, False, False],
+    ]
+    assert rise(frequency, [1], 3, split=(0, 1, 2)).tolist() == [
+        [False] * 3,
+        [False, True, False],
+        [False, True, True],
+    ]
 
 
 def test_ties_go_to_the_lower_pair() -> None:
@@ -67,7 +81,8 @@ def test_rise_meets_its_budget_in_every_zone(seed: int, budget: int) -> None:
 
 @given(seeds, st.integers(1, 20))
 def test_rise_follows_a_permutation_of_experts_and_ignores_one_of_languages(seed: int, budget: int) -> None:
-    frequency = usage(seed, experts=6).clamp(min=1e-3 * torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(seed)))  # no ties
+    no_ties = 1e-3 * torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(seed))
+    frequency = usage(seed, experts=6).clamp(min=no_ties)
     generator = torch.Generator().manual_seed(seed + 1)
     experts, languages = torch.randperm(6, generator=generator), torch.randperm(3, generator=generator)
     chosen = rise(frequency, [0, 2], budget)
@@ -94,7 +109,9 @@ def test_an_expert_that_no_language_uses_comes_last(seed: int, budget: int) -> N
     ("budget", "targets", "split"),
     [(0, [1], None), (31, [1], None), (3, [], None), (3, [1], (1, 1, 2)), (9, [1], (0, 9, 0))],
 )
-def test_rise_refuses_what_the_layers_cannot_hold(budget: int, targets: list[int], split: tuple[int, ...] | None) -> None:
+def test_rise_refuses_what_the_layers_cannot_hold(
+    budget: int, targets: list[int], split: tuple[int, ...] | None
+) -> None:
     with pytest.raises(RamoeError, match="RISE"):
         rise(usage(1), targets, budget, split)
 
@@ -107,7 +124,9 @@ def test_esft_by_hand() -> None:
 
 
 @given(seeds, st.floats(0.01, 1), st.floats(0.01, 1), st.floats(0.01, 100))
-def test_esft_is_the_fewest_that_reach_the_share(seed: int, top_p: float, other: float, factor: float) -> None:
+def test_esft_is_the_fewest_that_reach_the_share(
+    seed: int, top_p: float, other: float, factor: float
+) -> None:
     score = usage(seed)[0]
     chosen = esft(score, top_p)
     total = score.sum(-1)
@@ -137,24 +156,35 @@ def test_a_share_of_one_takes_every_expert_with_a_score(seed: int) -> None:
 
 def made(path: Path, **changed: object) -> UsageFile:
     fields: dict[str, object] = {
-        "languages": ("en", "tr"), "shape": SHAPE, "tokens": torch.tensor([1, 3]),
-        "frequency": torch.full((2, 3, 4), 0.5), "gate": torch.tensor([0.25, 0.5])[:, None, None].expand(2, 3, 4),
-        "layer_number": torch.tensor([1, 2, 3]), "checkpoint": "base@4",
-    }  # fmt: skip
+        "languages": ("en", "tr"),
+        "shape": SHAPE,
+        "tokens": torch.tensor([1, 3]),
+        "frequency": torch.full((2, 3, 4), 0.5),
+        "gate": torch.tensor([0.25, 0.5])[:, None, None].expand(2, 3, 4),
+        "layer_number": torch.tensor([1, 2, 3]),
+        "checkpoint": "base@4",
+    }
     UsageFile(**(fields | changed)).save(path)  # type: ignore[arg-type]
     return UsageFile.load(path)
 
 
 def test_a_usage_file_comes_back_as_it_was(tmp_path: Path) -> None:
     found = made(tmp_path / "usage.safetensors")
-    assert (found.languages, found.shape, found.tokens.tolist(), found.checkpoint) == (("en", "tr"), SHAPE, [1, 3], "base@4")
+    assert (found.languages, found.shape, found.tokens.tolist(), found.checkpoint) == (
+        ("en", "tr"),
+        SHAPE,
+        [1, 3],
+        "base@4",
+    )
     assert found.gate[1, 2].tolist() == [0.5] * 4
-    torch.testing.assert_close(found.mean("gate", ["tr", "en"]), torch.full((3, 4), (0.25 + 3 * 0.5) / 4).double())
+    torch.testing.assert_close(
+        found.mean("gate", ["tr", "en"]), torch.full((3, 4), (0.25 + 3 * 0.5) / 4).double()
+    )
     assert "ramoe-usage" in safe_open(tmp_path / "usage.safetensors", "pt").metadata()["ramoe"]
     found.check_model(3, 4, 2, "softmax")
     with pytest.raises(RamoeError, match="num_experts is 4 in the file, 8 in the model"):
         found.check_model(3, 8, 2, "softmax")
-    with pytest.raises(RamoeError, match="no language 'sw', it was profiled on en, tr"):
+    with pytest.raises(RamoeError, match="no language 'sw', the file was profiled on en, tr"):
         found.places(["en", "sw"])
 
 

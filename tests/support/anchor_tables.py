@@ -1,4 +1,4 @@
-"""Taxonomies and priors for the tests of several anchors: drawn at random, and small enough to follow by hand."""
+"""Taxonomies and priors for the tests of several anchors: random ones, and a small one to follow by hand."""
 
 from pathlib import Path
 
@@ -15,17 +15,25 @@ LANGUAGES = ("zh", "es", "sw")
 
 @st.composite
 def tables(draw: st.DrawFn) -> list[TaxonomyRow]:
-    """A whole taxonomy against en: every id in every language, in any order."""
+    """A complete taxonomy against en: every id in every language, in any order."""
     rows = []
     for n in range(draw(st.integers(1, 6))):
         task, english = draw(st.sampled_from(["t", "u"])), draw(st.booleans())
-        rows += [TaxonomyRow(f"x{n}", task, language, "train", english, draw(st.booleans())) for language in LANGUAGES]
+        rows += [
+            TaxonomyRow(f"x{n}", task, language, "train", english, draw(st.booleans()))
+            for language in LANGUAGES
+        ]
     return draw(st.permutations(rows))
 
 
 def by_hand() -> list[TaxonomyRow]:
-    """a: en right. b: zh alone right. c: none. d: en and zh right. Languages zh and sw; sw is wrong but in d."""
-    outcomes = {"a": (True, False, False), "b": (False, True, False), "c": (False, False, False), "d": (True, True, True)}
+    """Correct answers: a in en; b in zh; c in none; d in en, zh and sw."""
+    outcomes = {
+        "a": (True, False, False),
+        "b": (False, True, False),
+        "c": (False, False, False),
+        "d": (True, True, True),
+    }
     return [
         TaxonomyRow(id_, "t", language, "train", en, correct)
         for id_, (en, zh, sw) in outcomes.items()
@@ -33,7 +41,14 @@ def by_hand() -> list[TaxonomyRow]:
     ]
 
 
-def save_priors(path: Path, ids: str, value: float, tokens: str = "last", checkpoint: str = "base", shape: ModelShape = SHAPE) -> Path:
+def save_priors(
+    path: Path,
+    ids: str,
+    value: float,
+    tokens: str = "last",
+    checkpoint: str = "base",
+    shape: ModelShape = SHAPE,
+) -> Path:
     """Row n is [value + n / 100, 1 - that, 0] in each layer."""
     first = torch.tensor([value + n / 100 for n in range(len(ids))])
     rows = torch.stack([first, 1 - first, torch.zeros(len(ids))], -1)[:, None].expand(-1, 2, -1)

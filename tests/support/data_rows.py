@@ -1,4 +1,4 @@
-"""Rows, files and tokenizers that the tests of the data room share."""
+"""Rows, files and tokenizers shared by the tests of the data modules."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def example(id: str = "q1", language: str = "en", task: str = "currency", **chan
 
 
 class SmallTokenizer:
-    """A SentencePiece tokenizer (by default one trained on TEXT), with the interface of Megatron's and no need to import it."""
+    """A SentencePiece tokenizer with the interface of Megatron's, by default trained on TEXT."""
 
     def __init__(self, model: bytes | None = None) -> None:
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model or train_tokenizer(TEXT, 400))

@@ -1,4 +1,4 @@
-"""SIB-200 topic classification (Adelani et al., 2023, arXiv 2309.07445) as parallel task data with its tokenizer."""
+"""SIB-200 topic classification (Adelani et al., 2023, arXiv 2309.07445) as parallel data with a tokenizer."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,74 +21,82 @@ _SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 
 @dataclass(frozen=True)
 class SibConfig:
-    """How SIB-200 becomes parallel data."""
+    """Options of the conversion of SIB-200 to parallel data."""
 
     source: str = ""
-    """Folder that holds a folder per language."""
+    """Folder of SIB-200, with one folder per language."""
     languages: tuple[str, ...] = ()
-    """Languages to take, by folder name, the anchor among them; empty takes all that are there."""
+    """Languages to use, by folder name, including the anchor. Empty uses all languages in the folder."""
     anchor: str = "eng_Latn"
-    """The anchor language."""
+    """Anchor language, by folder name."""
     frame: str = "{text} Topic:"
-    """The prompt, the same in every language; {text} is the sentence."""
+    """Template of the prompt, the same in every language; {text} is replaced by the sentence."""
     seed: int = 1
-    """Decides which training ids serve pretraining."""
+    """Seed of the choice of the ids for pretraining."""
     pretrain_share: float = 0.6
-    """Share of the training ids whose labels pretraining shows in the anchor language (split "pretrain"); the others
-    are kept for fine-tuning (split "train")."""
+    """Share of the training ids in split "pretrain": pretraining shows their labels in the anchor language.
+    The other ids are split "train", for fine-tuning."""
     target_share: float = 0.1
-    """Share of the "pretrain" ids whose labels pretraining shows in a target language; drawn for each language."""
+    """Share of the "pretrain" ids whose labels pretraining shows in a target language. The ids are drawn for
+    each language."""
     weight_text: float = 0.5
-    """Share of pretraining draws: plain text of all languages."""
+    """Share of pretraining draws for plain text in all languages."""
     weight_anchor: float = 0.4
-    """Share of pretraining draws: the task in the anchor language."""
+    """Share of pretraining draws for the task in the anchor language."""
     weight_target: float = 0.1
-    """Share of pretraining draws: the task in the target languages."""
+    """Share of pretraining draws for the task in the target languages."""
     vocab_size: int = 8000
-    """Pieces of the tokenizer, which is trained on the training sentences of all languages."""
+    """Number of pieces of the tokenizer, which is trained on the training sentences of all languages."""
     max_tokens: int | None = None
-    """Longest prompt + choice in tokens: ids with a longer view in any language are dropped in all of them."""
+    """Maximum length of prompt + choice, in tokens. An id with a longer view in any language is dropped in
+    all languages. Default: no maximum."""
 
     def __post_init__(self) -> None:
         for name in ("pretrain_share", "target_share"):
             if not 0 < getattr(self, name) < 1:
                 raise RamoeError(f"{name} is {getattr(self, name)}, expected a share between 0 and 1.")
         if "{text}" not in self.frame:
-            raise RamoeError(f"frame {self.frame!r} lacks the place of the sentence, {{text}}.")
+            raise RamoeError(
+                f"frame {self.frame!r} lacks {{text}}, the place of the sentence. Add {{text}} to the frame."
+            )
 
 
 @dataclass(frozen=True)
 class SibStats:
-    """Counts of a conversion; lengths are tokens of prompt + longest choice, before any id is dropped."""
+    """Counts of a conversion. Lengths are tokens of prompt + longest choice, before any id is dropped."""
 
     rows: dict[str, int]
     ids: dict[str, int]
-    """split -> ids kept"""
+    """split -> number of kept ids"""
     dropped: dict[str, int]
-    """split -> ids dropped, because a view is longer than `max_tokens`"""
+    """split -> number of dropped ids, which have a view longer than ``max_tokens``"""
     lengths: dict[str, dict[str, float]]
-    """language -> mean, 0.95 quantile and longest"""
+    """language -> mean, 0.95 quantile and longest length, in tokens"""
 
 
 def convert(config: SibConfig, out: Path) -> SibStats:
-    """Writes parallel.jsonl, pretrain.jsonl, general.jsonl, weights.json and tokenizer.model into `out`.
+    """Writes parallel.jsonl, pretrain.jsonl, general.jsonl, weights.json and tokenizer.model into ``out``.
 
-    - parallel.jsonl: the task "topic" in every language, with the seven categories as choices and the splits pretrain,
-      train, validation (SIB-200's dev) and test.
-    - pretrain.jsonl: plain text of every language's training sentences, and the task rows that pretraining may see;
-      weights.json: sampling weights of its groups, in the order in which the patterns are to be tried.
-    - general.jsonl: the anchor language's training sentences without labels.
+    - parallel.jsonl: the task "topic" in every language, with the seven categories as choices. The splits are
+      pretrain, train, validation (SIB-200's dev) and test.
+    - pretrain.jsonl: the training sentences of every language as plain text, and the task rows for
+      pretraining.
+    - weights.json: the sampling weights of the groups of pretrain.jsonl. The order of the patterns matters.
+    - general.jsonl: the training sentences of the anchor language, without labels.
 
-    The bytes depend on the config, the source's bytes and the version of SentencePiece alone.
+    The bytes depend only on the config, the bytes of the source and the version of SentencePiece.
 
     Raises:
-        RamoeError: for a missing folder, language or file, a malformed line (file and line), an id without a view in
-            the anchor language or with two categories, no id left by `max_tokens`.
+        RamoeError: a folder, language or file is missing, a line is malformed (the message has the file and
+            line), an id has no view in the anchor language or has two categories, or ``max_tokens`` drops
+            every id of a split.
     """
     languages = find_languages(config.source, config.languages, config.anchor)
     splits = {name: read_split(config.source, languages, file) for file, name in _SPLITS.items()}
     sentences = [text for s in splits["train"].values() for text in s.texts.values()]
-    model = train_tokenizer((config.frame.format(text=text) for text in sentences), config.vocab_size, CATEGORIES)
+    model = train_tokenizer(
+        (config.frame.format(text=text) for text in sentences), config.vocab_size, CATEGORIES
+    )
     lengths = _lengths(splits, config, model)
     dropped = _drop_long(splits, lengths, config.max_tokens)
     splits = {"pretrain": {}, **splits}
@@ -103,8 +111,12 @@ def convert(config: SibConfig, out: Path) -> SibStats:
     pretrain, general = _pretrain_rows(splits, languages, config)
     for name, rows in (("parallel", parallel), ("pretrain", pretrain), ("general", general)):
         atomic_write_text(out / f"{name}.jsonl", write_rows(rows))
-    # the first pattern that matches counts
-    weights = {"text/*": config.weight_text, f"*/{config.anchor}": config.weight_anchor, "*": config.weight_target}
+    # A group belongs to the first pattern that matches.
+    weights = {
+        "text/*": config.weight_text,
+        f"*/{config.anchor}": config.weight_anchor,
+        "*": config.weight_target,
+    }
     atomic_write_text(out / "weights.json", json.dumps(weights, indent=1) + "\n")
     with atomic_write(out / "tokenizer.model") as temporary:
         temporary.write_bytes(model)
@@ -119,13 +131,16 @@ def convert(config: SibConfig, out: Path) -> SibStats:
 def _lengths(
     splits: Mapping[str, Mapping[str, Sentence]], config: SibConfig, model: bytes
 ) -> dict[str, dict[str, int]]:
-    """id -> language -> tokens of the prompt and the longest choice."""
+    """id -> language -> number of tokens of the prompt and the longest choice."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     choice = max(len(processor.encode(category)) for category in CATEGORIES)
     return {
-        id: {lang: len(processor.encode(config.frame.format(text=text))) + choice for lang, text in s.texts.items()}
+        id: {
+            lang: len(processor.encode(config.frame.format(text=text))) + choice
+            for lang, text in s.texts.items()
+        }
         for members in splits.values()
         for id, s in members.items()
     }
@@ -134,7 +149,7 @@ def _lengths(
 def _drop_long(
     splits: dict[str, dict[str, Sentence]], lengths: Mapping[str, Mapping[str, int]], max_tokens: int | None
 ) -> dict[str, int]:
-    """Removes from `splits` the ids with a view longer than `max_tokens`; split -> how many."""
+    """Removes ids with a view longer than ``max_tokens`` from ``splits``; returns split -> number removed."""
     if max_tokens is None:
         return {split: 0 for split in splits}
     dropped: dict[str, int] = {}
@@ -143,8 +158,9 @@ def _drop_long(
         if len(long) == len(members):
             shortest = min(max(lengths[id].values()) for id in members)
             raise RamoeError(
-                f"max_tokens {max_tokens} drops all {len(members)} ids of split {split!r}: the shortest needs "
-                f"{shortest} in its longest language. Raise it, or leave out the languages with the longest views."
+                f"max_tokens {max_tokens} drops all {len(members)} ids of split {split!r}: "
+                f"the shortest id needs {shortest} in its longest language. "
+                "Raise max_tokens, or leave out the languages with the longest views."
             )
         for id in long:
             del members[id]
@@ -189,8 +205,10 @@ def _pretrain_rows(
 
 
 def _draw(ids: list[str], share: float, seed: int, name: str) -> list[str]:
-    """A seeded share of the ids, at least one, in their own order."""
-    return [ids[i] for i in sorted(named_rng(seed, name).permutation(len(ids))[: max(1, round(len(ids) * share))])]
+    """A seeded random share of the ids, at least one id, in their original order."""
+    return [
+        ids[i] for i in sorted(named_rng(seed, name).permutation(len(ids))[: max(1, round(len(ids) * share))])
+    ]
 
 
 def _task_row(id: str, language: str, sentence: Sentence, config: SibConfig, split: str) -> dict[str, Any]:
@@ -207,4 +225,11 @@ def _task_row(id: str, language: str, sentence: Sentence, config: SibConfig, spl
 
 
 def _text_row(id: str, language: str, task: str, text: str) -> dict[str, Any]:
-    return {"id": f"{task}-{id}", "language": language, "task": task, "prompt": "", "response": text, "split": "train"}
+    return {
+        "id": f"{task}-{id}",
+        "language": language,
+        "task": task,
+        "prompt": "",
+        "response": text,
+        "split": "train",
+    }

@@ -1,6 +1,6 @@
-"""Reading SIB-200: a folder per language, each with train.tsv, dev.tsv and test.tsv (index_id, category, text).
+"""Reading SIB-200: one folder per language, with train.tsv, dev.tsv and test.tsv (index_id, category, text).
 
-The sentences are FLORES-200 translations, so rows with one `index_id` are parallel across languages.
+The sentences are translations from FLORES-200, so rows with the same ``index_id`` are parallel.
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,24 @@ _COLUMNS = ["index_id", "category", "text"]
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """One sentence and its topic, in every language (language -> text)."""
+    """One sentence in every language (language -> text), and its topic."""
 
     category: str
     texts: dict[str, str]
 
 
 def find_languages(folder: str, languages: Sequence[str], anchor: str) -> list[str]:
-    """The languages to read, the anchor first and the others sorted; all of the folder's when none is named.
+    """The languages to read: the anchor, then the others in sorted order. Without names, all languages in the
+    folder.
 
     Raises:
-        RamoeError: for a missing folder or language, no anchor or no target language.
+        RamoeError: the folder or a language is missing, or there is no anchor or no target language.
     """
     source = Path(folder)
     if not folder or not source.is_dir():
-        raise RamoeError(f"SIB-200 source {folder!r}: no such folder. Expected one with a folder per language.")
+        raise RamoeError(
+            f"SIB-200 source {folder!r}: no such folder. Expected a folder with one folder per language."
+        )
     found = sorted(path.name for path in source.iterdir() if (path / "train.tsv").is_file())
     wanted = list(languages) or found
     for language in dict.fromkeys([*wanted, anchor]):
@@ -38,18 +41,20 @@ def find_languages(folder: str, languages: Sequence[str], anchor: str) -> list[s
                 f"{source}: no folder of language {language!r} with a train.tsv. Found: {found or 'none'}."
             )
     if anchor not in wanted:
-        raise RamoeError(f"languages: the anchor {anchor!r} is missing from {wanted}.")
+        raise RamoeError(
+            f"languages: the anchor {anchor!r} is missing from {wanted}. Add the anchor, or choose another."
+        )
     if len(set(wanted)) < 2:
         raise RamoeError(f"languages: {wanted} has no target language beside the anchor {anchor!r}.")
     return [anchor, *sorted(set(wanted) - {anchor})]
 
 
 def read_split(folder: str, languages: Sequence[str], name: str) -> dict[str, Sentence]:
-    """id -> sentence of NAME.tsv in all its languages, sorted by id; the first language is the anchor.
+    """id -> sentence of NAME.tsv in all languages, sorted by id. The first language is the anchor.
 
     Raises:
-        RamoeError: for a missing file, a malformed line (file and line), an id without a row in the anchor language or
-            with two categories.
+        RamoeError: a file is missing, a line is malformed (the message has the file and line), or an id has
+            no row in the anchor language or has two categories.
     """
     anchor = languages[0]
     sentences: dict[str, Sentence] = {}
@@ -71,7 +76,8 @@ def read_split(folder: str, languages: Sequence[str], name: str) -> dict[str, Se
     if orphans:
         raise RamoeError(
             f"{folder}, {name}.tsv: {len(orphans)} ids have no row in the anchor language {anchor!r}: "
-            f"{', '.join(list(orphans)[:5])}{', ...' if len(orphans) > 5 else ''}. Add them or choose another anchor."
+            f"{', '.join(list(orphans)[:5])}{', ...' if len(orphans) > 5 else ''}. "
+            "Add these rows, or choose another anchor."
         )
     if not sentences:
         raise RamoeError(f"{folder}/{anchor}/{name}.tsv: no rows.")
@@ -83,7 +89,8 @@ def _read_tsv(path: Path) -> dict[str, tuple[str, str, int]]:
     if not path.is_file():
         raise RamoeError(f"{path}: no such file.")
     try:
-        # not str.splitlines, which also splits at characters that a sentence may hold; no quoting: a quote is text
+        # Not str.splitlines, which also splits at characters inside sentences. Not csv, because a quote is
+        # text.
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise RamoeError(f"{path}, byte {error.start + 1}: not UTF-8 ({error.reason}).") from error
@@ -97,11 +104,18 @@ def _read_tsv(path: Path) -> dict[str, tuple[str, str, int]]:
         if cells == [""]:
             continue
         if len(cells) != 3 or not all(cell.strip() for cell in cells):
-            raise RamoeError(f"{path}, line {number}: expected three cells with text ({', '.join(_COLUMNS)}): {cells}.")
+            raise RamoeError(
+                f"{path}, line {number}: found {cells}, expected three cells with text "
+                f"({', '.join(_COLUMNS)})."
+            )
         id, category, text = cells
         if category not in CATEGORIES:
-            raise RamoeError(f"{path}, line {number}: category {category!r}, expected one of {', '.join(CATEGORIES)}.")
+            raise RamoeError(
+                f"{path}, line {number}: category {category!r}, expected one of {', '.join(CATEGORIES)}."
+            )
         if id in rows:
-            raise RamoeError(f"{path}, line {number}: index_id {id} again; the first is on line {rows[id][2]}.")
+            raise RamoeError(
+                f"{path}, line {number}: index_id {id} occurs again; the first row is on line {rows[id][2]}."
+            )
         rows[id] = (category, text.strip(), number)
     return rows

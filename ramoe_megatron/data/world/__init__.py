@@ -1,4 +1,4 @@
-"""The embedded world: real multilingual words and facts from CLDR, so that the demo and the tests need no download."""
+"""The embedded world: multilingual words and facts from CLDR, so that demo and tests need no download."""
 
 from ramoe_megatron.data.world.build import ANCHOR, WorldConfig, WorldStats, build_world
 from ramoe_megatron.data.world.facts import TASKS

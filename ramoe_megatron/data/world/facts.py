@@ -1,4 +1,4 @@
-"""The facts of the embedded world: four tasks with language-neutral keys and answers, from the CLDR data in Babel."""
+"""The facts of the embedded world: four tasks with language-neutral keys and answers, from CLDR in Babel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One question of a task, in no language: `key` names it, `slots` fill the question frames."""
+    """One language-neutral question of a task: ``key`` identifies it, ``slots`` fill the question frames."""
 
     task: str
     key: str
@@ -24,16 +24,18 @@ class Fact:
 
 
 def facts(task: str) -> list[Fact]:
-    """All facts of a task, sorted by key. A territory for which CLDR gives no single answer is left out.
+    """All facts of a task, sorted by key. A territory without a unique answer in CLDR is left out.
 
-    currency: the code of the only legal tender in use. language: the code of the official language that most people
-    speak, without its script. continent: the UN M49 code. month: the number of the month n months after month m.
+    - currency: code of the only legal tender of a territory.
+    - language: code, without script, of the official language with the most speakers in a territory.
+    - continent: UN M49 code of the continent of a territory.
+    - month: number of the month n months after month m.
     """
     if task == "month":
         return [
             Fact(task, f"{m:02}+{n:02}", (("m", str(m)), ("n", str(n))), str((m + n - 1) % 12 + 1))
             for m in range(1, 13)
-            for n in range(2, 13)  # from 2, so that the plural in every question is right
+            for n in range(2, 13)  # from 2, because every question uses a plural
         ]
     answer_of: dict[str, Callable[[str], str | None]] = {
         "currency": _currency,
@@ -46,7 +48,7 @@ def facts(task: str) -> list[Fact]:
 
 @cache
 def questions() -> dict[str, dict[str, list[str]]]:
-    """task -> language -> question frames; the k-th frames of a task mean the same."""
+    """task -> language -> question frames. Frame k of a task means the same in every language."""
     return yaml.safe_load((_HERE / "questions.yaml").read_text(encoding="utf-8"))
 
 
@@ -58,13 +60,13 @@ def continents() -> dict[str, str]:
 
 
 def territories() -> list[str]:
-    """Two-letter codes of the territories of the continents that CLDR names in English, sorted."""
+    """Sorted two-letter codes of the territories that have a continent and an English name in CLDR."""
     named = Locale("en").territories
     return sorted(code for code in continents() if code in named)
 
 
 def _currency(territory: str) -> str | None:
-    # Babel's own helper looks at today's date; an open end does not change from day to day
+    # Babel's helper depends on today's date; an open end date does not.
     rows = get_global("territory_currencies").get(territory, ())
     current = {code for code, _start, end, tender in rows if end is None and tender}
     return current.pop() if len(current) == 1 else None

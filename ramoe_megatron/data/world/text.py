@@ -1,4 +1,4 @@
-"""The rest of the embedded world: code-name pairs and ordered lists in every language, from the CLDR data in Babel."""
+"""Other text of the embedded world, from CLDR in Babel: code-name pairs and ordered lists."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ _UNITS = (
 
 
 def name_rows(language: str) -> Iterator[dict[str, Any]]:
-    """Code -> name in the language (its own name stands beside the code), and name -> code.
+    """Rows that ask for the name of a code in the language, and rows that ask for the code of a name.
 
-    Names that stand for more than one code are left out.
+    The name of the language follows the code. Names with more than one code are left out.
     """
     endonym = Locale(language).get_display_name()
     kinds = _names(language)
@@ -41,9 +41,9 @@ def name_rows(language: str) -> Iterator[dict[str, Any]]:
 
 
 def list_rows(language: str) -> Iterator[dict[str, Any]]:
-    """Months, weekdays and counted units in order, going round: the first item is the prompt."""
+    """Cyclic lists of months, weekdays and counted units. The prompt is the first item."""
     locale = Locale(language)
-    # 'format' and not 'stand-alone': the latter's content depends on what Babel loaded before
+    # Not "stand-alone", because its content depends on the data that Babel loaded before.
     months, days = locale.months["format"]["wide"], locale.days["format"]["wide"]
     for first in _MONTHS:
         yield _list_row(f"months-{first}", language, [months[(first + i - 1) % 12 + 1] for i in range(4)])
@@ -56,7 +56,7 @@ def list_rows(language: str) -> Iterator[dict[str, Any]]:
 
 
 def codes() -> list[str]:
-    """Every code and number that is a key or an answer, sorted."""
+    """All codes and numbers that are keys or answers, sorted."""
     found = {str(number) for number in _MONTHS}
     for task in ("currency", "language", "continent"):
         found |= {fact.answer for fact in facts(task)} | {fact.key for fact in facts(task)}
@@ -68,7 +68,7 @@ def _names(language: str) -> dict[str, dict[str, str]]:
     """kind -> code -> name, in the order of the codes."""
     locale = Locale(language)
     currencies = sorted({fact.answer for fact in facts("currency")})
-    # two-letter language codes, and the others that are an answer
+    # two-letter language codes, and longer codes that are answers
     languages = sorted(
         {str(c) for c in Locale("en").languages if len(str(c)) == 2} | {f.answer for f in facts("language")}
     )
