@@ -218,7 +218,7 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
             assert state is not None  # attached before the data are read
             inputs.refuse_unanswerable(get_tokenizer())
             state.refresh = TaxonomyRefresh(state.chunks, labels, train.dataset.examples, inputs.anchors, args)
-        print_rank_0(samples_block(inputs.held, labels.category, labels.aligned, drawn, options.anchor))
+        print_rank_0(samples_block(inputs.held, labels.category.tolist(), labels.aligned, drawn, options.anchor))
         if labels.unshuffled:
             print_rank_0(f"  note: {labels.unshuffled} aligned ids keep their own target: each is the only aligned one of its task")
     else:
