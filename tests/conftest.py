@@ -20,32 +20,40 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are busy with the other pro
 settings.register_profile("ramoe", deadline=None, max_examples=50)
 settings.load_profile("ramoe")
 
-# What starts ranks or jobs, by session fixture or file, what takes longest first. Tests of one name run in one process.
+# What starts ranks or jobs, by file or by the session fixture that several files share; what takes longest first.
 STARTS = (
-    "slurm_world", "cluster", "layouts", "test_method_layouts", "test_selective", "test_faults", "test_fork_server",
+    "slurm", "layouts", "test_method_layouts", "test_selective", "test_faults", "test_fork_server",
     "test_resume_jobs", "test_hybrid", "test_anchor_stages", "test_steering_job", "test_benchmarks", "test_cpu_attention",
     "test_doctor", "test_doctor_recipes", "test_model_flags", "test_launch", "test_stages", "test_runner", "test_mcore_launch",
     "test_example_script", "test_slurm_scripts",
 )  # fmt: skip
-SHARED = {"cluster": "slurm_world"}
+SHARED = {"test_slurm_chain": "slurm", "test_slurm_faults": "slurm", "test_slurm_by_hand": "slurm"}
 
 
-def started_by(item: pytest.Item) -> str:
-    """The name in `STARTS` that the test belongs to, else its file's."""
-    names = [*getattr(item, "fixturenames", ()), item.path.stem]
-    name = next((name for name in STARTS if name in names), item.path.stem)
-    return SHARED.get(name, name)
+def started_by(stem: str) -> str:
+    """The name in `STARTS` that the tests of a file belong to, else the file's. Tests of one name run in one process."""
+    return SHARED.get(stem, "layouts" if stem.startswith("test_layouts") else stem)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files stay whole, for their fixtures; the longest are begun first."""
+    """What takes longest begins first."""
+    place = {name: number for number, name in enumerate(STARTS)}
     for item in items:
-        name = started_by(item)
-        item.add_marker(pytest.mark.xdist_group(name))
-        if name in STARTS:
+        if started_by(item.path.stem) in place:
             item.add_marker(pytest.mark.starts)
-    items.sort(key=lambda item: STARTS.index(name) if (name := started_by(item)) in STARTS else len(STARTS))
+    items.sort(key=lambda item: place.get(started_by(item.path.stem), len(place)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files that share a session fixture go to one process, so that it is made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return started_by(Path(nodeid.partition("::")[0]).stem)
+
+    return ByFixture(config, log)
 
 
 CPU = pytest.StashKey[float]()

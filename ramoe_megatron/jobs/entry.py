@@ -4,6 +4,7 @@ Light to import: each rank's first checkpoint starts a process of Megatron's tha
 """
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,13 +74,13 @@ class Job:
         from ramoe_megatron.mcore.launch import is_rank_0
 
         refuse_unwritable(sys.argv[1:], "command line")
-        with cpu_backend() as on_cpu:
+        with cpu_backend() as on_cpu, contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all its arguments
             findings = self.check(sys.argv[1:], on_cpu)
         if is_rank_0():
             width = max(len(finding.check) for finding in findings)
             for finding in findings:
                 found = finding.found.replace("\n", "; ")
                 print(f"ramoe: {finding.state:<7}  {finding.check:<{width}}  {found}", flush=True)
-        fatal = [f"{f.check}: {f.found}; {f.advice}" for f in findings if f.state == "fatal"]
+        fatal = [f"{f.check}: {f.found} ({f.advice})" for f in findings if f.state == "fatal"]
         if fatal:
             raise RamoeError("\n  ".join(fatal))

@@ -15,7 +15,7 @@ from ramoe_megatron.artifacts.records import write_taxonomy
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
-from ramoe_megatron.mcore.train.refresh import FOLDER, TaxonomyRefresh, refuse_other_anchors, refuse_refresh
+from ramoe_megatron.mcore.train.refresh import FOLDER, TaxonomyRefresh, refuse_other_anchors, refuse_refresh, refuse_unanswerable
 from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 TOKENIZER = SmallTokenizer()
@@ -143,6 +143,10 @@ def length(text: str) -> int:
     return len(TOKENIZER.tokenize(text))
 
 
+def refuse_answers(made: TaxonomyRefresh) -> None:
+    refuse_unanswerable(made.labels, made.examples, list(made.views.values()), TOKENIZER, made.args.max_position_embeddings)
+
+
 def test_a_long_answer_of_one_example_takes_no_room_from_another(refresh: Any) -> None:
     """A long prompt with a short answer beside a short prompt with a long answer: each fits, their sum does not."""
     prompt, answer = "What is the currency of AT ? " * 3, "one two three four five six seven eight nine ten"
@@ -150,17 +154,17 @@ def test_a_long_answer_of_one_example_takes_no_room_from_another(refresh: Any) -
     limit = max(length(prompt) + length("EUR"), length("one") + length(answer))
     assert length(prompt) + length(answer) > limit
     fits = refresh(0, targets=targets, positions=limit)
-    fits.refuse_unanswerable(TOKENIZER)
+    refuse_answers(fits)
     for choices in (None, ("EUR", answer)):
         longer = [example("q1", "es", prompt=prompt, choices=choices)]
         with pytest.raises(RamoeError, match=rf"--ramoe-refresh-interval .* 1 of 2 .* --max-position-embeddings {length(prompt)}"):
-            refresh(0, targets=longer, positions=length(prompt)).refuse_unanswerable(TOKENIZER)
+            refuse_answers(refresh(0, targets=longer, positions=length(prompt)))
 
 
 def test_a_view_that_is_too_long_counts_and_what_is_never_scored_does_not(refresh: Any) -> None:
     long = "What is the currency of AT ? " * 3
     limit = length("What is one ?") + length("EUR")
     with pytest.raises(RamoeError, match="1 of 6"):
-        refresh(0, views=[example("q1", prompt=long), *VIEWS[1:]], positions=limit).refuse_unanswerable(TOKENIZER)
+        refuse_answers(refresh(0, views=[example("q1", prompt=long), *VIEWS[1:]], positions=limit))
     views = [*VIEWS, example("q9", prompt=long)]
-    refresh(0, views=views, targets=[*TARGETS, example("q8", "es", prompt=long)], positions=limit).refuse_unanswerable(TOKENIZER)
+    refuse_answers(refresh(0, views=views, targets=[*TARGETS, example("q8", "es", prompt=long)], positions=limit))

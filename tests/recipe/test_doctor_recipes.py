@@ -27,7 +27,7 @@ def recipe(world: Path, folder: Path, **changes: Any) -> Path:
             name, word = word.removeprefix("--"), True
         if not name.startswith("tokenizer"):
             model[name] = word
-    train = {"train-iters": 4, "micro-batch-size": 2, "global-batch-size": 8, "lr": 1e-3, "eval-iters": 0}
+    train = {"train-iters": 4, "micro-batch-size": 2, "global-batch-size": 8, "lr": 1e-3, "eval-iters": 0, "eval-interval": 1000}
     whole = {
         "name": "small", "model": model, "train": train, "pretrain": {"train-iters": 8}, "data": {"world": {}},
         "alignment": {"coeff": 1}, "methods": ["sft", "ra-moe"], "seeds": 2, **changes,
@@ -64,8 +64,8 @@ def test_a_fault_of_one_stage_is_told_of_that_stage_and_no_other(world: Path, tm
     flags = told(found, "flags")
     assert flags.state == "fatal"
     assert flags.found.splitlines() == [
-        "finetune (2): argument --lr: invalid float value: 'fast'",
-        "finetune (2): unrecognized arguments: --sequence-lenght 3",
+        "finetune (2): argument --lr: invalid float value: 'fast' (`--help` lists the flags)",
+        "finetune (2): unrecognized arguments: --sequence-lenght 3 (`--help` lists the flags)",
     ]
     assert "sequence-lenght" in told(found, "flag names").found
     assert "9 would have to be a multiple of" in told(found, "recipe").found
