@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import itertools
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -83,10 +84,10 @@ def test_each_flags_row_is_its_docstring(heading: str, options: type) -> None:
 
 
 def test_the_page_of_flags_knows_each_jobs_options() -> None:
-    from ramoe_megatron.jobs.check import OPTIONS
+    from ramoe_megatron.recipe.doctor import JOB_NAMES
 
-    listed = {job: {options for _, options, jobs in FLAGS if job in jobs} for job in OPTIONS}
-    assert listed == {job: set(options) for job, options in OPTIONS.items()}
+    listed = {job: {options for _, options, jobs in FLAGS if job in jobs} for job in JOB_NAMES}
+    assert listed == {job: set(import_module(f"ramoe_megatron.jobs.{job}").JOB.options()) for job in JOB_NAMES}
 
 
 def test_the_keys_of_a_recipe_are_all_there() -> None:
