@@ -20,7 +20,9 @@ def has_checkpoint(folder: str | None) -> bool:
 def require_checkpoint(folder: str | None, flag: str) -> None:
     """Raises RamoeError unless there is a checkpoint: Megatron itself would go on with random weights."""
     if not has_checkpoint(folder):
-        raise RamoeError(f"{flag} {folder}: no checkpoint there (expected a folder with {TRACKER}); give the folder that training saved to")
+        raise RamoeError(
+            f"{flag} {folder}: no checkpoint there (expected a folder with {TRACKER}); give the folder that training saved to"
+        )
 
 
 def named(folder: str) -> str:
@@ -58,9 +60,19 @@ def explained_mismatch(folder: str | None) -> Iterator[None]:
         yield
     except (CheckpointException, RuntimeError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        marks = ["shape mismatch", "size mismatch", "Missing key", "Unexpected key", "is not found in the checkpoint"]
+        marks = [
+            "shape mismatch",
+            "size mismatch",
+            "Missing key",
+            "Unexpected key",
+            "is not found in the checkpoint",
+        ]
         # between GPTModel and HybridModel
-        marks += ["the current run builds a non-hybrid model", "Cannot load a GPT checkpoint", "pairs with a GPT checkpoint"]
+        marks += [
+            "the current run builds a non-hybrid model",
+            "Cannot load a GPT checkpoint",
+            "pairs with a GPT checkpoint",
+        ]
         found = next((line for line in reversed(lines) if any(mark in line for mark in marks)), None)
         loading = any(frame.name == "load_checkpoint" for frame in traceback.extract_tb(error.__traceback__))
         if found is None or not loading:  # training itself may fail on a shape too
@@ -76,8 +88,14 @@ def told_when_unfinished(args: Any) -> Iterator[None]:
     try:
         yield
     except SystemExit as stop:
-        done = getattr(args, "curr_iteration", -1) + 1  # the iteration that it ended after; Megatron may leave before the first too
+        done = (
+            getattr(args, "curr_iteration", -1) + 1
+        )  # the iteration that it ended after; Megatron may leave before the first too
         if not stop.code and 0 < done < args.train_iters:
-            saved = f"the checkpoint is in {args.save}, and the same command goes on" if args.save else "nothing is saved without --save"
+            saved = (
+                f"the checkpoint is in {args.save}, and the same command goes on"
+                if args.save
+                else "nothing is saved without --save"
+            )
             tell_unfinished(f"stopped after iteration {done} of {args.train_iters}; {saved}")
         raise

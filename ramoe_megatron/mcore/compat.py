@@ -62,7 +62,9 @@ def call_after_each_step(call: Callable[[int], None]) -> None:
     """
     from megatron.training import training
 
-    inner = getattr(training.post_training_step_callbacks, "__wrapped__", training.post_training_step_callbacks)
+    inner = getattr(
+        training.post_training_step_callbacks, "__wrapped__", training.post_training_step_callbacks
+    )
     parameters = inspect.signature(inner)
 
     @functools.wraps(inner)
@@ -84,7 +86,9 @@ def model_config_from_args(args: Any) -> Any:
     if not args.hybrid_layer_pattern:
         return gpt_config_from_args(args)
     config = hybrid_config_from_args(args)
-    if args.transformer_impl == "local" and args.spec is None:  # 0.19 would take its transformer-engine stack here too
+    if (
+        args.transformer_impl == "local" and args.spec is None
+    ):  # 0.19 would take its transformer-engine stack here too
         from ramoe_megatron.mcore.cpu.hybrid import local_stack_spec
 
         config.hybrid_stack_spec = local_stack_spec(config.transformer, args.hybrid_layer_pattern)

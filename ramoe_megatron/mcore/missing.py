@@ -9,7 +9,9 @@ GRACE_SECONDS = 10.0
 """Ranks whose collective fails for the same reason fail within seconds of each other."""
 
 # As gloo and NCCL put it: waited too long, or the other side has gone.
-_COLLECTIVE = re.compile(r"timed? ?out|connection (?:closed|reset|refused)|broken pipe|socket|NCCL|remote process", re.IGNORECASE)
+_COLLECTIVE = re.compile(
+    r"timed? ?out|connection (?:closed|reset|refused)|broken pipe|socket|NCCL|remote process", re.IGNORECASE
+)
 
 
 def name_missing_ranks(error: BaseException, job: str) -> None:

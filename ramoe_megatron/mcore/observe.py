@@ -38,7 +38,9 @@ def router_distribution(logits: Tensor, score_function: str) -> Tensor:
     elif score_function == "sqrtsoftplus":
         scores = torch.nn.functional.softplus(logits).sqrt()
     else:
-        raise RamoeError(f"--moe-router-score-function {score_function}: expected softmax, sigmoid or sqrtsoftplus")
+        raise RamoeError(
+            f"--moe-router-score-function {score_function}: expected softmax, sigmoid or sqrtsoftplus"
+        )
     return scores / scores.sum(dim=-1, keepdim=True)
 
 
@@ -46,7 +48,11 @@ class TokenSelection:
     """Which tokens of a micro-batch belong to the prompt and the response of each sample, wherever its rows lie."""
 
     def __init__(
-        self, prompt_length_B: Tensor, length_B: Tensor, start_B: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        prompt_length_B: Tensor,
+        length_B: Tensor,
+        start_B: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> None:
         """
         Args:
@@ -76,7 +82,9 @@ class TokenSelection:
                 self._local[count] = LocalTokens(self, row_S, row_S[:, None], None)
             else:
                 sample_S = torch.searchsorted(self.start_B, row_S, right=True) - 1
-                self._local[count] = LocalTokens(self, row_S, (row_S - self.start_B[sample_S])[:, None], sample_S)
+                self._local[count] = LocalTokens(
+                    self, row_S, (row_S - self.start_B[sample_S])[:, None], sample_S
+                )
         return self._local[count]
 
 
@@ -98,7 +106,10 @@ class LocalTokens:
         return self._chosen[choice]
 
     def _find(self, choice: str) -> Tensor:
-        prompt_length, length = self.spread(self.selection.prompt_length_B), self.spread(self.selection.length_B)
+        prompt_length, length = (
+            self.spread(self.selection.prompt_length_B),
+            self.spread(self.selection.length_B),
+        )
         if choice == "prompt":
             return self.position_SC < prompt_length
         if choice == "response":
@@ -112,8 +123,12 @@ class LocalTokens:
         chosen_SC = self.chosen(choice)
         if self.sample_S is None:
             return pool(values_SCX, chosen_SC)[0]
-        values_SX = values_SCX.to(torch.promote_types(values_SCX.dtype, torch.float32)).masked_fill(~chosen_SC[..., None], 0.0)[:, 0]
-        return values_SX.new_zeros(len(self.selection.length_B), values_SX.shape[-1]).index_add(0, self.sample_S, values_SX)
+        values_SX = values_SCX.to(torch.promote_types(values_SCX.dtype, torch.float32)).masked_fill(
+            ~chosen_SC[..., None], 0.0
+        )[:, 0]
+        return values_SX.new_zeros(len(self.selection.length_B), values_SX.shape[-1]).index_add(
+            0, self.sample_S, values_SX
+        )
 
     def last(self, values_SCX: Tensor) -> tuple[Tensor, Tensor]:
         """The values at each sample's last prompt token, and whether that row is on this rank (elsewhere another row's). [B, X], [B]"""
@@ -122,9 +137,17 @@ class LocalTokens:
 
     @functools.cached_property
     def _last(self) -> tuple[Tensor, Tensor, Tensor]:
-        row_B = self.selection.prompt_length_B - 1 + (0 if self.selection.start_B is None else self.selection.start_B)
+        row_B = (
+            self.selection.prompt_length_B
+            - 1
+            + (0 if self.selection.start_B is None else self.selection.start_B)
+        )
         place_B = torch.searchsorted(self.row_S, row_B).clamp(max=len(self.row_S) - 1)
-        column_B = torch.arange(len(row_B), device=row_B.device) if self.sample_S is None else torch.zeros_like(row_B)
+        column_B = (
+            torch.arange(len(row_B), device=row_B.device)
+            if self.sample_S is None
+            else torch.zeros_like(row_B)
+        )
         return place_B, column_B, (self.row_S[place_B] == row_B) & (self.selection.prompt_length_B > 0)
 
     def spread(self, values_BX: Tensor) -> Tensor:
@@ -175,4 +198,7 @@ def pooled_distributions(
 def mean_over_tokens(router: Any, values_SCX: Tensor, selection: TokenSelection, choice: str) -> Tensor:
     """Mean of the rows' values over the chosen tokens of each whole sample; 0 where none is chosen. [B, X]"""
     local = selection.local(router, values_SCX.shape[0])
-    return sum_over_sequence(router, local.sum(values_SCX, choice)) / selection.count(choice).clamp(min=1)[:, None]
+    return (
+        sum_over_sequence(router, local.sum(values_SCX, choice))
+        / selection.count(choice).clamp(min=1)[:, None]
+    )

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 
-def context_parallel_rows(length: int, cp: int, cp_rank: int, cu_seqlens: Tensor | None = None, device: Any = None) -> Tensor:
+def context_parallel_rows(
+    length: int, cp: int, cp_rank: int, cu_seqlens: Tensor | None = None, device: Any = None
+) -> Tensor:
     """Global rows that a context-parallel rank computes, in its own order. [length / cp], int64
 
     Megatron's zigzag: of 2 cp equal slices a rank takes slice r and slice 2 cp - 1 - r. Packed samples are each sliced so.
@@ -26,7 +28,9 @@ def context_parallel_rows(length: int, cp: int, cp_rank: int, cu_seqlens: Tensor
     if cp == 1:
         return rows
     if cu_seqlens is None:
-        pieces = rows.view(2 * cp, -1)  # two slices: a list as index would be copied to the device, and waited for
+        pieces = rows.view(
+            2 * cp, -1
+        )  # two slices: a list as index would be copied to the device, and waited for
         return torch.cat([pieces[cp_rank], pieces[2 * cp - 1 - cp_rank]])
     borders = cu_seqlens.long()
     sample = torch.searchsorted(borders, rows, right=True) - 1

@@ -30,7 +30,9 @@ def observed(kind: type[TopKRouter]) -> type[TopKRouter]:
     """
 
     class ObservedRouter(RealTokenLosses, kind):  # type: ignore[misc, valid-type]
-        def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def routing(
+            self, logits: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             """`logits` [S_local, B, E] to `probs`, `routing_map` [S_local*B, E], as Megatron's."""
             context = carrier.current()
             if context is None:
@@ -140,4 +142,6 @@ def configured_moe_layer_numbers(config: Any, hybrid_pattern: str | None) -> lis
 def hybrid_moe_layer_numbers(pattern: str) -> list[int]:
     """The 1-based places of the MoE layers in `--hybrid-layer-pattern`; MTP layers are not counted, stage boundaries are no layers."""
     decoder = parse_hybrid_pattern(pattern).main_pattern or ""
-    return [number for number, symbol in enumerate(decoder.replace(Symbols.PIPE, ""), 1) if symbol == Symbols.MOE]
+    return [
+        number for number, symbol in enumerate(decoder.replace(Symbols.PIPE, ""), 1) if symbol == Symbols.MOE
+    ]

@@ -23,7 +23,12 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.attach import Alignment
 from ramoe_megatron.mcore.align.refusals import unreached
 from ramoe_megatron.mcore.carrier import routing_context
-from ramoe_megatron.mcore.observe import TokenSelection, mean_over_tokens, pooled_distributions, router_distribution
+from ramoe_megatron.mcore.observe import (
+    TokenSelection,
+    mean_over_tokens,
+    pooled_distributions,
+    router_distribution,
+)
 from ramoe_megatron.mcore.real_tokens import RealTokens
 from ramoe_megatron.mcore.router import open_losses, unwrapped
 from ramoe_megatron.method.losses import divergence, mass
@@ -61,7 +66,11 @@ def routing_batch(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
     if not _losses_opened(chunk) and alignment is None:
         yield
         return
-    context = AlignmentContext(alignment, batch, expected=chunk.ramoe_layers) if alignment else TrainingContext(batch)
+    context = (
+        AlignmentContext(alignment, batch, expected=chunk.ramoe_layers)
+        if alignment
+        else TrainingContext(batch)
+    )
     with routing_context(context):
         yield
     context.check_consumed()
@@ -84,7 +93,11 @@ class TrainingContext:
     def __init__(self, batch: Mapping[str, Tensor], needed: Sequence[str] = ()) -> None:
         """`needed`: keys of the batch beside the lengths. RamoeError where one lacks, or for several packs."""
         packed = "start" in batch
-        missing = [key for key in ["prompt_length", "length", *needed, *(PACK_KEYS if packed else ())] if key not in batch]
+        missing = [
+            key
+            for key in ["prompt_length", "length", *needed, *(PACK_KEYS if packed else ())]
+            if key not in batch
+        ]
         if missing:
             raise RamoeError(
                 f"routing_batch: the batch has no {', '.join(missing)}; expected a micro-batch of "
@@ -92,10 +105,14 @@ class TrainingContext:
             )
         if packed:
             if len(batch["start"]) != 1:
-                raise RamoeError(f"routing_batch: {len(batch['start'])} packs in one micro-batch; packed samples need --micro-batch-size 1")
+                raise RamoeError(
+                    f"routing_batch: {len(batch['start'])} packs in one micro-batch; packed samples need --micro-batch-size 1"
+                )
             batch = {key: value[0] for key, value in batch.items()}
         self.batch = batch
-        self.selection = TokenSelection(batch["prompt_length"], batch["length"], batch.get("start"), batch.get("cu_seqlens"))
+        self.selection = TokenSelection(
+            batch["prompt_length"], batch["length"], batch.get("start"), batch.get("cu_seqlens")
+        )
         self.share = batch["sample_share"] if packed else 1.0 / len(batch["length"])
         self.real_tokens = RealTokens(self.selection, self.share)
 
@@ -115,14 +132,22 @@ class AlignmentContext(TrainingContext):
     """One micro-batch's alignment: attaches the loss at each aligned router, and records it."""
 
     def __init__(self, alignment: Alignment, batch: Mapping[str, Tensor], expected: set[int]) -> None:
-        super().__init__(batch, ["loss_mask", *BATCH_KEYS[: 3 if alignment.config.target == "example" else 2]])
+        super().__init__(
+            batch, ["loss_mask", *BATCH_KEYS[: 3 if alignment.config.target == "example" else 2]]
+        )
         self.alignment, batch = alignment, self.batch
         # Where no token is chosen (an empty prompt) there is no routing to align, and no routing mass.
         chosen_B = self.selection.count(alignment.config.tokens) > 0
-        self.partner_B = torch.arange(len(chosen_B), device=chosen_B.device) ^ 1 if alignment.config.target == "paired" else None
+        self.partner_B = (
+            torch.arange(len(chosen_B), device=chosen_B.device) ^ 1
+            if alignment.config.target == "paired"
+            else None
+        )
         if self.partner_B is not None:
             if len(chosen_B) % 2:
-                raise RamoeError(f"routing_batch: {len(chosen_B)} samples in a micro-batch; the target paired needs an even number")
+                raise RamoeError(
+                    f"routing_batch: {len(chosen_B)} samples in a micro-batch; the target paired needs an even number"
+                )
             chosen_B = chosen_B & chosen_B[self.partner_B]
         refresh = alignment.state.refresh
         if refresh is None and alignment.config.refresh_interval is not None:
@@ -191,7 +216,9 @@ class AlignmentContext(TrainingContext):
             return self.target_BZE[:, self.alignment.layers.index(layer)]
         return self.alignment.pattern_GLE[self.task_B, layer]
 
-    def _by_token(self, router: Any, logits_SCE: Tensor, target_BE: Tensor, mask_BE: Tensor) -> tuple[Tensor, Tensor]:
+    def _by_token(
+        self, router: Any, logits_SCE: Tensor, target_BE: Tensor, mask_BE: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The mean of the tokens' divergences, and (for the log, without gradients) of their distributions. [B], [B, E]"""
         config, local = self.alignment.config, self.selection.local(router, logits_SCE.shape[0])
         p_SCE = router_distribution(logits_SCE, router.score_function)

@@ -45,7 +45,9 @@ class ExampleLabels:
         self.category = np.array(categories(examples, config.taxonomy, anchor))
         self.aligned = aligned_examples(examples, self.category, config, anchor)
         self._refuse_unknown_tasks(examples, experts)
-        self.may_align = np.array([example.language != anchor for example in examples], dtype=bool) & (self.task >= 0)
+        self.may_align = np.array([example.language != anchor for example in examples], dtype=bool) & (
+            self.task >= 0
+        )
         refuse_other_anchor(config, experts, anchor)
         if config.target == "profile":
             has_pattern = experts.english_pattern[config.tokens].any(dim=-1).any(dim=-1).numpy()
@@ -62,7 +64,11 @@ class ExampleLabels:
         return self.priors.rows([self.target_ids[index]])[0, list(self.layers)].float()
 
     def _unshuffled(self, examples: Sequence[Example]) -> int:
-        moved = {e.id: e.id != target for e, target, on in zip(examples, self.target_ids, self.aligned, strict=True) if on}
+        moved = {
+            e.id: e.id != target
+            for e, target, on in zip(examples, self.target_ids, self.aligned, strict=True)
+            if on
+        }
         if moved and not any(moved.values()):
             raise RamoeError(
                 f"--ramoe-shuffle-targets {self.config.shuffle_targets} shuffles nothing: each of the {len(moved)} aligned ids is the only "
@@ -71,7 +77,9 @@ class ExampleLabels:
         return sum(not other for other in moved.values())
 
     def _refuse_unknown_tasks(self, examples: Sequence[Example], experts: ExpertFile) -> None:
-        unknown = sorted({e.task for e, row, on in zip(examples, self.task, self.aligned, strict=True) if on and row < 0})
+        unknown = sorted(
+            {e.task for e, row, on in zip(examples, self.task, self.aligned, strict=True) if on and row < 0}
+        )
         if unknown:
             raise RamoeError(
                 f"--ramoe-experts {self.config.experts}: no experts for the tasks {', '.join(unknown)} of the training data; it has "
@@ -79,7 +87,9 @@ class ExampleLabels:
             )
         if self.config.target == "profile":
             for task in sorted({e.task for e, on in zip(examples, self.aligned, strict=True) if on}):
-                experts.profile_target(task, self.config.tokens)  # raises where there is no pattern to align to
+                experts.profile_target(
+                    task, self.config.tokens
+                )  # raises where there is no pattern to align to
 
     def _load_priors(self, examples: Sequence[Example], experts: ExpertFile) -> Priors:
         assert self.config.priors is not None
@@ -107,7 +117,10 @@ class ExampleLabels:
 
 def refuse_other_anchor(config: RoutingAlignmentConfig, experts: ExpertFile, anchor: str) -> None:
     """Raise RamoeError for patterns of another anchor, where they are the target."""
-    if config.target == "profile" and experts.anchor not in (anchor, None):  # files of old versions do not say theirs
+    if config.target == "profile" and experts.anchor not in (
+        anchor,
+        None,
+    ):  # files of old versions do not say theirs
         raise RamoeError(
             f"--ramoe-experts {config.experts}: its patterns, the target of --ramoe-target profile, are of the anchor {experts.anchor!r}, "
             f"but --ramoe-anchor is {anchor!r}. Run `ramoe profile` with that anchor, or change the flag"
@@ -170,7 +183,9 @@ class AlignedDataset(torch.utils.data.Dataset):
             return aligned if per_token_loss else 2 * aligned
         if normalize == "samples":
             return aligned
-        unit = self.dataset.encoded.loss_tokens[self.dataset.order] if per_token_loss else np.ones_like(aligned)
+        unit = (
+            self.dataset.encoded.loss_tokens[self.dataset.order] if per_token_loss else np.ones_like(aligned)
+        )
         batch = self.dataset.global_batches(global_batch_size)
         share = np.bincount(batch, aligned * unit) / np.bincount(batch, unit)
         return np.divide(aligned, share[batch], out=np.zeros_like(aligned), where=share[batch] > 0)
@@ -208,7 +223,10 @@ def aligned_examples(
 ) -> np.ndarray:
     """Which examples are aligned: target-language ones, of the chosen categories where there is a taxonomy. [examples], bool"""
     chosen = ALIGNED[config.examples] if config.taxonomy is not None else ("",)
-    return np.array([e.language != anchor and kind in chosen for e, kind in zip(examples, category, strict=True)], dtype=bool)
+    return np.array(
+        [e.language != anchor and kind in chosen for e, kind in zip(examples, category, strict=True)],
+        dtype=bool,
+    )
 
 
 def shuffled_ids(examples: Sequence[Example], aligned: np.ndarray, seed: int | None) -> list[str]:

@@ -74,7 +74,9 @@ def _resolved(config: RoutingAlignmentConfig, *stamps: tuple[int, int] | None) -
             f"--ramoe-experts {config.experts}: no task has an expert in MoE layers {span(layers)}, so {config.divergence} aligns "
             "nothing; give a lower tau or top-m=M (--ramoe-select), or use --ramoe-divergence kl or js"
         )
-    return ResolvedAlignment(config, experts, layers, _layer_weight(config, layers, experts.shape.num_moe_layers))
+    return ResolvedAlignment(
+        config, experts, layers, _layer_weight(config, layers, experts.shape.num_moe_layers)
+    )
 
 
 def _layers(config: RoutingAlignmentConfig, experts: ExpertFile) -> tuple[int, ...]:
@@ -84,7 +86,9 @@ def _layers(config: RoutingAlignmentConfig, experts: ExpertFile) -> tuple[int, .
         raise RamoeError(f"--ramoe-layers {config.layers}: {str(error).removeprefix('layers: ')}") from error
 
 
-def _layer_weight(config: RoutingAlignmentConfig, layers: tuple[int, ...], num_moe_layers: int) -> dict[int, float]:
+def _layer_weight(
+    config: RoutingAlignmentConfig, layers: tuple[int, ...], num_moe_layers: int
+) -> dict[int, float]:
     """1 for each aligned layer, or by the divergence curve of `--ramoe-layer-weights`."""
     if config.layer_weights is None:
         return dict.fromkeys(layers, 1.0)

@@ -47,7 +47,9 @@ class Coefficient:
             self._resume(args)
         if self.parity is None:
             return 0.0
-        factor = coefficient_factor(args.curr_iteration, self.config.coeff_warmup_iters, self.config.coeff_decay, args.train_iters)
+        factor = coefficient_factor(
+            args.curr_iteration, self.config.coeff_warmup_iters, self.config.coeff_decay, args.train_iters
+        )
         return self.config.coeff * self.parity * factor
 
     @property
@@ -84,13 +86,18 @@ class Coefficient:
         path, first = Path(args.load or "") / FILE, torch.distributed.get_rank() == 0
         if not path.is_file():
             if first:  # not always a fault: the run that saved may have seen no aligned sample
-                print(f"ramoe: no {path}: the unit of the coefficient (--ramoe-coeff-unit lm-loss) is measured anew", flush=True)
+                print(
+                    f"ramoe: no {path}: the unit of the coefficient (--ramoe-coeff-unit lm-loss) is measured anew",
+                    flush=True,
+                )
             return
         found = read_json(path)
         try:
             self.parity = float(found["parity"])
         except (KeyError, TypeError, ValueError) as error:
-            raise RamoeError(f"{path}: {error!r}; expected a number under parity: restore it, or train from the start") from error
+            raise RamoeError(
+                f"{path}: {error!r}; expected a number under parity: restore it, or train from the start"
+            ) from error
         if first and args.save and not (kept := Path(args.save) / FILE).is_file():
             atomic_write_text(kept, json.dumps(found) + "\n")
 
@@ -166,5 +173,7 @@ def _training_args() -> Any:
 
     args = get_args()
     if not hasattr(args, "curr_iteration"):
-        raise RamoeError("a coefficient that changes needs Megatron's own training loop, which counts the iterations")
+        raise RamoeError(
+            "a coefficient that changes needs Megatron's own training loop, which counts the iterations"
+        )
     return args

@@ -50,7 +50,9 @@ def attention_stand_ins() -> list[tuple[Any, str, Any]]:
         if packed_seq_params is not None:
             padded, cu_seqlens = packed_seq_params.cu_seqlens_q_padded, packed_seq_params.cu_seqlens_q
             cu_seqlens = cu_seqlens if padded is None else padded
-            query, key, value = (rows.unsqueeze(1) for rows in (query, key, value))  # [t, heads, dim]: one sequence
+            query, key, value = (
+                rows.unsqueeze(1) for rows in (query, key, value)
+            )  # [t, heads, dim]: one sequence
         cp, cp_rank = 1, 0
         if self.config.context_parallel_size > 1:
             group = _context_parallel_group(self)
@@ -77,7 +79,9 @@ def masked_pairs(query_row_Q: Tensor, key_row_K: Tensor, cu_seqlens: Tensor | No
     later_QK = key_row_K[None, :] > query_row_Q[:, None]
     if cu_seqlens is None:
         return later_QK
-    sample_Q, sample_K = (torch.searchsorted(cu_seqlens.long(), row, right=True) for row in (query_row_Q, key_row_K))
+    sample_Q, sample_K = (
+        torch.searchsorted(cu_seqlens.long(), row, right=True) for row in (query_row_Q, key_row_K)
+    )
     return later_QK | (sample_Q[:, None] != sample_K[None, :])
 
 
@@ -98,7 +102,9 @@ def _context_parallel_group(attention: Any) -> Any:
     return parallel_state.get_context_parallel_group() if group is None else group
 
 
-def _refuse_other_masks(attention: Any, attention_mask: Tensor | None, mask_type: Any, packed_seq_params: Any) -> None:
+def _refuse_other_masks(
+    attention: Any, attention_mask: Tensor | None, mask_type: Any, packed_seq_params: Any
+) -> None:
     """Raise RamoeError for what plain causal attention within each sample would get wrong."""
     from megatron.core.transformer.enums import AttnMaskType
 
@@ -106,14 +112,22 @@ def _refuse_other_masks(attention: Any, attention_mask: Tensor | None, mask_type
     found = [
         name
         for name, on in (
-            (f"mask type {mask_type.name}", mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal)),
+            (
+                f"mask type {mask_type.name}",
+                mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal),
+            ),
             ("an attention mask of the caller's (pass None)", attention_mask is not None),
             ("--window-size", attention.scale_mask_softmax.window_size is not None),
             ("cross-attention", attention.attention_type != "self"),
             ("--hybrid-context-parallel", getattr(packed_seq_params, "local_cp_size", None) is not None),
-            ("a qkv_format other than thd", packed_seq_params is not None and packed_seq_params.qkv_format != "thd"),
+            (
+                "a qkv_format other than thd",
+                packed_seq_params is not None and packed_seq_params.qkv_format != "thd",
+            ),
         )
         if on
     ]
     if found:
-        raise RamoeError(f"the CPU backend's attention over {where} is causal self-attention, without {', '.join(found)}")
+        raise RamoeError(
+            f"the CPU backend's attention over {where} is causal self-attention, without {', '.join(found)}"
+        )

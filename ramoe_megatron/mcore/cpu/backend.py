@@ -90,7 +90,9 @@ def _not_compiled(function: Any = None, **_: Any) -> Any:
 class _CudaMeansCpu(TorchFunctionMode):
     """Every request for a CUDA tensor is answered with a CPU tensor."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ("cuda", "pin_memory", "record_stream") and args and isinstance(args[0], torch.Tensor):
@@ -132,7 +134,9 @@ def cpu_backend() -> Iterator[bool]:
         # Compiling for a CPU takes longer than a small run. Read where a function is decorated: before Megatron is imported.
         _set_variable(stack, "TORCHDYNAMO_DISABLE", "1")
         # Megatron asks for it with TP or CP; without CUDA it says nothing.
-        _set_variable(stack, "CUDA_DEVICE_MAX_CONNECTIONS", os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"))
+        _set_variable(
+            stack, "CUDA_DEVICE_MAX_CONNECTIONS", os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        )
         # For what was decorated before. Optimizers import torch._dynamo too, which has to see torch without the stand-ins.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(uncompiled())
@@ -148,7 +152,9 @@ def _cuda_is_available() -> bool:
 
 def _set_variable(stack: contextlib.ExitStack, name: str, value: str) -> None:
     before = os.environ.get(name)
-    stack.callback(os.environ.pop, name, None) if before is None else stack.callback(os.environ.__setitem__, name, before)
+    stack.callback(os.environ.pop, name, None) if before is None else stack.callback(
+        os.environ.__setitem__, name, before
+    )
     os.environ[name] = value
 
 
@@ -209,9 +215,17 @@ def _torch_stand_ins() -> list[tuple[Any, str, Any]]:
         (cuda.nvtx, "range", lambda *_, **__: contextlib.nullcontext()),
         # Dropout and recompute need a real random state: the CPU's generator is "the CUDA generator".
         *((owner, "get_rng_state", lambda *_, **__: torch.get_rng_state()) for owner in (cuda, cuda.random)),
-        *((owner, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state)) for owner in (cuda, cuda.random)),
-        *((owner, "manual_seed", lambda seed: torch.default_generator.manual_seed(seed)) for owner in (cuda, cuda.random)),
-        *((owner, "manual_seed_all", nothing) for owner in (cuda, cuda.random)),  # torch.manual_seed calls it too
+        *(
+            (owner, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
+            for owner in (cuda, cuda.random)
+        ),
+        *(
+            (owner, "manual_seed", lambda seed: torch.default_generator.manual_seed(seed))
+            for owner in (cuda, cuda.random)
+        ),
+        *(
+            (owner, "manual_seed_all", nothing) for owner in (cuda, cuda.random)
+        ),  # torch.manual_seed calls it too
         # autograd's Function and checkpointing would otherwise look for an accelerator that matches is_available().
         (torch.accelerator, "is_available", lambda: False),
         # Torch turns a mode off while its handler runs, and a backward pass runs in the handler. What is recomputed

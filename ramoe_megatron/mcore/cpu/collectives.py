@@ -29,7 +29,11 @@ def reduce_scatter_of_unequal(reduce_scatter: Callable) -> Callable:
     """`torch.distributed.reduce_scatter` that sums pieces of unequal length whole, and keeps this rank's."""
 
     def scatter(
-        output: Tensor, input_list: list[Tensor], op: Any = torch.distributed.ReduceOp.SUM, group: Any = None, async_op: bool = False
+        output: Tensor,
+        input_list: list[Tensor],
+        op: Any = torch.distributed.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
     ) -> Any:
         if all(piece.shape == input_list[0].shape for piece in input_list):
             return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)

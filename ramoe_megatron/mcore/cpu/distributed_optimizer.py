@@ -25,7 +25,10 @@ def optimizer_stand_ins() -> list[tuple[Any, str, Any]]:
     def state_with_step(self: Any) -> dict[str, Any]:
         if self.optimizer.state:
             return state_dict(self)
-        before, distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.HAVE_APEX_OR_TE, True  # then it asks for no step
+        before, distrib_optimizer.HAVE_APEX_OR_TE = (
+            distrib_optimizer.HAVE_APEX_OR_TE,
+            True,
+        )  # then it asks for no step
         try:
             state = state_dict(self)
         finally:

@@ -90,7 +90,11 @@ class OfflineModel:
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self.last_stage = parallel_state.is_pipeline_last_stage()
-        self.device = torch.device("cpu") if not self.routers_on_cuda() else torch.device("cuda", torch.cuda.current_device())
+        self.device = (
+            torch.device("cpu")
+            if not self.routers_on_cuda()
+            else torch.device("cuda", torch.cuda.current_device())
+        )
 
     def routers_on_cuda(self) -> bool:
         """Whether the weights are on a CUDA device (a stage may have no router: ask any parameter)."""

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from ramoe_megatron.data.encode import Encoded
 from ramoe_megatron.mcore.carrier import RoutingContext
-from ramoe_megatron.mcore.observe import TOKEN_CHOICES, TokenSelection, mean_over_tokens, pooled_distributions, sum_over_sequence
+from ramoe_megatron.mcore.observe import (
+    TOKEN_CHOICES,
+    TokenSelection,
+    mean_over_tokens,
+    pooled_distributions,
+    sum_over_sequence,
+)
 from ramoe_megatron.mcore.offline.model import ContextMaker, MicroBatch, OfflineModel
 
 COUNTED = "frequency."
@@ -61,13 +67,21 @@ def sequence_routing(
         model.share(buffer)
     tokens_N = torch.tensor([len(sequence.ids) - 1 for sequence in encoded], device=model.device)
     frequency_NLE = {choice: buffers[f"{COUNTED}{choice}"] for choice in counted}
-    return SequenceRouting(frequency_NLE, {choice: buffers[choice] for choice in choices}, tokens_N, buffers.get("gate"))
+    return SequenceRouting(
+        frequency_NLE, {choice: buffers[choice] for choice in choices}, tokens_N, buffers.get("gate")
+    )
 
 
 class _Listen:
     """Writes each sequence's routing into the buffers; the routing itself is left alone, or to the context that steers it."""
 
-    def __init__(self, micro: MicroBatch, buffers: dict[str, Tensor], speaks: bool, steered: RoutingContext | None = None) -> None:
+    def __init__(
+        self,
+        micro: MicroBatch,
+        buffers: dict[str, Tensor],
+        speaks: bool,
+        steered: RoutingContext | None = None,
+    ) -> None:
         self.micro, self.buffers, self.speaks, self.steered = micro, buffers, speaks, steered
         self.selection = TokenSelection(micro.batch["prompt_length"], micro.batch["length"])
 
@@ -79,7 +93,9 @@ class _Listen:
         chosen_SBE = routing_map.view_as(logits).float()
         for name in self.buffers:
             if name.startswith(COUNTED):
-                frequency_BE = mean_over_tokens(router, chosen_SBE, self.selection, name.removeprefix(COUNTED))
+                frequency_BE = mean_over_tokens(
+                    router, chosen_SBE, self.selection, name.removeprefix(COUNTED)
+                )
                 self._write(name, router.ramoe_layer, frequency_BE)
         if "gate" in self.buffers:
             gate_BE = mean_over_tokens(router, probs.view_as(logits).float(), self.selection, "all")
@@ -115,7 +131,11 @@ class _CaptureLogits(_Listen):
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
         last_BE, here_B = self.selection.local(router, logits.shape[0]).last(logits.float())
-        self._write("logits", router.ramoe_layer, sum_over_sequence(router, last_BE.masked_fill(~here_B[:, None], 0.0)))
+        self._write(
+            "logits",
+            router.ramoe_layer,
+            sum_over_sequence(router, last_BE.masked_fill(~here_B[:, None], 0.0)),
+        )
         return probs
 
 

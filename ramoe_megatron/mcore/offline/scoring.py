@@ -50,7 +50,9 @@ def score(
             choices = encode_choices(examples[place], model.tokenizer)
             encoded += choices
             owner += [place] * len(choices)
-        likelihood = log_likelihoods(model, encoded, context_for(owner) if context_for else None, progress).tolist()
+        likelihood = log_likelihoods(
+            model, encoded, context_for(owner) if context_for else None, progress
+        ).tolist()
         start = 0
         for place in with_choices:
             options = examples[place].choices or ()
@@ -70,7 +72,9 @@ def score(
                 broken.add(place)
             elif len(ids) < limits[place]:  # its end is there, and left out
                 example = examples[place]
-                correct[place] = is_correct(each.answer(ids, model.tokenizer), example.answer, example.language)
+                correct[place] = is_correct(
+                    each.answer(ids, model.tokenizer), example.answer, example.language
+                )
     if broken:
         names = [f"{examples[place].id} ({examples[place].language})" for place in sorted(broken)]
         raise RamoeError(
@@ -79,7 +83,10 @@ def score(
             "checkpoint, or use --bf16 in the place of --fp16."
         )
     if ties and is_rank_0():
-        print(f"ramoe: {ties} of {len(with_choices)} examples counted wrong: another choice is as likely as the gold one", flush=True)
+        print(
+            f"ramoe: {ties} of {len(with_choices)} examples counted wrong: another choice is as likely as the gold one",
+            flush=True,
+        )
     return correct
 
 
@@ -106,7 +113,9 @@ def log_likelihoods(
             label = micro.batch["labels"][row, column].unsqueeze(1)
             logits_RV = _of_vocabulary(model, whole)
             terms = logits_RV.log_softmax(dim=-1).gather(1, label).squeeze(1).double()
-            sums = torch.zeros(len(logits), dtype=torch.float64, device=model.device).index_add_(0, row, terms)
+            sums = torch.zeros(len(logits), dtype=torch.float64, device=model.device).index_add_(
+                0, row, terms
+            )
             scores[micro.places[micro.real]] = sums[micro.real]
 
     for group in model.groups([len(sequence.ids) for sequence in encoded]):
@@ -139,16 +148,23 @@ def greedy(
         unfinished = [place for place in group if most[place] > 0]
         while unfinished:
             # one id more than is run: the last one is only ever a label
-            current = [Encoded([*prompts[p], *answers[p], model.tokenizer.eod], len(prompts[p])) for p in unfinished]
+            current = [
+                Encoded([*prompts[p], *answers[p], model.tokenizer.eod], len(prompts[p])) for p in unfinished
+            ]
             tokens = _next_tokens(model, current, unfinished, context)
             for place, token in zip(unfinished, tokens, strict=True):
                 answers[place].append(token)
             unfinished = [
-                p for p in unfinished if answers[p][-1] not in {*ends[p], NOT_FINITE} and len(answers[p]) < most[p]
+                p
+                for p in unfinished
+                if answers[p][-1] not in {*ends[p], NOT_FINITE} and len(answers[p]) < most[p]
             ]
         if progress:
             progress(len(group))
-    return [answer[:-1] if answer and answer[-1] in end else answer for answer, end in zip(answers, ends, strict=True)]
+    return [
+        answer[:-1] if answer and answer[-1] in end else answer
+        for answer, end in zip(answers, ends, strict=True)
+    ]
 
 
 def _next_tokens(

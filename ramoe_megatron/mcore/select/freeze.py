@@ -59,7 +59,9 @@ def select_trainable(model: Any, selection: Selection) -> Any:
 
     numbers = moe_layer_numbers(model)
     if len(numbers) != len(selection.experts_LE):
-        raise RamoeError(f"the model has {len(numbers)} MoE layers, but experts were selected for {len(selection.experts_LE)}")
+        raise RamoeError(
+            f"the model has {len(numbers)} MoE layers, but experts were selected for {len(selection.experts_LE)}"
+        )
     total, trained = 0, 0
     for chunk in chunks(model):
         chunk.requires_grad_(False)
@@ -147,15 +149,26 @@ def _selection_block(selection: Selection, layer_numbers: Sequence[int], trained
     Args:
         layer_numbers: Megatron's layer number (1-based) of each MoE layer of the whole model.
     """
-    rows = [("trained", f"{selection.kind}: {selection.told}"), ("parameters", f"{trained} of {total} ({trained / max(total, 1):.2%})")]
+    rows = [
+        ("trained", f"{selection.kind}: {selection.told}"),
+        ("parameters", f"{trained} of {total} ({trained / max(total, 1):.2%})"),
+    ]
     if not selection.routers:
         counts, experts = selection.experts_LE.sum(-1).tolist(), selection.experts_LE.shape[-1]
         empty = [layer for layer, count in enumerate(counts) if count == 0]
         spread = f"{sum(counts)} in all, {count_range(counts)} of {experts} a layer"
-        rows.append(("experts", spread + (f"; none in MoE layers {numbers_in_words(empty)}" if empty else "")))
+        rows.append(
+            ("experts", spread + (f"; none in MoE layers {numbers_in_words(empty)}" if empty else ""))
+        )
         listed = ", ".join(f"{layer}: {count}" for layer, count in enumerate(counts))
-        rows.append(("by layer", f"{listed} (MoE layers, from 0; Megatron's {numbers_in_words(layer_numbers)})"))
-    frozen = "everything else, bit-for-bit" + ("" if selection.routers else "; routers are frozen with their expert bias")
+        rows.append(
+            ("by layer", f"{listed} (MoE layers, from 0; Megatron's {numbers_in_words(layer_numbers)})")
+        )
+    frozen = "everything else, bit-for-bit" + (
+        "" if selection.routers else "; routers are frozen with their expert bias"
+    )
     rows.append(("frozen", frozen))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(["ramoe: selective training is on", *(f"  {name:<{width}}  {text}" for name, text in rows)])
+    return "\n".join(
+        ["ramoe: selective training is on", *(f"  {name:<{width}}  {text}" for name, text in rows)]
+    )

@@ -24,7 +24,9 @@ def holding_to_selection(make: Callable[..., Any]) -> Callable[..., Any]:
     def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
         optimizer = make(*args, **kwargs)
         # Megatron gives all ranks the same parameter groups: what is a stub here is one everywhere, and no collective waits for it.
-        optimizer.chained_optimizers = [one for one in optimizer.chained_optimizers if not getattr(one, "is_stub_optimizer", False)]
+        optimizer.chained_optimizers = [
+            one for one in optimizer.chained_optimizers if not getattr(one, "is_stub_optimizer", False)
+        ]
         sharded_state_dict = optimizer.sharded_state_dict
         for one in optimizer.chained_optimizers:
             one.load_state_dict = _taking_groups(one.load_state_dict)
@@ -39,7 +41,11 @@ def holding_to_selection(make: Callable[..., Any]) -> Callable[..., Any]:
             state = sharded_state_dict(*args, **kwargs)
             parts = [state] if len(optimizer.chained_optimizers) == 1 else state.values()
             for one, part in zip(optimizer.chained_optimizers, parts, strict=True):
-                _tell_step(part, step, counted_by_weight=isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW))
+                _tell_step(
+                    part,
+                    step,
+                    counted_by_weight=isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW),
+                )
                 _name_groups(part)
             return dict_list_map_outplace(_by_itself, state)
 
@@ -59,8 +65,12 @@ def _agreed_step(optimizer: Any) -> int | None:
     own = [
         int(step)
         for one in optimizer.chained_optimizers
-        for holder in [*one.optimizer.state.values(), *(group for group in one.optimizer.param_groups if group["params"])]
-        if (step := holder.get("step")) is not None  # of each weight in torch's Adam, of each group in transformer-engine's
+        for holder in [
+            *one.optimizer.state.values(),
+            *(group for group in one.optimizer.param_groups if group["params"]),
+        ]
+        if (step := holder.get("step"))
+        is not None  # of each weight in torch's Adam, of each group in transformer-engine's
     ]
     told: list[int | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(told, max(own, default=None))
@@ -69,7 +79,10 @@ def _agreed_step(optimizer: Any) -> int | None:
 
 def _state_without_weights(one: Any, step: int | None) -> dict[str, Any]:
     """`DistributedOptimizer.state_dict` on a rank without weights, where Megatron's asks a weight for the step."""
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in one.optimizer.state_dict()["param_groups"]]
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in one.optimizer.state_dict()["param_groups"]
+    ]
     state: dict[str, Any] = {"optimizer": {"param_groups": [group | {"step": step or 0} for group in groups]}}
     return state | ({"grad_scaler": one.grad_scaler.state_dict()} if one.grad_scaler else {})
 
@@ -77,7 +90,9 @@ def _state_without_weights(one: Any, step: int | None) -> dict[str, Any]:
 def _tell_step(part: dict[str, Any], step: int | None, counted_by_weight: bool) -> None:
     """Put the step where an optimizer with weights would have put it, into what the first rank saves for all."""
     inner = part.get("optimizer", part)
-    if step is None or not isinstance(inner, dict):  # the distributed optimizer's usual format: each rank saves its own
+    if step is None or not isinstance(
+        inner, dict
+    ):  # the distributed optimizer's usual format: each rank saves its own
         return
     if not counted_by_weight:
         for group in inner["param_groups"]:
@@ -91,7 +106,10 @@ def _name_groups(part: dict[str, Any]) -> None:
     from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 
     if MAIN_WEIGHTS in part:
-        part[MAIN_WEIGHTS] = {number: group or LocalNonpersistentObject(group) for number, group in enumerate(part[MAIN_WEIGHTS])}
+        part[MAIN_WEIGHTS] = {
+            number: group or LocalNonpersistentObject(group)
+            for number, group in enumerate(part[MAIN_WEIGHTS])
+        }
 
 
 def _taking_groups(load_state_dict: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -50,11 +50,15 @@ def selection_from_args(args: Any, config: Any, languages: Sequence[str]) -> Sel
     options = options_from_args(SelectiveOptions, args)
     if options.train == "all":
         return None
-    layers = len(configured_moe_layer_numbers(config, args.hybrid_layer_pattern)) if config.num_moe_experts else 0
+    layers = (
+        len(configured_moe_layer_numbers(config, args.hybrid_layer_pattern)) if config.num_moe_experts else 0
+    )
     if not layers:
         raise RamoeError(f"--ramoe-train {options.train}: the model has no MoE layer; remove the flag")
     alignment = RoutingAlignmentConfig.from_args(args)
-    selection = select_weights(options, alignment, config, layers, languages, options_from_args(DataOptions, args).anchor)
+    selection = select_weights(
+        options, alignment, config, layers, languages, options_from_args(DataOptions, args).anchor
+    )
     _refuse_unsupported(selection, args, config)
     refuse_partial_groups(selection, config)
     refuse_unreached(selection, alignment)
@@ -62,7 +66,12 @@ def selection_from_args(args: Any, config: Any, languages: Sequence[str]) -> Sel
 
 
 def select_weights(
-    options: SelectiveOptions, alignment: RoutingAlignmentConfig, config: Any, layers: int, languages: Sequence[str], anchor: str
+    options: SelectiveOptions,
+    alignment: RoutingAlignmentConfig,
+    config: Any,
+    layers: int,
+    languages: Sequence[str],
+    anchor: str,
 ) -> Selection:
     """The selection itself; see `selection_from_args`."""
     none_LE = torch.zeros(layers, config.num_moe_experts, dtype=torch.bool)
@@ -72,11 +81,15 @@ def select_weights(
         return Selection(kind, True, none_LE, "every router, and nothing else")
     if kind == "task-experts":
         if alignment.experts is None:
-            raise RamoeError("--ramoe-train task-experts without --ramoe-experts: which they are stands in experts.safetensors")
+            raise RamoeError(
+                "--ramoe-train task-experts without --ramoe-experts: which they are stands in experts.safetensors"
+            )
         experts = ExpertFile.load(alignment.experts)
         experts.check_model(*shape)
         experts = experts.chosen_by(alignment.select)
-        return _not_empty(Selection(kind, False, experts.expert_mask.any(0), f"of the tasks {', '.join(experts.tasks)}"))
+        return _not_empty(
+            Selection(kind, False, experts.expert_mask.any(0), f"of the tasks {', '.join(experts.tasks)}")
+        )
     assert options.usage is not None  # the options refuse that
     usage = UsageFile.load(options.usage)
     usage.check_model(*shape)
@@ -84,14 +97,18 @@ def select_weights(
     if kind == "rise":
         targets = [language for language in languages if language != anchor]
         if not targets:
-            raise RamoeError(f"--ramoe-train rise: all training examples are in {anchor}, expected a target language; add its data")
+            raise RamoeError(
+                f"--ramoe-train rise: all training examples are in {anchor}, expected a target language; add its data"
+            )
         if options.train_budget is not None and options.train_budget > none_LE.numel():
             raise RamoeError(
                 f"--ramoe-train-budget {options.train_budget}: the model has {none_LE.numel()} (layer, expert) pairs "
                 f"({layers} MoE layers x {config.num_moe_experts} experts); give at most that"
             )
         mask_LE = rise(usage.frequency, usage.places(targets), options.train_budget or 0, options.train_split)
-        return Selection(kind, False, mask_LE, f"for {', '.join(targets)}, of {options.train_budget} (layer, expert) pairs")
+        return Selection(
+            kind, False, mask_LE, f"for {', '.join(targets)}, of {options.train_budget} (layer, expert) pairs"
+        )
     score, told = ("gate", "gate weight") if kind == "esft-gate" else ("frequency", "tokens")
     mask_LE = esft(usage.mean(score, languages), options.train_top_p or 0.0)
     told = f"for {', '.join(languages)}, {options.train_top_p:g} of the {told} of each layer"
@@ -140,16 +157,39 @@ def refuse_partial_groups(selection: Selection, config: Any) -> None:
 def _refuse_unsupported(selection: Selection, args: Any, config: Any) -> None:
     found = [f"{flag} ({reason})" for flag, reason, on in _unsupported(selection, args, config) if on]
     if found:
-        raise RamoeError(f"--ramoe-train {selection.kind} does not go with {'; '.join(found)}. Remove the flag, or train all weights")
+        raise RamoeError(
+            f"--ramoe-train {selection.kind} does not go with {'; '.join(found)}. Remove the flag, or train all weights"
+        )
 
 
 def _unsupported(selection: Selection, args: Any, config: Any) -> Iterator[tuple[str, str, bool]]:
     kinds = config.moe_router_load_balancing_type
     quantile = "quantile_balancing" in ([kinds] if isinstance(kinds, str) else kinds)
-    yield "--moe-router-load-balancing-type quantile_balancing", "it moves the biases of frozen routers", quantile and not selection.routers
-    for flag in ("use_megatron_fsdp", "use_torch_fsdp2", "overlap_param_gather_with_optimizer_step", "optimizer_cpu_offload"):
+    yield (
+        "--moe-router-load-balancing-type quantile_balancing",
+        "it moves the biases of frozen routers",
+        quantile and not selection.routers,
+    )
+    for flag in (
+        "use_megatron_fsdp",
+        "use_torch_fsdp2",
+        "overlap_param_gather_with_optimizer_step",
+        "optimizer_cpu_offload",
+    ):
         reason = "it counts on every rank having weights to train"
         yield f"--{flag.replace('_', '-')}", reason, bool(getattr(args, flag, False))
-    yield "--delay-wgrad-compute", "frozen weights have no gradient to delay", bool(getattr(config, "delay_wgrad_compute", False))
-    yield "--freeze-all-layers", "it freezes what is selected too", bool(getattr(args, "freeze_all_layers", False))
-    yield f"--optimizer {args.optimizer}", "only adam and sgd are known to skip frozen weights", args.optimizer not in ("adam", "sgd")
+    yield (
+        "--delay-wgrad-compute",
+        "frozen weights have no gradient to delay",
+        bool(getattr(config, "delay_wgrad_compute", False)),
+    )
+    yield (
+        "--freeze-all-layers",
+        "it freezes what is selected too",
+        bool(getattr(args, "freeze_all_layers", False)),
+    )
+    yield (
+        f"--optimizer {args.optimizer}",
+        "only adam and sgd are known to skip frozen weights",
+        args.optimizer not in ("adam", "sgd"),
+    )

@@ -30,13 +30,21 @@ class Steer:
         layer, (first, last) = router.ramoe_layer, self.steering.layers
         if not first <= layer <= last:
             return logits
-        return steer(self.steering.kind, logits, self.mask_BLE[None, :, layer], self.steering.strength or 0.0, self.noise_LE[layer])
+        return steer(
+            self.steering.kind,
+            logits,
+            self.mask_BLE[None, :, layer],
+            self.steering.strength or 0.0,
+            self.noise_LE[layer],
+        )
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
         return probs
 
 
-def steering_contexts(model: OfflineModel, experts: ExpertFile, steering: Steering) -> Callable[[Sequence[Example]], ContextFor]:
+def steering_contexts(
+    model: OfflineModel, experts: ExpertFile, steering: Steering
+) -> Callable[[Sequence[Example]], ContextFor]:
     """For `scoring.score`, from the examples that are scored to the contexts that steer them.
 
     An example whose task is not in the expert file is not steered.

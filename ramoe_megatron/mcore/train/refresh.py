@@ -39,7 +39,9 @@ def refuse_refresh(args: Any) -> None:
         f"--context-parallel-size {args.context_parallel_size}": args.context_parallel_size > 1,
     }
     if found := [flag for flag, on in unsupported.items() if on]:
-        raise RamoeError(f"--ramoe-refresh-interval does not go with {', '.join(found)}: remove one of the two")
+        raise RamoeError(
+            f"--ramoe-refresh-interval does not go with {', '.join(found)}: remove one of the two"
+        )
 
 
 def refuse_other_anchors(taxonomy: str, anchor: str) -> None:
@@ -56,11 +58,17 @@ def refuse_other_anchors(taxonomy: str, anchor: str) -> None:
 
 def scorable(labels: ExampleLabels, examples: Sequence[Example], views: Mapping[str, Example]) -> list[int]:
     """The places of the examples that a refresh may score. `views`: the anchor's rows by id."""
-    return [n for n, (e, may) in enumerate(zip(examples, labels.may_align, strict=True)) if may and e.id in views]
+    return [
+        n for n, (e, may) in enumerate(zip(examples, labels.may_align, strict=True)) if may and e.id in views
+    ]
 
 
 def refuse_unanswerable(
-    labels: ExampleLabels, examples: Sequence[Example], anchors: Sequence[Example], tokenizer: Tokenizer, positions: int
+    labels: ExampleLabels,
+    examples: Sequence[Example],
+    anchors: Sequence[Example],
+    tokenizer: Tokenizer,
+    positions: int,
 ) -> None:
     """Raise RamoeError for examples that may be scored and that no model can answer right (`new_token_limits`).
 
@@ -74,14 +82,21 @@ def refuse_unanswerable(
     try:
         new_token_limits([*asked, *scored], tokenizer, None, positions)
     except RamoeError as error:
-        raise RamoeError(f"--ramoe-refresh-interval scores training examples: {error} Or remove --ramoe-refresh-interval.") from error
+        raise RamoeError(
+            f"--ramoe-refresh-interval scores training examples: {error} Or remove --ramoe-refresh-interval."
+        ) from error
 
 
 class TaxonomyRefresh:
     """The categories of the training examples as they stand now, on the device."""
 
     def __init__(
-        self, chunks: Sequence[Any], labels: ExampleLabels, examples: Sequence[Example], views: Sequence[Example], args: Any
+        self,
+        chunks: Sequence[Any],
+        labels: ExampleLabels,
+        examples: Sequence[Example],
+        views: Sequence[Example],
+        args: Any,
     ) -> None:
         """
         Args:
@@ -164,7 +179,9 @@ class TaxonomyRefresh:
     def _tell(self, iteration: int, before: Sequence[str], after: Sequence[str]) -> None:
         left = sum(old == "ci" != new for old, new in zip(before, after, strict=True))
         entered = sum(old != "ci" == new for old, new in zip(before, after, strict=True))
-        now = Counter(category for category, may in zip(self.category, self.labels.may_align, strict=True) if may)
+        now = Counter(
+            category for category, may in zip(self.category, self.labels.may_align, strict=True) if may
+        )
         told = f"{len(after)} rows scored, {left} left ci, {entered} entered it"
         shares = ", ".join(f"{now[category]} {category}" for category in CATEGORIES)
         print(f"ramoe: taxonomy refreshed at iteration {iteration}: {told}; now {shares}", flush=True)
@@ -192,7 +209,9 @@ class TaxonomyRefresh:
                 self.category[place[row.id, row.language]] = row.category
             if first and self.args.save:
                 _keep(rows, path, Path(self.args.save) / FOLDER / path.name)
-        if first and foreign:  # left by an attempt that ended before its first checkpoint, or of a run with another interval
+        if (
+            first and foreign
+        ):  # left by an attempt that ended before its first checkpoint, or of a run with another interval
             told = f"{', '.join(foreign)}: not taken over, since they are no refreshes of --ramoe-refresh-interval {interval}"
             print(f"ramoe: {self.args.load}/{FOLDER}: {told}", flush=True)
 

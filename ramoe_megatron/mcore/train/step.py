@@ -17,7 +17,9 @@ from ramoe_megatron.mcore.placement import context_parallel_rows
 def next_batch(data_iterator: Iterator[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The next micro-batch, on the model's device, whole sequences; `max_seqlen` of a pack stays on the host, which asks for it."""
     batch = next(data_iterator)
-    return {key: value if key == "max_seqlen" else value.cuda(non_blocking=True) for key, value in batch.items()}
+    return {
+        key: value if key == "max_seqlen" else value.cuda(non_blocking=True) for key, value in batch.items()
+    }
 
 
 def on_context_parallel_rank(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -44,11 +46,17 @@ def packed_seq_params(batch: Mapping[str, Tensor]) -> Any:
     # Padding belongs to the sample before it: no token of a sample attends to what comes after it.
     cu_seqlens, longest = batch["cu_seqlens"][0], int(batch["max_seqlen"])
     return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )
 
 
-def forward_step(data_iterator: Iterator, model: Any, return_schedule_plan: bool = False) -> tuple[Tensor, Callable]:
+def forward_step(
+    data_iterator: Iterator, model: Any, return_schedule_plan: bool = False
+) -> tuple[Tensor, Callable]:
     """Megatron's `forward_step` for parallel data: cross-entropy on the responses, routing aligned where that is on."""
     if return_schedule_plan:
         raise RamoeError(
