@@ -1,5 +1,4 @@
-"""The alignment metrics of a step: summed on the device, reduced once, reported through Megatron's own
-metrics tracker.
+"""The alignment metrics of a step: summed on the device, reduced once, reported by Megatron's tracker.
 
 The sums have the same shape on every rank from the first step on. So a pipeline stage without an aligned
 layer, or a step without a ci sample, reduces zeros instead of hanging.

@@ -1,4 +1,4 @@
-"""Rejects settings under which routing alignment or hard steering would silently be wrong, before a job starts."""
+"""Rejects settings under which alignment or hard steering would silently be wrong, before a job starts."""
 
 from collections.abc import Iterable
 from typing import Any

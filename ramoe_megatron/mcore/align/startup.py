@@ -1,5 +1,4 @@
-"""The startup messages of a run: the losses at the routers with their coefficients, the aligned layers, and
-the samples.
+"""The startup messages of a run: losses at the routers, coefficients, aligned layers and samples.
 
 A coefficient that is inherited from another command line is easy to overlook, so the messages name everything
 that acts on the routers.

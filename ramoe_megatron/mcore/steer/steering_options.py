@@ -131,7 +131,9 @@ def told(steering: "Steering | None", experts: "ExpertFile", tasks: set[str]) ->
     sentences: list[Any] = [
         f"steering: {steering}; {int(chosen_GLE.sum())} experts over all tasks and layers"
     ]
-    sentences += [f"steering: task {task!r} has no expert in these layers, so it is not steered" for task in empty]
+    sentences += [
+        f"steering: task {task!r} has no expert in these layers and is not steered" for task in empty
+    ]
     return [
         *sentences,
         *(f"steering: task {task!r} is not in {experts.path} and is not steered" for task in absent),
