@@ -91,7 +91,7 @@ def _losses_opened(chunk: Any) -> bool:
 
 
 class TrainingContext:
-    """The routing context of one training micro-batch: tells Megatron's router losses which rows are real tokens."""
+    """Routing context of a training micro-batch: which rows are real tokens, for Megatron's router losses."""
 
     def __init__(self, batch: Mapping[str, Tensor], needed: Sequence[str] = ()) -> None:
         """Check and keep the batch.
@@ -140,7 +140,7 @@ class TrainingContext:
 
 
 class AlignmentContext(TrainingContext):
-    """The routing context of one aligned micro-batch: attaches and records the loss at each aligned router."""
+    """Routing context of an aligned micro-batch: attaches and records the loss at each aligned router."""
 
     def __init__(self, alignment: Alignment, batch: Mapping[str, Tensor], expected: set[int]) -> None:
         super().__init__(

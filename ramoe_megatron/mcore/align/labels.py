@@ -22,8 +22,7 @@ ALIGNED = {"ci": ("ci",), "ci+cc": ("ci", "cc"), "all": CATEGORIES}
 
 
 class ExampleLabels:
-    """The alignment labels of all examples, read from artefacts that are checked against each other and the
-    data.
+    """The alignment labels of all examples, from artefacts that are checked against the data.
 
     Attributes:
         aligned: whether an example is aligned. [examples], bool
@@ -63,7 +62,10 @@ class ExampleLabels:
         self.unshuffled = 0 if config.shuffle_targets is None else self._unshuffled(examples)
 
     def target(self, index: int) -> Tensor:
-        """The English routing that an example is aligned to in the aligned layers; zeros if it is not aligned. [Z, E]"""
+        """The English routing that is an example's target, in the aligned layers. [Z, E]
+
+        Zeros for an example that is not aligned.
+        """
         assert self.priors is not None
         if not (self.aligned if self.config.refresh_interval is None else self.may_align)[index]:
             return torch.zeros(len(self.layers), self.priors.shape.num_experts)
@@ -214,8 +216,7 @@ def refuse_weightless_views(config: RoutingAlignmentConfig, per_token_loss: bool
 
 
 def categories(examples: Sequence[Example], taxonomy: str | None, anchor: str) -> list[str]:
-    """The category (cc, ci, ic, ii) of each example; "" for examples in the anchor language or without a
-    taxonomy.
+    """The category (cc, ci, ic, ii) of each example; "" in the anchor language or without a taxonomy.
 
     Raises:
         RamoeError: target-language examples are not in the taxonomy (the message counts these and names

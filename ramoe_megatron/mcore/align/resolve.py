@@ -105,7 +105,7 @@ def _layer_weight(
 
 
 def _stamp(path: str | None) -> tuple[int, int] | None:
-    """Modification time and size of a file, to notice a change. None without a file; reading it then fails."""
+    """Modification time and size of a file, to notice a change; None without a file."""
     if path is None or not Path(path).is_file():
         return None
     found = Path(path).stat()

@@ -1,5 +1,4 @@
-"""The state of an alignment that changes during training: the coefficient, its measured unit and refreshed
-labels.
+"""What changes during training: the coefficient, its measured unit and refreshed labels.
 
 Megatron's training loop calls `after_step` on every rank, after the step's log and validation and before its
 checkpoint.
@@ -82,8 +81,8 @@ class Coefficient:
         args = _training_args()
         measured = {"parity": self.parity, "lm_loss": lm, "iteration": args.curr_iteration}
         if torch.distributed.get_rank() == 0:
-            text = f"LM loss {lm:.4g}, alignment loss {aligned:.4g}: coefficient {self.config.coeff:g} x {self.parity:.4g}"
-            print(f"ramoe: {text}", flush=True)
+            losses = f"LM loss {lm:.4g}, alignment loss {aligned:.4g}"
+            print(f"ramoe: {losses}: coefficient {self.config.coeff:g} x {self.parity:.4g}", flush=True)
             if args.save:
                 atomic_write_text(Path(args.save) / FILE, json.dumps(measured) + "\n")
 
@@ -144,7 +143,7 @@ class AlignmentState:
             self._lm_2 += torch.stack([loss.detach().double(), tokens.double()])
 
     def after_step(self, iteration: int) -> None:
-        """After iteration `iteration` (counted from 1), on every rank: measure the unit and refresh the labels if due."""
+        """After `iteration` (counted from 1), on every rank: measure the unit and refresh the labels if due."""
         self.begun = True
         if self.coefficient.measures:
             torch.distributed.all_reduce(self._lm_2)
