@@ -23,10 +23,9 @@ class RoutingContext(Protocol):
     def on_routing(
         self, router: Any, logits: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> torch.Tensor:
-        """Called after the top-k choice. `probs`, `routing_map` [S_local*B, E]; returns the probabilities to
-        use.
+        """Called after the top-k choice. Returns the probabilities to use.
 
-        A loss may be attached to the returned probabilities.
+        `probs` and `routing_map` are [S_local*B, E]. A loss may be attached to the returned probabilities.
         """
         ...
 

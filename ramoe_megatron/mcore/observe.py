@@ -78,7 +78,7 @@ class TokenSelection:
         return counts[choice].float()
 
     def local(self, router: Any, count: int) -> "LocalTokens":
-        """The tokens in the `count` rows that reach this rank's router; computed once for all routers of a chunk."""
+        """The tokens in the `count` rows at this rank's router; computed once for all routers of a chunk."""
         if count not in self._local:
             row_S = local_rows(router, count, self.cu_seqlens, self.length_B.device)
             if self.start_B is None:
@@ -163,7 +163,7 @@ class LocalTokens:
         return place_B, column_B, (self.row_S[place_B] == row_B) & (self.selection.prompt_length_B > 0)
 
     def spread(self, values_BX: Tensor) -> Tensor:
-        """Each sample's value at its rows, to broadcast over [S, C, ...]. [1, B, X] padded, [S, 1, X] packed"""
+        """Each sample's value at its rows, to broadcast over [S, C, X]: padded [1, B, X], packed [S, 1, X]."""
         return values_BX[None] if self.sample_S is None else values_BX[self.sample_S][:, None]
 
 

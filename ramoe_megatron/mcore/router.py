@@ -1,5 +1,4 @@
-"""The observed router: a subclass of Megatron's `TopKRouter` for any built model; and the numbering of MoE
-layers.
+"""The observed router, a subclass of Megatron's `TopKRouter`; and the numbering of MoE layers.
 
 The subclass only wraps Megatron's methods: `routing` here, the losses in `real_tokens`. No code of
 Megatron is copied. The keys of the state dict stay Megatron's.

@@ -1,4 +1,4 @@
-"""The steps of a job before its model is built. A run ends at the first failed step; a check tries all steps."""
+"""The steps of a job before its model is built. A run stops at the first failure; a check tries all."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

@@ -143,7 +143,7 @@ class AlignmentState:
             self._lm_2 += torch.stack([loss.detach().double(), tokens.double()])
 
     def after_step(self, iteration: int) -> None:
-        """After `iteration` (counted from 1), on every rank: measure the unit and refresh the labels if due."""
+        """Measure the unit and refresh the labels if due. Every rank calls it, with the iteration from 1."""
         self.begun = True
         if self.coefficient.measures:
             torch.distributed.all_reduce(self._lm_2)
