@@ -1,4 +1,4 @@
-"""Rejects a checkpoint that is missing or of another model, where Megatron would start from random weights."""
+"""Rejects a missing or mismatched checkpoint, where Megatron would start from random weights."""
 
 import contextlib
 import traceback

@@ -1,5 +1,4 @@
-"""Megatron's optimizer for selective training, when a rank or the whole model has no trained weight of a
-kind.
+"""Megatron's optimizer for selective training, when a rank or the model has no trained weight of a kind.
 
 Four assumptions of Megatron 0.19 fail in this case. They are fixed around Megatron's own functions:
 - An optimizer without any weight (the dense weights, when only experts are trained) cannot give its state. It
@@ -84,7 +83,7 @@ def _agreed_step(optimizer: Any) -> int | None:
 
 
 def _state_without_weights(one: Any, step: int | None) -> dict[str, Any]:
-    """`DistributedOptimizer.state_dict` for a rank without weights: Megatron's version reads the step of a weight."""
+    """`DistributedOptimizer.state_dict` for a rank without weights; Megatron's reads the step of a weight."""
     groups = [
         {key: value for key, value in group.items() if key != "params"}
         for group in one.optimizer.state_dict()["param_groups"]
@@ -107,7 +106,7 @@ def _tell_step(part: dict[str, Any], step: int | None, counted_by_weight: bool) 
 
 
 def _name_groups(part: dict[str, Any]) -> None:
-    """Make a dictionary of the groups of float32 copies, by number. An empty group is neither saved nor loaded."""
+    """Number the groups of float32 copies in a dictionary. An empty group is neither saved nor loaded."""
     from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 
     if MAIN_WEIGHTS in part:

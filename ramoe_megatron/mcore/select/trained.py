@@ -1,5 +1,4 @@
-"""Resolves which weights a run trains, from flags and files, before a model is built; and rejects unsupported
-settings.
+"""Resolves which weights a run trains before a model is built, and rejects unsupported settings.
 
 Shape suffixes: L MoE layers, E routed experts.
 """
@@ -147,8 +146,7 @@ def refuse_unreached(selection: Selection, alignment: RoutingAlignmentConfig) ->
 
 
 def refuse_partial_groups(selection: Selection, config: Any) -> None:
-    """Raise RamoeError if only some of the grouped experts (`--moe-grouped-gemm`) of a rank and layer are
-    trained.
+    """Raise RamoeError if only some grouped experts (`--moe-grouped-gemm`) of a rank and layer are trained.
 
     transformer-engine's GroupedLinear computes the gradients of all weights of a group or of none, depending
     on the first weight (from its source, 2.20; not run here). So trained weights would silently not be

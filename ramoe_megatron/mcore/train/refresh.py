@@ -60,7 +60,7 @@ def refuse_other_anchors(taxonomy: str, anchor: str) -> None:
 
 
 def scorable(labels: ExampleLabels, examples: Sequence[Example], views: Mapping[str, Example]) -> list[int]:
-    """The indices of the examples that a refresh may score. `views`: the examples in the anchor language, by id."""
+    """The indices of the examples that a refresh may score. `views`: the anchor-language examples, by id."""
     return [
         n for n, (e, may) in enumerate(zip(examples, labels.may_align, strict=True)) if may and e.id in views
     ]
@@ -73,8 +73,7 @@ def refuse_unanswerable(
     tokenizer: Tokenizer,
     positions: int,
 ) -> None:
-    """Raise RamoeError for examples that may be scored but that no model can answer right
-    (`new_token_limits`).
+    """Raise RamoeError for examples to score that no model can answer right (`new_token_limits`).
 
     Args:
         anchors: the examples in the anchor language, of the same split.

@@ -26,7 +26,7 @@ def next_batch(data_iterator: Iterator[Mapping[str, Tensor]]) -> dict[str, Tenso
 
 
 def on_context_parallel_rank(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of the batch's sequences that this context-parallel rank computes. [B, S_whole] to [B, S_whole / cp]"""
+    """The rows that this context-parallel rank computes. [B, S_whole] to [B, S_whole / cp]"""
     from megatron.core import parallel_state
 
     cp = parallel_state.get_context_parallel_world_size()
@@ -62,7 +62,7 @@ def packed_seq_params(batch: Mapping[str, Tensor]) -> Any:
 def forward_step(
     data_iterator: Iterator, model: Any, return_schedule_plan: bool = False
 ) -> tuple[Tensor, Callable]:
-    """Megatron's `forward_step` for parallel data: cross-entropy on the responses, and alignment if it is on."""
+    """Megatron's `forward_step` for parallel data: cross-entropy on the responses, and alignment if on."""
     if return_schedule_plan:
         raise RamoeError(
             "--overlap-moe-expert-parallel-comm runs the layers of two micro-batches at the same time, "
@@ -83,7 +83,7 @@ def forward_step(
 
 
 def masked_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The loss function for Megatron's schedules: sum of the masked token losses, number of tokens, and both for the log."""
+    """Masked token losses, as Megatron's schedules expect them: sum, number of tokens, and both for the log."""
     mask = loss_mask.view(-1).float()
     loss = (losses.view(-1).float() * mask).sum()
     tokens = mask.sum().detach().to(torch.int)
