@@ -163,7 +163,7 @@ class LocalTokens:
         return place_B, column_B, (self.row_S[place_B] == row_B) & (self.selection.prompt_length_B > 0)
 
     def spread(self, values_BX: Tensor) -> Tensor:
-        """Each sample's value at its rows, to broadcast over [S, C, X]. Padded: [1, B, X]; packed: [S, 1, X]"""
+        """Each sample's value at its rows, for broadcasting. Padded: [1, B, X]; packed: [S, 1, X]"""
         return values_BX[None] if self.sample_S is None else values_BX[self.sample_S][:, None]
 
 

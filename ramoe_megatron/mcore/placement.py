@@ -1,5 +1,4 @@
-"""Which rows of a sequence are on which rank: context-parallel slices (zigzag), then sequence-parallel
-pieces.
+"""Which rows of a sequence are on which rank, under context parallelism (zigzag) and sequence parallelism.
 
 A row is one token of a micro-batch's sequence dimension. A global row is its index in the whole sequence, or
 in the whole pack when several samples are packed into one sequence (THD).

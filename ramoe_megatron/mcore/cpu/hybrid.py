@@ -35,7 +35,7 @@ LOCAL_SYMBOLS = (Symbols.ATTENTION, Symbols.MOE, Symbols.MLP)
 
 
 class LocalHybridStack(HybridStack):
-    """A hybrid stack with torch's final norm; Megatron's always uses transformer-engine's, whatever the spec."""
+    """A hybrid stack with torch's final norm; Megatron's always has transformer-engine's final norm."""
 
     def __init__(self, config: Any, *args: Any, post_layer_norm: bool = True, **kwargs: Any) -> None:
         """As `HybridStack`."""

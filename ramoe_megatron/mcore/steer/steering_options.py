@@ -56,8 +56,7 @@ class SteeringOptions:
         if self.steering is not None and (self.steer is not None or single):
             found = ", ".join([*(["--ramoe-steer"] if self.steer else []), *single])
             raise RamoeError(
-                f"--ramoe-steering {self.steering} and {found} both set the steering: "
-                "remove one of them"
+                f"--ramoe-steering {self.steering} and {found} both set the steering: remove one of them"
             )
         if self.steering is None and self.steer is None and single:
             raise RamoeError(
@@ -102,8 +101,7 @@ class SteeringOptions:
             return None
         if found is not None and not experts.steered_by(found).any():
             raise RamoeError(
-                f"{experts.path}: {found} chooses no expert; "
-                "use a lower --ramoe-steer-tau or other layers"
+                f"{experts.path}: {found} chooses no expert; use a lower --ramoe-steer-tau or other layers"
             )
         return found
 

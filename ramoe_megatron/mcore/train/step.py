@@ -83,7 +83,7 @@ def forward_step(
 
 
 def masked_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Masked token losses, as Megatron's schedules expect them: sum, number of tokens, and both for the log."""
+    """Sum of the masked token losses, number of tokens, and both for the log, as Megatron expects them."""
     mask = loss_mask.view(-1).float()
     loss = (losses.view(-1).float() * mask).sum()
     tokens = mask.sum().detach().to(torch.int)
