@@ -149,7 +149,7 @@ def test_aligned_examples_without_a_prior_are_counted(files: dict[str, str]) -> 
 def test_a_task_without_experts_is_named(files: dict[str, str]) -> None:
     extra = [*EXAMPLES, example("capital/1", "es", "capital")]
     data = SFTDataset(extra, TOKENIZER, 40, 8, 3)
-    with pytest.raises(RamoeError, match=r"no experts for the tasks capital of the training data; it has currency, sum"):
+    with pytest.raises(RamoeError, match=r"no experts for the tasks capital of the training data; the file has currency, sum"):
         AlignedDataset(data, config(files, examples="all", taxonomy=None), "en", 8)
     anchor = SFTDataset([*EXAMPLES, example("text/1", "en", "text")], TOKENIZER, 40, 8, 3)
     found = AlignedDataset(anchor, config(files), "en", 8)

@@ -177,7 +177,7 @@ class ForeignLayer(BaseMoELayer):
 
 def test_a_router_that_cannot_be_seen_is_refused() -> None:
     refuse_foreign_routers([torch.nn.Sequential(torch.nn.Linear(2, 2))])
-    with pytest.raises(RamoeError, match="Megatron layer 3 has a Linear as its router"):
+    with pytest.raises(RamoeError, match="Megatron layer 3 has the router Linear"):
         refuse_foreign_routers([torch.nn.Sequential(ForeignLayer(torch.nn.Linear(2, 2)))])
 
 

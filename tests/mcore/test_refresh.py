@@ -68,7 +68,7 @@ def test_files_of_another_interval_are_told_and_not_taken_over(refresh: Any, tmp
     scored(tmp_path / "a", 3, "q2")
     assert refresh(5, tmp_path / "a", tmp_path / "b", interval=3).category == ["ii", "ci", "ii"]
     (line,) = capsys.readouterr().out.splitlines()
-    assert "0000002.jsonl: not taken over" in line
+    assert "0000002.jsonl: not used" in line
     assert "--ramoe-refresh-interval 3" in line
     assert [path.name for path in (tmp_path / "b" / FOLDER).iterdir()] == ["0000003.jsonl"]
     assert refresh(5, tmp_path / "a", interval=1).category == ["ci", "ci", "ii"]
@@ -90,7 +90,7 @@ def test_a_run_from_the_start_takes_over_nothing(refresh: Any, tmp_path: Path) -
 
 def test_examples_of_other_data_are_named(refresh: Any, tmp_path: Path) -> None:
     scored(tmp_path, 2, "q9")
-    with pytest.raises(RamoeError, match=r"0000002.jsonl: q9 \(es\) is no training example"):
+    with pytest.raises(RamoeError, match=r"0000002.jsonl: q9 \(es\) is not a training example"):
         refresh(3, tmp_path, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -128,7 +128,7 @@ def test_settings_under_which_scoring_would_disturb_training_are_refused(flag: s
     settings: dict[str, Any] = {"overlap_param_gather": False, "moe_input_jitter_eps": None, "ramoe_pack": False}
     settings |= {"context_parallel_size": 1}
     refuse_refresh(SimpleNamespace(**settings))
-    with pytest.raises(RamoeError, match=rf"--ramoe-refresh-interval does not go with {flag}: remove"):
+    with pytest.raises(RamoeError, match=rf"--ramoe-refresh-interval does not work with {flag}: remove"):
         refuse_refresh(SimpleNamespace(**settings | setting))
 
 

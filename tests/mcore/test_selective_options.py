@@ -32,7 +32,7 @@ CONFIG = SimpleNamespace(
         ({"train": "esft-gate", "usage": "u"}, ["without --ramoe-train-top-p"]),
         ({"train": "esft-token", "train_top_p": 0.5}, ["without --ramoe-usage"]),
         ({"usage": "u"}, ["--ramoe-usage u", "--ramoe-train all", "remove"]),
-        ({"train": "routers", "train_budget": 3}, ["--ramoe-train-budget 3", "only rise reads it"]),
+        ({"train": "routers", "train_budget": 3}, ["--ramoe-train-budget 3", "only rise uses it"]),
         ({"train": "rise", "usage": "u", "train_budget": 3, "train_top_p": 0.5}, ["--ramoe-train-top-p 0.5", "only esft-gate"]),
         ({"train": "rise", "usage": "u", "train_budget": 0}, ["--ramoe-train-budget 0", "at least 1"]),
         ({"train": "esft-token", "usage": "u", "train_top_p": 1.5}, ["--ramoe-train-top-p 1.5", "at most 1"]),
@@ -111,7 +111,7 @@ def test_alignment_has_to_reach_what_is_trained(files: Path) -> None:
     for fine in (experts((1, 0)), experts((0, 7), (3, 1)), Selection("routers", True, torch.zeros(4, 8, dtype=torch.bool), "")):
         refuse_unreached(fine, on)
     for blind in (experts((2, 0)), experts((2, 1), (3, 5))):
-        with pytest.raises(RamoeError, match="no trained expert lies below the last aligned MoE layer 2"):
+        with pytest.raises(RamoeError, match="no trained expert is below the last aligned MoE layer 2"):
             refuse_unreached(blind, on)
         refuse_unreached(blind, RoutingAlignmentConfig())
 

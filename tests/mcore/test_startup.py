@@ -88,7 +88,7 @@ def test_balancing_without_a_loss_has_no_coefficient() -> None:
     [
         ({"moe_router_load_balancing_type": "none"}, "load balancing is none"),
         ({"moe_aux_loss_coeff": 0.0}, "aux_loss has coefficient 0"),
-        ({"calculate_per_token_loss": True}, "more strongly than its coefficient says"),
+        ({"calculate_per_token_loss": True}, "stronger than the coefficient says"),
         ({"moe_router_load_balancing_type": "global_aux_loss"}, "on 2 ranks it acts half as strongly"),
         ({"moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor counts padding"),
         ({"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}, "expert bias"),
@@ -108,7 +108,7 @@ def test_what_is_aligned_to_what_is_said() -> None:
     )  # fmt: skip
     found = rows(block)
     assert "shuffled, seed 3" in found["divergence"]
-    assert found["tokens"] == "all tokens, each token by itself"
+    assert found["tokens"] == "all tokens, each token separately"
     assert found["coefficient"] == "2.5 x mean over the aligned samples, weighted by loss tokens, of the global batch"
 
 

@@ -67,7 +67,7 @@ def test_a_resumed_run_without_the_unit_tells_once_that_it_measures(run: Any, tm
     assert later.measures
     (line,) = capsys.readouterr().out.splitlines()
     assert str(tmp_path / FILE) in line
-    assert "measured anew" in line
+    assert "measured again" in line
     run(0, load=tmp_path).now()
     assert capsys.readouterr().out == ""
 

@@ -166,7 +166,7 @@ class RoutingAlignmentConfig:
         if self.missing_priors == "skip" and self.target != "example":
             raise RamoeError(
                 "--ramoe-missing-priors skip: only --ramoe-target example reads priors; "
-                "remove this flag, or use that target"
+                "remove it, or use that target"
             )
         if self.random_experts is not None and self.divergence not in ("lumped-kl", "mass"):
             raise RamoeError(
@@ -176,14 +176,14 @@ class RoutingAlignmentConfig:
         if self.reverse and self.target != "paired":
             raise RamoeError(
                 "--ramoe-reverse aligns English views, and only --ramoe-target paired runs these: "
-                "add that flag"
+                "use that target"
             )
         if self.refresh_interval is not None:
             for flag, on, way_out in (
                 (
                     "--ramoe-examples all",
                     self.examples == "all",
-                    "every example is aligned, whatever its category: remove one of the two flags",
+                    "every example is aligned, whatever its category: remove one of the two",
                 ),
                 (
                     "--ramoe-normalize ci",
@@ -191,7 +191,7 @@ class RoutingAlignmentConfig:
                     "that divisor must be known before training: use --ramoe-normalize samples",
                 ),
                 ("--ramoe-target paired", self.target == "paired", "use --ramoe-target example"),
-                ("--ramoe-shuffle-targets", self.shuffle_targets is not None, "remove one of the two flags"),
+                ("--ramoe-shuffle-targets", self.shuffle_targets is not None, "remove one of the two"),
             ):
                 if on:
                     raise RamoeError(f"--ramoe-refresh-interval does not work with {flag}: {way_out}")
@@ -227,5 +227,5 @@ class RoutingAlignmentConfig:
         ):
             raise RamoeError(
                 f"--ramoe-select {self.select} with --ramoe-divergence {self.divergence}, "
-                "which does not use task experts: remove one of the two flags"
+                "which does not use task experts: remove one of the two"
             )

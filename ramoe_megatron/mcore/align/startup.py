@@ -230,8 +230,8 @@ def _notes(model_config: Any) -> Iterable[str]:
         yield (
             f"Megatron 0.19 multiplies {', '.join(losses)} by all real tokens under "
             "--calculate-per-token-loss but divides by the loss tokens: "
-            "with masked prompts these losses act more strongly than their coefficients say (4 times, "
-            "when prompts are 75 % of the tokens); the alignment loss is not affected"
+            "with masked prompts the effect is stronger than the coefficient says "
+            "(4 times, when prompts are 75 % of the tokens); the alignment loss is not affected"
         )
     if "quantile_balancing" in [kind for kind, _ in pairs]:
         yield (

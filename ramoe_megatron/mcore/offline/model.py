@@ -112,7 +112,7 @@ class OfflineModel:
         )
 
     def routers_on_cuda(self) -> bool:
-        """Whether the weights are on a CUDA device. A stage may have no router, so it checks any parameter."""
+        """Whether the weights are on a CUDA device (from any parameter, since a stage may have no router)."""
         return next(self.chunks[0].parameters()).is_cuda
 
     @property

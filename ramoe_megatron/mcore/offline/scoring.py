@@ -100,7 +100,7 @@ def log_likelihoods(
     context: ContextMaker | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Natural log-likelihood of each response given its prompt, with the end token. [N], float64, on every
+    """Natural log-likelihood of each response and its end token, given its prompt. [N], float64, on every
     rank
 
     The softmax is over the tokenizer's vocabulary, without the rows that pad it, because their values depend

@@ -59,7 +59,7 @@ class SelectiveOptions:
             if value is not None and self.train not in readers:
                 raise RamoeError(
                     f"{flag} {value} with --ramoe-train {self.train}: "
-                    f"only {' or '.join(readers)} uses it; remove one of the two flags"
+                    f"only {' or '.join(readers)} uses it; remove one of the two"
                 )
         if self.train_budget is not None and self.train_budget < 1:
             raise RamoeError(

@@ -61,7 +61,7 @@ class SteeringOptions:
         if self.steering is None and self.steer is None and single:
             raise RamoeError(
                 f"{', '.join(single)} without --ramoe-steer: nothing would be steered; "
-                "add --ramoe-steer soft or hard, or remove these flags"
+                "add --ramoe-steer soft or hard"
             )
         if self.steer == "hard" and "--ramoe-steer-strength" in single:
             raise RamoeError(
