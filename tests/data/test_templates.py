@@ -189,7 +189,7 @@ def test_thoughts_in_the_answer_are_kept_or_refused(tokenizers: dict[str, Any]) 
 
 def test_choices_that_the_template_writes_alike_are_refused(tokenizers: dict[str, Any]) -> None:
     asked = chat("no", "one ?", choices=("yes", "no ", "no"))
-    assert "['no ', 'no'] alike" in refusal(tokenizers["gemma"], asked)
+    assert "the same text for the choices ['no ', 'no']" in refusal(tokenizers["gemma"], asked)
     check_conversations([asked], tokenizers["chatml"])
 
 
