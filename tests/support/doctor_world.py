@@ -28,8 +28,11 @@ def paths(folder: Path) -> list[str]:
 
 
 def save_experts(
-    path: Path, zone: Zone | NoZone = Zone(1, 2, "1-2", "given"), layers: int = 4, experts: int = 8
-) -> Path:  # noqa: B008
+    path: Path,
+    zone: Zone | NoZone = Zone(1, 2, "1-2", "given"),  # noqa: B008
+    layers: int = 4,
+    experts: int = 8,
+) -> Path:
     even = torch.full((2, layers, experts), 1 / experts)
     mask = torch.zeros(2, layers, experts, dtype=torch.bool)
     mask[..., 0] = True
