@@ -1,4 +1,4 @@
-"""From an example to token ids: prompt, response and end of document, with the place where the response starts."""
+"""Encodes an example as token ids: prompt, response and end of document; and where the response starts."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from ramoe_megatron.errors import RamoeError
 
 
 class Tokenizer(Protocol):
-    """What is asked of a tokenizer: Megatron's tokenizers fit."""
+    """The interface that a tokenizer must have. Megatron's tokenizers have it."""
 
     @property
     def eod(self) -> int: ...
@@ -22,17 +22,17 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of prompt + response + end token; the first `prompt_length` of them are the prompt's."""
+    """Token ids of prompt + response + end token. The first `prompt_length` ids are the prompt."""
 
     ids: list[int]
     prompt_length: int
 
 
 def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
-    """Refuse a tokenizer that cannot do what training and scoring ask of it; `name` is for the message.
+    """Check that a tokenizer can be used for training and scoring; `name` is for the message.
 
     Raises:
-        RamoeError: the tokenizer makes no tokens of text, or has no end token.
+        RamoeError: the tokenizer does not tokenise text, or has no end token.
     """
     advice = "give the model's own tokenizer (--tokenizer-type, --tokenizer-model)"
     try:
@@ -43,30 +43,31 @@ def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
         raise RamoeError(f"the tokenizer {name} makes no token of 'word 1'; {advice}")
     try:
         eod = tokenizer.eod
-    except Exception:  # each library has its own way to say that there is none
+    except Exception:  # each library raises another error for a missing end token
         eod = None
     if not isinstance(eod, int) or eod < 0:
         raise RamoeError(
-            f"the tokenizer {name} has no end token (found {eod!r}), which training puts behind each "
-            f"response and generation ends at; {advice}, with one: eos_token of a Hugging Face tokenizer, "
-            "eos_id of SentencePiece"
+            f"the tokenizer {name} has no end token (found {eod!r}). Training appends it to each "
+            f"response, and generation stops at it; {advice} that has one: eos_token of a Hugging Face "
+            "tokenizer, eos_id of SentencePiece"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """Where greedy decoding of an example starts and stops, and which part of the generated text is the answer."""
+    """Where greedy decoding starts and stops, and which part of the generated text is the answer."""
 
     prompt: list[int]
     stops: frozenset[int]
-    """Decoding stops at each of these tokens: the tokenizer's end of document, and a chat template's end of turn."""
+    """Decoding stops at each of these tokens: the tokenizer's end of document, and a chat template's end of
+    turn."""
     lead: str = ""
     """What a chat template writes before the content of the last turn, such as an empty thinking block."""
     close: str = ""
-    """What a chat template writes between that content and the end token; nothing in most templates."""
+    """What a chat template writes between the content of the last turn and the end token; mostly nothing."""
 
     def answer(self, ids: list[int], tokenizer: Tokenizer) -> str:
-        """The answer in generated ids that end before the stop: their text without what the template writes."""
+        """The answer in generated ids, without the stop: their text without the template's own text."""
         if not self.lead and not self.close:
             return tokenizer.detokenize(ids)
         text = tokenizer.detokenize(ids).strip().removeprefix(self.lead)
@@ -78,13 +79,13 @@ class _Turn:
     """The last turn as the chat template writes it: `lead`, the content, `tail`."""
 
     start: str
-    """All before the turn: the earlier messages, and the header of the assistant's turn."""
+    """The text before the turn: the earlier messages, and the header of the assistant's turn."""
     prompt: list[int]
     """Ids of `start`."""
     lead: str
     tail: str
     ending: list[int]
-    """Ids of the tail, from the token that ends the turn. Empty where the template has no such token."""
+    """Ids of the tail, from the token that ends the turn. Empty if the template has no such token."""
     close: str
     """Text of the tail before `ending`, without outer white space."""
 
@@ -94,25 +95,25 @@ class _Turn:
 
 
 CONTENT = "ramoecontent"
-"""Each chat template is tried with this content: what it writes around it belongs to the template."""
+"""Each chat template is rendered with this content. The text around the content belongs to the template."""
 INSTEAD = "Give `prompt` and `response` instead of `messages`, or another template (--chat-template)."
 
 
 def encode(example: Example, tokenizer: Tokenizer) -> Encoded:
     """Ids of prompt + response + end token.
 
-    Prompt and response are tokenised apart, so that no token straddles them and a prompt's ids are the same in training
-    and in scoring. The end token is the tokenizer's end of document.
+    Prompt and response are tokenised separately. So no token covers parts of both, and a prompt has the same
+    ids in training and in scoring. The end token is the tokenizer's end of document.
 
-    With `messages`, the tokenizer's chat template writes both. The prompt is the conversation before the last message,
-    with the header of the assistant's turn. The response is what the whole conversation adds to the prompt, up to the
-    token that ends the turn. What the template writes after that token, such as a line break, is dropped. Where the
-    template ends the turn without a single token, the end of document follows.
+    With `messages`, the tokenizer's chat template writes both. The prompt is the conversation before the last
+    message, with the header of the assistant's turn. The response is what the whole conversation adds to the
+    prompt, up to the token that ends the turn. What the template writes after that token, such as a line
+    break, is dropped. Where the template ends the turn without a single token, the end of document follows.
 
     Raises:
-        RamoeError: for `messages` with a tokenizer that has no chat template, or whose template raises an error,
-            rewrites the earlier turns when a later one follows, does not write the content of the last message once,
-            or writes the token that ends the turn in the middle of the turn.
+        RamoeError: for `messages` with a tokenizer that has no chat template, or whose template raises an
+            error, rewrites the earlier turns when a later one follows, does not write the content of the last
+            message once, or writes the token that ends the turn in the middle of the turn.
     """
     if example.messages is not None:
         return _encode_turn(example, tokenizer, _turn(example, tokenizer))
@@ -121,7 +122,7 @@ def encode(example: Example, tokenizer: Tokenizer) -> Encoded:
 
 
 def encode_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
-    """Ids of the prompt alone, as `encode` writes them: what generation starts from."""
+    """Ids of the prompt, as in `encode`. Generation starts from them."""
     if example.messages is None:
         return _tokenize(example.prompt, tokenizer, start=True) if example.prompt else []
     return _tokenize(_render(example, tokenizer, example.messages[:-1]), tokenizer)
@@ -152,11 +153,11 @@ def decoding(example: Example, tokenizer: Tokenizer) -> Decoding:
 def check_conversations(examples: Iterable[Example], tokenizer: Tokenizer) -> None:
     """Try the chat template on every example with `messages`, before a model is built.
 
-    The law: a model that writes exactly what it was trained on is counted right.
+    A model that writes exactly its training data must be scored as right.
 
     Raises:
-        RamoeError: as `encode`; for an answer that the template or the tokenizer changes; for two choices that the
-            template writes alike.
+        RamoeError: as `encode`; for an answer that the template or the tokenizer changes; for two choices
+            that the template renders to the same text.
     """
     for example in examples:
         if example.messages is None:
@@ -170,19 +171,19 @@ def check_conversations(examples: Iterable[Example], tokenizer: Tokenizer) -> No
             text = turn.decoding(tokenizer).answer(written, tokenizer)
             if not is_correct(text, example.answer, example.language):
                 raise RamoeError(
-                    f"{_name(example)}: a model that writes the last message as the chat template does gives the answer "
-                    f"{text!r}, but the answer in the data is {example.answer!r}: the template or the tokenizer changes "
-                    f"it. {INSTEAD}"
+                    f"{_name(example)}: a model that writes the last message as the chat template does gives "
+                    f"the answer {text!r}, but the answer in the data is {example.answer!r}: "
+                    f"the template or the tokenizer changes it. {INSTEAD}"
                 )
 
 
 def encode_answer(example: Example, tokenizer: Tokenizer) -> Encoded:
-    """The gold answer encoded as the response: what generation has to write to be counted right."""
+    """The gold answer encoded as the response: the ids that a correct generation has."""
     return encode(_with_response(example, example.answer), tokenizer)
 
 
 def longest_input(encoded: Sequence[Encoded]) -> int:
-    """Longest model input in tokens: all ids but the last, which is only ever a label."""
+    """Longest model input in tokens: all ids except the last, which is only a label."""
     return max((len(e.ids) - 1 for e in encoded), default=0)
 
 
@@ -194,10 +195,10 @@ def _with_response(example: Example, response: str) -> Example:
 
 
 def _tokenize(text: str, tokenizer: Tokenizer, start: bool = False) -> list[int]:
-    """Ids of the text alone; with `start` also what the tokenizer puts before any text, such as a BOS token.
+    """Ids of the text; with `start` also what the tokenizer puts before any text, such as a BOS token.
 
-    Hugging Face tokenizers wrap every text in such tokens. Before a response, after a prompt or around a rendered chat
-    template, which writes its own, they would be wrong.
+    Hugging Face tokenizers put such tokens around every text. They would be wrong before a response, after a
+    prompt, or around a rendered chat template, which writes its own.
     """
     before, after = _wrapping(tokenizer)
     ids = list(tokenizer.tokenize(text))
@@ -206,7 +207,7 @@ def _tokenize(text: str, tokenizer: Tokenizer, start: bool = False) -> list[int]
 
 @functools.lru_cache(maxsize=8)
 def _wrapping(tokenizer: Tokenizer) -> tuple[int, int]:
-    """How many tokens the tokenizer puts before every text, and how many after."""
+    """The number of tokens that the tokenizer puts before every text, and after every text."""
     wrap, letter = list(tokenizer.tokenize("")), list(tokenizer.tokenize("a"))
     before = next(
         (i for i, (one, other) in enumerate(zip(wrap, letter, strict=False)) if one != other), len(wrap)
@@ -215,7 +216,7 @@ def _wrapping(tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def _turn(example: Example, tokenizer: Tokenizer) -> _Turn:
-    """What the chat template writes around the last message of this conversation, found by rendering another content."""
+    """The chat template's text around the last message, found by rendering the turn with other content."""
     assert example.messages is not None
     start = _render(example, tokenizer, example.messages[:-1])
     tried = _with_response(example, CONTENT).messages
@@ -239,21 +240,20 @@ def _ending(tail: str, tokenizer: Tokenizer) -> tuple[list[int], str]:
     texts = [tokenizer.detokenize([token]).strip() for token in ids]
     first = next((n for n, text in enumerate(texts) if text), None)
     ends = [n for n, token in enumerate(ids) if token == tokenizer.eod]
-    if (
-        first is not None and [texts[first]] == tail.split()[:1]
-    ):  # one token writes the first word of the tail
+    # a single token writes the first word of the tail
+    if first is not None and [texts[first]] == tail.split()[:1]:
         ends.append(first)
     written = ids[: min(ends)] if ends else ids_of(tail.rstrip())
     return ids[min(ends) :] if ends else [], tokenizer.detokenize(written).strip()
 
 
 def _encode_turn(example: Example, tokenizer: Tokenizer, turn: _Turn) -> Encoded:
-    """The whole conversation, of whose last turn `_turn` found what the template writes around the content."""
+    """The encoded whole conversation. `turn` is the template's text around its last message, from `_turn`."""
     added = _after(example, turn.start, _render(example, tokenizer, example.messages))
     if not added.endswith(turn.tail):
         raise RamoeError(
-            f"{_name(example)}: the chat template ends the last turn with {added[-40:]!r}, but other answers with "
-            f"{turn.tail!r}, so the end of the answer is unknown. {INSTEAD}"
+            f"{_name(example)}: the chat template ends the last turn with {added[-40:]!r}, "
+            f"but other answers with {turn.tail!r}, so the end of the answer is unknown. {INSTEAD}"
         )
     if turn.ending:
         response, ending = _added(turn.start + added, turn.start, turn.prompt, tokenizer), turn.ending
@@ -263,14 +263,15 @@ def _encode_turn(example: Example, tokenizer: Tokenizer, turn: _Turn) -> Encoded
     stop = next((n for n, token in enumerate(response) if token in (ending[0], tokenizer.eod)), None)
     if stop is None or response[stop:] != ending:
         raise RamoeError(
-            f"{_name(example)}: the turn ends with {tokenizer.detokenize(ending[:1])!r}, and the template or the last "
-            f"message writes an end token before that: {added!r}. Generation would stop there. {INSTEAD}"
+            f"{_name(example)}: the turn ends with {tokenizer.detokenize(ending[:1])!r}, "
+            f"and the template or the last message writes an end token before that: {added!r}. "
+            f"Generation would stop there. {INSTEAD}"
         )
     return Encoded([*turn.prompt, *response[: stop + 1]], len(turn.prompt))
 
 
 def _added(text: str, start: str, before: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Ids that a text adds to those of its start, `before`. A token that straddles the border is split there."""
+    """Ids that a text adds to `before`, the ids of its start. A token that crosses the border is split."""
     ids = _tokenize(text, tokenizer)
     return ids[len(before) :] if ids[: len(before)] == before else _tokenize(text[len(start) :], tokenizer)
 
@@ -278,8 +279,8 @@ def _added(text: str, start: str, before: list[int], tokenizer: Tokenizer) -> li
 def _after(example: Example, start: str, whole: str) -> str:
     if not whole.startswith(start):
         raise RamoeError(
-            f"{_name(example)}: the chat template writes the conversation before the last message differently once that "
-            f"message follows, so the response cannot be told from the prompt. {INSTEAD}"
+            f"{_name(example)}: the chat template writes the conversation before the last message "
+            f"differently when that message follows, so the start of the response is unknown. {INSTEAD}"
         )
     return whole[len(start) :]
 
@@ -290,7 +291,7 @@ def _refuse_equal_choices(example: Example, encoded: Sequence[Encoded]) -> None:
         if one in encoded[:n]:
             equal = [example.choices[encoded.index(one)], example.choices[n]]
             raise RamoeError(
-                f"{_name(example)}: the chat template writes the choices {equal} alike. {INSTEAD}"
+                f"{_name(example)}: the chat template writes the same text for the choices {equal}. {INSTEAD}"
             )
 
 
@@ -299,7 +300,7 @@ def _name(example: Example) -> str:
 
 
 def _render(example: Example, tokenizer: Any, messages: Sequence[dict[str, str]] | None) -> str:
-    """These first messages of the example as text, by the tokenizer's own chat template."""
+    """The given first messages of the example as text, from the tokenizer's chat template."""
     assert example.messages is not None
     assert messages is not None
     if not getattr(tokenizer, "chat_template", None):
@@ -307,7 +308,8 @@ def _render(example: Example, tokenizer: Any, messages: Sequence[dict[str, str]]
             f"{_name(example)} has `messages`, but the tokenizer has no chat template. "
             "Use a tokenizer that has one, or give `prompt` and `response`."
         )
-    # text, tokenised by us: what tokenising at once returns (list, dict, tensor) differs between tokenizer libraries
+    # Rendered to text and tokenised here, because the result of tokenize=True differs between tokenizer
+    # libraries.
     try:
         return tokenizer.apply_chat_template(
             [dict(message) for message in messages],
@@ -317,5 +319,6 @@ def _render(example: Example, tokenizer: Any, messages: Sequence[dict[str, str]]
     except Exception as error:  # a template can raise anything, mostly jinja2.TemplateError
         roles = ", ".join(message["role"] for message in messages)
         raise RamoeError(
-            f"{_name(example)}: the chat template refuses the roles {roles}: {error} ({type(error).__name__}). {INSTEAD}"
+            f"{_name(example)}: the chat template rejects the roles {roles}: {error} "
+            f"({type(error).__name__}). {INSTEAD}"
         ) from error

@@ -1,7 +1,8 @@
-"""How per-sample information reaches the routers: a context around the model call, which recomputation re-enters.
+"""Carries per-sample information to the routers, with a context that recomputation re-enters.
 
-A process-wide variable would be wrong: with pipelining, the backward pass of micro-batch i re-runs its forward pass after
-micro-batch i+1 has run. Here each recomputed closure re-enters the context in which it was made.
+A process-wide variable would be wrong. With pipelining, the backward pass of micro-batch i re-runs the
+forward pass of micro-batch i after micro-batch i+1 has run. Here each recomputed closure re-enters the
+context in which it was created.
 """
 
 import contextlib
@@ -13,16 +14,19 @@ import torch
 
 
 class RoutingContext(Protocol):
-    """What acts on, or listens to, the routers while a micro-batch passes the model."""
+    """Reads or changes the routing of a micro-batch while it passes through the model."""
 
     def on_logits(self, router: Any, logits: torch.Tensor) -> torch.Tensor:
-        """Before the top-k choice. `logits` [S_local, B, E]; returns the logits to route by."""
+        """Called before the top-k choice. `logits` [S_local, B, E]; returns the logits to route by."""
         ...
 
     def on_routing(
         self, router: Any, logits: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> torch.Tensor:
-        """After it. `probs`, `routing_map` [S_local*B, E]; returns the probabilities to use (a loss may be attached)."""
+        """Called after the top-k choice. Returns the probabilities to use.
+
+        `probs` and `routing_map` are [S_local*B, E]. A loss may be attached to the returned probabilities.
+        """
         ...
 
 
@@ -30,13 +34,13 @@ _CURRENT: ContextVar[RoutingContext | None] = ContextVar("ramoe_routing_context"
 
 
 def current() -> RoutingContext | None:
-    """The context of the micro-batch that is passing the model, if any."""
+    """The context of the current micro-batch, if any."""
     return _CURRENT.get()
 
 
 @contextlib.contextmanager
 def routing_context(context: RoutingContext | None) -> Iterator[None]:
-    """Make `context` current for the body, and for every recomputation of what the body checkpoints."""
+    """Make `context` current for the body, and for later recomputation of the body's checkpoints."""
     _install_recompute_carrier()
     token = _CURRENT.set(context)
     try:
@@ -46,7 +50,7 @@ def routing_context(context: RoutingContext | None) -> Iterator[None]:
 
 
 def _install_recompute_carrier() -> None:
-    """Wrap `tensor_parallel.checkpoint`, which every call site takes by attribute, once."""
+    """Wrap `tensor_parallel.checkpoint` once. Every call site looks it up as an attribute."""
     from megatron.core import tensor_parallel
 
     checkpoint = tensor_parallel.checkpoint

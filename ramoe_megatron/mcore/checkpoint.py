@@ -1,4 +1,4 @@
-"""Checkpoints that are absent, or of another model: told by name, before training starts from random weights unasked."""
+"""Rejects a missing or mismatched checkpoint, where Megatron would start from random weights."""
 
 import contextlib
 import traceback
@@ -13,14 +13,17 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def has_checkpoint(folder: str | None) -> bool:
-    """Whether Megatron would find a checkpoint in the folder."""
+    """Whether Megatron finds a checkpoint in the folder."""
     return bool(folder) and (Path(str(folder)) / TRACKER).is_file()
 
 
 def require_checkpoint(folder: str | None, flag: str) -> None:
-    """Raises RamoeError unless there is a checkpoint: Megatron itself would go on with random weights."""
+    """Raise RamoeError if there is no checkpoint; Megatron itself would continue with random weights."""
     if not has_checkpoint(folder):
-        raise RamoeError(f"{flag} {folder}: no checkpoint there (expected a folder with {TRACKER}); give the folder that training saved to")
+        raise RamoeError(
+            f"{flag} {folder}: no checkpoint there (expected a folder with {TRACKER}); "
+            "give the folder that training saved to"
+        )
 
 
 def named(folder: str) -> str:
@@ -30,11 +33,12 @@ def named(folder: str) -> str:
 
 
 def starting_checkpoint(args: Any) -> str | None:
-    """The folder whose weights training starts from: --load where it holds a checkpoint (the run resumes), else
-    --pretrained-checkpoint; None for random weights.
+    """The folder of the weights that training starts from; None for random weights.
+
+    It is --load if it has a checkpoint (the run resumes), else --pretrained-checkpoint.
 
     Raises:
-        RamoeError: the flags name a checkpoint that is not there.
+        RamoeError: the flags name a checkpoint that does not exist.
     """
     if has_checkpoint(args.load):
         return args.load
@@ -47,10 +51,10 @@ def starting_checkpoint(args: Any) -> str | None:
 
 @contextlib.contextmanager
 def explained_mismatch(folder: str | None) -> Iterator[None]:
-    """Turn the failure to load a checkpoint of another shape into one sentence; other failures pass.
+    """Raise a clear error when a checkpoint of another shape is loaded; other errors pass unchanged.
 
     Raises:
-        RamoeError: names the folder and the first tensor that differs.
+        RamoeError: the checkpoint has another shape. The message names the folder and a tensor that differs.
     """
     from torch.distributed.checkpoint import CheckpointException
 
@@ -58,26 +62,45 @@ def explained_mismatch(folder: str | None) -> Iterator[None]:
         yield
     except (CheckpointException, RuntimeError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        marks = ["shape mismatch", "size mismatch", "Missing key", "Unexpected key", "is not found in the checkpoint"]
-        # between GPTModel and HybridModel
-        marks += ["the current run builds a non-hybrid model", "Cannot load a GPT checkpoint", "pairs with a GPT checkpoint"]
+        marks = [
+            "shape mismatch",
+            "size mismatch",
+            "Missing key",
+            "Unexpected key",
+            "is not found in the checkpoint",
+        ]
+        # when one is a GPTModel and the other a HybridModel
+        marks += [
+            "the current run builds a non-hybrid model",
+            "Cannot load a GPT checkpoint",
+            "pairs with a GPT checkpoint",
+        ]
         found = next((line for line in reversed(lines) if any(mark in line for mark in marks)), None)
         loading = any(frame.name == "load_checkpoint" for frame in traceback.extract_tb(error.__traceback__))
-        if found is None or not loading:  # training itself may fail on a shape too
+        if found is None or not loading:  # training itself can fail with a shape error too
             raise
         raise RamoeError(
-            f"the checkpoint in {folder} does not fit the model flags: {found[:300]}. Give the model flags that it was trained with"
+            f"the checkpoint in {folder} does not fit the model flags: {found[:300]}. "
+            "Give the model flags that it was trained with"
         ) from error
 
 
 @contextlib.contextmanager
 def told_when_unfinished(args: Any) -> Iterator[None]:
-    """Around `pretrain()`, which leaves by `sys.exit(0)` on Megatron's exit signal, duration or interval: says how far it came."""
+    """Report how far `pretrain()` came if it ends early.
+
+    On Megatron's exit signal, duration or interval `pretrain()` calls `sys.exit(0)`.
+    """
     try:
         yield
     except SystemExit as stop:
-        done = getattr(args, "curr_iteration", -1) + 1  # the iteration that it ended after; Megatron may leave before the first too
+        # The iteration that it ended after. Megatron may also end before the first iteration.
+        done = getattr(args, "curr_iteration", -1) + 1
         if not stop.code and 0 < done < args.train_iters:
-            saved = f"the checkpoint is in {args.save}, and the same command goes on" if args.save else "nothing is saved without --save"
+            saved = (
+                f"the checkpoint is in {args.save}, and the same command continues from it"
+                if args.save
+                else "nothing is saved without --save"
+            )
             tell_unfinished(f"stopped after iteration {done} of {args.train_iters}; {saved}")
         raise

@@ -1,4 +1,4 @@
-"""Every branch on a version of Megatron-Core or torch stands here, with its reason and the condition for removing it."""
+"""All code for a version of Megatron-Core or torch, each with its reason and the condition to remove it."""
 
 import argparse
 import functools
@@ -8,10 +8,12 @@ from typing import Any
 
 
 def skip_helper_compilation() -> None:
-    """The wheel of megatron-core 0.17-0.19 ships the dataset helpers built but without their Makefile, so `initialize_megatron`'s
-    `compile_helpers()` fails for every user of the wheel. Skip the call where the extension imports.
+    """Skip `compile_helpers()` in `initialize_megatron` if the compiled extension can be imported.
 
-    Remove when the wheel ships the Makefile or `compile_helpers` looks for the built extension itself.
+    The wheel of megatron-core 0.17-0.19 has the compiled dataset helpers but not their Makefile, so the call
+    fails for every user of the wheel.
+
+    Remove when the wheel has the Makefile, or `compile_helpers` looks for the compiled extension.
     """
     from megatron.core.datasets import utils
 
@@ -23,9 +25,9 @@ def skip_helper_compilation() -> None:
 
 
 def printable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Escape the per cent signs that 0.19's help texts leave bare: `--help` fails on them.
+    """Escape the per cent signs in Megatron 0.19's help texts, on which `--help` fails.
 
-    Remove when `parser.format_help()` of Megatron's own parser works.
+    Remove when `parser.format_help()` of Megatron's parser works.
     """
     for action in parser._actions:
         if action.help and action.help is not argparse.SUPPRESS:
@@ -37,10 +39,12 @@ def printable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def remember_docstrings() -> None:
-    """0.19 makes its parser from the source of its dataclasses, read anew for every parsing: most of what trying a command line takes.
-    Remember what was read, in processes that parse many.
+    """Cache the field docstrings of Megatron's dataclasses, in processes that parse many command lines.
 
-    Remove when `ArgumentGroupFactory` does.
+    Megatron 0.19 reads the source of its dataclasses again for every parser, which takes most of the time of
+    checking a command line.
+
+    Remove when `ArgumentGroupFactory` caches them.
     """
     from megatron.training.argument_utils import ArgumentGroupFactory
 
@@ -55,14 +59,18 @@ def remember_docstrings() -> None:
 
 
 def call_after_each_step(call: Callable[[int], None]) -> None:
-    """Have Megatron's training loop call `call(iteration)` on every rank after each step: after the step's log and validation, before
-    its checkpoint. 0.19 has one function of its own for such calls and no way to add to it. A later `call` takes the place of an earlier.
+    """Make Megatron's training loop call `call(iteration)` on every rank after each step.
+
+    The call comes after the step's log and validation and before its checkpoint. Megatron 0.19 has one
+    function for such calls and no way to add to it. A later `call` replaces an earlier one.
 
     Remove when Megatron's training loop takes callbacks.
     """
     from megatron.training import training
 
-    inner = getattr(training.post_training_step_callbacks, "__wrapped__", training.post_training_step_callbacks)
+    inner = getattr(
+        training.post_training_step_callbacks, "__wrapped__", training.post_training_step_callbacks
+    )
     parameters = inspect.signature(inner)
 
     @functools.wraps(inner)
@@ -74,17 +82,19 @@ def call_after_each_step(call: Callable[[int], None]) -> None:
 
 
 def model_config_from_args(args: Any) -> Any:
-    """Megatron 0.19's model configuration (`GPTModelConfig`, or `HybridModelConfig` under `--hybrid-layer-pattern`).
+    """Megatron 0.19's model configuration (`GPTModelConfig`, or `HybridModelConfig` under
+    `--hybrid-layer-pattern`).
 
     Raises:
-        RamoeError: the pattern has layers that local modules cannot make.
+        RamoeError: the pattern has layers without a local module.
     """
     from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
     if not args.hybrid_layer_pattern:
         return gpt_config_from_args(args)
     config = hybrid_config_from_args(args)
-    if args.transformer_impl == "local" and args.spec is None:  # 0.19 would take its transformer-engine stack here too
+    # Megatron 0.19 would use its transformer-engine stack here too.
+    if args.transformer_impl == "local" and args.spec is None:
         from ramoe_megatron.mcore.cpu.hybrid import local_stack_spec
 
         config.hybrid_stack_spec = local_stack_spec(config.transformer, args.hybrid_layer_pattern)

@@ -1,4 +1,4 @@
-"""Reading option dataclasses back from Megatron's parsed arguments."""
+"""Fills option dataclasses from Megatron's parsed arguments."""
 
 import argparse
 import dataclasses
@@ -7,7 +7,7 @@ PREFIX = "ramoe"
 
 
 def flag_of(field: str) -> str:
-    """The flag of an option dataclass's field, as it is typed."""
+    """The command-line flag of a field of an option dataclass."""
     return f"--{PREFIX}-{field.replace('_', '-')}"
 
 

@@ -1,10 +1,11 @@
-"""What a router sees of a micro-batch: the router distribution, and its mean over the chosen tokens of each sample.
+"""Reads the routing of a micro-batch: the router distribution, and its mean over each sample's chosen tokens.
 
-A micro-batch holds its samples in columns (padded, one sample a column) or one behind the other in a single column (packed, THD). What
-depends on the micro-batch alone is found at the first router and kept for the others.
+A micro-batch holds one sample a column (padded), or all samples one after the other in a single column
+(packed, THD). Values that depend on the micro-batch only are computed at the first router and kept for the
+other routers.
 
-Shape suffixes: S rows of the sequence dimension on this rank, C columns, B samples (padded: B = C; packed: C = 1), E routed experts,
-X anything.
+Shape suffixes: S rows of the sequence dimension on this rank, C columns, B samples (padded: B = C; packed: C
+= 1), E routed experts, X any dimension.
 """
 
 import functools
@@ -23,12 +24,13 @@ TOKEN_CHOICES = ("prompt", "response", "all", "last")
 
 
 def router_distribution(logits: Tensor, score_function: str) -> Tensor:
-    """Router probabilities over all experts, before top-k, in float32 (arXiv 2605.28306; the precision is our reading). [..., E]
+    """Router probabilities over all experts, before top-k, in float32 (arXiv 2605.28306). [..., E]
 
-    For a router of sigmoid or sqrt-softplus scores no paper says what to align: the scores divided by their sum (our reading).
+    The precision is our reading. No paper says what to align for routers with sigmoid or sqrt-softplus
+    scores; our reading is the scores divided by their sum.
 
     Raises:
-        RamoeError: another score function than Megatron 0.19 has.
+        RamoeError: Megatron 0.19 has no such score function.
     """
     logits = logits.float()
     if score_function == "softmax":
@@ -38,21 +40,28 @@ def router_distribution(logits: Tensor, score_function: str) -> Tensor:
     elif score_function == "sqrtsoftplus":
         scores = torch.nn.functional.softplus(logits).sqrt()
     else:
-        raise RamoeError(f"--moe-router-score-function {score_function}: expected softmax, sigmoid or sqrtsoftplus")
+        raise RamoeError(
+            f"--moe-router-score-function {score_function}: expected softmax, sigmoid or sqrtsoftplus"
+        )
     return scores / scores.sum(dim=-1, keepdim=True)
 
 
 class TokenSelection:
-    """Which tokens of a micro-batch belong to the prompt and the response of each sample, wherever its rows lie."""
+    """Which tokens of a micro-batch belong to the prompt and the response of each sample, in every layout."""
 
     def __init__(
-        self, prompt_length_B: Tensor, length_B: Tensor, start_B: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        prompt_length_B: Tensor,
+        length_B: Tensor,
+        start_B: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> None:
         """
         Args:
-            prompt_length_B, length_B: input tokens of the prompt and of the whole sample (prompt, response and end token less one).
-            start_B, cu_seqlens: for packed samples, the first row of each in the pack, and the borders of all segments, the
-                padding at the end included.
+            prompt_length_B, length_B: number of input tokens of the prompt and of the whole sample. A sample
+                is prompt, response and end token; the last token is no input.
+            start_B, cu_seqlens: for packed samples, the first row of each sample in the pack, and the borders
+                of all segments including the padding at the end.
         """
         self.prompt_length_B, self.length_B = prompt_length_B, length_B
         self.start_B, self.cu_seqlens = start_B, cu_seqlens
@@ -69,21 +78,29 @@ class TokenSelection:
         return counts[choice].float()
 
     def local(self, router: Any, count: int) -> "LocalTokens":
-        """The tokens in the `count` rows that reach this rank's router. All routers of a chunk see the same rows: found once."""
+        """The tokens in the `count` rows at this rank's router; computed once for all routers of a chunk."""
         if count not in self._local:
             row_S = local_rows(router, count, self.cu_seqlens, self.length_B.device)
             if self.start_B is None:
                 self._local[count] = LocalTokens(self, row_S, row_S[:, None], None)
             else:
                 sample_S = torch.searchsorted(self.start_B, row_S, right=True) - 1
-                self._local[count] = LocalTokens(self, row_S, (row_S - self.start_B[sample_S])[:, None], sample_S)
+                self._local[count] = LocalTokens(
+                    self, row_S, (row_S - self.start_B[sample_S])[:, None], sample_S
+                )
         return self._local[count]
 
 
 @dataclass(frozen=True)
 class LocalTokens:
-    """The tokens in this rank's rows of a micro-batch: the place of each row in the whole sequence (`row_S`, ascending) and in its own
-    sample (`position_SC`, padded: [S, 1]), and for packed samples which sample it belongs to (`sample_S`)."""
+    """The tokens in this rank's rows of a micro-batch.
+
+    Attributes:
+        selection: the samples of the micro-batch.
+        row_S: index of each row in the whole sequence, ascending.
+        position_SC: index of each row in its own sample. [S, 1] when padded
+        sample_S: the sample of each row; None when padded.
+    """
 
     selection: TokenSelection
     row_S: Tensor
@@ -92,13 +109,16 @@ class LocalTokens:
     _chosen: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def chosen(self, choice: str) -> Tensor:
-        """True at the chosen tokens; not to be written to, since all routers are given the same. [S, C], bool"""
+        """True at the chosen tokens. Read-only, since all routers share the tensor. [S, C], bool"""
         if choice not in self._chosen:
             self._chosen[choice] = self._find(choice)
         return self._chosen[choice]
 
     def _find(self, choice: str) -> Tensor:
-        prompt_length, length = self.spread(self.selection.prompt_length_B), self.spread(self.selection.length_B)
+        prompt_length, length = (
+            self.spread(self.selection.prompt_length_B),
+            self.spread(self.selection.length_B),
+        )
         if choice == "prompt":
             return self.position_SC < prompt_length
         if choice == "response":
@@ -112,32 +132,47 @@ class LocalTokens:
         chosen_SC = self.chosen(choice)
         if self.sample_S is None:
             return pool(values_SCX, chosen_SC)[0]
-        values_SX = values_SCX.to(torch.promote_types(values_SCX.dtype, torch.float32)).masked_fill(~chosen_SC[..., None], 0.0)[:, 0]
-        return values_SX.new_zeros(len(self.selection.length_B), values_SX.shape[-1]).index_add(0, self.sample_S, values_SX)
+        values_SX = values_SCX.to(torch.promote_types(values_SCX.dtype, torch.float32)).masked_fill(
+            ~chosen_SC[..., None], 0.0
+        )[:, 0]
+        return values_SX.new_zeros(len(self.selection.length_B), values_SX.shape[-1]).index_add(
+            0, self.sample_S, values_SX
+        )
 
     def last(self, values_SCX: Tensor) -> tuple[Tensor, Tensor]:
-        """The values at each sample's last prompt token, and whether that row is on this rank (elsewhere another row's). [B, X], [B]"""
+        """The values at each sample's last prompt token [B, X], and whether that row is on this rank [B].
+
+        If the row is on another rank, the values are those of some other row.
+        """
         place_B, column_B, here_B = self._last
         return values_SCX[place_B, column_B], here_B
 
     @functools.cached_property
     def _last(self) -> tuple[Tensor, Tensor, Tensor]:
-        row_B = self.selection.prompt_length_B - 1 + (0 if self.selection.start_B is None else self.selection.start_B)
+        row_B = (
+            self.selection.prompt_length_B
+            - 1
+            + (0 if self.selection.start_B is None else self.selection.start_B)
+        )
         place_B = torch.searchsorted(self.row_S, row_B).clamp(max=len(self.row_S) - 1)
-        column_B = torch.arange(len(row_B), device=row_B.device) if self.sample_S is None else torch.zeros_like(row_B)
+        column_B = (
+            torch.arange(len(row_B), device=row_B.device)
+            if self.sample_S is None
+            else torch.zeros_like(row_B)
+        )
         return place_B, column_B, (self.row_S[place_B] == row_B) & (self.selection.prompt_length_B > 0)
 
     def spread(self, values_BX: Tensor) -> Tensor:
-        """Each sample's value at its rows, ready to broadcast over [S, C, ...]. Padded: [1, B, X]; packed: [S, 1, X]"""
+        """Each sample's value at its rows, for broadcasting. Padded: [1, B, X]; packed: [S, 1, X]"""
         return values_BX[None] if self.sample_S is None else values_BX[self.sample_S][:, None]
 
 
 def sum_over_sequence(router: Any, partial: Tensor) -> Tensor:
-    """Sum over the ranks that hold pieces of the same sequences.
+    """Sum over the ranks that have pieces of the same sequences.
 
-    The backward pass is the identity: each rank's gradient is that of its own rows, and Megatron sums the router weight's
-    gradient over those ranks (over tensor-parallel ranks because the weight is marked `sequence_parallel`, over context-parallel
-    ranks in DDP).
+    The backward pass is the identity, so each rank has the gradient of its own rows. Megatron sums the router
+    weight's gradient over these ranks: over tensor-parallel ranks because the weight is marked
+    `sequence_parallel`, over context-parallel ranks in DDP.
     """
     from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 
@@ -150,15 +185,15 @@ def sum_over_sequence(router: Any, partial: Tensor) -> Tensor:
 def pooled_distributions(
     router: Any, logits_SCE: Tensor, selection: TokenSelection, choices: Sequence[str]
 ) -> Mapping[str, Tensor]:
-    """By token choice, the mean router distribution over the chosen tokens of each whole sample. [B, E] each
+    """For each token choice, the mean router distribution over the chosen tokens of each whole sample. [B, E]
 
-    A sample without chosen tokens gets zeros (it must carry no weight). One reduction for all choices.
+    A sample without chosen tokens gets zeros, and must have weight 0. All choices share one reduction.
     """
     local = selection.local(router, logits_SCE.shape[0])
     p_SCE = router_distribution(logits_SCE, router.score_function) if set(choices) - {"last"} else None
     numerators = []
     for choice in choices:
-        if choice == "last":  # one row a sample: the scores of no other row are needed
+        if choice == "last":  # one row a sample: scores of other rows are not needed
             logits_BE, here_B = local.last(logits_SCE)
             p_BE = router_distribution(logits_BE, router.score_function)
             numerators.append(p_BE.masked_fill(~here_B[:, None], 0.0))
@@ -173,6 +208,9 @@ def pooled_distributions(
 
 
 def mean_over_tokens(router: Any, values_SCX: Tensor, selection: TokenSelection, choice: str) -> Tensor:
-    """Mean of the rows' values over the chosen tokens of each whole sample; 0 where none is chosen. [B, X]"""
+    """Mean of the values over the chosen tokens of each whole sample; 0 without chosen tokens. [B, X]"""
     local = selection.local(router, values_SCX.shape[0])
-    return sum_over_sequence(router, local.sum(values_SCX, choice)) / selection.count(choice).clamp(min=1)[:, None]
+    return (
+        sum_over_sequence(router, local.sum(values_SCX, choice))
+        / selection.count(choice).clamp(min=1)[:, None]
+    )

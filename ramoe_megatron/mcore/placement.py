@@ -1,7 +1,7 @@
-"""Where the rows of a sequence lie: context-parallel slices (zigzag), then sequence-parallel pieces.
+"""Which rows of a sequence are on which rank, under context parallelism (zigzag) and sequence parallelism.
 
-A row is one token of a micro-batch's sequence dimension. A global row is its place in the whole sequence, or in the whole pack
-when several samples are packed into one sequence (THD).
+A row is one token of a micro-batch's sequence dimension. A global row is its index in the whole sequence, or
+in the whole pack when several samples are packed into one sequence (THD).
 """
 
 from typing import Any
@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 
 
-def context_parallel_rows(length: int, cp: int, cp_rank: int, cu_seqlens: Tensor | None = None, device: Any = None) -> Tensor:
-    """Global rows that a context-parallel rank computes, in its own order. [length / cp], int64
+def context_parallel_rows(
+    length: int, cp: int, cp_rank: int, cu_seqlens: Tensor | None = None, device: Any = None
+) -> Tensor:
+    """Global rows that a context-parallel rank computes, in the rank's order. [length / cp], int64
 
-    Megatron's zigzag: of 2 cp equal slices a rank takes slice r and slice 2 cp - 1 - r. Packed samples are each sliced so.
+    Megatron's zigzag: of 2 cp equal slices, rank r takes slice r and slice 2 cp - 1 - r. With packed samples,
+    each sample is sliced this way.
 
     Args:
         length: rows of the whole sequence or pack.
         cp, cp_rank: size of the context-parallel group and this rank's place in it.
-        cu_seqlens: borders of the packed samples from 0 to `length`, each sample a multiple of 2 cp; None when not packed.
+        cu_seqlens: borders of the packed samples from 0 to `length`; each sample is a multiple of 2 cp long.
+            None when not packed.
     """
     if cu_seqlens is not None:
         device = cu_seqlens.device
@@ -26,7 +30,8 @@ def context_parallel_rows(length: int, cp: int, cp_rank: int, cu_seqlens: Tensor
     if cp == 1:
         return rows
     if cu_seqlens is None:
-        pieces = rows.view(2 * cp, -1)  # two slices: a list as index would be copied to the device, and waited for
+        # A list as index would be copied to the device, and the host would wait for the copy.
+        pieces = rows.view(2 * cp, -1)
         return torch.cat([pieces[cp_rank], pieces[2 * cp - 1 - cp_rank]])
     borders = cu_seqlens.long()
     sample = torch.searchsorted(borders, rows, right=True) - 1

@@ -1,7 +1,7 @@
-"""Megatron's router, opened: a subclass of the `TopKRouter` of any built model, and how MoE layers are numbered.
+"""The observed router, a subclass of Megatron's `TopKRouter`; and the numbering of MoE layers.
 
-Only methods around Megatron's own are added: `routing` here, the losses in `real_tokens`. Nothing of
-Megatron is copied. State-dict keys stay Megatron's.
+The subclass only wraps Megatron's methods: `routing` here, the losses in `real_tokens`. No code of
+Megatron is copied. The keys of the state dict stay Megatron's.
 """
 
 import functools
@@ -23,14 +23,16 @@ with uncompiled():
 
 @functools.cache
 def observed(kind: type[TopKRouter]) -> type[TopKRouter]:
-    """The subclass of a router class that hands each micro-batch's logits and routing to the current routing
-    context, and takes Megatron's own losses over the context's real tokens.
+    """The subclass of a router class that passes logits and routing to the current routing context.
 
-    Its instances are laid out as those of `kind`: the class of a built router can be changed to it.
+    It also takes Megatron's own losses over the context's real tokens. Its instances have the memory layout
+    of `kind`, so the class of a built router can be changed to it.
     """
 
     class ObservedRouter(RealTokenLosses, kind):  # type: ignore[misc, valid-type]
-        def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def routing(
+            self, logits: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             """`logits` [S_local, B, E] to `probs`, `routing_map` [S_local*B, E], as Megatron's."""
             context = carrier.current()
             if context is None:
@@ -58,16 +60,16 @@ def _real_rows(context: Any, router: TopKRouter, logits: torch.Tensor) -> RealRo
 
 
 def open_router(router: TopKRouter) -> None:
-    """Change a built router's class to its observed subclass; twice changes nothing."""
+    """Change a built router's class to its observed subclass. A second call changes nothing."""
     if not isinstance(router, RealTokenLosses):
         router.__class__ = observed(type(router))  # type: ignore[arg-type]
 
 
 def open_losses(chunk: Any) -> bool:
-    """Open the routers of a model chunk that have losses of Megatron's, those of multi-token prediction too.
+    """Open the routers of a model chunk that have losses of Megatron, including multi-token prediction.
 
     Returns:
-        whether there are any.
+        whether the chunk has such routers.
     """
     found = [module for module in chunk.modules() if isinstance(module, TopKRouter) and counts_tokens(module)]
     for router in found:
@@ -79,18 +81,24 @@ def open_losses(chunk: Any) -> bool:
 
 
 def observe_routers(model: Any) -> list[Any]:
-    """Re-class every router of a built model chunk (or list of chunks), MTP layers excepted, to its observed subclass.
+    """Change the class of every router of a model, except in MTP layers, to its observed subclass.
+
+    A second call changes nothing.
+
+    Args:
+        model: a built model chunk, or a list of chunks.
 
     Returns:
-        the observed routers of this rank, in order; calling it twice changes nothing.
+        the observed routers of this rank, in order.
     """
     routers = list(local_routers(model))
     numbers = moe_layer_numbers(model)
     for router in routers:
         if router.layer_number not in numbers:
             raise RamoeError(
-                f"a router says that it is in Megatron layer {router.layer_number}, but the model's configuration has MoE layers "
-                f"{numbers}: give --moe-layer-freq or --hybrid-layer-pattern as the model was built"
+                f"a router is in Megatron layer {router.layer_number}, but by the model's configuration the "
+                f"MoE layers are {numbers}: give the --moe-layer-freq or --hybrid-layer-pattern that the "
+                "model was built with"
             )
         open_router(router)
         router.ramoe_layer = numbers.index(router.layer_number)
@@ -98,7 +106,7 @@ def observe_routers(model: Any) -> list[Any]:
 
 
 def local_routers(model: Any) -> Iterator[TopKRouter]:
-    """The routers of the decoder layers that this rank holds, MTP layers excepted."""
+    """The routers of this rank's decoder layers, without MTP layers."""
     for chunk in chunks(model):
         for module in chunk.modules():
             if isinstance(module, TopKRouter) and not module.is_mtp_layer:
@@ -118,17 +126,18 @@ def unwrapped(chunk: Any) -> Any:
 
 
 def moe_layer_numbers(model: Any) -> list[int]:
-    """Megatron's own (1-based) layer numbers of all MoE layers of the whole model, over all pipeline stages.
+    """Megatron's layer numbers (1-based) of all MoE layers of the whole model, over all pipeline stages.
 
-    A hybrid model numbers attention and MoE apart, a GPT model counts a block as one: the place in this list is the same.
+    A hybrid model numbers attention and MoE layers separately; a GPT model gives both in a block one number.
+    The index in this list is the same for both kinds.
     """
     chunk = unwrapped(next(iter(chunks(model))))
-    # a HybridModel puts its deprecated patterns and ratios there too
+    # a HybridModel stores its deprecated patterns and ratios in this attribute too
     return configured_moe_layer_numbers(chunk.config, getattr(chunk, "hybrid_layer_pattern", None))
 
 
 def configured_moe_layer_numbers(config: Any, hybrid_pattern: str | None) -> list[int]:
-    """`moe_layer_numbers` before there is a model: from its `TransformerConfig` and `--hybrid-layer-pattern`."""
+    """`moe_layer_numbers` before a model is built, from `TransformerConfig` and `--hybrid-layer-pattern`."""
     if hybrid_pattern:
         return hybrid_moe_layer_numbers(hybrid_pattern)
     frequency = config.moe_layer_freq
@@ -138,6 +147,11 @@ def configured_moe_layer_numbers(config: Any, hybrid_pattern: str | None) -> lis
 
 
 def hybrid_moe_layer_numbers(pattern: str) -> list[int]:
-    """The 1-based places of the MoE layers in `--hybrid-layer-pattern`; MTP layers are not counted, stage boundaries are no layers."""
+    """The 1-based indices of the MoE layers in `--hybrid-layer-pattern`.
+
+    MTP layers are left out, and stage boundaries are not counted as layers.
+    """
     decoder = parse_hybrid_pattern(pattern).main_pattern or ""
-    return [number for number, symbol in enumerate(decoder.replace(Symbols.PIPE, ""), 1) if symbol == Symbols.MOE]
+    return [
+        number for number, symbol in enumerate(decoder.replace(Symbols.PIPE, ""), 1) if symbol == Symbols.MOE
+    ]

@@ -1,4 +1,4 @@
-"""The steps of a job before its model is built: a run dies of the first that fails, a check tries them all."""
+"""The steps of a job before its model is built. A run stops at the first failure; a check tries all."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -7,28 +7,28 @@ from ramoe_megatron.mcore.findings import WRITTEN, Finding, State, reason
 
 
 class Absent(Exception):
-    """What a step reads was not made: an earlier step failed, or waits for a file that is still to be written."""
+    """The input of a step is missing: an earlier step failed, or waits for a file that does not exist yet."""
 
 
 class Step[Value]:
-    """What a step gave."""
+    """The result of a step."""
 
     def __init__(self, *value: Value) -> None:
-        """Without a value the step failed, or waits for a file."""
+        """Without a value, the step failed or waits for a file."""
         self._value = value
 
     @property
     def value(self) -> Value:
-        """What the step gave. Raises Absent where it gave nothing, which only happens in a check."""
+        """The value. Raises Absent if there is none, which only happens in a check."""
         if not self._value:
             raise Absent
         return self._value[0]
 
 
 class Start:
-    """Runs a job's steps. One code path serves the job and its check, so both find the same faults.
+    """Runs a job's steps. The job and its check use the same code, so both find the same faults.
 
-    Attributes: `tokenizer` and `config` (the model's `TransformerConfig`), the steps that every job takes.
+    Attributes: `tokenizer` and `config` (the model's `TransformerConfig`) are the steps that every job takes.
     """
 
     tokenizer: Step[Any]
@@ -42,9 +42,9 @@ class Start:
     ) -> None:
         """
         Args:
-            checks: nothing is started; a step that fails becomes a finding, and the next steps go on.
-            coming: in a check, the files that an earlier stage is going to write, and the name of that stage.
-            kept: what `once` keeps; command lines that are checked in one process share it.
+            checks: only check. A failed step becomes a finding, and the next steps run.
+            coming: in a check, the files that an earlier stage will write, and the name of that stage.
+            kept: the cache of `once`. Command lines that are checked in one process share it.
         """
         self.checks, self.coming = checks, coming or {}
         self.kept = {} if kept is None else kept
@@ -52,7 +52,7 @@ class Start:
 
     @property
     def findings(self) -> list[Finding]:
-        """What a check has found: one for each kind of check, in the order of the steps."""
+        """The findings of a check: one for each kind of check, in the order of the steps."""
         return list(self._found.values())
 
     def step[Value](
@@ -66,11 +66,12 @@ class Start:
         """Take a step.
 
         Args:
-            check: what the step looks at, in the words of the doctor; several steps may look at one thing.
-            look: the step. In a run its error passes.
-            told: what the check says about a value that is in order; None says nothing.
-            advice: what the check says about an error.
-            needs: files that the step reads. In a check, those that are still to come make the step wait.
+            check: the subject of the step, in the words of the doctor. Several steps may have the same
+                subject.
+            look: the step. In a run, an error of the step is raised.
+            told: gives the text of the check for a valid value; None for no text.
+            advice: the text of the check for an error.
+            needs: files that the step reads. In a check, the step waits for a file that does not exist yet.
         """
         if not self.checks:
             return Step(look())
@@ -80,7 +81,7 @@ class Start:
         try:
             value = look()
             text = told(value) if told else None
-        except Absent:  # its cause has been recorded
+        except Absent:  # the cause has been recorded
             return Step()
         except (Exception, SystemExit) as error:
             self._record(check, "fatal", reason(error), advice)
@@ -90,11 +91,11 @@ class Start:
         return Step(value)
 
     def warn(self, check: str, found: str, advice: str) -> None:
-        """Record in a check what does not end the job, but may not be meant."""
+        """Record in a check something that does not stop the job but may be a mistake."""
         self._record(check, "warning", found, advice)
 
     def once[Value](self, key: object, make: Callable[[], Value]) -> Value:
-        """What `make` gives: made once for all command lines of this process that ask with the same key."""
+        """The value of `make`, computed once in this process for each key."""
         text = repr(key)
         if text not in self.kept:
             self.kept[text] = make()

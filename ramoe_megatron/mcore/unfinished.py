@@ -1,7 +1,8 @@
-"""A training that ended early and on purpose (a signal, a time limit), and how its launcher learns of it.
+"""Tells the launcher that a training ended early on purpose (a signal, a time limit).
 
-Megatron leaves such a training with exit status 0, as it leaves a finished one. So the ranks write a note to the file that the launcher
-names in their environment, and the launcher ends with a status of its own: the same command goes on from the checkpoint.
+Megatron ends such a training with exit status 0, like a finished training. So the ranks write a note to a
+file that the launcher names in their environment, and the launcher exits with status 75. The same command
+then continues from the checkpoint.
 """
 
 import os
@@ -12,7 +13,7 @@ VARIABLE = "RAMOE_UNFINISHED"  # environment variable: the file for the note
 
 
 def tell_unfinished(note: str) -> None:
-    """Leave the note for this node's launcher, if there is one; print it on rank 0."""
+    """Write the note for this node's launcher, if there is a launcher, and print it on rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(f"ramoe: {note}", flush=True)
     if os.environ.get("LOCAL_RANK", "0") == "0" and (path := os.environ.get(VARIABLE)):

@@ -163,7 +163,7 @@ def test_a_template_that_raises_is_told_with_its_own_words(tokenizers: dict[str,
         (CHATML, "a</s>b", "ends with '<|im_end|>'.*before that"),
         (ROLES, "a</s>b", "ends with '</s>'.*before that"),
         (ROLES.replace("'\n'", "' over'"), "it is over now", "gives the answer 'it is ', but"),
-        (CHATML.replace("m.role +", "('analysis<|im_end|>' if loop.last else m.role) +"), "no", "response cannot be told from the prompt"),
+        (CHATML.replace("m.role +", "('analysis<|im_end|>' if loop.last else m.role) +"), "no", "start of the response is unknown"),
         (CHATML.replace("'\n' + m.content", "'\n' + ('a<|im_end|>' if m.role == 'assistant' else '') + m.content"), "no", "before that"),
     ],
 )  # fmt: skip
@@ -189,7 +189,7 @@ def test_thoughts_in_the_answer_are_kept_or_refused(tokenizers: dict[str, Any]) 
 
 def test_choices_that_the_template_writes_alike_are_refused(tokenizers: dict[str, Any]) -> None:
     asked = chat("no", "one ?", choices=("yes", "no ", "no"))
-    assert "['no ', 'no'] alike" in refusal(tokenizers["gemma"], asked)
+    assert "the same text for the choices ['no ', 'no']" in refusal(tokenizers["gemma"], asked)
     check_conversations([asked], tokenizers["chatml"])
 
 

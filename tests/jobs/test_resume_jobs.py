@@ -1,7 +1,8 @@
-"""Offline jobs that are killed with SIGKILL at a random moment, on one rank or on all, and started again with the same command.
+"""Offline jobs that are killed with SIGKILL at a random moment, on one rank or on all, and started again with
+the same command.
 
-The law: their files have the bytes of a run that nothing stopped, and a restart repeats at most one shard. Real Megatron on two gloo ranks;
-what the ranks do is in `resume_worker.py`.
+The law: their files have the bytes of a run that nothing stopped, and a restart repeats at most one shard.
+Real Megatron on two gloo ranks; what the ranks do is in `resume_worker.py`.
 """
 
 import contextlib
@@ -27,7 +28,13 @@ JOBS = ("taxonomy", "profile", "evaluate", "steer")
 KILLS = 3
 OUTPUTS = {
     "taxonomy": {"taxonomy.jsonl", "taxonomy.json"},
-    "profile": {"experts.safetensors", "experts-last.safetensors", "divergence.csv", "priors.safetensors", "usage.safetensors"},
+    "profile": {
+        "experts.safetensors",
+        "experts-last.safetensors",
+        "divergence.csv",
+        "priors.safetensors",
+        "usage.safetensors",
+    },
     "evaluate": {"base.json", "base.jsonl"},
     "steer": {"steering.json"},
 }
@@ -36,20 +43,42 @@ OUTPUTS = {
 def argv(folder: Path, job: str, output: str, *more: str) -> list[str]:
     if job == "profile":
         return profile_flags(folder, output, "--ramoe-save-usage", *LAYOUT, *more)
-    experts = ["--ramoe-experts", str(folder / "profile-whole/experts.safetensors")] if job in ("evaluate", "steer") else []
+    experts = (
+        ["--ramoe-experts", str(folder / "profile-whole/experts.safetensors")]
+        if job in ("evaluate", "steer")
+        else []
+    )
     if job == "steer":  # 13 settings
-        experts += "--ramoe-taus file --ramoe-zones 1-2 0-3 2-3 --ramoe-strengths 0.25 0.5 1.0 --ramoe-languages es".split()
-    return offline_flags(folder, output, "--ramoe-split", "train,test", "--ramoe-max-new-tokens", "4", *experts, *LAYOUT, *more)
+        experts += ["--ramoe-taus", "file", "--ramoe-zones", "1-2", "0-3", "2-3", "--ramoe-languages", "es"]
+        experts += ["--ramoe-strengths", "0.25", "0.5", "1.0"]
+    return offline_flags(
+        folder, output, "--ramoe-split", "train,test", "--ramoe-max-new-tokens", "4", *experts, *LAYOUT, *more
+    )
 
 
 def killed_rows(folder: Path, job: str, generator: random.Random) -> list[dict[str, Any]]:
-    """A run that nothing stops; one that is killed `KILLS` times, each time within three shards of at least twelve, and then ends."""
+    """An undisturbed run, and a run that is killed `KILLS` times before it ends.
+
+    Each kill comes within three shards of at least twelve.
+    """
     rows = [{"name": f"{job}-whole", "job": job, "argv": argv(folder, job, f"{job}-whole")}]
     for number in range(KILLS):
-        kill = [generator.choice([[0], [1], [0, 1]]), generator.randint(0 if number else 1, 2), generator.uniform(0, 0.06)]
+        kill = [
+            generator.choice([[0], [1], [0, 1]]),
+            generator.randint(0 if number else 1, 2),
+            generator.uniform(0, 0.06),
+        ]
         if job == "evaluate" and number == KILLS - 1:
             kill[1] += 12  # the first 12 of its 18 shards are scores, the others routing mass
-        rows.append({"name": f"{job}-{number}", "job": job, "argv": argv(folder, job, f"{job}-killed"), "kill": kill, "slow": 0.03})
+        rows.append(
+            {
+                "name": f"{job}-{number}",
+                "job": job,
+                "argv": argv(folder, job, f"{job}-killed"),
+                "kill": kill,
+                "slow": 0.03,
+            }
+        )
     return [*rows, {"name": f"{job}-{KILLS}", "job": job, "argv": argv(folder, job, f"{job}-killed")}]
 
 
@@ -75,7 +104,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     write_world(folder)
     generator = random.Random(3)
-    base = training_flags(folder, "--train-iters", "1", "--save", str(folder / "base"), "--save-interval", "1", *LAYOUT)
+    base = training_flags(
+        folder, "--train-iters", "1", "--save", str(folder / "base"), "--save-interval", "1", *LAYOUT
+    )
     group = {"name": "group-0", "job": "profile", "argv": argv(folder, "profile", "group"), "slow": 0.1}
     first = start(folder, "first", [{"name": "base", "job": "finetune", "argv": base}, group])
     log, limit = folder / "group-0.0.log", time.monotonic() + 120
@@ -95,8 +126,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows += [
         {"name": "layout-0", "job": "profile", "argv": other, "kill": [[0, 1], 3, 0.0]},
         {"name": "layout-1", "job": "profile", "argv": [*other, "--expert-model-parallel-size", "1", *OTHER]},
-        {"name": "held", "job": "taxonomy", "argv": argv(folder, "taxonomy", "held"), "hold": "held/.taxonomy-shards/lock"},
-        {"name": "damaged", "job": "profile", "argv": other, "truncate": "other-layout/.profile-shards/*/state.safetensors"},
+        {
+            "name": "held",
+            "job": "taxonomy",
+            "argv": argv(folder, "taxonomy", "held"),
+            "hold": "held/.taxonomy-shards/lock",
+        },
+        {
+            "name": "damaged",
+            "job": "profile",
+            "argv": other,
+            "truncate": "other-layout/.profile-shards/*/state.safetensors",
+        },
     ]
     done = start(folder, "second", rows)
     assert done.wait(timeout=400) == 0, (folder / "second.log").read_text()[-4000:]
@@ -117,7 +158,9 @@ def attempts(folder: Path, job: str) -> list[list[str]]:
 
 def same_files(one: Path, other: Path, names: set[str]) -> None:
     for folder in (one, other):
-        assert {path.name for path in folder.iterdir()} == names, "no shards are left, and no half-written file"
+        assert {path.name for path in folder.iterdir()} == names, (
+            "no shards are left, and no half-written file"
+        )
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
@@ -140,12 +183,15 @@ def test_each_restart_repeats_at_most_one_shard(runs: Path, job: str) -> None:
         told = [line for line in found if "goes on after" in line]
         begun = int(told[0].split("goes on after ")[1].split()[0]) if told else 0
         assert not told or told == [f"ramoe: goes on after {begun} of {total} shards"]
-        assert upcoming - 1 <= begun <= upcoming, "the shard that was being saved may be repeated, none before it"
+        assert upcoming - 1 <= begun <= upcoming, (
+            "the shard that was being saved may be repeated, none before it"
+        )
         assert numbers == list(range(begun, begun + len(numbers)))
         upcoming = begun + len(numbers)
     assert upcoming == total
     passes = [line for line in whole if line == "RUN" or line.startswith("SAVE")]
-    a_shard = max(part.count("RUN") for part in " ".join(passes).split("SAVE"))  # forward passes of the longest shard
+    # forward passes of the longest shard
+    a_shard = max(part.count("RUN") for part in " ".join(passes).split("SAVE"))
     again = sum(found.count("RUN") for found in attempts(runs, job)) - whole.count("RUN")
     assert 0 <= again <= KILLS * a_shard
 
@@ -153,7 +199,11 @@ def test_each_restart_repeats_at_most_one_shard(runs: Path, job: str) -> None:
 @pytest.mark.parametrize("job", JOBS)
 def test_progress_counts_what_is_skipped_and_ends_at_the_total(runs: Path, job: str) -> None:
     def progress(found: list[str]) -> list[dict[str, Any]]:
-        return [json.loads(line.removeprefix("RAMOE-PROGRESS ")) for line in found if line.startswith("RAMOE-PROGRESS")]
+        return [
+            json.loads(line.removeprefix("RAMOE-PROGRESS "))
+            for line in found
+            if line.startswith("RAMOE-PROGRESS")
+        ]
 
     whole, last = progress(lines(runs, f"{job}-whole")), progress(lines(runs, f"{job}-{KILLS}"))
     assert last[-1] == whole[-1]
@@ -173,7 +223,9 @@ def test_another_layout_starts_from_the_beginning(runs: Path) -> None:
     assert not any("goes on" in line for line in lines(runs, "layout-1"))
     assert saved(lines(runs, "layout-1")) == saved(lines(runs, "profile-whole"))
     assert lines(runs, "layout-1")[-1] == "END"
-    assert list((runs / "other-layout/.profile-shards").glob("*/state.safetensors")), "the first layout's shards stay for it"
+    assert list((runs / "other-layout/.profile-shards").glob("*/state.safetensors")), (
+        "the first layout's shards stay for it"
+    )
 
 
 def test_a_second_job_in_the_same_folder_is_refused_on_every_rank(runs: Path) -> None:
@@ -187,6 +239,8 @@ def test_a_damaged_shard_is_refused_by_name_on_every_rank_and_stays(runs: Path) 
     (path,) = (runs / "other-layout/.profile-shards").glob("*/state.safetensors")
     for rank in (0, 1):
         last = lines(runs, "damaged", rank)[-1]
-        assert last.startswith(f"ERROR {path}: cannot go on from this shard ({path}: not a whole safetensors file"), last
+        assert last.startswith(
+            f"ERROR {path}: cannot go on from this shard ({path}: not a whole safetensors file"
+        ), last
         assert f"remove {path.parent}" in last
         assert "RUN" not in lines(runs, "damaged", rank)

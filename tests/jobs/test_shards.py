@@ -1,4 +1,4 @@
-"""Laws of shards: what is saved comes back bit for bit, under the same key alone, to one job at a time, and never damaged."""
+"""Laws of shards: read back bit for bit, only under their key, by one job at a time, and never damaged."""
 
 import json
 from collections.abc import Callable
@@ -26,11 +26,14 @@ def sums(seed: int) -> dict[str, torch.Tensor]:
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     return found.keys() == expected.keys() and all(
-        torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype for name, tensor in found.items()
+        torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype
+        for name, tensor in found.items()
     )
 
 
-def test_the_last_state_comes_back_bit_for_bit_and_what_is_kept_of_each_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_state_comes_back_bit_for_bit_and_what_is_kept_of_each_shard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with shards(tmp_path) as first:
         assert (first.done, first.state) == (0, {})
         for number in range(3):
@@ -89,7 +92,12 @@ def test_a_second_job_is_refused_whatever_its_key_until_the_first_ends(tmp_path:
     with shards(tmp_path, "a") as first:
         first.save(0, sums(0))
         for key in ("a", "b"):
-            with pytest.raises(RamoeError, match=r"another profile job is at work in this folder; .*--ramoe-output"), shards(tmp_path, key):
+            with (
+                pytest.raises(
+                    RamoeError, match=r"another profile job is at work in this folder; .*--ramoe-output"
+                ),
+                shards(tmp_path, key),
+            ):
                 pass
         with Shards(tmp_path, "taxonomy", 1, dict) as other:  # which writes other files
             other.remove()
@@ -129,7 +137,10 @@ def test_a_damaged_or_foreign_shard_is_refused_by_name_before_any_work(tmp_path:
 def test_a_state_of_more_shards_than_there_are_is_refused(tmp_path: Path) -> None:
     with shards(tmp_path) as made:
         made.save(4, sums(0))
-    with pytest.raises(RamoeError, match="found 5 finished shards, expected 1 to 4"), shards(tmp_path, total=4):
+    with (
+        pytest.raises(RamoeError, match="found 5 finished shards, expected 1 to 4"),
+        shards(tmp_path, total=4),
+    ):
         pass
 
 
@@ -143,21 +154,31 @@ def job(folder: Path) -> SimpleNamespace:
     for name in ("base/iter/weights", "words/vocab.json", "tokenizer.model", "taxonomy.jsonl", "data.jsonl"):
         (folder / name).write_text("one")
     return SimpleNamespace(
-        load=str(folder / "base"), tokenizer_model=str(folder / "tokenizer.model"), tokenizer_metadata=str(folder / "words"),
-        ramoe_taxonomy=str(folder / "taxonomy.jsonl"), ramoe_output=str(folder), ramoe_select="tau=0.3", ramoe_layers="auto",
-        ramoe_tokens="last", ramoe_columns=None, tensor_model_parallel_size=1, hidden_size=64, rank=0, dtype=torch.float32,
+        load=str(folder / "base"), tokenizer_model=str(folder / "tokenizer.model"),
+        tokenizer_metadata=str(folder / "words"),
+        ramoe_taxonomy=str(folder / "taxonomy.jsonl"), ramoe_output=str(folder), ramoe_select="tau=0.3",
+        ramoe_layers="auto",
+        ramoe_tokens="last", ramoe_columns=None, tensor_model_parallel_size=1, hidden_size=64, rank=0,
+        dtype=torch.float32,
     )  # fmt: skip
 
 
 def key(args: SimpleNamespace) -> str:
-    return json.dumps(depends_on(args, [f"{args.ramoe_output}/data.jsonl"], [example("a", "en")]), sort_keys=True)
+    return json.dumps(
+        depends_on(args, [f"{args.ramoe_output}/data.jsonl"], [example("a", "en")]), sort_keys=True
+    )
 
 
 def test_the_key_is_the_same_for_the_same_command_and_for_what_no_sum_depends_on(tmp_path: Path) -> None:
     args = job(tmp_path)
     before = key(args)
     assert key(args) == before
-    args.ramoe_select, args.ramoe_layers, args.rank, args.distributed_timeout_minutes = "top-m=2", "1-2", 0, 30
+    args.ramoe_select, args.ramoe_layers, args.rank, args.distributed_timeout_minutes = (
+        "top-m=2",
+        "1-2",
+        0,
+        30,
+    )
     assert key(args) == before
 
 
@@ -170,7 +191,13 @@ CHANGES: dict[str, Callable[[SimpleNamespace, Path], object]] = {
     "a new flag": lambda args, folder: setattr(args, "sequence_parallel", True),
     **{
         f"the bytes of {name}": lambda args, folder, name=name: (folder / name).write_text("two")
-        for name in ("base/iter/weights", "words/vocab.json", "tokenizer.model", "taxonomy.jsonl", "data.jsonl")
+        for name in (
+            "base/iter/weights",
+            "words/vocab.json",
+            "tokenizer.model",
+            "taxonomy.jsonl",
+            "data.jsonl",
+        )
     },
 }
 

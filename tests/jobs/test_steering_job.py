@@ -1,4 +1,4 @@
-"""Routing steering in real Megatron: what it leaves alone, what it forces, the same in every layout; the search and what consumes it."""
+"""Routing steering in real Megatron: effects in every layout, the search, and jobs that use its result."""
 
 import json
 from pathlib import Path
@@ -31,18 +31,28 @@ EVALUATIONS: dict[str, tuple[str, ...]] = {
     "groups": ("--ramoe-steer", "soft", "--ramoe-steer-layers", "1-2", *GROUPS),
 }
 REFUSED = {
-    "base-name": ("evaluate", "--ramoe-steer hard --ramoe-steer-layers 1-2", "--ramoe-method base names the base model as it is"),
-    "twice": ("evaluate", "--ramoe-method x --ramoe-steering s.json --ramoe-steer soft --ramoe-steer-tau 0.3", "--ramoe-steer, --ramoe-st"),
-    "alone": ("evaluate", "--ramoe-method x --ramoe-steer-tau 0.3", "--ramoe-steer-tau without --ramoe-steer"),
-    "no-experts": ("evaluate", "--ramoe-method x --ramoe-steer soft --ramoe-experts", "--ramoe-experts is missing"),
-    "hard-strength": ("evaluate", "--ramoe-method x --ramoe-steer hard --ramoe-steer-strength 1", "hard, which takes none"),
-    "hard-groups": ("evaluate", f"--ramoe-method x --ramoe-steer hard {' '.join(GROUPS)}", "--moe-router-group-topk 2: an expert outside"),
-    "no-expert": ("evaluate", "--ramoe-method x --ramoe-steer soft --ramoe-steer-layers 1-2 --ramoe-steer-tau 0.99", "no expert to steer"),
-    "wide": ("evaluate", "--ramoe-method x --ramoe-steer soft --ramoe-steer-layers 1-9", "'1-9' means MoE layers 1 to 9"),
+    "base-name": ("evaluate", "--ramoe-steer hard --ramoe-steer-layers 1-2",
+                  "--ramoe-method base names the base model as it is"),
+    "twice": ("evaluate", "--ramoe-method x --ramoe-steering s.json --ramoe-steer soft --ramoe-steer-tau 0.3",
+              "--ramoe-steer, --ramoe-st"),
+    "alone": ("evaluate", "--ramoe-method x --ramoe-steer-tau 0.3",
+              "--ramoe-steer-tau without --ramoe-steer"),
+    "no-experts": ("evaluate", "--ramoe-method x --ramoe-steer soft --ramoe-experts",
+                   "--ramoe-experts is missing"),
+    "hard-strength": ("evaluate", "--ramoe-method x --ramoe-steer hard --ramoe-steer-strength 1",
+                      "hard, which has no strength"),
+    "hard-groups": ("evaluate", f"--ramoe-method x --ramoe-steer hard {' '.join(GROUPS)}",
+                    "--moe-router-group-topk 2: an expert outside"),
+    "no-expert": ("evaluate",
+                  "--ramoe-method x --ramoe-steer soft --ramoe-steer-layers 1-2 --ramoe-steer-tau 0.99",
+                  "chooses no expert"),
+    "wide": ("evaluate", "--ramoe-method x --ramoe-steer soft --ramoe-steer-layers 1-9",
+             "'1-9' means MoE layers 1 to 9"),
     "anchor-alone": ("steer", "--ramoe-split validation --ramoe-languages en", "only 'en' examples"),
     "split": ("steer", "--ramoe-split dev", "empty split 'dev'"),
     "nothing": ("steer", "--ramoe-split validation --ramoe-taus 0.99 --ramoe-zones 1-2", "nothing to try"),
-    "search-groups": ("steer", f"--ramoe-split validation {' '.join(GROUPS)}", "hard steering does not run with --moe-router-group-topk 2"),
+    "search-groups": ("steer", f"--ramoe-split validation {' '.join(GROUPS)}",
+                      "hard steering does not run with --moe-router-group-topk 2"),
     "tau": ("steer", "--ramoe-split validation --ramoe-taus most", "--ramoe-taus: found 'most'"),
 }  # fmt: skip
 
@@ -53,9 +63,16 @@ def flags(folder: Path, output: str, *more: str) -> list[str]:
 
 
 def refused(folder: Path, words: str) -> list[str]:
-    """A command line that ends with --ramoe-experts has none; the checkpoint is absent: the fault is told before a model is built."""
+    """A command line with a missing checkpoint, so its fault must be found before a model is built.
+
+    Words that end with --ramoe-experts give a command line without an expert file.
+    """
     given = offline_flags if words.endswith("--ramoe-experts") else flags
-    return [*given(folder, "refused", *words.removesuffix("--ramoe-experts").split()), "--load", str(folder / "nowhere")]
+    return [
+        *given(folder, "refused", *words.removesuffix("--ramoe-experts").split()),
+        "--load",
+        str(folder / "nowhere"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +85,33 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": "profile", "job": "profile", "argv": profile_flags(folder, "profile")},
         {"name": "one", "job": SCRIPT, "argv": flags(folder, "one", "--ramoe-split", "test")},
         {"name": "search", "job": "steer", "argv": flags(folder, "search", *SEARCH)},
-        {"name": "plain", "job": "evaluate", "argv": flags(folder, "evaluations", "--ramoe-split", "validation")},
+        {
+            "name": "plain",
+            "job": "evaluate",
+            "argv": flags(folder, "evaluations", "--ramoe-split", "validation"),
+        },
     ]
     for name, words in EVALUATIONS.items():
         own = [word.format(folder=folder) for word in words]
         argv = flags(folder, "evaluations", "--ramoe-split", "validation", "--ramoe-method", name, *own)
         rows.append({"name": f"evaluate-{name}", "job": "evaluate", "argv": argv})
-    rows += [{"name": name, "job": job, "argv": refused(folder, words)} for name, (job, words, _) in REFUSED.items()]
+    rows += [
+        {"name": name, "job": job, "argv": refused(folder, words)}
+        for name, (job, words, _) in REFUSED.items()
+    ]
     run_table(1, rows, folder)
     run_table(
         2,
         [
-            *({"name": name, "job": SCRIPT, "argv": flags(folder, name, "--ramoe-split", "test", *own)} for name, own in LAYOUTS.items()),
-            {"name": "search-pp", "job": "steer", "argv": flags(folder, "search-pp", *SEARCH, *LAYOUTS["pp"])},
+            *(
+                {"name": name, "job": SCRIPT, "argv": flags(folder, name, "--ramoe-split", "test", *own)}
+                for name, own in LAYOUTS.items()
+            ),
+            {
+                "name": "search-pp",
+                "job": "steer",
+                "argv": flags(folder, "search-pp", *SEARCH, *LAYOUTS["pp"]),
+            },
         ],
         folder,
     )
@@ -131,7 +162,10 @@ def test_hard_sends_every_token_to_the_steered_experts(runs: Path) -> None:
     # before the first steered layer nothing has changed
     assert torch.equal(found["frequency.hard"][:, :first], found["frequency.none"][:, :first])
     # and the strengths lie in order
-    share = {case: found[f"frequency.{case}"][:, inside][chosen[:, inside]].mean() for case in ("minus", "none", "soft", "hard")}
+    share = {
+        case: found[f"frequency.{case}"][:, inside][chosen[:, inside]].mean()
+        for case in ("minus", "none", "soft", "hard")
+    }
     assert list(share.values()) == sorted(share.values())
     assert len({value.item() for value in share.values()}) == 4
 
@@ -140,14 +174,18 @@ def test_hard_sends_every_token_to_the_steered_experts(runs: Path) -> None:
 def test_steering_is_the_same_in_every_layout(runs: Path, layout: str) -> None:
     one, other = steered(runs), steered(runs, layout)
     for case in CASES:
-        torch.testing.assert_close(other[f"likelihood.{case}"], one[f"likelihood.{case}"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            other[f"likelihood.{case}"], one[f"likelihood.{case}"], rtol=1e-4, atol=1e-4
+        )
         torch.testing.assert_close(other[f"frequency.{case}"], one[f"frequency.{case}"], rtol=1e-4, atol=1e-6)
         assert torch.equal(other[f"answers.{case}"], one[f"answers.{case}"])
     for case in ("soft", "hard"):
         assert ((one[f"likelihood.{case}"] - one["likelihood.none"]).abs() > 1e-2).any()
 
 
-def test_an_evaluation_without_steering_says_nothing_of_it_and_one_of_strength_zero_is_equal(runs: Path) -> None:
+def test_an_evaluation_without_steering_says_nothing_of_it_and_one_of_strength_zero_is_equal(
+    runs: Path,
+) -> None:
     plain, zero = evaluation(runs, "base"), evaluation(runs, "zero")
     assert "steering" not in plain
     setting = zero.pop("steering")
@@ -161,13 +199,21 @@ def test_the_mass_of_a_steered_evaluation_is_that_of_the_steered_routing(runs: P
     first, last = LAYERS
     for plain, hard in zip(evaluation(runs, "base")["mass"], evaluation(runs, "hard")["mass"], strict=True):
         assert hard["mass"][:first] == plain["mass"][:first]
-        assert all(h > p + 0.01 for h, p in zip(hard["mass"][first : last + 1], plain["mass"][first : last + 1], strict=True))
+        assert all(
+            h > p + 0.01
+            for h, p in zip(hard["mass"][first : last + 1], plain["mass"][first : last + 1], strict=True)
+        )
 
 
 def test_the_search_tries_each_setting_and_tells_what_it_leaves_out(runs: Path) -> None:
     document = search(runs)
     settings = [(s["kind"], s["strength"], s["tau"], s["layers"]) for s in document["settings"]]
-    assert settings == [("none", None, None, None), ("soft", 0.5, None, [1, 2]), ("soft", 4.0, None, [1, 2]), ("hard", None, None, [1, 2])]
+    assert settings == [
+        ("none", None, None, None),
+        ("soft", 0.5, None, [1, 2]),
+        ("soft", 4.0, None, [1, 2]),
+        ("hard", None, None, [1, 2]),
+    ]
     assert document["skipped"] == ["tau=0.99 in MoE layers 1-2: no expert to steer; left out"]
     assert {(s["n"], s["anchor_n"]) for s in document["settings"]} == {(12, 6)}
     assert document["best"] in document["settings"]
@@ -175,8 +221,12 @@ def test_the_search_tries_each_setting_and_tells_what_it_leaves_out(runs: Path) 
     assert {path.name for path in (runs / "search").iterdir()} == {"steering.json"}
 
 
-@pytest.mark.parametrize(("name", "number"), [("base", 0), ("soft", 1), ("strong", 2), ("hard", 3), ("best", None)])
-def test_an_evaluation_under_a_setting_gives_what_the_search_counted(runs: Path, name: str, number: int | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "number"), [("base", 0), ("soft", 1), ("strong", 2), ("hard", 3), ("best", None)]
+)
+def test_an_evaluation_under_a_setting_gives_what_the_search_counted(
+    runs: Path, name: str, number: int | None
+) -> None:
     found, document = evaluation(runs, name), search(runs)
     setting = document["best"] if number is None else document["settings"][number]
     right = {"en": 0, "es": 0, "tr": 0}
@@ -199,7 +249,11 @@ def test_inspect_shows_both_files(runs: Path) -> None:
     console.print(describe(runs / "search/steering.json"))
     console.print(describe(runs / "evaluations/hard.json"))
     text = console.export_text()
-    for words in ("no steering", "soft 4, the file's experts, MoE layers 1-2", "tau=0.99 in MoE layers 1-2: no expert"):
+    for words in (
+        "no steering",
+        "soft 4, the file's experts, MoE layers 1-2",
+        "tau=0.99 in MoE layers 1-2: no expert",
+    ):
         assert words in text
     assert "hard, the file's experts, MoE layers 1-2" in text.split("ramoe-evaluation")[1]
 

@@ -1,4 +1,4 @@
-"""Settings of steering, which experts each steers, and the search: what is tried, how it is counted, which is best."""
+"""Steering settings and the experts that they steer; the settings, the counts and the winner of a search."""
 
 from pathlib import Path
 
@@ -23,8 +23,10 @@ DELTA[0, 1, 0], DELTA[0, 2, 5], DELTA[1, 2, 3], DELTA[1, 3, 3] = 0.45, 0.35, 0.2
 
 def expert_file() -> ExpertFile:
     return ExpertFile(
-        tasks=("even", "odd"), shape=ModelShape(4, 6, 2, "softmax", 8), expert_mask=DELTA > 0.4, delta=DELTA, task_frequency=DELTA,
-        general_frequency=DELTA[0], english_pattern={}, layer_number=torch.arange(1, 5), rule={"name": "tau", "tau": 0.4},
+        tasks=("even", "odd"), shape=ModelShape(4, 6, 2, "softmax", 8), expert_mask=DELTA > 0.4, delta=DELTA,
+        task_frequency=DELTA,
+        general_frequency=DELTA[0], english_pattern={}, layer_number=torch.arange(1, 5),
+        rule={"name": "tau", "tau": 0.4},
         zone=Zone(1, 2, "auto", "floor"),
         checkpoint="base", path=Path("experts.safetensors"),
     )  # fmt: skip
@@ -53,7 +55,9 @@ def test_the_experts_are_the_files_or_those_above_tau_inside_the_layers() -> Non
         (("soft", 0.5, 1.5), "tau 1.5"),
     ],
 )
-def test_a_setting_that_is_none_is_refused(values: tuple[str, float | None, float | None], words: str) -> None:
+def test_a_setting_that_is_none_is_refused(
+    values: tuple[str, float | None, float | None], words: str
+) -> None:
     with pytest.raises(RamoeError, match=words):
         Steering(*values, (0, 1))  # type: ignore[arg-type]
 
@@ -62,7 +66,12 @@ def test_a_setting_comes_back_from_its_document() -> None:
     for setting in (Steering("soft", 0.5, 0.3, (1, 2)), Steering("hard", None, None, (0, 3))):
         assert Steering.from_document(setting.document(), "x") == setting
     assert Steering.from_document(NO_STEERING, "x") is None
-    for bad in ({}, {"kind": "soft"}, Steering("hard", None, None, (0, 3)).document() | {"layers": 3}, {**NO_STEERING, "kind": "soft"}):
+    for bad in (
+        {},
+        {"kind": "soft"},
+        Steering("hard", None, None, (0, 3)).document() | {"layers": 3},
+        {**NO_STEERING, "kind": "soft"},
+    ):
         with pytest.raises(RamoeError, match=r"steering\.json: bad setting"):
             Steering.from_document(bad, "steering.json")
 
@@ -71,11 +80,18 @@ def test_a_setting_comes_back_from_its_document() -> None:
 
 
 def test_every_combination_is_tried_once_and_what_is_left_out_is_told() -> None:
-    tried, skipped = candidates(expert_file(), {"even", "odd"}, ["soft", "hard"], [0.3, 0.34, 0.95, None], [0.5, 1.0], ["auto", "0-3"])
+    tried, skipped = candidates(
+        expert_file(), {"even", "odd"}, ["soft", "hard"], [0.3, 0.34, 0.95, None], [0.5, 1.0], ["auto", "0-3"]
+    )
     assert tried[0] == Candidate(None, None, 0)
-    settings = [(c.steering.kind, c.steering.strength, c.steering.tau, c.steering.layers, c.experts) for c in tried[1:]]  # type: ignore[union-attr]
+    settings = [
+        (c.steering.kind, c.steering.strength, c.steering.tau, c.steering.layers, c.experts)
+        for c in tried[1:]
+    ]  # type: ignore[union-attr]
     sets = [(0.3, (1, 2), 2), (None, (1, 2), 1), (0.3, (0, 3), 3), (None, (0, 3), 2)]
-    expected = [("soft", strength, *own) for own in sets for strength in (0.5, 1.0)] + [("hard", None, *own) for own in sets]
+    expected = [("soft", strength, *own) for own in sets for strength in (0.5, 1.0)] + [
+        ("hard", None, *own) for own in sets
+    ]
     assert settings == expected
     assert [line.split(";")[0] for line in skipped] == [
         "tau=0.34 in MoE layers 1-2: the experts of an earlier setting",
@@ -104,17 +120,31 @@ def test_a_tau_that_is_none_is_refused(text: str) -> None:
 
 
 def tried(count: int) -> list[Candidate]:
-    return [Candidate(None, None, 0), *(Candidate(Steering("soft", 0.1 * n, None, (1, 2)), "auto", 3) for n in range(1, count))]
+    return [
+        Candidate(None, None, 0),
+        *(Candidate(Steering("soft", 0.1 * n, None, (1, 2)), "auto", 3) for n in range(1, count)),
+    ]
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=30))
-def test_a_row_counts_the_targets_alone_and_compares_them_with_no_steering(outcomes: list[tuple[bool, bool]]) -> None:
+def test_a_row_counts_the_targets_alone_and_compares_them_with_no_steering(
+    outcomes: list[tuple[bool, bool]],
+) -> None:
     answers = [Answer(f"q{n}", "es") for n in range(len(outcomes))] + [Answer("q0", "en"), Answer("q1", "en")]
     plain, steered = [p for p, _ in outcomes], [s for _, s in outcomes]
     rows = search_table(tried(2), answers, [[*plain, True, True], [*steered, True, False]], "en")
     change = paired_proportions(steered, plain)
-    assert (rows[1]["n"], rows[1]["correct"], rows[1]["accuracy"]) == (len(outcomes), sum(steered), sum(steered) / len(outcomes))
-    assert (rows[1]["change"], rows[1]["low"], rows[1]["high"], rows[1]["p"]) == (change.change, change.low, change.high, change.p)
+    assert (rows[1]["n"], rows[1]["correct"], rows[1]["accuracy"]) == (
+        len(outcomes),
+        sum(steered),
+        sum(steered) / len(outcomes),
+    )
+    assert (rows[1]["change"], rows[1]["low"], rows[1]["high"], rows[1]["p"]) == (
+        change.change,
+        change.low,
+        change.high,
+        change.p,
+    )
     assert [row["anchor_correct"] for row in rows] == [2, 1]
     assert rows[0]["change"] == 0
     assert rows[1]["languages"] == [{"language": "es", "n": len(outcomes), "correct": sum(steered)}]

@@ -1,14 +1,17 @@
-"""The loss that is attached at a router, and its gradient at the logits, against METHODS written out in float64.
+"""The loss that is attached at a router, and its gradient at the logits, against METHODS written out in
+float64.
 
-The reference below shares nothing with the package. For one aligned layer of Z, over the N samples of the global batch (here one
-micro-batch on one rank):
+The reference below shares nothing with the package. For one aligned layer of Z, over the N samples of the
+global batch (here one micro-batch on one rank):
 
-    per-token loss off   coeff / Z * mean_i [i is aligned] D_i          (normalise by ci: the mean over the aligned samples)
-    per-token loss on    coeff / Z * sum_i n_i [i is aligned] D_i       (normalise by ci: times sum n / sum of the aligned n)
+    per-token loss off   coeff / Z * mean_i [i is aligned] D_i
+    per-token loss on    coeff / Z * sum_i n_i [i is aligned] D_i
 
-the second of which `finalize_model_grads` divides by sum_i n_i, the loss tokens of the batch. Gradients are compared with central
-finite differences of the reference (step 1e-6 in float64, its own error about 1e-9). Bound, for values and gradients: relative error
-(of the norm) below 1e-5, since the losses at the routers are computed in float32 (found: 1e-6).
+With `normalise ci` the first is the mean over the aligned samples, and the second is multiplied by sum n /
+sum of the aligned n. The second is the sum that `finalize_model_grads` divides by sum_i n_i, the loss tokens
+of the batch. Gradients are compared with central finite differences of the reference (step 1e-6 in float64,
+its own error about 1e-9). Bound, for values and gradients: relative error (of the norm) below 1e-5, since the
+losses at the routers are computed in float32 (found: 1e-6).
 
 Not covered: several ranks or micro-batches, Megatron's own scale of the attached loss (the layout tests).
 """
@@ -33,7 +36,9 @@ BOUND = 1e-5
 COEFF, S, E, TASKS, LAYERS, ZONE, LAYER = 3.0, 7, 5, 3, 4, (1, 3), 2
 PROMPT = np.array([2, 3, 0, 4, 1, 5])  # the third sample has no prompt,
 LENGTH = np.array([5, 3, 4, 7, 6, 6])  # the second no response, the fourth no padding
-TASK = np.array([0, 1, 0, 1, 2, -1])  # task 2 has no expert in this layer; the last sample is of no known task
+TASK = np.array(
+    [0, 1, 0, 1, 2, -1]
+)  # task 2 has no expert in this layer; the last sample is of no known task
 ALIGNED = np.array([True, True, True, True, True, False])
 LOSS_TOKENS = np.array([3, 1, 4, 2, 5, 1])
 RANDOM = np.random.default_rng(5)
@@ -47,8 +52,12 @@ TARGET_BZE[0] /= TARGET_BZE[0].sum(-1, keepdims=True)
 
 
 def scores(logits: np.ndarray, function: str) -> np.ndarray:
-    """Router distribution over all experts; sigmoid and square-root-softplus scores are divided by their sum."""
-    raw = {"softmax": np.exp, "sigmoid": lambda z: 1 / (1 + np.exp(-z)), "sqrtsoftplus": lambda z: np.sqrt(np.log1p(np.exp(z)))}
+    """Router distribution over all experts. Sigmoid and sqrt-softplus scores are divided by their sum."""
+    raw = {
+        "softmax": np.exp,
+        "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+        "sqrtsoftplus": lambda z: np.sqrt(np.log1p(np.exp(z))),
+    }
     value = raw[function](logits)
     return value / value.sum(-1, keepdims=True)
 
@@ -81,8 +90,10 @@ def chosen(tokens: str, b: int) -> list[int]:
     return list(rows[tokens])
 
 
-def reference(logits_NSBE: np.ndarray, function: str, per_token: bool, normalize: str, config: RoutingAlignmentConfig) -> np.ndarray:
-    """Each sample's part of the loss at this layer without coeff / Z, as it leaves `finalize_model_grads`. [N, B]"""
+def reference(
+    logits_NSBE: np.ndarray, function: str, per_token: bool, normalize: str, config: RoutingAlignmentConfig
+) -> np.ndarray:
+    """Each sample's part of the layer's loss, without coeff / Z, after `finalize_model_grads`. [N, B]"""
     total = np.zeros((len(logits_NSBE), len(PROMPT)))
     weight = LOSS_TOKENS if per_token else np.ones(len(PROMPT))
     for b in np.flatnonzero(ALIGNED):
@@ -90,7 +101,9 @@ def reference(logits_NSBE: np.ndarray, function: str, per_token: bool, normalize
         if not rows:
             continue
         q_NTE = scores(logits_NSBE[:, rows, b], function)
-        p_E = (PATTERN_GLE[TASK[b], LAYER] if config.target == "profile" else TARGET_BZE[b, LAYER - ZONE[0]]).astype(np.float64)
+        p_E = (
+            PATTERN_GLE[TASK[b], LAYER] if config.target == "profile" else TARGET_BZE[b, LAYER - ZONE[0]]
+        ).astype(np.float64)
         experts = MASK_GLE[TASK[b], LAYER]
         if config.pooling == "sequence":
             found_N = reference_divergence(config.divergence, p_E, q_NTE.mean(1), experts)
@@ -100,14 +113,18 @@ def reference(logits_NSBE: np.ndarray, function: str, per_token: bool, normalize
     return total / weight[ALIGNED if normalize == "ci" else slice(None)].sum()
 
 
-def attached(function: str, per_token: bool, normalize: str, config: RoutingAlignmentConfig) -> tuple[float, np.ndarray]:
+def attached(
+    function: str, per_token: bool, normalize: str, config: RoutingAlignmentConfig
+) -> tuple[float, np.ndarray]:
     """From the code: the logged loss of the layer, and the gradient at the logits."""
     metrics = AlignmentMetrics(range(1, LAYERS + 1), "cpu")
     mask, pattern = torch.tensor(MASK_GLE), torch.tensor(PATTERN_GLE)
     chunk = torch.nn.Module()
     zone = tuple(range(ZONE[0], ZONE[1] + 1))
     equal = dict.fromkeys(zone, 1.0)
-    chunk.ramoe_alignment = Alignment(config, ("a", "b", "c"), zone, mask, pattern, equal, metrics, AlignmentState(config, "cpu"))
+    chunk.ramoe_alignment = Alignment(
+        config, ("a", "b", "c"), zone, mask, pattern, equal, metrics, AlignmentState(config, "cpu")
+    )
     chunk.ramoe_layers = {LAYER}
     router = types.SimpleNamespace(
         tp_group=None, cp_group=None, tp_cp_group=None, config=types.SimpleNamespace(sequence_parallel=False),
@@ -134,17 +151,26 @@ def attached(function: str, per_token: bool, normalize: str, config: RoutingAlig
     return sums["loss"] / sums["unit"], logits.grad.double().numpy()
 
 
-def finite_differences(function: str, per_token: bool, normalize: str, config: RoutingAlignmentConfig) -> np.ndarray:
-    """Gradient of the reference's sum; a sample's part depends on its own logits alone, so all samples move at once. [S, B, E]"""
+def finite_differences(
+    function: str, per_token: bool, normalize: str, config: RoutingAlignmentConfig
+) -> np.ndarray:
+    """Gradient of the reference's sum. [S, B, E]
+
+    A sample's part depends only on its own logits, so all samples are moved at once.
+    """
     step = 1e-6
     moved = step * np.eye(S * E).reshape(-1, S, 1, E)
-    up, down = (reference(LOGITS_SBE + sign * moved, function, per_token, normalize, config) for sign in (1, -1))
+    up, down = (
+        reference(LOGITS_SBE + sign * moved, function, per_token, normalize, config) for sign in (1, -1)
+    )
     return ((up - down) / (2 * step)).reshape(S, E, -1).transpose(0, 2, 1)
 
 
 def check(function: str, per_token: bool, normalize: str, **choices: Any) -> None:
     # The taxonomy and the files are read elsewhere; here they only have to be named.
-    config = RoutingAlignmentConfig(coeff=COEFF, experts="e", taxonomy="t", priors="p", normalize=normalize, **choices)
+    config = RoutingAlignmentConfig(
+        coeff=COEFF, experts="e", taxonomy="t", priors="p", normalize=normalize, **choices
+    )
     loss, gradient = attached(function, per_token, normalize, config)
     expected = reference(LOGITS_SBE[None], function, per_token, normalize, config).sum()
     assert expected > 1e-3
@@ -153,7 +179,8 @@ def check(function: str, per_token: bool, normalize: str, **choices: Any) -> Non
     scale = COEFF / (ZONE[1] - ZONE[0] + 1) * (LOSS_TOKENS.sum() if per_token else 1)
     wanted = scale * finite_differences(function, per_token, normalize, config)
     assert np.linalg.norm(gradient - wanted) / np.linalg.norm(wanted) < BOUND
-    for b, aligned in enumerate(ALIGNED):  # padding, other tokens, samples that are not aligned: nothing at all
+    # padding, other tokens, samples that are not aligned: nothing at all
+    for b, aligned in enumerate(ALIGNED):
         others = np.setdiff1d(np.arange(S), chosen(config.tokens, b) if aligned else [])
         assert not gradient[others, b].any()
 
@@ -165,12 +192,24 @@ NORMALISERS = list(itertools.product((False, True), ("samples", "ci")))
 @pytest.mark.parametrize("tokens", ["prompt", "response", "all", "last"])
 @pytest.mark.parametrize("target", ["profile", "example"])
 @pytest.mark.parametrize("divergence", ["lumped-kl", "mass", "kl", "js"])
-def test_loss_and_gradient_are_those_of_the_float64_reference(divergence: str, target: str, tokens: str, pooling: str) -> None:
+def test_loss_and_gradient_are_those_of_the_float64_reference(
+    divergence: str, target: str, tokens: str, pooling: str
+) -> None:
     for per_token, normalize in NORMALISERS:
-        check("softmax", per_token, normalize, divergence=divergence, target=target, tokens=tokens, pooling=pooling)
+        check(
+            "softmax",
+            per_token,
+            normalize,
+            divergence=divergence,
+            target=target,
+            tokens=tokens,
+            pooling=pooling,
+        )
 
 
 @pytest.mark.parametrize("function", ["sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("divergence", ["lumped-kl", "mass", "kl", "js"])
 def test_scores_that_are_no_softmax_are_divided_by_their_sum(divergence: str, function: str) -> None:
-    check(function, False, "samples", divergence=divergence, target="example", tokens="all", pooling="sequence")
+    check(
+        function, False, "samples", divergence=divergence, target="example", tokens="all", pooling="sequence"
+    )

@@ -40,32 +40,47 @@ def test_without_flags_alignment_is_off() -> None:
 
 def test_every_flag_reaches_its_field() -> None:
     words = (
-        "--lr 1e-3 --ramoe-coeff 2.5 --ramoe-experts e --ramoe-taxonomy t --ramoe-priors p --ramoe-divergence js --ramoe-target example "
-        "--ramoe-layers 2-5 --ramoe-tokens last --ramoe-pooling token --ramoe-examples ci+cc --ramoe-normalize ci "
-        "--ramoe-shuffle-targets 3 --ramoe-data a.jsonl b --ramoe-split dev --ramoe-languages en tr --ramoe-anchor eng "
-        "--ramoe-columns prompt=text --ramoe-weights */en=0.4 *=0.6 --ramoe-missing-priors skip --ramoe-layer-weights d.csv "
-        "--ramoe-coeff-warmup-iters 9 --ramoe-coeff-decay cosine --ramoe-coeff-unit lm-loss"
+        "--lr 1e-3 --ramoe-coeff 2.5 --ramoe-experts e --ramoe-taxonomy t --ramoe-priors p "
+        "--ramoe-divergence js --ramoe-target example --ramoe-layers 2-5 --ramoe-tokens last "
+        "--ramoe-pooling token --ramoe-examples ci+cc --ramoe-normalize ci --ramoe-shuffle-targets 3 "
+        "--ramoe-data a.jsonl b --ramoe-split dev --ramoe-languages en tr --ramoe-anchor eng "
+        "--ramoe-columns prompt=text --ramoe-weights */en=0.4 *=0.6 --ramoe-missing-priors skip "
+        "--ramoe-layer-weights d.csv --ramoe-coeff-warmup-iters 9 --ramoe-coeff-decay cosine "
+        "--ramoe-coeff-unit lm-loss"
     )
     args = parse(*words.split())
     assert RoutingAlignmentConfig.from_args(args) == RoutingAlignmentConfig(
-        coeff=2.5, experts="e", taxonomy="t", priors="p", divergence="js", target="example", layers="2-5", tokens="last",
-        pooling="token", examples="ci+cc", normalize="ci", shuffle_targets=3, missing_priors="skip", layer_weights="d.csv",
+        coeff=2.5, experts="e", taxonomy="t", priors="p", divergence="js", target="example", layers="2-5",
+        tokens="last",
+        pooling="token", examples="ci+cc", normalize="ci", shuffle_targets=3, missing_priors="skip",
+        layer_weights="d.csv",
         coeff_warmup_iters=9, coeff_decay="cosine", coeff_unit="lm-loss",
     )  # fmt: skip
     data = options_from_args(DataOptions, args)
-    assert data == DataOptions(["a.jsonl", "b"], "dev", ["en", "tr"], "eng", ["prompt=text"], ["*/en=0.4", "*=0.6"])
+    assert data == DataOptions(
+        ["a.jsonl", "b"], "dev", ["en", "tr"], "eng", ["prompt=text"], ["*/en=0.4", "*=0.6"]
+    )
     words = "--ramoe-train rise --ramoe-usage u --ramoe-train-budget 12 --ramoe-train-split 3 4 5"
-    assert options_from_args(SelectiveOptions, parse(*words.split())) == SelectiveOptions("rise", "u", 12, [3, 4, 5])
+    assert options_from_args(SelectiveOptions, parse(*words.split())) == SelectiveOptions(
+        "rise", "u", 12, [3, 4, 5]
+    )
     words = "--ramoe-train esft-gate --ramoe-usage u --ramoe-train-top-p 0.2"
-    assert options_from_args(SelectiveOptions, parse(*words.split())) == SelectiveOptions("esft-gate", "u", train_top_p=0.2)
+    assert options_from_args(SelectiveOptions, parse(*words.split())) == SelectiveOptions(
+        "esft-gate", "u", train_top_p=0.2
+    )
     assert data.column_mapping() == {"prompt": "text"}
     assert data.weight_mapping() == {"*/en": 0.4, "*": 0.6}
 
 
 @pytest.mark.parametrize("job", [(), (EvaluateOptions,), (ProfileOptions,), (PredictOptions,)])
 def test_every_field_has_a_help_text_that_prints(job: tuple[type, ...]) -> None:
-    groups = (DataOptions, OfflineOptions, *job) if job else (RoutingAlignmentConfig, DataOptions, SelectiveOptions)
-    parser = arguments_with(*groups)(argparse.ArgumentParser())  # of ours alone: Megatron 0.19 cannot print all of its own help
+    groups = (
+        (DataOptions, OfflineOptions, *job)
+        if job
+        else (RoutingAlignmentConfig, DataOptions, SelectiveOptions)
+    )
+    # of ours alone: Megatron 0.19 cannot print all of its own help
+    parser = arguments_with(*groups)(argparse.ArgumentParser())
     told = parser.format_help()
     helps = {action.dest: action.help for action in parser._actions}
     for group in groups:
@@ -99,7 +114,8 @@ def test_what_cannot_be_meant_is_refused_by_name(change: dict[str, Any], words: 
 
 
 def test_off_asks_for_nothing_and_all_for_no_taxonomy() -> None:
-    RoutingAlignmentConfig(coeff=0.0, target="example", shuffle_targets=1)  # a recipe may keep its settings for the SFT baseline
+    # a recipe may keep its settings for the SFT baseline
+    RoutingAlignmentConfig(coeff=0.0, target="example", shuffle_targets=1)
     RoutingAlignmentConfig(**{**ON, "taxonomy": None, "examples": "all"})
 
 
@@ -126,7 +142,10 @@ def test_remembered_docstrings_make_the_same_parser(monkeypatch: pytest.MonkeyPa
         return {action.dest: action.help for action in parser._actions}
 
     read = helps()
-    monkeypatch.setattr(ArgumentGroupFactory, "_get_field_docstrings", ArgumentGroupFactory._get_field_docstrings)  # put back afterwards
+    # put back afterwards
+    monkeypatch.setattr(
+        ArgumentGroupFactory, "_get_field_docstrings", ArgumentGroupFactory._get_field_docstrings
+    )
     compat.remember_docstrings()
     assert helps() == read
     assert helps() == read

@@ -1,4 +1,4 @@
-"""Laws of the CPU backend: it leaves no trace, never engages beside a CUDA device, and keeps the user's flags."""
+"""Laws of the CPU backend: it leaves no trace, stays off with a CUDA device, and keeps the user's flags."""
 
 import os
 from typing import Any
@@ -21,11 +21,15 @@ VARIABLES = ("TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS")
 
 
 def replaced() -> list[tuple[Any, str]]:
-    return [(owner, name) for owner, name, _ in [*cpu._torch_stand_ins(), *cpu._megatron_stand_ins()]] + [(torch, "compile")]
+    return [(owner, name) for owner, name, _ in [*cpu._torch_stand_ins(), *cpu._megatron_stand_ins()]] + [
+        (torch, "compile")
+    ]
 
 
 def values() -> list[Any]:
-    return [vars(owner).get(name) for owner, name in replaced()] + [os.environ.get(name) for name in VARIABLES]
+    return [vars(owner).get(name) for owner, name in replaced()] + [
+        os.environ.get(name) for name in VARIABLES
+    ]
 
 
 @pytest.fixture
@@ -34,7 +38,9 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_cuda")
-def test_every_replaced_attribute_comes_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_replaced_attribute_comes_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     before = values()
@@ -51,7 +57,9 @@ def test_every_replaced_attribute_comes_back(monkeypatch: pytest.MonkeyPatch, ca
     assert all(new is old or new == old for new, old in zip(values(), before, strict=True))
 
 
-def test_never_beside_a_cuda_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_never_beside_a_cuda_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(cpu, "cuda_absent", lambda: False)
     before = values()
     with cpu_backend() as on:
@@ -68,7 +76,11 @@ def test_inside_itself_it_changes_nothing(capsys: pytest.CaptureFixture[str]) ->
         with cpu_backend() as on:
             assert on
         # leaving the inner one leaves the outer one on
-        assert outer == (torch.cuda.current_stream, torch.cuda.is_available, torch.utils.data.DataLoader.__init__)
+        assert outer == (
+            torch.cuda.current_stream,
+            torch.cuda.is_available,
+            torch.utils.data.DataLoader.__init__,
+        )
         assert torch.zeros(1, device="cuda").device.type == "cpu"
     assert capsys.readouterr().out.count("\n") == 1
 
@@ -77,7 +89,12 @@ def test_inside_itself_it_changes_nothing(capsys: pytest.CaptureFixture[str]) ->
 def test_a_request_for_cuda_is_answered_with_the_cpu() -> None:
     with cpu_backend():
         x = torch.ones(2)
-        for moved in (x.cuda(non_blocking=True), x.to("cuda:3"), x.to(device=torch.device("cuda", 0)), x.pin_memory()):
+        for moved in (
+            x.cuda(non_blocking=True),
+            x.to("cuda:3"),
+            x.to(device=torch.device("cuda", 0)),
+            x.pin_memory(),
+        ):
             assert moved.device.type == "cpu"
             assert torch.equal(moved, x)
         assert torch.empty(3, device=torch.cuda.current_device()).device.type == "cpu"
@@ -85,7 +102,8 @@ def test_a_request_for_cuda_is_answered_with_the_cpu() -> None:
         state = torch.cuda.get_rng_state()
         first = torch.rand(4)
         torch.cuda.set_rng_state(state)
-        assert torch.equal(torch.rand(4), first)  # the state is a real one: recomputation draws the same dropout
+        # the state is a real one: recomputation draws the same dropout
+        assert torch.equal(torch.rand(4), first)
 
 
 @pytest.mark.usefixtures("no_cuda")
@@ -93,7 +111,11 @@ def test_norms_under_sequence_parallelism_carry_its_mark() -> None:
     with cpu_backend():
         for on in (True, False):
             config = TransformerConfig(
-                num_layers=1, hidden_size=8, num_attention_heads=2, normalization="RMSNorm", use_cpu_initialization=True
+                num_layers=1,
+                hidden_size=8,
+                num_attention_heads=2,
+                normalization="RMSNorm",
+                use_cpu_initialization=True,
             )
             config.sequence_parallel = on
             norm = WrappedTorchNorm(config, 8)
@@ -103,7 +125,10 @@ def test_norms_under_sequence_parallelism_carry_its_mark() -> None:
 
 ordinary = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["--lr", "--seq-length", "--distributed-backend"]), st.sampled_from(["1", "2e-4", "nccl"])),
+        st.tuples(
+            st.sampled_from(["--lr", "--seq-length", "--distributed-backend"]),
+            st.sampled_from(["1", "2e-4", "nccl"]),
+        ),
         st.tuples(st.sampled_from(["--bf16", "--swiglu", "--ramoe-coeff=1"])),
     ),
     max_size=6,
@@ -112,7 +137,9 @@ left_out = st.lists(st.tuples(st.sampled_from(sorted(CUDA_ONLY_FLAGS)), st.boole
 
 
 @given(ordinary, left_out, st.randoms())
-def test_users_flags_stay_in_order_and_cuda_only_ones_go_with_their_values(kept: Any, dropped: Any, random: Any) -> None:
+def test_users_flags_stay_in_order_and_cuda_only_ones_go_with_their_values(
+    kept: Any, dropped: Any, random: Any
+) -> None:
     groups = [(True, list(words)) for words in kept]
     for flag, joined in dropped:
         count = CUDA_ONLY_FLAGS[flag]
@@ -133,12 +160,16 @@ def test_megatrons_parser_reads_the_last_of_two() -> None:
 
 
 @pytest.mark.usefixtures("no_cuda")
-@pytest.mark.parametrize("reentrant", [True, False])  # True: as Megatron's own recompute, a backward pass in another
+@pytest.mark.parametrize(
+    "reentrant", [True, False]
+)  # True: as Megatron's own recompute, a backward pass in another
 @pytest.mark.parametrize("way", ["method", "function", "grad"])
 def test_what_a_backward_pass_recomputes_is_answered_with_the_cpu(way: str, reentrant: bool) -> None:
     """Megatron's causal mask, which it makes on the device "cuda", anew in each recomputed layer."""
     with cpu_backend():
-        softmax = FusedScaleMaskSoftmax(False, False, AttnMaskType.causal, False, attention_mask_func, True, None)
+        softmax = FusedScaleMaskSoftmax(
+            False, False, AttnMaskType.causal, False, attention_mask_func, True, None
+        )
 
         def attention(x: torch.Tensor) -> torch.Tensor:
             return softmax(2 * x, None).square().sum()  # a tensor of its own: the mask is written into it

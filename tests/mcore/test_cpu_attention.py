@@ -1,10 +1,12 @@
 """Laws of the CPU backend's attention, on real Megatron over one gloo rank and then two.
 
-A packed sample is computed as if it were alone, and a context-parallel rank's rows as if it held the whole sequence. Gradients are those
-after `finalize_model_grads`, under per-token loss. Without it Megatron's cross-entropy is a mean of the context-parallel ranks' means:
-that what alignment adds to the gradient is the same then too, the rows `cp-alone` and `lm-cp` of `layout_rows` show.
+A packed sample is computed as if it were alone, and a context-parallel rank's rows as if it held the whole
+sequence. Gradients are those after `finalize_model_grads`, under per-token loss. Without it Megatron's
+cross-entropy is a mean of the context-parallel ranks' means: that what alignment adds to the gradient is the
+same then too, the rows `cp-alone` and `lm-cp` of `layout_rows` show.
 
-Training on packs, and context parallelism beside other kinds: `test_layouts_packed.py`, `test_layouts.py`. Not covered: attention dropout.
+Training on packs, and context parallelism beside other kinds: `test_layouts_packed.py`, `test_layouts.py`.
+Not covered: attention dropout.
 """
 
 import json
@@ -34,11 +36,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("attention")
     write_world(folder)
 
-    jobs = {"plain": training_flags(folder, *load_flags(folder), *PER_TOKEN), "aligned": aligned_flags(folder, *PER_TOKEN, *PROMPT)}
+    jobs = {
+        "plain": training_flags(folder, *load_flags(folder), *PER_TOKEN),
+        "aligned": aligned_flags(folder, *PER_TOKEN, *PROMPT),
+    }
 
     def rows(ranks: int, *more: str) -> list[dict[str, Any]]:
-        trained = [{"name": f"{name}{ranks}", "job": "finetune", "argv": [*flags, *more]} for name, flags in jobs.items()]
-        return [*trained, {"name": f"pack{ranks}", "job": JOB, "argv": [str(folder / f"pack{ranks}.safetensors")]}]
+        trained = [
+            {"name": f"{name}{ranks}", "job": "finetune", "argv": [*flags, *more]}
+            for name, flags in jobs.items()
+        ]
+        return [
+            *trained,
+            {"name": f"pack{ranks}", "job": JOB, "argv": [str(folder / f"pack{ranks}.safetensors")]},
+        ]
 
     base = training_flags(folder, "--save", str(folder / "base"), "--save-interval", "2")
     profile = {"name": "profile", "job": "profile", "argv": profile_flags(folder, "profile")}
@@ -99,7 +110,9 @@ def test_every_query_sees_the_rows_before_it_in_its_own_sample(units: list[int],
 
 def test_what_causal_attention_would_get_wrong_is_refused(world: Path) -> None:
     told = json.loads((world / "pack1.safetensors.json").read_text())
-    for name, text in zip(("attention mask", "no_mask", "--window-size", "thd", "--hybrid-context-parallel"), told, strict=True):
+    for name, text in zip(
+        ("attention mask", "no_mask", "--window-size", "thd", "--hybrid-context-parallel"), told, strict=True
+    ):
         assert name in text
 
 

@@ -1,4 +1,4 @@
-"""A training without Slurm that is asked to save, goes on, and then has a rank that hangs: what its launcher and its log say."""
+"""The launcher and the log of a training without Slurm that saves on request, resumes, and then hangs."""
 
 import os
 import re
@@ -21,12 +21,24 @@ class Training:
     """`ramoe finetune --ranks 2` in a process of its own."""
 
     def __init__(self, folder: Path, name: str, *more: str) -> None:
-        flags = training_flags(folder, "--train-iters", str(ITERATIONS), "--expert-model-parallel-size", "2", *more, losses=ALONE)
-        flags += ["--save", str(folder / "out"), "--load", str(folder / "out"), "--save-interval", "100", "--exit-signal-handler"]
+        flags = training_flags(
+            folder, "--train-iters", str(ITERATIONS), "--expert-model-parallel-size", "2", *more, losses=ALONE
+        )
+        flags += [
+            "--save",
+            str(folder / "out"),
+            "--load",
+            str(folder / "out"),
+            "--save-interval",
+            "100",
+            "--exit-signal-handler",
+        ]
         self.log = folder / f"{name}.log"
         command = [sys.executable, "-m", "ramoe_megatron.cli", "finetune", "--ranks", "2", *flags]
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
 
     @property
     def text(self) -> str:
@@ -44,7 +56,8 @@ class Training:
         return next(
             process
             for process, command in processes()
-            if "jobs.finetune" in command and {f"RANK={number}", "LOCAL_WORLD_SIZE=2"} <= environment_of(process)
+            if "jobs.finetune" in command and {f"RANK={number}",
+                                               "LOCAL_WORLD_SIZE=2"} <= environment_of(process)
             and str(self.log.parent) in command
         )  # fmt: skip
 
@@ -57,7 +70,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_terminated_training_saves_and_goes_on_and_a_hung_rank_is_named(world: Path) -> None:
-    """SIGTERM of the launcher reaches the ranks, not torchrun. Then rank 1 is stopped: its peer waits `--distributed-timeout-minutes`."""
+    """SIGTERM to the launcher reaches the ranks, not torchrun.
+
+    Then rank 1 is stopped, and the other rank waits `--distributed-timeout-minutes`.
+    """
     first = Training(world, "first")
     first.until_it_trains()
     first.process.send_signal(signal.SIGTERM)
@@ -74,7 +90,12 @@ def test_a_terminated_training_saves_and_goes_on_and_a_hung_rank_is_named(world:
     os.kill(hung, signal.SIGSTOP)
     started = time.monotonic()
     ended = second.process.poll
-    wait_for(lambda: "there is no sign of" in second.text or ended() is not None, 150, "the message", lambda: second.text[-3000:])
+    wait_for(
+        lambda: "there is no sign of" in second.text or ended() is not None,
+        150,
+        "the message",
+        lambda: second.text[-3000:],
+    )
     assert time.monotonic() - started > 50, "it waited for the configured minute"
     os.kill(hung, signal.SIGKILL)  # torchrun would give a stopped rank half a minute
     assert second.process.wait(60) not in (0, 75)

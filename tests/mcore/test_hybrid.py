@@ -1,6 +1,8 @@
-"""A HybridModel is the GPT model of the same weights, in our jobs too: on local modules, over one gloo rank and then two.
+"""A HybridModel is the GPT model of the same weights, in our jobs too: on local modules, over one gloo rank
+and then two.
 
-Attention and MoE are layers of their own there, so Megatron's layer numbers differ; the place among the MoE layers does not.
+Attention and MoE are layers of their own there, so Megatron's layer numbers differ; the place among the MoE
+layers does not.
 """
 
 import json
@@ -17,7 +19,15 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import (
     validate_segment_layers,
 )
 from safetensors.torch import load_file
-from small_run import aligned_flags, offline_flags, outcome, profile_flags, run_table, training_flags, write_world
+from small_run import (
+    aligned_flags,
+    offline_flags,
+    outcome,
+    profile_flags,
+    run_table,
+    training_flags,
+    write_world,
+)
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy
@@ -58,7 +68,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return {"name": name, "job": "finetune", "argv": aligned_flags(folder, *SAME_AS_GPT[name][1])}
 
     def scratch(name: str, *more: str) -> dict[str, Any]:
-        flags = training_flags(folder, "--train-iters", "2", "--save", str(folder / name), "--save-interval", "2", *more)
+        flags = training_flags(
+            folder, "--train-iters", "2", "--save", str(folder / name), "--save-interval", "2", *more
+        )
         return {"name": name, "job": "finetune", "argv": flags}
 
     def refused(name: str, *more: str) -> dict[str, Any]:
@@ -70,14 +82,33 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [
             scratch("base"),
             {"name": "profile", "job": "profile", "argv": profile_flags(folder, "profile")},
-            {"name": "profile-hybrid", "job": "profile", "argv": profile_flags(folder, "profile-hybrid", *PATTERN)},
+            {
+                "name": "profile-hybrid",
+                "job": "profile",
+                "argv": profile_flags(folder, "profile-hybrid", *PATTERN),
+            },
             {"name": "reference", "job": REFERENCE, "argv": offline_flags(folder, "reference")},
-            {"name": "reference-hybrid", "job": REFERENCE, "argv": offline_flags(folder, "reference-hybrid", *PATTERN)},
-            *({"name": name, "job": "finetune", "argv": aligned_flags(folder, *flags)} for name, flags in GPT.items()),
+            {
+                "name": "reference-hybrid",
+                "job": REFERENCE,
+                "argv": offline_flags(folder, "reference-hybrid", *PATTERN),
+            },
+            *(
+                {"name": name, "job": "finetune", "argv": aligned_flags(folder, *flags)}
+                for name, flags in GPT.items()
+            ),
             *(aligned(name) for name in SAME_AS_GPT if name not in TWO_RANKS),
             scratch("trained", "--hybrid-layer-pattern", MIXED),
-            {"name": "taxonomy", "job": "taxonomy", "argv": offline_flags(folder, "taxonomy", *trained, *DEPRECATED)},
-            {"name": "profile-mixed", "job": "profile", "argv": profile_flags(folder, "profile-mixed", *trained, *DEPRECATED)},
+            {
+                "name": "taxonomy",
+                "job": "taxonomy",
+                "argv": offline_flags(folder, "taxonomy", *trained, *DEPRECATED),
+            },
+            {
+                "name": "profile-mixed",
+                "job": "profile",
+                "argv": profile_flags(folder, "profile-mixed", *trained, *DEPRECATED),
+            },
             refused("to-gpt", *trained),
             refused("three", "--hybrid-layer-pattern", "*E*E*E"),
             refused("unpaired", "--hybrid-layer-pattern", "*E*E*EE"),
@@ -110,19 +141,29 @@ def as_hybrid(key: str) -> str:
 
 
 def test_a_gpt_checkpoint_scores_and_routes_the_same(world: Path) -> None:
-    """Loss of every example, every pooled routing, expert counts, greedy answers: all that the reference job writes."""
+    """The whole output of the reference job: losses, pooled routing, expert counts and greedy answers."""
     for file in ("reference/reference", "profile/experts", "profile/priors"):
         folder, name = file.split("/")
-        gpt, hybrid = (load_file(world / place / f"{name}.safetensors") for place in (folder, f"{folder}-hybrid"))
+        gpt, hybrid = (
+            load_file(world / place / f"{name}.safetensors") for place in (folder, f"{folder}-hybrid")
+        )
         assert gpt.keys() == hybrid.keys()
         for key in gpt.keys() - {"layer_number"}:
-            torch.testing.assert_close(hybrid[key], gpt[key], rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
-    curves = [[row.divergence for row in read_divergence(world / f / "divergence.csv")] for f in ("profile", "profile-hybrid")]
+            torch.testing.assert_close(
+                hybrid[key], gpt[key], rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}"
+            )
+    curves = [
+        [row.divergence for row in read_divergence(world / f / "divergence.csv")]
+        for f in ("profile", "profile-hybrid")
+    ]
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
 def test_the_files_say_how_megatron_numbers_the_layers(world: Path) -> None:
-    numbers = [ExpertFile.load(world / f / "experts.safetensors").layer_number.tolist() for f in ("profile", "profile-hybrid")]
+    numbers = [
+        ExpertFile.load(world / f / "experts.safetensors").layer_number.tolist()
+        for f in ("profile", "profile-hybrid")
+    ]
     assert numbers == [[1, 2, 3, 4], [2, 4, 6, 8]]
     mixed = ExpertFile.load(world / "profile-mixed/experts.safetensors")
     assert mixed.layer_number.tolist() == [3, 4, 6]
@@ -144,19 +185,27 @@ def test_the_expert_file_of_a_gpt_model_aligns_the_hybrid_model(world: Path, nam
 
 
 def test_training_ends_at_the_same_weights(world: Path) -> None:
-    """All parameters after two steps: so the language-model loss and the stock routing losses were the same too."""
+    """All parameters are equal after two steps, so the language-model and router losses were equal too."""
     gpt, hybrid = tensors(world, "gpt", "weight."), tensors(world, "hybrid", "weight.")
     assert {as_hybrid(key) for key in gpt} == hybrid.keys()
     for key, weight in gpt.items():
-        torch.testing.assert_close(hybrid[as_hybrid(key)], weight, rtol=1e-5, atol=1e-7, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            hybrid[as_hybrid(key)], weight, rtol=1e-5, atol=1e-7, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 def test_a_hybrid_checkpoint_comes_back(world: Path) -> None:
-    """Trained from scratch with MLP layers too, saved, loaded by an offline job: every weight, norms included."""
-    saved = {key.replace(".module.", "."): weight for key, weight in tensors(world, "trained", "weight.").items()}
+    """An offline job loads every weight and norm of a model that was trained from scratch with MLP layers."""
+    saved = {
+        key.replace(".module.", "."): weight for key, weight in tensors(world, "trained", "weight.").items()
+    }
     loaded = tensors(world, "taxonomy", "weight.")
     norms = {key.removeprefix("weight.0.decoder.") for key in saved if "norm" in key}
-    assert {"final_norm.weight", "layers.0.input_layernorm.weight", "layers.1.pre_mlp_layernorm.weight"} <= norms
+    assert {
+        "final_norm.weight",
+        "layers.0.input_layernorm.weight",
+        "layers.1.pre_mlp_layernorm.weight",
+    } <= norms
     assert len(norms) == 1 + len(MIXED)
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[key], loaded[key]) for key in saved)
@@ -184,7 +233,7 @@ SEGMENT = st.text("*-EM", max_size=6)
 
 @given(st.lists(SEGMENT, min_size=1, max_size=5), st.text("*-EM", min_size=1, max_size=3), st.integers(0, 2))
 def test_layers_are_numbered_as_megatron_places_them(segments: list[str], mtp: str, depth: int) -> None:
-    """Stage by stage, as a `HybridStack` numbers what it builds; boundaries and MTP layers count for nothing."""
+    """The numbers that a `HybridStack` gives, stage by stage, without boundaries and MTP layers."""
     placed, offset = [], 0
     for segment in segments:
         layers = validate_segment_layers(segment)

@@ -1,4 +1,4 @@
-"""Laws of the labels: which samples are aligned, with what weight, to what; and how data that does not fit is told."""
+"""Laws of the labels: which samples are aligned, their weights and targets, and errors for wrong data."""
 
 import json
 import pickle
@@ -24,14 +24,20 @@ from ramoe_megatron.mcore.align.labels import AlignedDataset, shuffled_ids
 from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 
-def dataset(files: dict[str, str], draws: int = 64, batch: int = 8, per_token: bool = False, **changes: Any) -> AlignedDataset:
-    return AlignedDataset(SFTDataset(EXAMPLES, TOKENIZER, 40, draws, 3), config(files, **changes), "en", batch, per_token)
+def dataset(
+    files: dict[str, str], draws: int = 64, batch: int = 8, per_token: bool = False, **changes: Any
+) -> AlignedDataset:
+    return AlignedDataset(
+        SFTDataset(EXAMPLES, TOKENIZER, 40, draws, 3), config(files, **changes), "en", batch, per_token
+    )
 
 
 @pytest.mark.parametrize(
     ("examples", "chosen"), [("ci", {"ci"}), ("ci+cc", {"ci", "cc"}), ("all", {"cc", "ci", "ic", "ii"})]
 )
-def test_aligned_are_the_target_views_of_the_chosen_categories(files: dict[str, str], examples: str, chosen: set[str]) -> None:
+def test_aligned_are_the_target_views_of_the_chosen_categories(
+    files: dict[str, str], examples: str, chosen: set[str]
+) -> None:
     found = dataset(files, examples=examples)
     for e, on in zip(EXAMPLES, found.labels.aligned, strict=True):
         assert on == (e.language != "en" and category(e.id, e.language) in chosen)
@@ -61,13 +67,21 @@ def test_an_item_carries_its_own_english_routing(files: dict[str, str]) -> None:
         assert torch.equal(item["ramoe_target"], expected)
         seen.add(on)
     assert seen == {True, False}
-    assert "ramoe_target" not in dataset(files, target="profile", priors=None, layers="1-2", examples="ci", **no_sum(files))[0]
+    assert (
+        "ramoe_target"
+        not in dataset(files, target="profile", priors=None, layers="1-2", examples="ci", **no_sum(files))[0]
+    )
 
 
 def no_sum(files: dict[str, str]) -> dict[str, str]:
     """A taxonomy by which no example of the task "sum" is aligned."""
     rows = [json.loads(line) for line in Path(files["taxonomy"]).read_text().splitlines()]
-    kept = [TaxonomyRow(r["id"], r["task"], r["language"], r["split"], r["english_correct"] and r["task"] != "sum", False) for r in rows]
+    kept = [
+        TaxonomyRow(
+            r["id"], r["task"], r["language"], r["split"], r["english_correct"] and r["task"] != "sum", False
+        )
+        for r in rows
+    ]
     path = Path(files["folder"]) / "no_sum.jsonl"
     write_taxonomy(path, kept)
     return {"taxonomy": str(path)}
@@ -89,8 +103,13 @@ def test_shuffled_targets_are_a_derangement_within_a_task(seed: int, on: list[bo
     assert ids == shuffled_ids(EXAMPLES, np.array(on), seed)
     task_of = {e.id: e.task for e in EXAMPLES}
     for task in TASKS:
-        own = {e.id: other for e, other, aligned in zip(EXAMPLES, ids, on, strict=True) if aligned and e.task == task}
-        assert set(own.values()) == set(own)  # a permutation of the aligned examples, the same for all languages of an id
+        own = {
+            e.id: other
+            for e, other, aligned in zip(EXAMPLES, ids, on, strict=True)
+            if aligned and e.task == task
+        }
+        # a permutation of the aligned examples, the same for all languages of an id
+        assert set(own.values()) == set(own)
         assert len(own) < 2 or all(other != id_ for id_, other in own.items())
         assert all(task_of[other] == task for other in own.values())
     plain = shuffled_ids(EXAMPLES, np.array(on), None)
@@ -105,7 +124,7 @@ def test_the_shuffle_reaches_the_items(files: dict[str, str]) -> None:
 
 
 def test_ids_that_the_shuffle_cannot_move_are_counted(files: dict[str, str]) -> None:
-    """A task with one aligned id has no other example to take the target of; where all tasks are such, nothing is shuffled."""
+    """A task with one aligned id keeps its target. It is an error if all tasks are like this."""
     assert dataset(files).labels.unshuffled == dataset(files, shuffle_targets=5).labels.unshuffled == 0
 
     def few(*ids: str) -> AlignedDataset:
@@ -114,18 +133,27 @@ def test_ids_that_the_shuffle_cannot_move_are_counted(files: dict[str, str]) -> 
 
     found = few("currency/0", "currency/1", "sum/1")
     assert found.labels.unshuffled == 1
-    for e, target, on in zip(found.dataset.examples, found.labels.target_ids, found.labels.aligned, strict=True):
+    for e, target, on in zip(
+        found.dataset.examples, found.labels.target_ids, found.labels.aligned, strict=True
+    ):
         assert not on or (target == e.id) == (e.id == "sum/1")
-    with pytest.raises(RamoeError, match=r"--ramoe-shuffle-targets 5 shuffles nothing: each of the 2 aligned ids"):
+    with pytest.raises(
+        RamoeError, match=r"--ramoe-shuffle-targets 5 shuffles nothing: each of the 2 aligned ids"
+    ):
         few("currency/0", "sum/1")
 
 
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("batch", [4, 8, 24])
-def test_normalize_ci_averages_to_one_over_each_global_batch(files: dict[str, str], batch: int, per_token: bool) -> None:
+def test_normalize_ci_averages_to_one_over_each_global_batch(
+    files: dict[str, str], batch: int, per_token: bool
+) -> None:
     found = dataset(files, 96, batch, per_token, normalize="ci")
     unit = found.dataset.encoded.loss_tokens[found.dataset.order] if per_token else np.ones(96)
-    weight, aligned = found.weight.reshape(-1, batch), found.labels.aligned[found.dataset.order].reshape(-1, batch)
+    weight, aligned = (
+        found.weight.reshape(-1, batch),
+        found.labels.aligned[found.dataset.order].reshape(-1, batch),
+    )
     for weights, units, on in zip(weight, unit.reshape(-1, batch), aligned, strict=True):
         assert ((weights > 0) == on).all()
         assert len(set(weights[on])) <= 1
@@ -136,7 +164,11 @@ def test_normalize_ci_averages_to_one_over_each_global_batch(files: dict[str, st
 
 
 def test_examples_that_the_taxonomy_lacks_are_counted(files: dict[str, str]) -> None:
-    with pytest.raises(RamoeError, match=r"short.jsonl: 16 training examples have no category, first currency/0 \(tr\).*currency/4 \(tr\)"):
+    with pytest.raises(
+        RamoeError,
+        match=r"short.jsonl: 16 training examples have no category, "
+        r"first currency/0 \(tr\).*currency/4 \(tr\)",
+    ):
         dataset(files, taxonomy=files["short"])
 
 
@@ -149,7 +181,9 @@ def test_aligned_examples_without_a_prior_are_counted(files: dict[str, str]) -> 
 def test_a_task_without_experts_is_named(files: dict[str, str]) -> None:
     extra = [*EXAMPLES, example("capital/1", "es", "capital")]
     data = SFTDataset(extra, TOKENIZER, 40, 8, 3)
-    with pytest.raises(RamoeError, match=r"no experts for the tasks capital of the training data; it has currency, sum"):
+    with pytest.raises(
+        RamoeError, match=r"no experts for the tasks capital of the training data; the file has currency, sum"
+    ):
         AlignedDataset(data, config(files, examples="all", taxonomy=None), "en", 8)
     anchor = SFTDataset([*EXAMPLES, example("text/1", "en", "text")], TOKENIZER, 40, 8, 3)
     found = AlignedDataset(anchor, config(files), "en", 8)
@@ -165,14 +199,18 @@ def test_a_task_without_an_english_pattern_is_named(files: dict[str, str]) -> No
     ("said", "target", "refused"),
     [("en", "profile", False), (None, "profile", False), ("tr", "example", False), ("tr", "profile", True)],
 )
-def test_patterns_of_another_anchor_are_no_target(files: dict[str, str], said: str | None, target: str, refused: bool) -> None:
+def test_patterns_of_another_anchor_are_no_target(
+    files: dict[str, str], said: str | None, target: str, refused: bool
+) -> None:
     path = Path(files["folder"]) / f"of-{said}.safetensors"
     own = ExpertFile.load(files["experts"])
     patterns = {"last": own.english_pattern["last"][:1].expand(2, -1, -1).clone()}
     replace(own, anchor=said, english_pattern=patterns).save(path)
     changes = {"experts": str(path), "target": target} | ({"priors": None} if target == "profile" else {})
     if refused:
-        with pytest.raises(RamoeError, match=r"of-tr.safetensors: .* anchor 'tr', but --ramoe-anchor is 'en'"):
+        with pytest.raises(
+            RamoeError, match=r"of-tr.safetensors: .* anchor 'tr', but --ramoe-anchor is 'en'"
+        ):
             dataset(files, **changes)
     else:
         assert len(dataset(files, **changes))

@@ -1,4 +1,4 @@
-"""Where ci samples are missing: on a rank, in a micro-batch, in a whole step; and what the small world's batches look like."""
+"""No ci samples on a rank, in a micro-batch or in a whole step; and the batches of the small world."""
 
 from pathlib import Path
 
@@ -25,17 +25,23 @@ def lengths(world: Path, batch: list[Example]) -> tuple[list[int], list[int]]:
 
 
 def test_the_small_world_is_that_of_fine_tuning(layouts: Path) -> None:
-    """At least three quarters of the real tokens of the compared batch are prompt and carry no loss; samples are padded, differ in
-    length and in loss tokens; and each of two sequence-parallel ranks holds the last prompt token of aligned samples."""
+    """At least three quarters of the real tokens of the compared batch are prompt and carry no loss; samples
+    are padded, differ in length and in loss tokens; and each of two sequence-parallel ranks holds the last
+    prompt token of aligned samples."""
     batch = first_batch(layouts)
     prompt, loss_tokens = lengths(layouts, batch)
-    tokens = [p + n - 1 for p, n in zip(prompt, loss_tokens, strict=True)]  # the last token of a sample is only a label
+    # the last token of a sample is only a label
+    tokens = [p + n - 1 for p, n in zip(prompt, loss_tokens, strict=True)]
     assert 1 - sum(loss_tokens) / sum(tokens) >= 0.75
     assert max(tokens) < SEQUENCE
     assert len(set(loss_tokens)) > 1
     assert len(set(tokens)) > 1
     ci = {(row.id, row.language) for row in read_taxonomy(layouts / "taxonomy.jsonl") if row.category == "ci"}
-    last = [length - 1 for length, example in zip(prompt, batch, strict=True) if (example.id, example.language) in ci]
+    last = [
+        length - 1
+        for length, example in zip(prompt, batch, strict=True)
+        if (example.id, example.language) in ci
+    ]
     assert min(last) < SEQUENCE // 2 <= max(last)
 
 
@@ -43,7 +49,11 @@ def test_the_small_world_is_that_of_fine_tuning(layouts: Path) -> None:
 @pytest.mark.parametrize("layout", PLACED)
 def test_ci_samples_lie_where_the_row_says(layouts: Path, place: str, layout: str) -> None:
     """The share that is logged is the share of the draws that the taxonomy of the row makes ci."""
-    chosen = [draw for draw, example in enumerate(first_batch(layouts)) if draw in PLACEMENTS[place] and example.language != "en"]
+    chosen = [
+        draw
+        for draw, example in enumerate(first_batch(layouts))
+        if draw in PLACEMENTS[place] and example.language != "en"
+    ]
     logged = outcome(layouts, f"{place}-{layout}-alone")["first"]
     assert logged["ramoe/aligned_share"] == pytest.approx(len(chosen) / SAMPLES)
     if place == "none":
@@ -55,14 +65,17 @@ def test_ci_samples_lie_where_the_row_says(layouts: Path, place: str, layout: st
 
 
 def test_per_token_loss_weighs_a_sample_by_its_loss_tokens(layouts: Path) -> None:
-    """With one ci sample in the step, its share goes from 1 / N to n / sum of n: gradient and figure by that factor."""
+    """A single ci sample's share changes from 1 / N to n / sum of n; gradient and metric change with it."""
     loss_tokens = lengths(layouts, first_batch(layouts))[1]
     factor = SAMPLES * loss_tokens[PLACEMENTS["single"][0]] / sum(loss_tokens)
     assert factor > 1.5
     samples, tokens = (gradients(layouts, f"single-one-{kind}") for kind in ("alone", "alone-tokens"))
     for layer, gradient in samples.items():
         torch.testing.assert_close(tokens[layer], factor * gradient, rtol=1e-5, atol=1e-7)
-    figures = [outcome(layouts, f"single-one-{kind}")["first"]["routing_alignment_loss"] for kind in ("alone", "alone-tokens")]
+    figures = [
+        outcome(layouts, f"single-one-{kind}")["first"]["routing_alignment_loss"]
+        for kind in ("alone", "alone-tokens")
+    ]
     assert figures[1] == pytest.approx(factor * figures[0], rel=1e-6)
 
 
@@ -71,7 +84,12 @@ def test_no_ci_sample_in_the_step_is_exactly_zero(layouts: Path, name: str) -> N
     found = outcome(layouts, name)["steps"]
     assert len(found) == 3
     for figures in found:
-        assert figures["routing_alignment_loss"] == figures["ramoe/aligned_share"] == figures["ramoe/task_expert_mass_ci"] == 0
+        assert (
+            figures["routing_alignment_loss"]
+            == figures["ramoe/aligned_share"]
+            == figures["ramoe/task_expert_mass_ci"]
+            == 0
+        )
         assert 0 < figures["ramoe/task_expert_mass_other"] < 1
     assert not any(gradient.any() for gradient in gradients(layouts, name).values())  # NaN counts as not zero
 

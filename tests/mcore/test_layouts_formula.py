@@ -15,7 +15,9 @@ from ramoe_megatron.data.parallel import load_examples
 from ramoe_megatron.data.sampler import order
 
 
-def reference_loss(folder: Path, divergence: Any, tokens: str, target: str, chosen: set[str], **how: bool) -> float:
+def reference_loss(
+    folder: Path, divergence: Any, tokens: str, target: str, chosen: set[str], **how: bool
+) -> float:
     """The logged value of the first step, by hand in float64 from the routing of each example."""
     examples = load_examples([str(folder / "parallel.jsonl")], split="train")
     found = load_file(folder / "reference/reference.safetensors")
@@ -76,9 +78,16 @@ BY_HAND = {
     ],
 )
 def test_the_logged_loss_is_the_formula(
-    layouts: Path, name: str, divergence: str, tokens: str, target: str, chosen: set[str], how: dict[str, bool]
+    layouts: Path,
+    name: str,
+    divergence: str,
+    tokens: str,
+    target: str,
+    chosen: set[str],
+    how: dict[str, bool],
 ) -> None:
     first_step = outcome(layouts, name)["first"]
     expected = reference_loss(layouts, BY_HAND[divergence], tokens, target, chosen, **how)
     assert expected > 0
-    assert first_step["routing_alignment_loss"] == pytest.approx(expected, rel=1e-4, abs=1e-8)  # float32 logarithms of near-equal numbers
+    # float32 logarithms of near-equal numbers
+    assert first_step["routing_alignment_loss"] == pytest.approx(expected, rel=1e-4, abs=1e-8)

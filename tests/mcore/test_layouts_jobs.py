@@ -18,24 +18,34 @@ from ramoe_megatron.data.parallel import load_examples
 @pytest.mark.parametrize("layout", ["tp", "pp", "ep"])
 def test_profiles_agree_between_layouts(layouts: Path, layout: str) -> None:
     for file in ("experts", "experts-last", "priors"):
-        one, other = (load_file(layouts / folder / f"{file}.safetensors") for folder in ("profile", f"profile-{layout}"))
+        one, other = (
+            load_file(layouts / folder / f"{file}.safetensors") for folder in ("profile", f"profile-{layout}")
+        )
         assert one.keys() == other.keys()
         for key, tensor in one.items():
-            torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
-    curve, other_curve = (read_divergence(layouts / folder / "divergence.csv") for folder in ("profile", f"profile-{layout}"))
+            torch.testing.assert_close(
+                other[key], tensor, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}"
+            )
+    curve, other_curve = (
+        read_divergence(layouts / folder / "divergence.csv") for folder in ("profile", f"profile-{layout}")
+    )
     assert [r.divergence for r in other_curve] == pytest.approx([r.divergence for r in curve], rel=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["tp", "pp", "ep", "padded", "padded-tp"])
 def test_scores_agree_between_layouts(layouts: Path, layout: str) -> None:
-    one, other = (load_file(layouts / f / "reference.safetensors") for f in ("reference", f"reference-{layout}"))
+    one, other = (
+        load_file(layouts / f / "reference.safetensors") for f in ("reference", f"reference-{layout}")
+    )
     for key, tensor in one.items():
-        torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            other[key], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 @pytest.mark.parametrize("layout", ["scoring", "scoring-tp", "scoring-pp", "scoring-ep"])
 def test_what_a_model_without_an_answer_gets(layouts: Path, layout: str) -> None:
-    """Equal logits prefer no choice of the same length, and write no end. NaN and infinity are an error, the same on every rank."""
+    """Equal logits prefer no choice and write no end. NaN and infinity raise the same error on all ranks."""
     examples = load_examples([str(layouts / "parallel.jsonl")], split="test")
     tokenizer = SmallTokenizer((layouts / "tokenizer.model").read_bytes())
     ranks = json.loads((layouts / layout / "scores.json").read_text())
@@ -44,7 +54,9 @@ def test_what_a_model_without_an_answer_gets(layouts: Path, layout: str) -> None
     assert found["plain"] == json.loads((layouts / "scoring/scores.json").read_text())[0]["plain"]
     for example, right in zip(examples, found["equal"], strict=True):
         if example.choices:
-            gold, *others = (len(tokenizer.tokenize(choice)) for choice in (example.answer, *example.choices[1:]))
+            gold, *others = (
+                len(tokenizer.tokenize(choice)) for choice in (example.answer, *example.choices[1:])
+            )
             assert right == (gold < min(others))
     assert found["cut"] == [False] * sum(example.choices is None for example in examples)
     for kind in ("nan", "infinite"):
@@ -71,7 +83,9 @@ def test_scoring_laws(layouts: Path) -> None:
 
 def test_job_files(layouts: Path) -> None:
     rows = read_taxonomy(layouts / "taxonomy/taxonomy.jsonl")
-    assert {(row.id, row.language) for row in rows} == {(f"sum/{n}", language) for n in range(36) for language in ("es", "tr")}
+    assert {(row.id, row.language) for row in rows} == {
+        (f"sum/{n}", language) for n in range(36) for language in ("es", "tr")
+    }
     evaluation = json.loads((layouts / "evaluations/base.json").read_text())
     assert sum(row["n"] for row in evaluation["rows"]) == 12 * len(LANGUAGES)
     assert len((layouts / "evaluations/base.jsonl").read_text().splitlines()) == 12 * len(LANGUAGES)
@@ -81,7 +95,10 @@ def test_job_files(layouts: Path) -> None:
     assert experts.layer_number.tolist() == [1, 2, 3, 4]
     last = ExpertFile.load(layouts / "profile/experts-last.safetensors")
     assert (experts.select_tokens, last.select_tokens) == ("all", "last")
-    counts = last.task_frequency * torch.tensor([last.sequences["english_task"][task] for task in last.tasks])[:, None, None]
+    counts = (
+        last.task_frequency
+        * torch.tensor([last.sequences["english_task"][task] for task in last.tasks])[:, None, None]
+    )
     torch.testing.assert_close(counts, counts.round(), rtol=0, atol=1e-4)  # one token of each sequence
     torch.testing.assert_close(last.task_frequency.sum(-1), torch.full(last.delta.shape[:2], 2.0))
     assert torch.equal(last.general_frequency, experts.general_frequency)
@@ -96,10 +113,16 @@ def test_job_files(layouts: Path) -> None:
         ("other-model", ["experts.safetensors", "num_experts is 8 in the file, 4 in the model"]),
         ("bad-layers", ["2-9", "0 to 3"]),
         ("bad-tokens", ["priors.safetensors", "'last'", "'all'"]),
-        ("short-limit", ["72 of 72 examples", "24 in en, 24 in es, 24 in tr", "more than --ramoe-max-new-tokens 1"]),
+        (
+            "short-limit",
+            ["72 of 72 examples", "24 in en, 24 in es, 24 in tr", "more than --ramoe-max-new-tokens 1"],
+        ),
         ("absent", ["nowhere", "latest_checkpointed_iteration.txt"]),
         ("absent-base", ["nowhere", "--pretrained-checkpoint"]),
-        ("warm-up", ["optimizer_param_scheduler.py, line ", "self.lr_warmup_steps is 80, self.lr_decay_steps is 32"]),
+        (
+            "warm-up",
+            ["optimizer_param_scheduler.py, line ", "self.lr_warmup_steps is 80, self.lr_decay_steps is 32"],
+        ),
         ("unevaluated", ["megatron/training/training.py, line ", "args.eval_interval is None"]),
         ("other-shape", ["base", "does not fit the model flags"]),
     ],
@@ -114,9 +137,11 @@ def test_bad_input_is_told(layouts: Path, name: str, words: list[str]) -> None:
 
 @pytest.mark.parametrize("name", FATAL)
 def test_a_check_finds_first_what_the_job_dies_of(layouts: Path, name: str) -> None:
-    """And a job dies of what its check calls fatal: both errors are there, and the check's begins with the job's."""
+    """A job ends with the error that its check calls fatal: the check's text begins with the job's error."""
     place = name.replace(" ", "-")
-    job, check = (json.loads((layouts / f"{kind}-{place}.json").read_text())["error"] for kind in ("broken", "checked"))
+    job, check = (
+        json.loads((layouts / f"{kind}-{place}.json").read_text())["error"] for kind in ("broken", "checked")
+    )
     first = check.splitlines()[0].partition(": ")[2]
     assert first.startswith(" ".join(job.split())), (job, check)
     assert not (layouts / "unmade").exists()

@@ -73,8 +73,9 @@ def test_each_loss_is_there_and_in_each_layout(layouts: Path) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_gradients_add(layouts: Path, name: str) -> None:
-    """With both, less without alignment, is the alignment alone on one rank. True in every layout, also where another loss changes
-    (global_aux_loss with data parallelism, the language-model loss with the micro-batch when samples differ in loss tokens).
+    """With both, less without alignment, is the alignment alone on one rank. True in every layout, also where
+    another loss changes (global_aux_loss with data parallelism, the language-model loss with the micro-batch
+    when samples differ in loss tokens).
 
     The bound is that of float32 sums: the difference of two gradients carries the rounding of the larger one.
     """
@@ -83,22 +84,25 @@ def test_gradients_add(layouts: Path, name: str) -> None:
     for layer, gradient in expected.items():
         assert other[layer].norm() > 1e-4, "the other loss is not there"
         difference = (both[layer] - other[layer] - gradient).norm()
-        assert difference <= BOUND * gradient.norm() + 1e-6 * other[layer].norm(), f"layer {layer}: {difference} of {gradient.norm()}"
+        assert difference <= BOUND * gradient.norm() + 1e-6 * other[layer].norm(), (
+            f"layer {layer}: {difference} of {gradient.norm()}"
+        )
     assert_same_figures(layouts, f"{name}-both", alone)
 
 
 def test_a_loss_of_megatrons_that_changes_with_the_layout_is_among_them(layouts: Path) -> None:
-    """Why the law above speaks of a difference: global_aux_loss is not the same on two data-parallel ranks and on two that share each
-    sample."""
+    """Why the law above speaks of a difference: global_aux_loss is not the same on two data-parallel ranks
+    and on two that share each sample."""
     one, two = gradients(layouts, "global_aux_loss-tp-stock"), gradients(layouts, "global_aux_loss-dp-stock")
     assert all((two[layer] - one[layer]).norm() > 1e-2 * one[layer].norm() for layer in one)
 
 
 REDUCED = {"bfloat16": 8e-2, "float16": 2e-2, "float16-16": 2e-2}
-"""Bounds of the relative error against float32. Logits and weights carry 8 (bfloat16) or 11 (float16) bits: 2^-8 = 4e-3 and
-2^-11 = 5e-4 at each rounding, over three layers and back. Measured: 1e-2 and 2e-3 at the aligned layers, 5e-2 and 1e-2 at the layer
-before them, which the gradient reaches through experts. The samples are some of which no token has its second and third expert so
-close that rounding swaps them: a swap is another routing, and moves these gradients by 10 to 30 %."""
+"""Bounds of the relative error against float32. Logits and weights carry 8 (bfloat16) or 11 (float16) bits:
+2^-8 = 4e-3 and 2^-11 = 5e-4 at each rounding, over three layers and back. Measured: 1e-2 and 2e-3 at the
+aligned layers, 5e-2 and 1e-2 at the layer before them, which the gradient reaches through experts. The
+samples are some of which no token has its second and third expert so close that rounding swaps them: a swap
+is another routing, and moves these gradients by 10 to 30 %."""
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name.startswith(tuple(PRECISIONS))])

@@ -1,8 +1,8 @@
 """Packed samples are the padded ones: router gradients and logged figures, in every layout.
 
-Without per-token loss Megatron's cross-entropy is a mean over packs of the mean over their tokens, not over samples: there the
-comparison is of the alignment alone; with per-token loss it is also of alignment and language-model loss together. z-loss and load
-balancing count padding, so they are off.
+Without per-token loss Megatron's cross-entropy is a mean over packs of the mean over their tokens, not over
+samples: there the comparison is of the alignment alone; with per-token loss it is also of alignment and
+language-model loss together. z-loss and load balancing count padding, so they are off.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_packed_samples_are_the_padded_ones(layouts: Path, name: str) -> None:
 
 
 def test_packing_saves_most_of_the_padding(layouts: Path) -> None:
-    """So that the comparison is of packs: several samples in each, of unequal number, fewer rows than padded."""
+    """The comparison is of real packs: several samples in each, unequal numbers, fewer rows than padded."""
     for room in MULTIPLES:
         samples = samples_of_first_packs(layouts, room)
         assert samples > 3 * PACKS

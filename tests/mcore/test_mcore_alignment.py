@@ -45,11 +45,13 @@ def test_a_sample_without_chosen_tokens_counts_for_nothing(tokens: str, pooling:
 
 @pytest.mark.parametrize("given", [True, False])
 def test_ci_is_what_the_batch_says_and_else_what_is_aligned(given: bool) -> None:
-    """The first sample has no prompt token, so no routing mass; the others are aligned as if by --ramoe-examples all."""
+    """The first sample has no prompt token, so no routing mass. All other samples are aligned."""
     chunk, micro = Chunk(), batch([0, 3, 4], [1, 1, 1])
     chunk.run(micro | ({"ramoe_ci": torch.tensor([True, False, True])} if given else {}))
     sums = dict(zip(COLUMNS, chunk.ramoe_alignment.metrics.sums_LM[0].tolist(), strict=True))
-    assert (sums["ci"], sums["other"], sums["aligned"], sums["samples"]) == ((1, 1, 2, 3) if given else (2, 0, 2, 3))
+    assert (sums["ci"], sums["other"], sums["aligned"], sums["samples"]) == (
+        (1, 1, 2, 3) if given else (2, 0, 2, 3)
+    )
 
 
 @pytest.mark.parametrize("tokens", ["prompt", "response", "all"])
@@ -58,7 +60,9 @@ def test_the_logged_mass_does_not_depend_on_the_pooling(tokens: str) -> None:
     chunks = [Chunk(tokens=tokens, pooling=pooling) for pooling in ("sequence", "token")]
     for chunk in chunks:
         chunk.run(batch([2, 3, 4], [1, 0, 1]))
-    sequence, token = (dict(zip(COLUMNS, chunk.ramoe_alignment.metrics.sums_LM[0].tolist(), strict=True)) for chunk in chunks)
+    sequence, token = (
+        dict(zip(COLUMNS, chunk.ramoe_alignment.metrics.sums_LM[0].tolist(), strict=True)) for chunk in chunks
+    )
     assert sequence["ci_mass"] == token["ci_mass"] > 0
     assert sequence["other_mass"] == token["other_mass"] > 0
 
@@ -68,7 +72,10 @@ def test_evaluation_needs_no_labels_and_records_nothing() -> None:
     with routing_batch(chunk, {"tokens": torch.zeros(1)}):
         pass
     assert not chunk.ramoe_alignment.metrics.sums_LM.any()
-    with pytest.raises(RamoeError, match="ramoe_weight"), routing_batch(chunk.train(), {"tokens": torch.zeros(1)}):
+    with (
+        pytest.raises(RamoeError, match="ramoe_weight"),
+        routing_batch(chunk.train(), {"tokens": torch.zeros(1)}),
+    ):
         pass
 
 
@@ -93,7 +100,7 @@ def test_the_router_distribution_is_megatrons_scores_divided_by_their_sum(score_
 
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)])
 def test_the_pieces_of_a_sequence_cover_it_once(tp: int, cp: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against Megatron's own slicing of a batch over context-parallel ranks, then equal pieces over tensor-parallel ones."""
+    """Compared with Megatron's context-parallel slices, each split into equal tensor-parallel pieces."""
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: group.rank())
@@ -105,7 +112,9 @@ def test_the_pieces_of_a_sequence_cover_it_once(tp: int, cp: int, monkeypatch: p
         mine = get_batch_on_this_cp_rank(tokens, False, group)["tokens"][0] if cp > 1 else tokens["tokens"][0]
         for t, piece in enumerate(mine.chunk(tp)):
             tp_group = types.SimpleNamespace(size=lambda: tp, rank=lambda t=t: t)
-            router = types.SimpleNamespace(tp_group=tp_group, cp_group=group, config=types.SimpleNamespace(sequence_parallel=tp > 1))
+            router = types.SimpleNamespace(
+                tp_group=tp_group, cp_group=group, config=types.SimpleNamespace(sequence_parallel=tp > 1)
+            )
             found = local_rows(router, len(piece))
             assert torch.equal(found, piece)
             seen += found.tolist()
@@ -126,11 +135,17 @@ def test_counts_are_those_of_the_masks() -> None:
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
         ({"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl full_iteration"),
         ({"cuda_graph_impl": "local", "cuda_graph_modules": []}, "--cuda-graph-impl local"),
-        ({"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [CudaGraphModule.moe_router]}, "--cuda-graph-impl"),
+        (
+            {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [CudaGraphModule.moe_router]},
+            "--cuda-graph-impl",
+        ),
         ({"mlp_chunks_for_training": 2}, "--mlp-chunks-for-training"),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
         ({"moe_router_load_balancing_type": "sinkhorn"}, "--moe-router-load-balancing-type sinkhorn"),
-        ({"moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]}, "--moe-router-load-balancing-type sinkhorn"),
+        (
+            {"moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]},
+            "--moe-router-load-balancing-type sinkhorn",
+        ),
         ({"moe_router_force_load_balancing": True}, "--moe-router-force-load-balancing"),
         ({"moe_router_force_biased": -0.5}, "--moe-router-force-biased"),
         ({"fp8": "hybrid", "recompute_granularity": "full"}, "--fp8-format and --recompute-granularity full"),
@@ -149,13 +164,24 @@ def test_settings_without_a_defined_alignment_are_refused(settings: dict[str, An
         ({"external_cuda_graph": True}, "--cuda-graph-impl transformer_engine"),
         ({"cuda_graph_impl": "local", "cuda_graph_modules": "full"}, "--cuda-graph-impl local"),
         ({"cuda_graph_impl": "local", "cuda_graph_modules": "moe_router"}, "--cuda-graph-impl local"),
-        ({"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"}, "--cuda-graph-impl full_iteration"),
+        (
+            {"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"},
+            "--cuda-graph-impl full_iteration",
+        ),
         ({"cuda_graph_impl": "local", "cuda_graph_modules": "attn"}, None),
         ({"moe_layer_recompute": True}, None),
     ],
 )
-def test_every_spelling_reaches_the_refusal_through_megatrons_configuration(settings: dict[str, Any], flag: str | None) -> None:
-    small = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_moe_experts": 4, "add_bias_linear": False}
+def test_every_spelling_reaches_the_refusal_through_megatrons_configuration(
+    settings: dict[str, Any], flag: str | None
+) -> None:
+    small = {
+        "num_layers": 2,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_moe_experts": 4,
+        "add_bias_linear": False,
+    }
     config = TransformerConfig(**small, **settings)
     with contextlib.nullcontext() if flag is None else pytest.raises(RamoeError, match=flag):
         refuse_unsupported(config)
@@ -177,14 +203,18 @@ class ForeignLayer(BaseMoELayer):
 
 def test_a_router_that_cannot_be_seen_is_refused() -> None:
     refuse_foreign_routers([torch.nn.Sequential(torch.nn.Linear(2, 2))])
-    with pytest.raises(RamoeError, match="Megatron layer 3 has a Linear as its router"):
+    with pytest.raises(RamoeError, match="Megatron layer 3 has the router Linear"):
         refuse_foreign_routers([torch.nn.Sequential(ForeignLayer(torch.nn.Linear(2, 2)))])
 
 
 def test_the_zone_is_refused_by_its_flag(tmp_path: Path) -> None:
     path = tmp_path / "experts.safetensors"
     expert_file(zone=NoZone("the curve is flat")).save(path)
-    for layers, words in (("2-9", "expected a rising range within 0 to 2"), ("auto", "the curve is flat"), ("0.0-0.1", "wider range")):
+    for layers, words in (
+        ("2-9", "expected a rising range within 0 to 2"),
+        ("auto", "the curve is flat"),
+        ("0.0-0.1", "wider range"),
+    ):
         with pytest.raises(RamoeError, match=rf"^--ramoe-layers {layers}: .*{words}"):
             resolve(alignment(layers=layers, experts=str(path)).config)
 
@@ -209,8 +239,17 @@ def test_the_files_of_an_alignment_are_read_once_until_they_change(tmp_path: Pat
         {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [CudaGraphModule.attn]},
         {"fp8": "hybrid", "recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"], "moe_router_force_biased": None},
-        {"moe_router_load_balancing_type": "quantile_balancing", "moe_router_enable_expert_bias": True, "moe_router_fusion": True},
-        {"moe_enable_routing_replay": True, "moe_shared_expert_overlap": True, "moe_latent_size": 16, "delay_wgrad_compute": True},
+        {
+            "moe_router_load_balancing_type": "quantile_balancing",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_fusion": True,
+        },
+        {
+            "moe_enable_routing_replay": True,
+            "moe_shared_expert_overlap": True,
+            "moe_latent_size": 16,
+            "delay_wgrad_compute": True,
+        },
     ],
 )
 def test_what_alignment_can_carry_is_let_through(settings: dict[str, Any]) -> None:

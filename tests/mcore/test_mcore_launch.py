@@ -23,7 +23,12 @@ launch.run_job(main)
         ("0", "raise RamoeError('a.jsonl:3: no answer')", 2, "ramoe: error: a.jsonl:3: no answer\n"),
         ("3", "raise RamoeError('a.jsonl:3: no answer')", 2, "ramoe: error: (rank 3) a.jsonl:3: no answer\n"),
         ("1", "raise ValueError('x')", 1, "Traceback"),
-        ("1", "from torch.distributed.checkpoint import CheckpointException as E; raise E('load', {})", 1, "Traceback"),
+        (
+            "1",
+            "from torch.distributed.checkpoint import CheckpointException as E; raise E('load', {})",
+            1,
+            "Traceback",
+        ),
         ("1", "pass", 0, ""),
     ],
 )
@@ -37,7 +42,10 @@ def test_every_rank_tells_its_error(rank: str, body: str, status: int, told: str
 
 
 def test_what_the_checkpoint_writers_report_through_is_forked_and_lives_as_long_as_its_rank() -> None:
-    """Megatron's own queue, which the first save would otherwise spawn; a SIGTERM to the group must not take it from a rank that saves."""
+    """The queue of Megatron's checkpoint writers survives a SIGTERM to the group, and ends with its rank.
+
+    Without our fork, the first save would spawn the queue.
+    """
     code = """
 import multiprocessing, os, signal, sys
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
@@ -51,5 +59,7 @@ print(queue.get(timeout=60), type(child).__name__, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     # its end: it holds the pipe that is read here to the last
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.stdout.splitlines()[-1] == "{'a': 1} ForkProcess", done.stderr

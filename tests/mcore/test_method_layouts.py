@@ -1,6 +1,8 @@
-"""All methods of one recipe on real Megatron: each stage's own command line, on one rank, under PP 2, and under TP 2 x EP 2.
+"""All methods of one recipe on real Megatron: each stage's own command line, on one rank, under PP 2, and
+under TP 2 x EP 2.
 
-Beside them are runs that measure the unit of a coefficient, refresh the taxonomy, warm the coefficient up and weigh the layers.
+Beside them are runs that measure the unit of a coefficient, refresh the taxonomy, warm the coefficient up and
+weigh the layers.
 """
 
 import json
@@ -34,8 +36,19 @@ from ramoe_megatron.recipe.methods import METHODS
 
 TRAINED = [name for name, entry in METHODS.items() if not entry.steering]
 STEERED = [name for name, entry in METHODS.items() if entry.steering]
-FROZEN_ROUTERS = ("rise", "esft-gate", "esft-token", "aligned-experts")  # tests/mcore/test_selective.py looks at their experts
-MADE = ("taxonomy.jsonl", "experts.safetensors", "divergence.csv", "priors.safetensors", "priors-all.safetensors")
+FROZEN_ROUTERS = (
+    "rise",
+    "esft-gate",
+    "esft-token",
+    "aligned-experts",
+)  # tests/mcore/test_selective.py looks at their experts
+MADE = (
+    "taxonomy.jsonl",
+    "experts.safetensors",
+    "divergence.csv",
+    "priors.safetensors",
+    "priors-all.safetensors",
+)
 SCRIPT = Path(__file__).parents[2] / "examples/pretrain_gpt.py"
 PARITY = ("--ramoe-coeff", "1", "--ramoe-coeff-unit", "lm-loss", "--train-iters", "3")
 REFRESH = ("--ramoe-refresh-interval", "2", "--ramoe-refresh-examples", "10", "--train-iters", "6")
@@ -46,9 +59,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
     write_world(folder)
     run_table(1, [{"name": "base", "job": "finetune", "argv": bases_argv(folder)}], folder, "base")
-    evaluated = [row for row in rows(folder, "one", "evaluate") if any(name in row["name"] for name in ("-sft-", "coeff-zero", "steering"))]
+    evaluated = [
+        row
+        for row in rows(folder, "one", "evaluate")
+        if any(name in row["name"] for name in ("-sft-", "coeff-zero", "steering"))
+    ]
     (folder / "run-one").mkdir()
-    shutil.copy(folder / "taxonomy.jsonl", folder / "run-one")  # a base model of four steps answers nothing: written by hand
+    # a base model of four steps answers nothing: written by hand
+    shutil.copy(folder / "taxonomy.jsonl", folder / "run-one")
     run_table(1, [*rows(folder, "one", "profile", "finetune"), *evaluated, *beside(folder)], folder)
     for layout in ("pp", "tp-ep"):
         (folder / f"run-{layout}").mkdir()
@@ -57,7 +75,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         table = [*rows(folder, layout, "finetune"), *steered(folder, layout)]
         if layout == "pp":
             stages = ("--pipeline-model-parallel-size", "2")
-            table += [parity(folder, "parity-pp", *stages), refreshed(folder, "refresh-pp", *stages), refreshed(folder, "refresh-dp")]
+            table += [
+                parity(folder, "parity-pp", *stages),
+                refreshed(folder, "refresh-pp", *stages),
+                refreshed(folder, "refresh-dp"),
+            ]
         run_table(LAYOUTS[layout][0], table, folder, layout)
     return folder
 
@@ -77,11 +99,22 @@ def beside(folder: Path) -> list[dict[str, Any]]:
         "refresh-none": aligned_flags(folder, "--train-iters", "6"),
         "parity-resumed": resumed(folder, "parity", 2, *PARITY),
     }
-    alone = {f"layer-{layer}": ["--ramoe-layers", f"{layer}-{layer}", "--train-iters", "1"] for layer in LAYERS}
+    alone = {
+        f"layer-{layer}": ["--ramoe-layers", f"{layer}-{layer}", "--train-iters", "1"] for layer in LAYERS
+    }
     alone["scheduled"] = [*curve, *schedule]
-    rows = [{"name": name, "job": "finetune", "argv": cpu_command_line(words)[0]} for name, words in table.items()]
-    rows += [{"name": name, "job": "finetune", "argv": alignment_alone(folder, *flags), "lm": 0} for name, flags in alone.items()]
-    script = {"name": "parity-script", "job": str(SCRIPT), "argv": cpu_command_line(aligned_flags(folder, *PARITY))[0]}
+    rows = [
+        {"name": name, "job": "finetune", "argv": cpu_command_line(words)[0]} for name, words in table.items()
+    ]
+    rows += [
+        {"name": name, "job": "finetune", "argv": alignment_alone(folder, *flags), "lm": 0}
+        for name, flags in alone.items()
+    ]
+    script = {
+        "name": "parity-script",
+        "job": str(SCRIPT),
+        "argv": cpu_command_line(aligned_flags(folder, *PARITY))[0],
+    }
     return [refreshed(folder, "refresh"), parity(folder, "parity"), script, *rows]
 
 
@@ -92,9 +125,21 @@ def alignment_alone(folder: Path, *more: str) -> list[str]:
 
 def resumed(folder: Path, name: str, step: int, *more: str) -> list[str]:
     """The run of that name from its checkpoint at a step, saving nothing."""
-    flags = [flag for flag in aligned_flags(folder) if flag not in ("--finetune", "--no-load-optim", "--no-load-rng")]
+    flags = [
+        flag
+        for flag in aligned_flags(folder)
+        if flag not in ("--finetune", "--no-load-optim", "--no-load-rng")
+    ]
     place = flags.index("--pretrained-checkpoint")
-    return [*flags[:place], *flags[place + 2 :], "--load", str(folder / name), "--ckpt-step", str(step), *more]
+    return [
+        *flags[:place],
+        *flags[place + 2 :],
+        "--load",
+        str(folder / name),
+        "--ckpt-step",
+        str(step),
+        *more,
+    ]
 
 
 def refreshed(folder: Path, name: str, *more: str) -> dict[str, Any]:
@@ -109,7 +154,9 @@ def parity(folder: Path, name: str, *more: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", ["pp", "tp-ep"])
 @pytest.mark.parametrize("method", [*TRAINED, COMBINED["name"]])
-def test_each_method_gives_the_gradients_and_figures_of_one_rank(runs: Path, layout: str, method: str) -> None:
+def test_each_method_gives_the_gradients_and_figures_of_one_rank(
+    runs: Path, layout: str, method: str
+) -> None:
     one, other = (outcome(runs, f"{name}-finetune-{method}-seed1")["first"] for name in ("one", layout))
     assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
     expected, found = (gradients(runs, f"{name}-finetune-{method}-seed1") for name in ("one", layout))
@@ -127,26 +174,40 @@ def test_steering_answers_as_on_one_rank(runs: Path, layout: str, method: str) -
 
 
 def test_coefficient_zero_ends_with_the_weights_of_sft(runs: Path) -> None:
-    zero, sft, aligned = (weights(runs, f"one-finetune-{name}-seed1") for name in ("coeff-zero", "sft", "ra-moe"))
+    zero, sft, aligned = (
+        weights(runs, f"one-finetune-{name}-seed1") for name in ("coeff-zero", "sft", "ra-moe")
+    )
     assert zero.keys() == sft.keys()
     assert all(torch.equal(zero[name], weight) for name, weight in sft.items())
     assert any(not torch.equal(aligned[name], weight) for name, weight in sft.items())
-    digests = {n: json.loads((runs / f"run-one/evaluations/{n}-seed1.json").read_text())["weights_sha256"] for n in ("coeff-zero", "sft")}
+    digests = {
+        n: json.loads((runs / f"run-one/evaluations/{n}-seed1.json").read_text())["weights_sha256"]
+        for n in ("coeff-zero", "sft")
+    }
     assert digests["coeff-zero"] == digests["sft"]
 
 
 def test_no_two_methods_train_the_same(runs: Path) -> None:
-    ends = {method: weights(runs, f"one-finetune-{method}-seed1") for method in TRAINED if method != "coeff-zero"}
+    ends = {
+        method: weights(runs, f"one-finetune-{method}-seed1") for method in TRAINED if method != "coeff-zero"
+    }
     names = [name for name in ends["sft"] if "router" in name or "experts" in name]
     for number, method in enumerate(ends):
         for other in list(ends)[:number]:
-            assert any(not torch.equal(ends[method][name], ends[other][name]) for name in names), (method, other)
+            assert any(not torch.equal(ends[method][name], ends[other][name]) for name in names), (
+                method,
+                other,
+            )
 
 
 def test_parity_makes_the_term_as_large_as_the_language_model_loss(runs: Path) -> None:
-    measured, on_stages = (json.loads((runs / name / "ramoe-parity.json").read_text()) for name in ("parity", "parity-pp"))
+    measured, on_stages = (
+        json.loads((runs / name / "ramoe-parity.json").read_text()) for name in ("parity", "parity-pp")
+    )
     assert measured["iteration"] == 0
-    assert measured["parity"] * outcome(runs, "parity")["first"]["routing_alignment_loss"] == pytest.approx(measured["lm_loss"], rel=1e-5)
+    assert measured["parity"] * outcome(runs, "parity")["first"]["routing_alignment_loss"] == pytest.approx(
+        measured["lm_loss"], rel=1e-5
+    )
     assert on_stages == pytest.approx(measured, rel=1e-5)
     assert 3 < measured["lm_loss"] < 7  # about log(384), of a model that knows little
 
@@ -166,7 +227,9 @@ def test_a_refresh_moves_examples_between_the_categories(runs: Path) -> None:
 @pytest.mark.parametrize("layout", ["pp", "dp"])
 def test_two_ranks_refresh_alike(runs: Path, layout: str) -> None:
     for name in ("0000002.jsonl", "0000004.jsonl"):
-        assert (runs / f"refresh-{layout}/ramoe-refresh" / name).read_text() == (runs / "refresh/ramoe-refresh" / name).read_text()
+        assert (runs / f"refresh-{layout}/ramoe-refresh" / name).read_text() == (
+            runs / "refresh/ramoe-refresh" / name
+        ).read_text()
 
 
 def test_a_users_own_script_measures_the_same_unit(runs: Path) -> None:
@@ -183,13 +246,14 @@ def test_a_run_that_resumes_has_the_categories_and_the_unit_that_it_had(runs: Pa
 
 
 def test_layer_weights_and_the_warm_up_scale_the_gradients_of_each_layers_loss(runs: Path) -> None:
-    """Each aligned layer's own loss reaches the routers before it too: the law is about the sum over the layers."""
+    """Each aligned layer's loss also reaches earlier routers, so the law is for the sum over the layers."""
     curve = mean_curve(read_divergence(runs / "run-one/divergence.csv"))
     weight = dict(zip(LAYERS, divergence_weights(curve, tuple(LAYERS)).tolist(), strict=True))
     assert abs(weight[1] - weight[2]) > 0.1
     single = {layer: gradients(runs, f"layer-{layer}") for layer in LAYERS}
     for router, found in gradients(runs, "scheduled").items():
-        expected = sum(weight[layer] * single[layer][router] for layer in LAYERS) / len(LAYERS) / 3  # the first of two of warm-up
+        # the first of two of warm-up
+        expected = sum(weight[layer] * single[layer][router] for layer in LAYERS) / len(LAYERS) / 3
         assert (found - expected).norm() <= 1e-6 + 2e-5 * expected.norm(), router
 
 
@@ -199,7 +263,9 @@ def test_the_log_shows_the_coefficient_of_each_step(runs: Path) -> None:
     assert steps == pytest.approx([20 / 3, 40 / 3, 20, 10], rel=1e-6)
     first, *later = (step["ramoe/coefficient"] for step in outcome(runs, "parity")["steps"])
     assert first == 0
-    assert later == pytest.approx([json.loads((runs / "parity/ramoe-parity.json").read_text())["parity"]] * 2, rel=1e-6)
+    assert later == pytest.approx(
+        [json.loads((runs / "parity/ramoe-parity.json").read_text())["parity"]] * 2, rel=1e-6
+    )
 
 
 def test_before_the_first_refresh_nothing_differs(runs: Path) -> None:

@@ -1,4 +1,5 @@
-"""Laws of the logged figures, in one gloo rank with Megatron's own process groups: what is summed, averaged, written and printed.
+"""Laws of the logged figures, in one gloo rank with Megatron's own process groups: what is summed, averaged,
+written and printed.
 
 Equality between layouts is the business of the layout tests; here one rank stands for all.
 """
@@ -67,11 +68,20 @@ def record(tracker: AlignmentMetrics, batch: dict[str, torch.Tensor], where: sli
         tracker.record_alignment(layer, **part)
 
 
-def report(tracker: AlignmentMetrics, step: int, writer: Any = None, wandb: Any = None, layers: bool = False, table: Any = None) -> None:
+def report(
+    tracker: AlignmentMetrics,
+    step: int,
+    writer: Any = None,
+    wandb: Any = None,
+    layers: bool = False,
+    table: Any = None,
+) -> None:
     """As Megatron's training_log calls it."""
     tracker.report(
-        loss_scale=0.5, iteration=step, writer=writer, wandb_writer=wandb, per_layer_logging=layers, force_initialize=True,
-        track_names=[], num_layers=8, moe_layer_freq=2, mtp_num_layers=None, total_loss_dict=table, pg_collection=None,
+        loss_scale=0.5, iteration=step, writer=writer, wandb_writer=wandb, per_layer_logging=layers,
+        force_initialize=True,
+        track_names=[], num_layers=8, moe_layer_freq=2, mtp_num_layers=None, total_loss_dict=table,
+        pg_collection=None,
     )  # fmt: skip
 
 
@@ -102,7 +112,9 @@ def test_layers_are_written_under_megatrons_own_numbers_and_their_mean_is_the_fi
     seen = board.seen[7]
     names = {LOSS: LOSS, CI_MASS: "ramoe_task_expert_mass_ci", OTHER_MASS: "ramoe_task_expert_mass_other"}
     indices = [NUMBERS[layer] - 1 for layer in ZONE]
-    assert {name for name in seen if name.startswith("moe/")} == {f"moe/{name}_layer_{i}" for name in names.values() for i in indices}
+    assert {name for name in seen if name.startswith("moe/")} == {
+        f"moe/{name}_layer_{i}" for name in names.values() for i in indices
+    }
     for scalar, name in names.items():
         values = [seen[f"moe/{name}_layer_{i}"] for i in indices]
         assert sum(values) / len(values) == pytest.approx(seen[scalar], rel=1e-6), name
@@ -115,8 +127,14 @@ def test_megatrons_layer_curves_have_the_same_names() -> None:
     tracker, board = AlignmentMetrics(NUMBERS, "cpu"), Writer()
     record(tracker, samples(4, 3))
     tracker.record("z_loss", torch.tensor(1.0), NUMBERS[ZONE[0]], 8)
-    tracker.report(1.0, 1, board, per_layer_logging=True, track_names=["z_loss"], num_layers=8, moe_layer_freq=2)
-    (stock,) = [name.removeprefix("moe/z_loss") for name, value in board.seen[1].items() if name.startswith("moe/z_loss") and value]
+    tracker.report(
+        1.0, 1, board, per_layer_logging=True, track_names=["z_loss"], num_layers=8, moe_layer_freq=2
+    )
+    (stock,) = [
+        name.removeprefix("moe/z_loss")
+        for name, value in board.seen[1].items()
+        if name.startswith("moe/z_loss") and value
+    ]
     assert f"moe/{LOSS}{stock}" in board.seen[1]
 
 
@@ -129,7 +147,8 @@ def test_a_step_without_ci_samples_is_logged_as_zero_and_no_mass_is_invented(lay
     seen = board.seen[1]
     assert seen[LOSS] == seen[SHARE] == 0
     assert seen[OTHER_MASS] > 0
-    assert any(name.startswith("moe/") for name in seen) == layers  # only where --moe-per-layer-logging asks for it
+    # only where --moe-per-layer-logging asks for it
+    assert any(name.startswith("moe/") for name in seen) == layers
     assert not any("mass_ci" in name for name in seen)
     assert all(torch.isfinite(value) for value in tracker.latest.values())
     report(tracker, 2, board, layers=layers)  # a step in which nothing was recorded at all
@@ -137,7 +156,7 @@ def test_a_step_without_ci_samples_is_logged_as_zero_and_no_mass_is_invented(lay
 
 
 def test_the_printed_line_is_the_mean_over_the_steps_since_the_last_one() -> None:
-    """The table as Megatron's training_log keeps it: counts go up before the report, and to zero after a printed line."""
+    """The table of Megatron's training_log: counts rise before the report and are reset by a printed line."""
     tracker, table = AlignmentMetrics(NUMBERS, "cpu"), {}
     batches = [samples(8, seed) for seed in range(10, 17)]
     skipped = {2, 5}  # by the optimizer (float16 overflow): they do not count
@@ -148,7 +167,12 @@ def test_the_printed_line_is_the_mean_over_the_steps_since_the_last_one() -> Non
         record(tracker, batch)
         report(tracker, step, table=table)
         if step in (1, 6):
-            printed.append({key: float(table[key]) / max(1, table["advanced iterations"]) for key in (LOSS, SHARE, CI_MASS)})
+            printed.append(
+                {
+                    key: float(table[key]) / max(1, table["advanced iterations"])
+                    for key in (LOSS, SHARE, CI_MASS)
+                }
+            )
             table = dict.fromkeys(table, 0) | {LOSS: torch.tensor([0.0])}
     for line, steps in zip(printed, ([0, 1], [3, 4, 6]), strict=True):
         joined = {key: torch.cat([batches[step][key] for step in steps]) for key in batches[0]}
@@ -160,7 +184,10 @@ def test_the_printed_line_is_the_mean_over_the_steps_since_the_last_one() -> Non
 
 
 def test_skipped_steps_alone_print_no_figure() -> None:
-    tracker, table = AlignmentMetrics(NUMBERS, "cpu"), {"advanced iterations": 0, "skipped iterations": 1, LOSS: torch.tensor([0.0])}
+    tracker, table = (
+        AlignmentMetrics(NUMBERS, "cpu"),
+        {"advanced iterations": 0, "skipped iterations": 1, LOSS: torch.tensor([0.0])},
+    )
     record(tracker, samples(4, 5))
     report(tracker, 1, table=table)
     assert table == {"advanced iterations": 0, "skipped iterations": 1}
@@ -179,11 +206,13 @@ def tracked(**changes: Any) -> tuple[AlignmentMetrics, AlignmentState]:
     config = RoutingAlignmentConfig(coeff=8.0, experts="e", taxonomy="t", **changes)
     of_run = AlignmentState(config, "cpu")
     moe_logging.destroy_moe_metrics_tracker()
-    return AlignmentMetrics.install(NUMBERS, "cpu", of_run.coefficient.now if config.scheduled else None), of_run
+    return AlignmentMetrics.install(
+        NUMBERS, "cpu", of_run.coefficient.now if config.scheduled else None
+    ), of_run
 
 
 def test_a_coefficient_that_changes_is_written_and_printed(training: SimpleNamespace) -> None:
-    """Two iterations of warm-up (1/3, 2/3), then half a cosine over the other four: cos 0, cos 45, cos 90, cos 135 degrees."""
+    """Warm-up over two iterations (1/3, 2/3), then half a cosine over four: 0, 45, 90 and 135 degrees."""
     tracker, _ = tracked(coeff_warmup_iters=2, coeff_decay="cosine")
     board, run, table, printed = Writer(), Writer(), {}, []
     half = 2**-0.5
@@ -199,7 +228,9 @@ def test_a_coefficient_that_changes_is_written_and_printed(training: SimpleNames
             table = dict.fromkeys(table, 0) | {LOSS: torch.tensor([0.0])}
     assert board.seen == run.seen
     assert [board.seen[step + 1][COEFFICIENT] for step in range(6)] == pytest.approx(by_hand, rel=1e-6)
-    assert printed == pytest.approx([sum(by_hand[:2]) / 2, (by_hand[2] + by_hand[3] + by_hand[5]) / 3], rel=1e-6)
+    assert printed == pytest.approx(
+        [sum(by_hand[:2]) / 2, (by_hand[2] + by_hand[3] + by_hand[5]) / 3], rel=1e-6
+    )
 
 
 def test_a_constant_coefficient_is_no_figure(training: SimpleNamespace) -> None:
@@ -226,11 +257,15 @@ def test_a_coefficient_in_parities_is_zero_in_the_step_that_measures_it(training
         report(tracker, step + 1, board)
         of_run.after_step(step + 1)
     aligned = board.seen[2][LOSS]
-    assert [board.seen[step][COEFFICIENT] for step in (1, 2, 3)] == pytest.approx([0, 0, 8 * 6 / aligned], rel=1e-6)
+    assert [board.seen[step][COEFFICIENT] for step in (1, 2, 3)] == pytest.approx(
+        [0, 0, 8 * 6 / aligned], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("recorded", [None, (0.0, 4), (float("nan"), 4)])
-def test_a_loss_function_that_tells_no_loss_is_refused_once_a_sample_is_aligned(training: SimpleNamespace, recorded: Any) -> None:
+def test_a_loss_function_that_tells_no_loss_is_refused_once_a_sample_is_aligned(
+    training: SimpleNamespace, recorded: Any
+) -> None:
     tracker, of_run = tracked(coeff_unit="lm-loss")
     batch = samples(8, 1)
     for aligned in (False, True):
@@ -241,7 +276,10 @@ def test_a_loss_function_that_tells_no_loss_is_refused_once_a_sample_is_aligned(
         if not aligned:
             of_run.after_step(1)
             continue
-        with pytest.raises(RamoeError, match=r"--ramoe-coeff-unit lm-loss: .* call ramoe_megatron.record_lm_loss\(loss, tokens\)"):
+        with pytest.raises(
+            RamoeError,
+            match=r"--ramoe-coeff-unit lm-loss: .* call ramoe_megatron.record_lm_loss\(loss, tokens\)",
+        ):
             of_run.after_step(2)
 
 

@@ -1,4 +1,4 @@
-"""Laws of paired views: the same draws as without them, each behind its English view; and of the alignment on them."""
+"""Laws of paired views: the draws are the same, each after its English view; and laws of their alignment."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,10 @@ def test_a_draw_of_the_anchor_is_its_own_view_and_more_draws_change_none() -> No
 
 
 def test_examples_without_a_view_are_counted() -> None:
-    with pytest.raises(RamoeError, match=r"16 training examples have no view .* currency/0, currency/1, .* use --ramoe-target example"):
+    with pytest.raises(
+        RamoeError,
+        match=r"16 training examples have no view .* currency/0, currency/1, .* use --ramoe-target example",
+    ):
         PairedDataset(TARGETS, [], TOKENIZER, 40, 8, 3)
 
 
@@ -70,7 +73,8 @@ def test_the_weights_make_a_mean_over_the_samples_that_are_trained_on(
 class Pairs(Chunk):
     def run_pairs(self, weight: list[float]) -> torch.Tensor:
         micro = {
-            "prompt_length": torch.tensor([3, 4, 2, 5]), "length": torch.full((4,), S), "loss_mask": torch.ones(4, S),
+            "prompt_length": torch.tensor([3, 4, 2, 5]), "length": torch.full((4,), S),
+            "loss_mask": torch.ones(4, S),
             "ramoe_weight": torch.tensor(weight), "ramoe_task": torch.zeros(4, dtype=torch.int64),
         }  # fmt: skip
         return self.gradient(micro, 4)
@@ -124,8 +128,12 @@ def test_samples_without_a_prior_contribute_exactly_nothing(files: dict[str, str
     settings = {"priors": files["few"], "examples": "ci+cc"}
     with pytest.raises(RamoeError, match="no English routing for 2 aligned examples"):
         AlignedDataset(SFTDataset(EXAMPLES, TOKENIZER, 40, 48, 3), config(files, **settings), "en", 8)
-    data = AlignedDataset(SFTDataset(EXAMPLES, TOKENIZER, 40, 48, 3), config(files, **settings, missing_priors="skip"), "en", 8)
-    whole = AlignedDataset(SFTDataset(EXAMPLES, TOKENIZER, 40, 48, 3), config(files, examples="ci+cc"), "en", 8)
+    data = AlignedDataset(
+        SFTDataset(EXAMPLES, TOKENIZER, 40, 48, 3), config(files, **settings, missing_priors="skip"), "en", 8
+    )
+    whole = AlignedDataset(
+        SFTDataset(EXAMPLES, TOKENIZER, 40, 48, 3), config(files, examples="ci+cc"), "en", 8
+    )
     for place in range(48):
         id_ = EXAMPLES[int(data[place]["example"])].id
         if id_ in ("currency/1", "sum/5"):

@@ -1,4 +1,7 @@
-"""Selective training on real Megatron: what is frozen stays bit-for-bit, what is selected trains as in a full run, in every layout."""
+"""Selective training on real Megatron, in every layout.
+
+Frozen weights stay bit-for-bit, and selected weights train as in a full run.
+"""
 
 import re
 from pathlib import Path
@@ -25,9 +28,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All rows, and the base model and profile that they start from."""
     folder = tmp_path_factory.mktemp("selective")
     write_world(folder)
-    base = training_flags(folder, "--train-iters", "4", "--save", str(folder / "base"), "--save-interval", "4")
+    base = training_flags(
+        folder, "--train-iters", "4", "--save", str(folder / "base"), "--save-interval", "4"
+    )
     jobs: list[dict[str, Any]] = [{"name": "base", "job": "finetune", "argv": base}]
-    jobs.append({"name": "profile", "job": "profile", "argv": profile_flags(folder, "profile", "--ramoe-save-usage")})
+    jobs.append(
+        {"name": "profile", "job": "profile", "argv": profile_flags(folder, "profile", "--ramoe-save-usage")}
+    )
     jobs.append({"name": "profile-plain", "job": "profile", "argv": profile_flags(folder, "profile-plain")})
     run_table(1, jobs, folder, "base")
     write_usages(folder)
@@ -76,17 +83,25 @@ def recorded(folder: Path, row: str) -> list[dict[str, torch.Tensor]]:
 
 
 def of(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(f"{kind}."): tensor for key, tensor in tensors.items() if key.startswith(f"{kind}.")}
+    return {
+        key.removeprefix(f"{kind}."): tensor for key, tensor in tensors.items() if key.startswith(f"{kind}.")
+    }
 
 
 @pytest.mark.parametrize(("layout", "kind", "more"), CASES)
-def test_frozen_weights_stay_bit_for_bit_and_the_selected_change(runs: Path, layout: str, kind: str, more: tuple[str, ...]) -> None:
-    """Three steps with weight decay and clipping. Gradient buffers hold the selected weights and nothing else, the optimizer two
-    moments of them."""
+def test_frozen_weights_stay_bit_for_bit_and_the_selected_change(
+    runs: Path, layout: str, kind: str, more: tuple[str, ...]
+) -> None:
+    """Three steps with weight decay and clipping. Gradient buffers hold the selected weights and nothing
+    else, the optimizer two moments of them."""
     count = {"trained": 0, "kept": 0}
     for rank, tensors in enumerate(recorded(runs, name(layout, kind, more))):
         before, after, gradients = of(tensors, "start"), of(tensors, "weight"), of(tensors, "gradient")
-        should = {weight for weight in before if expected(runs, layout, kind, rank, weight.removeprefix("0.module."))}
+        should = {
+            weight
+            for weight in before
+            if expected(runs, layout, kind, rank, weight.removeprefix("0.module."))
+        }
         assert {weight for weight in before if not torch.equal(before[weight], after[weight])} == should
         assert gradients.keys() == should
         buffers, kept = tensors["elements"].tolist()
@@ -102,7 +117,9 @@ def test_frozen_weights_stay_bit_for_bit_and_the_selected_change(runs: Path, lay
 
 
 @pytest.mark.parametrize(("layout", "kind", "more"), CASES)
-def test_the_selected_have_the_gradients_of_a_full_run(runs: Path, layout: str, kind: str, more: tuple[str, ...]) -> None:
+def test_the_selected_have_the_gradients_of_a_full_run(
+    runs: Path, layout: str, kind: str, more: tuple[str, ...]
+) -> None:
     if kind == "task-experts":
         pytest.skip("trained with alignment, which the full run has not")
     full = recorded(runs, name(layout, "all"))
@@ -115,7 +132,9 @@ def test_the_selected_have_the_gradients_of_a_full_run(runs: Path, layout: str, 
 @pytest.mark.parametrize(("layout", "more"), [("pp", DISTRIBUTED), ("ep", ()), ("tp", ()), ("tp-ep", ())])
 def test_the_gradient_norm_is_that_of_one_rank(runs: Path, layout: str, more: tuple[str, ...]) -> None:
     """The one that Megatron logs and clips by: a sum over the selected weights, each counted once."""
-    one, other = (outcome(runs, row)["gradient_norms"] for row in (name("one", "rise"), name(layout, "rise", more)))
+    one, other = (
+        outcome(runs, row)["gradient_norms"] for row in (name("one", "rise"), name(layout, "rise", more))
+    )
     assert len(one) == 3
     assert min(one) > 0.5  # so that the clipping, which the norm acts through, is at work
     assert other == pytest.approx(one, rel=1e-5)
@@ -134,17 +153,27 @@ def test_the_expert_bias_of_a_frozen_router_stays_bit_for_bit(runs: Path) -> Non
 def test_resuming_goes_on_bit_for_bit(runs: Path, layout: str, kind: str, more: tuple[str, ...]) -> None:
     """Where a rank, the first or the last, has nothing to train and so no optimizer state to save."""
     through = f"through-{name(layout, kind, more)}"
-    for rank, (straight, resumed) in enumerate(zip(recorded(runs, through), recorded(runs, f"resumed-{through}"), strict=True)):
+    for rank, (straight, resumed) in enumerate(
+        zip(recorded(runs, through), recorded(runs, f"resumed-{through}"), strict=True)
+    ):
         assert of(straight, "weight")
         for weight, tensor in of(straight, "weight").items():
             assert torch.equal(of(resumed, "weight")[weight], tensor), (rank, weight)
 
 
-@pytest.mark.parametrize(("layout", "kind"), [(layout, kind) for layout, kind, more in RESUMED if more == DISTRIBUTED])
-def test_the_distributed_optimizer_saves_moments_of_the_selected_alone(runs: Path, layout: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "kind"), [(layout, kind) for layout, kind, more in RESUMED if more == DISTRIBUTED]
+)
+def test_the_distributed_optimizer_saves_moments_of_the_selected_alone(
+    runs: Path, layout: str, kind: str
+) -> None:
     reader = FileSystemReader(runs / f"through-{name(layout, kind, DISTRIBUTED)}" / "iter_0000004")
     entries = reader.read_metadata().state_dict_metadata
-    moments = {key: entry for key, entry in entries.items() if "exp_avg" in key and isinstance(entry, TensorStorageMetadata)}
+    moments = {
+        key: entry
+        for key, entry in entries.items()
+        if "exp_avg" in key and isinstance(entry, TensorStorageMetadata)
+    }
     experts = int(chosen(runs, kind).sum()) * 3 * 32 * 32  # two projections in, one out
     assert sum(entry.size.numel() for entry in moments.values()) == 2 * experts
 
@@ -164,7 +193,9 @@ def test_a_selection_is_loaded_back_as_any_checkpoint(runs: Path) -> None:
 @pytest.mark.parametrize("layout", ["tp", "pp", "ep"])
 def test_usage_agrees_between_layouts(runs: Path, layout: str) -> None:
     """Counts to the bit, gate weights to rounding."""
-    one, other = (UsageFile.load(runs / folder / "usage.safetensors") for folder in ("profile", f"profile-{layout}"))
+    one, other = (
+        UsageFile.load(runs / folder / "usage.safetensors") for folder in ("profile", f"profile-{layout}")
+    )
     assert one.languages == other.languages == ("en", "es", "tr")
     assert torch.equal(one.tokens, other.tokens)
     assert torch.equal(one.frequency, other.frequency)
@@ -174,7 +205,8 @@ def test_usage_agrees_between_layouts(runs: Path, layout: str) -> None:
 def test_usage_is_that_of_the_tokens(runs: Path) -> None:
     usage = UsageFile.load(runs / "profile/usage.safetensors")
     torch.testing.assert_close(usage.frequency.sum(-1), torch.full((3, 4), 2.0))
-    torch.testing.assert_close(usage.gate.sum(-1), torch.ones(3, 4))  # softmax over the chosen two: Megatron's default
+    # softmax over the chosen two: Megatron's default
+    torch.testing.assert_close(usage.gate.sum(-1), torch.ones(3, 4))
     assert ((usage.gate > 0) == (usage.frequency > 0)).all()
     tokenizer = SmallTokenizer((runs / "tokenizer.model").read_bytes())
     rows = load_examples([str(runs / "parallel.jsonl")], split="train,test")

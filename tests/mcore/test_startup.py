@@ -1,4 +1,4 @@
-"""What the blocks at the start say: each figure that they name, from settings built with Megatron's own configuration."""
+"""The startup messages: each number in them, from settings built with Megatron's own configuration."""
 
 import dataclasses
 from typing import Any
@@ -18,12 +18,20 @@ NUMBERS = [2, 4, 6, 8]
 
 
 def model_config(**changes: Any) -> TransformerConfig:
-    settings = {"num_layers": 8, "hidden_size": 8, "num_attention_heads": 2, "num_moe_experts": 6, "moe_layer_freq": 2}
+    settings = {
+        "num_layers": 8,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_moe_experts": 6,
+        "moe_layer_freq": 2,
+    }
     return TransformerConfig(**(settings | {"moe_aux_loss_coeff": 0.01, "add_bias_linear": False} | changes))
 
 
 def alignment(tasks: int = 2, **changes: Any) -> ResolvedAlignment:
-    config = RoutingAlignmentConfig(**({"coeff": 2.5, "experts": "e", "taxonomy": "t", "priors": "p"} | changes))
+    config = RoutingAlignmentConfig(
+        **({"coeff": 2.5, "experts": "e", "taxonomy": "t", "priors": "p"} | changes)
+    )
     mask = torch.zeros(tasks, 4, 6, dtype=torch.bool)
     mask[:, :, :3] = True
     mask[0, 2] = False  # the first task has no expert in MoE layer 2,
@@ -55,7 +63,9 @@ def test_every_loss_and_the_zone_with_megatrons_numbers_beside() -> None:
 
 
 def test_the_columns_are_aligned_and_the_block_is_short() -> None:
-    lines = alignment_block(alignment(tasks=57), NUMBERS, model_config(moe_router_load_balancing_type="none")).splitlines()
+    lines = alignment_block(
+        alignment(tasks=57), NUMBERS, model_config(moe_router_load_balancing_type="none")
+    ).splitlines()
     assert len(lines) <= 20
     start = lines[1].index("2.5")
     notes = [line for line in lines if line.startswith("  note: ")]
@@ -69,12 +79,17 @@ def test_the_columns_are_aligned_and_the_block_is_short() -> None:
         ({}, [("aux_loss", 0.01)]),
         ({"moe_router_load_balancing_type": "none"}, []),
         (
-            {"moe_router_load_balancing_type": ["seq_aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [1e-4, 0.0]},
+            {
+                "moe_router_load_balancing_type": ["seq_aux_loss", "global_aux_loss"],
+                "moe_aux_loss_coeff": [1e-4, 0.0],
+            },
             [("seq_aux_loss", 1e-4), ("global_aux_loss", 0.0)],
         ),
     ],
 )
-def test_load_balancing_is_read_as_megatrons_router_reads_it(changes: dict[str, Any], expected: list[tuple[str, float]]) -> None:
+def test_load_balancing_is_read_as_megatrons_router_reads_it(
+    changes: dict[str, Any], expected: list[tuple[str, float]]
+) -> None:
     assert balancing(model_config(**changes)) == expected
 
 
@@ -88,7 +103,7 @@ def test_balancing_without_a_loss_has_no_coefficient() -> None:
     [
         ({"moe_router_load_balancing_type": "none"}, "load balancing is none"),
         ({"moe_aux_loss_coeff": 0.0}, "aux_loss has coefficient 0"),
-        ({"calculate_per_token_loss": True}, "more strongly than its coefficient says"),
+        ({"calculate_per_token_loss": True}, "stronger than the coefficient says"),
         ({"moe_router_load_balancing_type": "global_aux_loss"}, "on 2 ranks it acts half as strongly"),
         ({"moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor counts padding"),
         ({"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}, "expert bias"),
@@ -96,33 +111,54 @@ def test_balancing_without_a_loss_has_no_coefficient() -> None:
     ],
 )
 def test_inherited_surprises_are_told_in_words(changes: dict[str, Any], words: str | None) -> None:
-    notes = [line for line in alignment_block(alignment(), NUMBERS, model_config(**changes)).splitlines() if "note:" in line]
+    notes = [
+        line
+        for line in alignment_block(alignment(), NUMBERS, model_config(**changes)).splitlines()
+        if "note:" in line
+    ]
     assert len(notes) == (words is not None)
     assert words is None or words in notes[0]
 
 
 def test_what_is_aligned_to_what_is_said() -> None:
     block = alignment_block(
-        alignment(target="example", shuffle_targets=3, pooling="token", tokens="all", normalize="ci"), NUMBERS,
+        alignment(target="example", shuffle_targets=3, pooling="token", tokens="all", normalize="ci"),
+        NUMBERS,
         model_config(calculate_per_token_loss=True),
     )  # fmt: skip
     found = rows(block)
     assert "shuffled, seed 3" in found["divergence"]
-    assert found["tokens"] == "all tokens, each token by itself"
-    assert found["coefficient"] == "2.5 x mean over the aligned samples, weighted by loss tokens, of the global batch"
+    assert found["tokens"] == "all tokens, each token separately"
+    assert (
+        found["coefficient"]
+        == "2.5 x mean over the aligned samples, weighted by loss tokens, of the global batch"
+    )
 
 
 KINDS = {0: "cc", 1: "ci", 2: "ic", 3: "ii"}
 
 
-def table(tasks: int, languages: tuple[str, ...], taxonomy: bool = True) -> tuple[list[str], dict[str, list[int]]]:
-    examples = [example(f"t{t}/{n}", lang, f"t{t}") for t in range(tasks) for n in range(6) for lang in ("en", *languages)]
+def table(
+    tasks: int, languages: tuple[str, ...], taxonomy: bool = True
+) -> tuple[list[str], dict[str, list[int]]]:
+    examples = [
+        example(f"t{t}/{n}", lang, f"t{t}")
+        for t in range(tasks)
+        for n in range(6)
+        for lang in ("en", *languages)
+    ]
     target = [e.language != "en" for e in examples]
-    category = [KINDS[int(e.id.split("/")[1]) % 4] if on and taxonomy else "" for e, on in zip(examples, target, strict=True)]
+    category = [
+        KINDS[int(e.id.split("/")[1]) % 4] if on and taxonomy else ""
+        for e, on in zip(examples, target, strict=True)
+    ]
     aligned = np.array([kind == "ci" if taxonomy else on for kind, on in zip(category, target, strict=True)])
     order = np.flatnonzero(aligned)[[0, 0, 0]].tolist() + [0] * 9  # three of twelve draws
     lines = samples_block(examples, category, aligned, np.array(order), "en").splitlines()
-    return lines, {line[: line.rfind("  ")].split("  ")[1]: [int(w) for w in line.split() if w.isdigit()] for line in lines[2:]}
+    return lines, {
+        line[: line.rfind("  ")].split("  ")[1]: [int(w) for w in line.split() if w.isdigit()]
+        for line in lines[2:]
+    }
 
 
 def test_samples_are_counted_by_task_language_and_category() -> None:

@@ -13,14 +13,18 @@ from ramoe_megatron.mcore.align import state
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.align.state import FILE, Coefficient
 
-CONFIG = RoutingAlignmentConfig(coeff=0.5, experts="experts.safetensors", taxonomy="taxonomy.jsonl", coeff_unit="lm-loss")
+CONFIG = RoutingAlignmentConfig(
+    coeff=0.5, experts="experts.safetensors", taxonomy="taxonomy.jsonl", coeff_unit="lm-loss"
+)
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run that starts at an iteration, on one rank: its coefficient."""
 
-    def started(iteration: int, load: Path | None = None, save: Path | None = None, rank: int = 0) -> Coefficient:
+    def started(
+        iteration: int, load: Path | None = None, save: Path | None = None, rank: int = 0
+    ) -> Coefficient:
         paths = {"load": load and str(load), "save": save and str(save)}
         args = SimpleNamespace(curr_iteration=iteration, train_iters=10, **paths)
         monkeypatch.setattr(state, "_training_args", lambda: args)
@@ -30,7 +34,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     return started
 
 
-def test_the_unit_goes_from_run_to_run_through_their_folders(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_unit_goes_from_run_to_run_through_their_folders(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each run loads what the one before it saved, in a folder of its own; the last one saves nothing."""
     first = run(0, save=tmp_path / "a")
     assert first.now() == 0
@@ -53,7 +59,9 @@ def test_a_resumed_run_leaves_what_its_folder_has(run: Any, tmp_path: Path) -> N
     assert json.loads((tmp_path / "b" / FILE).read_text()) == {"parity": 3.0}
 
 
-def test_one_rank_alone_writes_and_tells(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_rank_alone_writes_and_tells(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / FILE).write_text(json.dumps({"parity": 2.0}))
     assert run(4, load=tmp_path, save=tmp_path / "b", rank=1).now() == 1.0
     assert not (tmp_path / "b").exists()
@@ -61,13 +69,15 @@ def test_one_rank_alone_writes_and_tells(run: Any, tmp_path: Path, capsys: pytes
     assert capsys.readouterr().out == ""
 
 
-def test_a_resumed_run_without_the_unit_tells_once_that_it_measures(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_without_the_unit_tells_once_that_it_measures(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     later = run(4, load=tmp_path, save=tmp_path / "b")
     assert [later.now(), later.now()] == [0, 0]
     assert later.measures
     (line,) = capsys.readouterr().out.splitlines()
     assert str(tmp_path / FILE) in line
-    assert "measured anew" in line
+    assert "measured again" in line
     run(0, load=tmp_path).now()
     assert capsys.readouterr().out == ""
 

@@ -1,4 +1,4 @@
-"""What is wrong with the data of a training run is told before any model is built: from the parsed arguments alone."""
+"""Errors in the data of a training run are reported from the parsed arguments, before a model is built."""
 
 import json
 import types
@@ -29,21 +29,42 @@ SHAPE = ModelShape(num_moe_layers=4, num_experts=4, topk=2, score_function="soft
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run")
     rows = [
-        {"id": id_, "language": language, "task": "sum", "prompt": "1 + 1 =", "response": "2", "answer": "2", "split": "train"}
+        {"id": id_, "language": language, "task": "sum", "prompt": "1 + 1 =", "response": "2", "answer": "2",
+         "split": "train"}
         for id_ in IDS for language in ("en", "tr")
     ]  # fmt: skip
     (path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     even = torch.full((1, 4, 4), 0.25)
     ExpertFile(
-        tasks=("sum",), shape=SHAPE, expert_mask=torch.tensor([True, True, False, False]).expand(1, 4, 4).clone(),
+        tasks=("sum",), shape=SHAPE, expert_mask=torch.tensor([True, True, False, False]).expand(1, 4,
+                                                                                                 4).clone(),
         delta=torch.zeros(1, 4, 4), task_frequency=even * 2, general_frequency=even[0] * 2,
         english_pattern={"last": even, "all": even},
-        layer_number=torch.arange(1, 5), rule={"name": "top-m", "m": 2}, zone=Zone(1, 2, "1-2", "given"), checkpoint="base@1",
+        layer_number=torch.arange(1, 5), rule={"name": "top-m", "m": 2}, zone=Zone(1, 2, "1-2", "given"),
+        checkpoint="base@1",
     ).save(path / "experts.safetensors")  # fmt: skip
-    Priors.save(path / "priors.safetensors", IDS[:2], even.expand(2, 4, 4).clone(), tokens="last", shape=SHAPE, checkpoint="base@1")
-    write_taxonomy(path / "taxonomy.jsonl", [TaxonomyRow(id_, "sum", "tr", "train", True, False) for id_ in IDS])
-    write_taxonomy(path / "several.jsonl", [TaxonomyRow(id_, "sum", "tr", "train", True, False) for id_ in IDS])
-    body = {"anchor": "en", "anchors": ["en", "tr"], "checkpoint": "base@1", "data": [], "package_version": "0", "pairs": []}
+    Priors.save(
+        path / "priors.safetensors",
+        IDS[:2],
+        even.expand(2, 4, 4).clone(),
+        tokens="last",
+        shape=SHAPE,
+        checkpoint="base@1",
+    )
+    write_taxonomy(
+        path / "taxonomy.jsonl", [TaxonomyRow(id_, "sum", "tr", "train", True, False) for id_ in IDS]
+    )
+    write_taxonomy(
+        path / "several.jsonl", [TaxonomyRow(id_, "sum", "tr", "train", True, False) for id_ in IDS]
+    )
+    body = {
+        "anchor": "en",
+        "anchors": ["en", "tr"],
+        "checkpoint": "base@1",
+        "data": [],
+        "package_version": "0",
+        "pairs": [],
+    }
     save_document(path / "several.json", "ramoe-taxonomy", body)
     write_taxonomy(path / "short.jsonl", [TaxonomyRow(IDS[0], "sum", "tr", "train", True, False)])
     return path
@@ -60,14 +81,35 @@ def tokenizer(monkeypatch: pytest.MonkeyPatch) -> SmallTokenizer:
 
 def arguments(folder: Path, **changes: Any) -> types.SimpleNamespace:
     """As Megatron's parser leaves them, as far as the check reads them."""
-    options = {field: getattr(config(), field) for config in (DataOptions, RoutingAlignmentConfig) for field in vars(config())}
+    options = {
+        field: getattr(config(), field)
+        for config in (DataOptions, RoutingAlignmentConfig)
+        for field in vars(config())
+    }
     files = {"experts": "experts.safetensors", "taxonomy": "taxonomy.jsonl"}
-    options |= {"data": [str(folder / "train.jsonl")], "coeff": 1.0} | {key: str(folder / name) for key, name in files.items()}
+    options |= {"data": [str(folder / "train.jsonl")], "coeff": 1.0} | {
+        key: str(folder / name) for key, name in files.items()
+    }
     settings = {f"ramoe_{name}": value for name, value in options.items()}
-    megatron = {"eval_iters": 0, "full_validation": False, "micro_batch_size": 1, "rampup_batch_size": None, "dataloader_type": "single"}
-    megatron |= {"step_batch_size_schedule": None, "calculate_per_token_loss": False, "context_parallel_size": 1}
+    megatron = {
+        "eval_iters": 0,
+        "full_validation": False,
+        "micro_batch_size": 1,
+        "rampup_batch_size": None,
+        "dataloader_type": "single",
+    }
+    megatron |= {
+        "step_batch_size_schedule": None,
+        "calculate_per_token_loss": False,
+        "context_parallel_size": 1,
+    }
     megatron |= {"overlap_param_gather": False, "moe_input_jitter_eps": None, "seq_length": 40}
-    megatron |= {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": None, "seed": 7, "max_position_embeddings": 48}
+    megatron |= {
+        "tokenizer_type": "SentencePieceTokenizer",
+        "tokenizer_model": None,
+        "seed": 7,
+        "max_position_embeddings": 48,
+    }
     return types.SimpleNamespace(**settings | megatron | changes)
 
 
@@ -77,7 +119,11 @@ def test_data_that_fits_is_let_through(folder: Path) -> None:
     check_data(arguments(folder, ramoe_refresh_interval=2))
     check_data(arguments(folder, ramoe_taxonomy=str(folder / "several.jsonl")))
     check_data(arguments(folder, ramoe_target="paired", ramoe_reverse=True, micro_batch_size=2))
-    check_data(arguments(folder, ramoe_coeff=0.0, ramoe_experts=None, micro_batch_size=4, rampup_batch_size=[1, 1, 10]))
+    check_data(
+        arguments(
+            folder, ramoe_coeff=0.0, ramoe_experts=None, micro_batch_size=4, rampup_batch_size=[1, 1, 10]
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,25 +134,39 @@ def test_data_that_fits_is_let_through(folder: Path) -> None:
         ({"ramoe_languages": ["sw"]}, ["unknown language 'sw'", "tr (9 rows)"]),
         ({"eval_iters": 100}, ["--eval-iters 100", "'validation'", "--eval-iters 0"]),
         ({"eval_iters": 1, "full_validation": True}, ["--full-validation", "remove"]),
-        ({"ramoe_pack": True, "micro_batch_size": 2}, ["--ramoe-pack", "--micro-batch-size 2", "--micro-batch-size 1"]),
-        ({"ramoe_pack": True, "rampup_batch_size": [1, 1, 10]}, ["--ramoe-pack", "--rampup-batch-size", "leave it out"]),
-        ({"ramoe_normalize": "ci", "dataloader_type": "cyclic"}, ["--ramoe-normalize ci", "--dataloader-type"]),
-        ({"ramoe_normalize": "ci", "step_batch_size_schedule": "0:8 10:16"}, ["--step-batch-size-schedule", "--ramoe-normalize samples"]),
-        ({"ramoe_target": "paired", "ramoe_reverse": True, "micro_batch_size": 2, "calculate_per_token_loss": True},
+        ({"ramoe_pack": True, "micro_batch_size": 2},
+         ["--ramoe-pack", "--micro-batch-size 2", "--micro-batch-size 1"]),
+        ({"ramoe_pack": True, "rampup_batch_size": [1, 1, 10]},
+         ["--ramoe-pack", "--rampup-batch-size", "leave it out"]),
+        ({"ramoe_normalize": "ci", "dataloader_type": "cyclic"},
+         ["--ramoe-normalize ci", "--dataloader-type"]),
+        ({"ramoe_normalize": "ci", "step_batch_size_schedule": "0:8 10:16"},
+         ["--step-batch-size-schedule", "--ramoe-normalize samples"]),
+        ({"ramoe_target": "paired", "ramoe_reverse": True, "micro_batch_size": 2,
+          "calculate_per_token_loss": True},
          ["--ramoe-reverse", "--calculate-per-token-loss"]),
-        ({"ramoe_refresh_interval": 2, "moe_input_jitter_eps": 0.01}, ["--ramoe-refresh-interval", "--moe-input-jitter-eps 0.01"]),
-        ({"ramoe_refresh_interval": 2, "ramoe_taxonomy": "several.jsonl"}, ["--ramoe-refresh-interval", "--ramoe-taxonomy", "'en', 'tr'"]),
+        ({"ramoe_refresh_interval": 2, "moe_input_jitter_eps": 0.01},
+         ["--ramoe-refresh-interval", "--moe-input-jitter-eps 0.01"]),
+        ({"ramoe_refresh_interval": 2, "ramoe_taxonomy": "several.jsonl"},
+         ["--ramoe-refresh-interval", "--ramoe-taxonomy", "'en', 'tr'"]),
         ({"seq_length": 3}, ["18 of 18 examples are longer than --seq-length 3", "--seq-length to at least"]),
         ({"seq_length": 3, "ramoe_pack": True}, ["18 of 18 examples are longer than --seq-length 3"]),
         ({"ramoe_layers": "3-9"}, ["3-9", "0 to 3"]),
-        ({"ramoe_taxonomy": "short.jsonl"}, ["short.jsonl", "8 training examples have no category", "sum/1 (tr)"]),
+        ({"ramoe_taxonomy": "short.jsonl"}, ["short.jsonl", "8 training examples have no category",
+                                             "sum/1 (tr)"]),
         ({"ramoe_target": "example", "ramoe_priors": "priors.safetensors"},
-         ["priors.safetensors", "no English routing for 7 aligned examples", ", ".join(IDS[2:7]), "ramoe profile --ramoe-save-priors"]),
-        ({"ramoe_target": "example", "ramoe_priors": "priors.safetensors", "ramoe_tokens": "all"}, ["'last'", "'all'"]),
+         ["priors.safetensors", "no English routing for 7 aligned examples", ", ".join(IDS[2:7]),
+          "ramoe profile --ramoe-save-priors"]),
+        ({"ramoe_target": "example", "ramoe_priors": "priors.safetensors", "ramoe_tokens": "all"},
+         ["'last'", "'all'"]),
     ],
 )  # fmt: skip
 def test_data_that_does_not_fit_is_told(folder: Path, changes: dict[str, Any], words: list[str]) -> None:
-    paths = {key: str(folder / value) for key, value in changes.items() if str(value).endswith(("jsonl", "safetensors"))}
+    paths = {
+        key: str(folder / value)
+        for key, value in changes.items()
+        if str(value).endswith(("jsonl", "safetensors"))
+    }
     with pytest.raises(RamoeError) as error:
         check_data(arguments(folder, **changes | paths))
     for word in words:

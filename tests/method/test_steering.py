@@ -147,7 +147,7 @@ def test_hard_is_refused_where_megatrons_router_leaves_steered_experts_out(
 ) -> None:
     chosen = chosen_by_megatron(WIDE, STEERED, torch.zeros(16), 4, **settings)
     assert (STEERED & ~chosen).any(-1).float().mean() > 0.1
-    with pytest.raises(RamoeError, match=rf"^hard steering .*--moe-router-{words}.*Steer soft"):
+    with pytest.raises(RamoeError, match=rf"^hard steering .*--moe-router-{words}.*Use soft steering"):
         refuse_hard_steering(SimpleNamespace(**config))
 
 

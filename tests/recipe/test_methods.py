@@ -169,7 +169,7 @@ def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
         ([{"name": "x", "preset": ["steering-soft"], "steering": {"search": True, "steer-tau": 0.3}}], {}, "steering.steer-tau is read by"),
         ([{"name": "x", "preset": ["steering-soft"], "steering": {"zones": ["0-1"]}}], {}, "set steering.search"),
         ([{"name": "x", "preset": ["router-only"], "selection": {"train-budget": 3}}], {},
-         "selection.train-budget 3 with selection.train routers: only rise reads it"),
+         "selection.train-budget 3 with selection.train routers: only rise uses it"),
         ([{"name": "x", "preset": ["rise"], "selection": {"train-split": [1, 1, 1]}}], {}, "sums to 3, not to selection.train-budget 5"),
         ([], {"selection": {"train": "routers"}}, "belong to a method"),
         ([], {"steering": {"steer": "soft"}}, "belong to a method"),
@@ -189,7 +189,7 @@ def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
         (["ra-moe"], {"alignment": {}}, "needs a coefficient"),
         (["ra-moe-shuffled"], {"alignment": {"coeff": 1}},
          "alignment.shuffle-targets permutes the targets of examples: it needs alignment.target example"),
-        ([{"name": "x", "alignment": {"reverse": True}}], {}, "which only alignment.target paired runs"),
+        ([{"name": "x", "alignment": {"reverse": True}}], {}, "and only alignment.target paired runs"),
         ([], {"launch": {"at-once": 2, "nodes": 2}}, "launch.at-once is for one node"),
     ],
 )
@@ -202,7 +202,7 @@ def test_what_has_no_meaning_is_refused(methods: list[Any], changes: dict[str, A
     [
         ({"preset": ["random-experts"], "alignment": {"divergence": "kl"}}, "alignment.random-experts with alignment.divergence kl"),
         ({"preset": ["ra-moe"], "alignment": {"target": "profile", "missing-priors": "skip"}}, "alignment.missing-priors skip: only"),
-        ({"preset": ["ra-moe"], "alignment": {"refresh-interval": 2, "examples": "all"}}, "alignment.refresh-interval does not go with"),
+        ({"preset": ["ra-moe"], "alignment": {"refresh-interval": 2, "examples": "all"}}, "alignment.refresh-interval does not work with"),
         ({"preset": ["ra-moe"], "alignment": {"select": "top-m=0"}}, "select: found 'top-m=0'"),
     ],
 )

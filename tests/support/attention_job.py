@@ -1,7 +1,8 @@
-"""A job for the tests: Megatron's GPTModel on a pack of samples, over all ranks as context-parallel ranks, written out with its gradients.
+"""A job for the tests: Megatron's GPTModel on a pack of samples, over all ranks as context-parallel ranks,
+written out with its gradients.
 
-Written to OUT (argv[1]) by rank 0, rows in the order of the whole pack: "packed.*"; and with one rank "alone.*", each sample in a run
-of its own, with what is refused in OUT.json.
+Written to OUT (argv[1]) by rank 0, rows in the order of the whole pack: "packed.*"; and with one rank
+"alone.*", each sample in a run of its own, with what is refused in OUT.json.
 """
 
 import json
@@ -18,7 +19,9 @@ from ramoe_megatron.errors import RamoeError
 
 LENGTHS = (8, 4, 12, 8)  # the last one is padding: a segment of its own that the loss leaves out
 BORDERS = torch.tensor([0, 8, 12, 24, 32], dtype=torch.int32)
-UNPADDED = torch.tensor([0, 7, 11, 21, 29], dtype=torch.int32)  # of the samples without the padding at the end of each
+UNPADDED = torch.tensor(
+    [0, 7, 11, 21, 29], dtype=torch.int32
+)  # of the samples without the padding at the end of each
 HIDDEN, VOCABULARY = 32, 64
 
 
@@ -40,13 +43,16 @@ def main() -> None:
     weight = torch.randn(1, sum(LENGTHS), VOCABULARY, generator=generator)  # of each output in the loss
     weight[:, BORDERS[-2] :] = 0
     packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=UNPADDED, cu_seqlens_kv=UNPADDED, cu_seqlens_q_padded=BORDERS, cu_seqlens_kv_padded=BORDERS,
+        qkv_format="thd", cu_seqlens_q=UNPADDED, cu_seqlens_kv=UNPADDED, cu_seqlens_q_padded=BORDERS,
+        cu_seqlens_kv_padded=BORDERS,
         max_seqlen_q=max(LENGTHS), max_seqlen_kv=max(LENGTHS),
     )  # fmt: skip
     rows = context_parallel_rows(sum(LENGTHS), cp, rank, BORDERS)
     found = {f"packed.{name}": tensor for name, tensor in run(model, inputs, weight, rows, packed).items()}
     if cp == 1:
-        pieces = [run(model, inputs, weight, rows, None) for rows in torch.arange(sum(LENGTHS)).split(LENGTHS)]
+        pieces = [
+            run(model, inputs, weight, rows, None) for rows in torch.arange(sum(LENGTHS)).split(LENGTHS)
+        ]
         found |= {f"alone.{name}": sum(piece[name] for piece in pieces) for name in pieces[0]}
         Path(f"{sys.argv[1]}.json").write_text(json.dumps(refusals(model, packed)))
     if rank == 0:
@@ -68,7 +74,8 @@ def build_model(cp: int) -> Any:
     assert config.context_parallel_size == cp  # the stand-in for the constructor gives it back
     with torch.no_grad():
         for layer in model.decoder.layers:
-            layer.self_attention.linear_qkv.weight.mul_(20)  # attention far from uniform, so that a wrong row shows
+            # attention far from uniform, so that a wrong row shows
+            layer.self_attention.linear_qkv.weight.mul_(20)
     return model
 
 
@@ -80,7 +87,9 @@ def run(model: Any, inputs: Tensor, weight: Tensor, rows: Tensor, packed: Any) -
     (output * weight[:, rows]).sum().backward()
     found = {"output": torch.zeros_like(weight), "input gradient": torch.zeros_like(inputs)}
     found["output"][:, rows], found["input gradient"][rows] = output.detach(), piece.grad
-    found |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    found |= {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     for tensor in found.values():
         torch.distributed.all_reduce(tensor)
     return {name: tensor.clone() for name, tensor in found.items()}

@@ -10,7 +10,8 @@ from ramoe_megatron.recipe.manifest import Manifest, locked
 from ramoe_megatron.recipe.runner import run_stages
 from ramoe_megatron.recipe.stage import Stage
 
-# Writes OUTPUT from the number in each INPUT and its own; leaves a line in runs.txt; obeys files that a test puts down.
+# Writes OUTPUT from the number in each INPUT and its own; leaves a line in runs.txt; obeys files that a test
+# puts down.
 JOB = """
 import sys
 from pathlib import Path

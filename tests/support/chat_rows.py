@@ -1,4 +1,4 @@
-"""Rows of `worker.py` on conversations: training to a loss near 0 and evaluation, and jobs whose template refuses the data."""
+"""Rows of `worker.py` on conversations: training, evaluation, and templates that reject the data."""
 
 import json
 from pathlib import Path
@@ -30,20 +30,45 @@ def write_conversations(folder: Path) -> None:
 def chat_rows(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for name in LEARNED:
-        saved = ["--save", str(folder / f"trained-{name}"), "--save-interval", "1000", "--train-iters", "50", "--lr", "1e-2"]
+        saved = [
+            "--save",
+            str(folder / f"trained-{name}"),
+            "--save-interval",
+            "1000",
+            "--train-iters",
+            "50",
+            "--lr",
+            "1e-2",
+        ]
         longer = ["--seq-length", "48", "--calculate-per-token-loss"]
         argv = training_flags(folder, *saved, *longer, *_chat_flags(folder, name), losses=ALONE)
         rows.append({"name": f"train-{name}", "job": "finetune", "argv": argv})
-        flags = ["--load", str(folder / f"trained-{name}"), "--ramoe-split", "train", *_chat_flags(folder, name)]
+        flags = [
+            "--load",
+            str(folder / f"trained-{name}"),
+            "--ramoe-split",
+            "train",
+            *_chat_flags(folder, name),
+        ]
         evaluated = offline_flags(folder, f"answers-{name}", *flags, "--ramoe-method", name)
         rows.append({"name": f"evaluate-{name}", "job": "evaluate", "argv": evaluated})
     gemma = ["--chat-template", GEMMA]
     refused = training_flags(folder, *_chat_flags(folder, "chatml"), *gemma)
     rows.append({"name": "chat-refused", "job": "finetune", "argv": refused})
-    profiled = offline_flags(folder, "chat-refused", *_chat_flags(folder, "chatml"), *gemma, "--load", str(folder / "nowhere"))
-    return [*rows, {"name": "chat-refused-offline", "job": "taxonomy", "argv": [*profiled, "--ramoe-split", "train"]}]
+    profiled = offline_flags(
+        folder, "chat-refused", *_chat_flags(folder, "chatml"), *gemma, "--load", str(folder / "nowhere")
+    )
+    return [
+        *rows,
+        {"name": "chat-refused-offline", "job": "taxonomy", "argv": [*profiled, "--ramoe-split", "train"]},
+    ]
 
 
 def _chat_flags(folder: Path, name: str) -> list[str]:
-    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder / f"chat-{name}")]
+    tokenizer = [
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        str(folder / f"chat-{name}"),
+    ]
     return [*tokenizer, "--ramoe-data", str(folder / "chat.jsonl"), "--max-position-embeddings", "96"]

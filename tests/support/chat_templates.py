@@ -1,4 +1,4 @@
-"""Chat templates of the same form as those of well-known models, each with a small tokenizer that has its special tokens."""
+"""Chat templates in the form of well-known models, each with a small tokenizer with its special tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,21 +13,28 @@ CHATML = """{%- for m in messages -%}
 {{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
-QWEN2 = "{%- if messages[0].role != 'system' -%}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{%- endif -%}" + CHATML
+QWEN2 = (
+    "{%- if messages[0].role != 'system' -%}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{%- endif -%}"
+    + CHATML
+)
 QWEN3 = """{%- set ns = namespace(query=0) -%}
-{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.query = loop.index0 -%}{%- endif -%}{%- endfor -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}{%- set ns.query = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
 {%- for m in messages -%}
 {%- set parts = m.content.split('</think>') -%}
 {%- if m.role != 'assistant' -%}
 {{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
 {%- elif loop.index0 > ns.query and loop.last -%}
 {%- set thought = parts[0].split('<think>')[-1].strip('\n') if parts|length > 1 else '' -%}
-{{ '<|im_start|>assistant\n<think>\n' + thought + '\n</think>\n\n' + parts[-1].lstrip('\n') + '<|im_end|>\n' }}
+{{ '<|im_start|>assistant\n<think>\n' + thought + '\n</think>\n\n'
+   + parts[-1].lstrip('\n') + '<|im_end|>\n' }}
 {%- else -%}
 {{ '<|im_start|>assistant\n' + parts[-1].lstrip('\n') + '<|im_end|>\n' }}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- if BLOCK -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}{%- endif -%}"""
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}
+{%- if BLOCK -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}{%- endif -%}"""
 LLAMA3 = """{{- bos_token -}}
 {%- for m in messages -%}
 {{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content|trim + '<|eot_id|>' }}
@@ -35,8 +42,11 @@ LLAMA3 = """{{- bos_token -}}
 {%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"""
 MISTRAL = """{{- bos_token -}}
 {%- for m in messages -%}
-{%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('Roles must alternate user and assistant') }}{%- endif -%}
-{%- if m.role == 'user' -%}{{ '[INST] ' + m.content + ' [/INST]' }}{%- else -%}{{ ' ' + m.content + eos_token }}{%- endif -%}
+{%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}
+{{ raise_exception('Roles must alternate user and assistant') }}
+{%- endif -%}
+{%- if m.role == 'user' -%}{{ '[INST] ' + m.content + ' [/INST]' }}
+{%- else -%}{{ ' ' + m.content + eos_token }}{%- endif -%}
 {%- endfor -%}"""
 PHI = """{%- for m in messages -%}
 {{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}
@@ -56,7 +66,8 @@ GPT_OSS = """{{- '<|start|>system<|message|>Channels: analysis, final.<|end|>' -
 GEMMA = """{{- bos_token -}}
 {%- if messages[0].role == 'system' -%}{{ raise_exception('System role not supported') }}{%- endif -%}
 {%- for m in messages -%}
-{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content|trim + '<end_of_turn>\n' }}
+{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n'
+   + m.content|trim + '<end_of_turn>\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"""
 LLAMA2 = """{%- for m in messages -%}
@@ -66,7 +77,9 @@ LLAMA2 = """{%- for m in messages -%}
 ROLES = """{%- for m in messages -%}{{ m.role + ': ' + m.content + '\n' }}{%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'assistant:' }}{%- endif -%}"""
 SIGNED = ROLES.replace("m.content + '\\n'", "m.content + '\n-- END --\n'")
-TWO_ENDS = LLAMA3.replace("'<|eot_id|>'", "'<|eot_id|>' + (eos_token if loop.last and not add_generation_prompt else '')")
+TWO_ENDS = LLAMA3.replace(
+    "'<|eot_id|>'", "'<|eot_id|>' + (eos_token if loop.last and not add_generation_prompt else '')"
+)
 
 
 @dataclass(frozen=True)
@@ -94,24 +107,43 @@ BLOCK = "<think>\n\n</think>\n\n"
 FAMILIES = {
     "qwen2.5": Family(QWEN2, IM, "<|im_end|>", "<|im_end|>"),
     "qwen2.5-base": Family(QWEN2, IM, "<|endoftext|>", "<|im_end|>"),
-    "qwen3": Family(QWEN3.replace("BLOCK", "false"), (*IM, "<think>", "</think>"), "<|im_end|>", "<|im_end|>", BLOCK),
-    "qwen3-base": Family(QWEN3.replace("BLOCK", "false"), (*IM, "<think>", "</think>"), "<|endoftext|>", "<|im_end|>", BLOCK),
-    "qwen3-no-thinking": Family(QWEN3.replace("BLOCK", "true"), (*IM, "<think>", "</think>"), "<|endoftext|>", "<|im_end|>"),
-    "qwen3-block-in-pieces": Family(QWEN3.replace("BLOCK", "false"), IM, "<|endoftext|>", "<|im_end|>", BLOCK),
+    "qwen3": Family(
+        QWEN3.replace("BLOCK", "false"), (*IM, "<think>", "</think>"), "<|im_end|>", "<|im_end|>", BLOCK
+    ),
+    "qwen3-base": Family(
+        QWEN3.replace("BLOCK", "false"), (*IM, "<think>", "</think>"), "<|endoftext|>", "<|im_end|>", BLOCK
+    ),
+    "qwen3-no-thinking": Family(
+        QWEN3.replace("BLOCK", "true"), (*IM, "<think>", "</think>"), "<|endoftext|>", "<|im_end|>"
+    ),
+    "qwen3-block-in-pieces": Family(
+        QWEN3.replace("BLOCK", "false"), IM, "<|endoftext|>", "<|im_end|>", BLOCK
+    ),
     "llama3": Family(LLAMA3, HEADERS, "<|end_of_text|>", "<|eot_id|>", bos="<|begin_of_text|>"),
-    "llama3-two-ends": Family(TWO_ENDS, HEADERS, "<|end_of_text|>", "<|end_of_text|>", bos="<|begin_of_text|>"),
+    "llama3-two-ends": Family(
+        TWO_ENDS, HEADERS, "<|end_of_text|>", "<|end_of_text|>", bos="<|begin_of_text|>"
+    ),
     "llama2": Family(LLAMA2, (), "</s>", "</s>", bos="<s>", system=False),
     "mistral": Family(MISTRAL, ("[INST]", "[/INST]"), "</s>", "</s>", bos="<s>", system=False),
     "phi": Family(PHI, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<|endoftext|>", "<|end|>"),
     "gpt-oss": Family(GPT_OSS, HARMONY, "<|return|>", "<|return|>", "<|channel|>final<|message|>"),
-    "gpt-oss-other-eos": Family(GPT_OSS, HARMONY, "<|endoftext|>", "<|return|>", "<|channel|>final<|message|>"),
+    "gpt-oss-other-eos": Family(
+        GPT_OSS, HARMONY, "<|endoftext|>", "<|return|>", "<|channel|>final<|message|>"
+    ),
     "chatml": Family(CHATML, IM, "</s>", "<|im_end|>", bos="<s>"),
     "chatml-in-pieces": Family(CHATML, (), "</s>", "</s>"),
-    "gemma": Family(GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<eos>", "<end_of_turn>", bos="<bos>", system=False),
+    "gemma": Family(
+        GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<eos>", "<end_of_turn>", bos="<bos>", system=False
+    ),
     "no-end": Family(ROLES, (), "</s>", "</s>"),
     "signed": Family(SIGNED, (), "</s>", "</s>"),
 }
-SWALLOWS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # Phi's tokens take the white space after them
+SWALLOWS = (
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+)  # Phi's tokens take the white space after them
 
 
 def write_tokenizer(folder: Path, family: Family, texts: Sequence[str] = TEXT) -> Path:
@@ -122,16 +154,22 @@ def write_tokenizer(folder: Path, family: Family, texts: Sequence[str] = TEXT) -
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     backend.train_from_iterator(texts, trainer)
     thinking = ("<think>", "</think>")  # in Qwen3 these are added tokens that are not special
-    backend.add_special_tokens([AddedToken(t, special=True, rstrip=t in SWALLOWS) for t in family.special if t not in thinking])
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, rstrip=t in SWALLOWS) for t in family.special if t not in thinking]
+    )
     backend.add_tokens([AddedToken(t, special=False) for t in family.special if t in thinking])
     ends = [token for token in (family.bos, family.eos) if token]
     backend.add_special_tokens(ends)
     if family.bos:
         bos = (family.bos, backend.token_to_id(family.bos))
-        backend.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[bos])
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{family.bos} $A", special_tokens=[bos]
+        )
     names = {"eos_token": family.eos, **({"bos_token": family.bos} if family.bos else {})}
     made = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     made.chat_template = family.template
@@ -147,7 +185,7 @@ def load_tokenizer(folder: Path, library: str = "huggingface", **options: Any) -
 
 
 def chat(answer: str, *before: str, roles: Sequence[str] = ("user", "assistant"), **changes: Any) -> Example:
-    """A conversation whose last message is the answer; the messages before it take turns, the last of them the user's."""
+    """A conversation that ends with the answer, after messages in turns of which the user has the last."""
     turns = [{"role": roles[(len(before) - n - 1) % 2], "content": text} for n, text in enumerate(before)]
     messages = (*turns, {"role": "assistant", "content": answer})
     return example(prompt="\n".join(before), response=answer, messages=messages, **changes)

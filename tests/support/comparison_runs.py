@@ -47,7 +47,7 @@ def row(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
 
 
 def write_run(root: Path, outcomes: Mapping[tuple[str, int | None], Right], **extra: Any) -> Path:
-    """A run folder of these methods and seeds; `extra`: transplant, ci, tasks' names, commands, seconds, weights."""
+    """A run folder of these methods and seeds. `extra`: transplant, ci, tasks, commands, seconds, weights."""
     names = dict(zip(TASKS, extra.get("tasks", TASKS), strict=True))
     methods = list(dict.fromkeys(method for method, _ in outcomes))
     seeds = sorted({seed for _, seed in outcomes if seed is not None})
@@ -55,13 +55,22 @@ def write_run(root: Path, outcomes: Mapping[tuple[str, int | None], Right], **ex
         _evaluation(root, method, seed, right, names, extra.get("weights", {}).get((method, seed)))
     ci: Mapping[tuple[str, str], int] = extra.get("ci", {})
     pairs = [
-        {"task": names[task], "language": language, "split": "test", "n": N, "ci": ci.get((task, language), 2)}
+        {
+            "task": names[task],
+            "language": language,
+            "split": "test",
+            "n": N,
+            "ci": ci.get((task, language), 2),
+        }
         for task, language in TARGETS
     ]
     made = {"checkpoint": "base", "data": [], "package_version": "0"}
     save_document(root / "taxonomy.json", "ramoe-taxonomy", {"anchor": "en", "pairs": pairs, **made})
     changes: Mapping[tuple[str, str], float] = extra.get("transplant", {})
-    rows = [{"task": names[t], "language": g, "n": N, "transplant_change": changes.get((t, g), 0.1)} for t, g in TARGETS]
+    rows = [
+        {"task": names[t], "language": g, "n": N, "transplant_change": changes.get((t, g), 0.1)}
+        for t, g in TARGETS
+    ]
     save_document(root / "predict.json", "ramoe-prediction", {"rows": rows, "verdict": {}, "limits": []})
     _experts(root / "experts.safetensors", tuple(names.values()))
     stages = {}
@@ -76,28 +85,47 @@ def write_run(root: Path, outcomes: Mapping[tuple[str, int | None], Right], **ex
         }
     manifest = {"format": "ramoe-manifest", "version": 1, "package_version": "0.1.0", "stages": stages}
     (root / "manifest.json").write_text(json.dumps(manifest))
-    recipe = {"name": "study", "train": {"train-iters": 72, "global-batch-size": 32}, "alignment": {"layers": "auto"}}
-    recipe |= {"methods": [{"name": name} for name in methods], "seeds": seeds or [1], **extra.get("recipe", {})}
-    (root / "recipe.yaml").write_text(f"# Written by `ramoe run study.yaml`: the recipe.\n{yaml.safe_dump(recipe)}")
+    recipe = {
+        "name": "study",
+        "train": {"train-iters": 72, "global-batch-size": 32},
+        "alignment": {"layers": "auto"},
+    }
+    recipe |= {
+        "methods": [{"name": name} for name in methods],
+        "seeds": seeds or [1],
+        **extra.get("recipe", {}),
+    }
+    (root / "recipe.yaml").write_text(
+        f"# Written by `ramoe run study.yaml`: the recipe.\n{yaml.safe_dump(recipe)}"
+    )
     for name, text in extra.get("logs", {}).items():
         (root / "logs").mkdir(exist_ok=True)
         (root / f"logs/finetune-{name}.log").write_text(text)
     return root
 
 
-def _evaluation(root: Path, method: str, seed: int | None, right: Right, names: Mapping[str, str], weights: str | None) -> None:
+def _evaluation(
+    root: Path, method: str, seed: int | None, right: Right, names: Mapping[str, str], weights: str | None
+) -> None:
     name = method if seed is None else f"{method}-seed{seed}"
     (root / "evaluations").mkdir(parents=True, exist_ok=True)
     lines, rows, mass = [], [], []
     for task, language in CELLS:
         correct = right.get((task, language), 4)
-        lines += [{"id": f"{task}{i}", "task": names[task], "language": language, "correct": i < correct} for i in range(N)]
+        lines += [
+            {"id": f"{task}{i}", "task": names[task], "language": language, "correct": i < correct}
+            for i in range(N)
+        ]
         rows.append({"task": names[task], "language": language, "n": N, "correct": correct})
         share = 0.9 if language == "en" else MASS.get(method, 0.1)
-        mass.append({"task": names[task], "language": language, "mass": [0.0, share, share + 0.02 * (seed or 0), 0.0]})
+        mass.append(
+            {"task": names[task], "language": language, "mass": [0.0, share, share + 0.02 * (seed or 0), 0.0]}
+        )
     (root / f"evaluations/{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     body: dict[str, Any] = {"method": method, "seed": seed, "checkpoint": name, "split": "test", "data": []}
-    body |= {"rows": rows, "mass": mass, "examples": f"{name}.jsonl"} | ({"weights_sha256": weights} if weights else {})
+    body |= {"rows": rows, "mass": mass, "examples": f"{name}.jsonl"} | (
+        {"weights_sha256": weights} if weights else {}
+    )
     save_document(root / f"evaluations/{name}.json", "ramoe-evaluation", body)
 
 
@@ -106,7 +134,9 @@ def _experts(path: Path, tasks: tuple[str, ...]) -> None:
     g, layers, experts = len(tasks), 4, 4
     ExpertFile(
         tasks=tasks,
-        shape=ModelShape(num_moe_layers=layers, num_experts=experts, topk=2, score_function="softmax", hidden_size=8),
+        shape=ModelShape(
+            num_moe_layers=layers, num_experts=experts, topk=2, score_function="softmax", hidden_size=8
+        ),
         expert_mask=torch.ones(g, layers, experts, dtype=torch.bool),
         delta=torch.full((g, layers, experts), 0.5),
         task_frequency=torch.full((g, layers, experts), 0.5),

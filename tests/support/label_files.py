@@ -37,9 +37,11 @@ def write_files(folder: Path) -> dict[str, str]:
     pattern = torch.rand(2, 4, 8, generator=generator).softmax(-1)
     pattern[1] = 0  # "sum" has no English-correct example
     ExpertFile(
-        tasks=TASKS, shape=SHAPE, expert_mask=torch.rand(2, 4, 8, generator=generator) > 0.5, delta=torch.zeros(2, 4, 8),
+        tasks=TASKS, shape=SHAPE, expert_mask=torch.rand(2, 4, 8, generator=generator) > 0.5,
+        delta=torch.zeros(2, 4, 8),
         task_frequency=torch.full((2, 4, 8), 0.25), general_frequency=torch.full((4, 8), 0.25),
-        english_pattern={"last": pattern, "all": pattern}, layer_number=torch.arange(1, 5), rule={"name": "top-m", "m": 4},
+        english_pattern={"last": pattern, "all": pattern}, layer_number=torch.arange(1, 5),
+        rule={"name": "top-m", "m": 4},
         zone=Zone(1, 2, "1-2", "given"), checkpoint="base@1",
     ).save(folder / "experts.safetensors")  # fmt: skip
     ids = [f"{task}/{n}" for task in TASKS for n in range(8)]
@@ -48,7 +50,9 @@ def write_files(folder: Path) -> dict[str, str]:
     few = [i for i in ids if i not in ("currency/1", "sum/5")]
     Priors.save(folder / "few.safetensors", few, priors[:14], tokens="last", shape=SHAPE, checkpoint="base@1")
     rows = [
-        TaxonomyRow(e.id, e.task, e.language, e.split, *OUTCOMES[category(e.id, e.language)]) for e in EXAMPLES if e.language != "en"
+        TaxonomyRow(e.id, e.task, e.language, e.split, *OUTCOMES[category(e.id, e.language)])
+        for e in EXAMPLES
+        if e.language != "en"
     ]
     write_taxonomy(folder / "taxonomy.jsonl", rows)
     write_taxonomy(folder / "short.jsonl", [row for row in rows if row.language != "tr"])
@@ -57,4 +61,6 @@ def write_files(folder: Path) -> dict[str, str]:
 
 def config(files: dict[str, str], **changes: Any) -> RoutingAlignmentConfig:
     settings = {"coeff": 1.0, "target": "example", "tokens": "last", "priors": files["priors"]}
-    return RoutingAlignmentConfig(**({"experts": files["experts"], "taxonomy": files["taxonomy"]} | settings | changes))
+    return RoutingAlignmentConfig(
+        **({"experts": files["experts"], "taxonomy": files["taxonomy"]} | settings | changes)
+    )

@@ -31,7 +31,10 @@ def table(errors: Iterable[tuple[str, str, float]]) -> list[str]:
         rows = groups.setdefault(label, {})
         rows[name] = max(error, rows.get(name, 0.0))
     width = max(map(len, groups))
-    return [f"{label:<{width}}  {len(rows):>3} rows  {max(rows.values()):.1e}" for label, rows in sorted(groups.items())]
+    return [
+        f"{label:<{width}}  {len(rows):>3} rows  {max(rows.values()):.1e}"
+        for label, rows in sorted(groups.items())
+    ]
 
 
 def layout(row: "Row") -> str:

@@ -17,7 +17,8 @@ def assert_same(world: Path, name: str, reference: str, scale: float = 1.0, boun
     for layer, gradient in expected.items():
         difference = (found[layer] / scale - gradient).norm()
         note(name, float(difference / gradient.norm()) if difference else 0.0)
-        assert difference <= bound * gradient.norm(), f"layer {layer}: {difference} of {gradient.norm()}"  # where it is 0, exactly 0
+        # where it is 0, exactly 0
+        assert difference <= bound * gradient.norm(), f"layer {layer}: {difference} of {gradient.norm()}"
     assert_same_figures(world, name, reference, bound)
 
 

@@ -1,6 +1,7 @@
 """The rows that the layout tests read, as tables: which run, on how many ranks, with which flags.
 
-A row is a run of the finetune job on the small model. `SAME_AS` names the one-rank row whose gradients and figures it must have.
+A row is a run of the finetune job on the small model. `SAME_AS` names the one-rank row whose gradients and
+figures it must have.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,10 @@ TP, PP = ("--tensor-model-parallel-size", "2", "--sequence-parallel"), ("--pipel
 CP = ("--context-parallel-size", "2")
 EP, VPP = ("--expert-model-parallel-size", "2"), (*PP, "--num-virtual-stages-per-pipeline-rank", "2")
 ALLGATHER = ("--moe-token-dispatcher-type", "allgather")
-ETP1 = ("--expert-tensor-parallel-size", "1")  # without it the experts are split as the rest is: ETP 2 under TP 2
+ETP1 = (
+    "--expert-tensor-parallel-size",
+    "1",
+)  # without it the experts are split as the rest is: ETP 2 under TP 2
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
 BLOCK = (*FULL[:3], "block", "--recompute-num-layers", "2")  # one of the two aligned layers
 PER_TOKEN = ("--calculate-per-token-loss",)
@@ -21,11 +25,19 @@ WORLDS = {
     "sigmoid": ("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"),
     "dense": ("--moe-layer-freq", "[0,1,1,1]", "--moe-shared-expert-intermediate-size", "32"),
     "half": ("--moe-layer-freq", "[0,0,1,1]"),
-    # Megatron cannot save multi-token prediction on two stages with tied embeddings. Factor 0: no gradient of its language-model loss
-    "mtp": ("--mtp-num-layers", "1", "--mtp-loss-scaling-factor", "0", "--untie-embeddings-and-output-weights"),
+    # Megatron cannot save multi-token prediction on two stages with tied embeddings. Factor 0: no gradient of
+    # its language-model loss
+    "mtp": (
+        "--mtp-num-layers",
+        "1",
+        "--mtp-loss-scaling-factor",
+        "0",
+        "--untie-embeddings-and-output-weights",
+    ),
 }
 WORLDS["every"] = (*WORLDS["sigmoid"], "--mtp-num-layers", "1", "--untie-embeddings-and-output-weights")
-"""Models other than the plain one. Each has a base checkpoint and a profile, but for those in `PROFILE_OF`."""
+"""Models other than the plain one. Each has a base checkpoint and a profile, but for those in
+`PROFILE_OF`."""
 
 PROFILE_OF = {"mtp": "", "every": "sigmoid"}
 """The world whose profile a model takes: one with the same MoE layers."""
@@ -97,7 +109,11 @@ def add(name: str, row: Row, same_as: str | None = None) -> None:
 
 def add_kinds(name: str, ranks: int, flags: tuple[str, ...], *kinds: str) -> None:
     for kind in kinds:
-        add(f"{name}-{kind}", KINDS[kind]._replace(flags=(*KINDS[kind].flags, *flags), ranks=ranks), f"one-{kind}")
+        add(
+            f"{name}-{kind}",
+            KINDS[kind]._replace(flags=(*KINDS[kind].flags, *flags), ranks=ranks),
+            f"one-{kind}",
+        )
 
 
 for layout, (ranks, flags) in LAYOUTS.items():
@@ -110,7 +126,8 @@ add_kinds("vpp-micro1", 2, (*VPP, "--micro-batch-size", "1"), "alone")
 for name, (ranks, flags) in RECOMPUTED.items():
     add_kinds(name, ranks, flags, "alone", "alone-tokens")
 
-# Megatron's cross-entropy without per-token loss is a mean of the context-parallel ranks' means: not there beside ours, see `OTHERS`.
+# Megatron's cross-entropy without per-token loss is a mean of the context-parallel ranks' means: not there
+# beside ours, see `OTHERS`.
 add_kinds("cp", 2, CP, "alone", "alone-tokens", "whole-tokens")
 add_kinds("cp-full", 2, (*CP, *FULL), "alone-tokens")
 add_kinds("tp-cp", 4, (*TP, *CP), "alone", "alone-tokens")
@@ -122,7 +139,15 @@ OPTIONS = {
     "ci-tokens": ("--ramoe-normalize", "ci", *PER_TOKEN),
     "all": ("--ramoe-examples", "all"),
     "profile": PROFILE_TARGET,
-    "kl": (*PROFILE_TARGET, "--ramoe-divergence", "kl", "--ramoe-tokens", "prompt", "--ramoe-examples", "ci+cc"),
+    "kl": (
+        *PROFILE_TARGET,
+        "--ramoe-divergence",
+        "kl",
+        "--ramoe-tokens",
+        "prompt",
+        "--ramoe-examples",
+        "ci+cc",
+    ),
     "js": (*PROFILE_TARGET, "--ramoe-divergence", "js", "--ramoe-tokens", "response"),
     "mass": (*PROFILE_TARGET, "--ramoe-divergence", "mass", "--ramoe-tokens", "all"),
     "token": (*PROFILE_TARGET, "--ramoe-pooling", "token", "--ramoe-tokens", "prompt"),
@@ -143,23 +168,49 @@ for world in ("sigmoid", "dense", "half", "mtp"):
     zone = ("--ramoe-layers", "0-1") if world in ("half", "mtp") else ()
     for layout, more in {"one": (), **{name: LAYOUTS[name][1] for name in ("dp", "tp", "pp")}}.items():
         for kind in ("alone", "whole") if world in ("half", "mtp") else ("alone", "alone-tokens"):
-            row = KINDS[kind]._replace(flags=(*KINDS[kind].flags, *flags, *zone, *more), world=world, ranks=1 if layout == "one" else 2)
+            row = KINDS[kind]._replace(
+                flags=(*KINDS[kind].flags, *flags, *zone, *more),
+                world=world,
+                ranks=1 if layout == "one" else 2,
+            )
             reference = None if layout == "one" else f"{world}-one-{kind}"
             add(f"{world}-{layout}-{kind}", row._replace(steps=3 if kind == "whole" else 1), reference)
-add("mtp-absent", KINDS["alone"]._replace(flags=("--untie-embeddings-and-output-weights", "--ramoe-layers", "0-1"), world="mtp"))
+add(
+    "mtp-absent",
+    KINDS["alone"]._replace(
+        flags=("--untie-embeddings-and-output-weights", "--ramoe-layers", "0-1"), world="mtp"
+    ),
+)
 SAME_AS["mtp-one-alone"] = "mtp-absent"
 for module in ("mlp", "shared_experts"):
     row = KINDS["alone"]._replace(flags=(*WORLDS["dense"], *selective(module)), world="dense")
     add(f"dense-{module}", row, "dense-one-alone")
 add("last-stage-one", KINDS["whole"]._replace(flags=("--ramoe-layers", "2-2"), steps=3))
-add("last-stage-pp", KINDS["whole"]._replace(flags=("--ramoe-layers", "2-2", *PP), ranks=2, steps=3), "last-stage-one")
+add(
+    "last-stage-pp",
+    KINDS["whole"]._replace(flags=("--ramoe-layers", "2-2", *PP), ranks=2, steps=3),
+    "last-stage-one",
+)
 
-# Other losses, some of which change with the layout: what is ours is the difference between a run with and one without alignment.
-MIXED = ("--moe-router-load-balancing-type", "aux_loss", "seq_aux_loss", "--moe-aux-loss-coeff", "0.01", "0.01")
-STOCK_LOSSES = {**{kind: stock_losses(kind) for kind in ("aux_loss", "seq_aux_loss", "global_aux_loss")}, "mixed": MIXED}
+# Other losses, some of which change with the layout: what is ours is the difference between a run with and
+# one without alignment.
+MIXED = (
+    "--moe-router-load-balancing-type",
+    "aux_loss",
+    "seq_aux_loss",
+    "--moe-aux-loss-coeff",
+    "0.01",
+    "0.01",
+)
+STOCK_LOSSES = {
+    **{kind: stock_losses(kind) for kind in ("aux_loss", "seq_aux_loss", "global_aux_loss")},
+    "mixed": MIXED,
+}
 OTHERS: dict[str, Row] = {
     **{
-        f"{kind}-{layout}{'-tokens' * per_token}": Row(LAYOUTS[layout][1] + PER_TOKEN * per_token, 2, 0, losses)
+        f"{kind}-{layout}{'-tokens' * per_token}": Row(
+            LAYOUTS[layout][1] + PER_TOKEN * per_token, 2, 0, losses
+        )
         for kind, losses in STOCK_LOSSES.items()
         for layout, per_token in (("dp", False), ("dp", True), ("tp", False))
     },
@@ -170,9 +221,17 @@ for name, row in OTHERS.items():
     add(f"{name}-both", row)
     add(f"{name}-stock", row._replace(aligned=False))
 
-# All of Megatron's own losses at the routers, the expert bias and multi-token prediction with its loss, over samples of uneven length.
-# What Megatron takes over padding would change with the padding (`LONGER`), and with the ranks that share a sequence.
-EVERY = ("--moe-router-load-balancing-type", "aux_loss", "seq_aux_loss", "global_aux_loss", "--moe-aux-loss-coeff", *["0.01"] * 3)
+# All of Megatron's own losses at the routers, the expert bias and multi-token prediction with its loss, over
+# samples of uneven length. What Megatron takes over padding would change with the padding (`LONGER`), and
+# with the ranks that share a sequence.
+EVERY = (
+    "--moe-router-load-balancing-type",
+    "aux_loss",
+    "seq_aux_loss",
+    "global_aux_loss",
+    "--moe-aux-loss-coeff",
+    *["0.01"] * 3,
+)
 EVERY = (*EVERY, "--moe-z-loss-coeff", "0.001")
 LONGER = ("--seq-length", "48")
 # Megatron takes the losses of multi-token prediction by context-parallel rank, as its cross-entropy.
@@ -185,11 +244,16 @@ EVERY_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp-cp": (4, (*TP, *CP, *WITHOUT_MTP_LOSS)),
 }
 SAME_LOSSES: dict[str, str] = {}
-"""Rows with `EVERY`, and the row whose router gradients, expert biases and figures of Megatron's each must have."""
+"""Rows with `EVERY`, and the row whose router gradients, expert biases and figures of Megatron's each must
+have."""
 
 
-def add_every(name: str, same_as: str | None, ranks: int, flags: tuple[str, ...], aligned: bool = False) -> None:
-    row = Row((*WORLDS["every"], *flags), ranks, lm=int(aligned), losses=EVERY, world="every", aligned=aligned)
+def add_every(
+    name: str, same_as: str | None, ranks: int, flags: tuple[str, ...], aligned: bool = False
+) -> None:
+    row = Row(
+        (*WORLDS["every"], *flags), ranks, lm=int(aligned), losses=EVERY, world="every", aligned=aligned
+    )
     add(name, row)
     if same_as:
         SAME_LOSSES[name] = same_as
@@ -200,11 +264,21 @@ for tokens, per_token in (("", ()), ("-tokens", PER_TOKEN)):
     for layout, (ranks, flags) in EVERY_LAYOUTS.items():
         # global_aux_loss changes with data parallelism
         one = {"one": None, "dp": None, "cp": f"every-one-nomtp{tokens}", "tp-cp": f"every-one-nomtp{tokens}"}
-        add_every(f"every-{layout}{tokens}", one.get(layout, f"every-one{tokens}"), ranks, (*flags, *per_token))
-        add_every(f"every-{layout}-longer{tokens}", f"every-{layout}{tokens}", ranks, (*flags, *per_token, *LONGER))
+        add_every(
+            f"every-{layout}{tokens}", one.get(layout, f"every-one{tokens}"), ranks, (*flags, *per_token)
+        )
+        add_every(
+            f"every-{layout}-longer{tokens}", f"every-{layout}{tokens}", ranks, (*flags, *per_token, *LONGER)
+        )
     for layout in ("one", "tp"):
         same = None if layout == "one" else f"every-one-aligned{tokens}"
-        add_every(f"every-{layout}-aligned{tokens}", same, EVERY_LAYOUTS[layout][0], (*EVERY_LAYOUTS[layout][1], *per_token), aligned=True)
+        add_every(
+            f"every-{layout}-aligned{tokens}",
+            same,
+            EVERY_LAYOUTS[layout][0],
+            (*EVERY_LAYOUTS[layout][1], *per_token),
+            aligned=True,
+        )
     flags = (*per_token, *LONGER)
     add_every(f"every-one-aligned-longer{tokens}", f"every-one-aligned{tokens}", 1, flags, aligned=True)
 
@@ -223,10 +297,13 @@ for kind in ("alone", "alone-tokens"):
     for precision, (flags, _) in PRECISIONS.items():
         for layout in ("one",) if precision == "float16-16" else ("one", "dp", "tp"):
             more = () if layout == "one" else LAYOUTS[layout][1]
-            row = KINDS[kind]._replace(flags=(*KINDS[kind].flags, *SEED, *flags, *more), ranks=1 if layout == "one" else 2)
+            row = KINDS[kind]._replace(
+                flags=(*KINDS[kind].flags, *SEED, *flags, *more), ranks=1 if layout == "one" else 2
+            )
             add(f"{precision}-{layout}-{kind}", row)
 
-# Where the ci samples fall. Two data-parallel ranks take turns of a micro-batch of 4: rank 0 has the draws 0-3 and 8-11 of a step.
+# Where the ci samples fall. Two data-parallel ranks take turns of a micro-batch of 4: rank 0 has the draws
+# 0-3 and 8-11 of a step.
 PLACEMENTS: dict[str, tuple[int, ...]] = {  # draws that are ci, where their language is a target
     "uneven": (0, 1, 2, 3, 4, 8, 9, 10, 11),
     "one-rank": (0, 1, 2, 3, 8, 9, 10, 11),
@@ -243,7 +320,9 @@ for place in PLACEMENTS:
             steps = 3 if place == "none" else 1
             # no target is zero there: what is not aligned counts for nothing by its weight alone
             target = PROFILE_TARGET if place == "none" else ()
-            row = KINDS[kind]._replace(flags=(*KINDS[kind].flags, *flags, *target), ranks=ranks, ci=place, steps=steps)
+            row = KINDS[kind]._replace(
+                flags=(*KINDS[kind].flags, *flags, *target), ranks=ranks, ci=place, steps=steps
+            )
             add(f"{place}-{layout}-{kind}", row, same_as)
 for layout in ("one", "dp", "pp"):
     for name, row in (("none", Row(PROFILE_TARGET, ci="none")), ("plain", Row(aligned=False))):
@@ -254,7 +333,8 @@ LONG = 10
 OFF = ("--ramoe-coeff", "0")
 EVALUATED = ("--eval-interval", "3", "--eval-iters", "2")
 for layout in ("one", "tp"):
-    # With a padding mask, Megatron's own z-loss is another on two ranks that share a sequence (`real_tokens`).
+    # With a padding mask, Megatron's own z-loss is another on two ranks that share a sequence
+    # (`real_tokens`).
     losses = STOCK if layout == "one" else STOCK[:4]
     long = Row(() if layout == "one" else TP, 1 if layout == "one" else 2, losses=losses, steps=LONG)
     add(f"off-{layout}", long._replace(aligned=False))

@@ -1,4 +1,4 @@
-"""Runs the tables of `layout_rows`, and the other jobs, on one, two and four gloo ranks, each started once."""
+"""Runs the tables of `layout_rows` and the other jobs on one, two and four gloo ranks, each started once."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -42,9 +42,11 @@ def run_all(folder: Path) -> None:
     run_table(1, bases(folder), folder)
     parts: list[list[dict[str, Any]]] = [[], []]
     for place, row in enumerate([*jobs(folder), *finetuning(folder, 1), *refused(folder), *checked(folder)]):
-        parts[0 if row["name"] in ("through-one", "resumed-one") else place % 2].append(row)  # the second needs the first
+        # the second needs the first
+        parts[0 if row["name"] in ("through-one", "resumed-one") else place % 2].append(row)
     parts[1] += chat_rows(folder)  # each evaluation needs the training before it
-    with ThreadPoolExecutor() as pool:  # two processes of one rank beside each other, on the two cores of a small machine
+    # two processes of one rank beside each other, on the two cores of a small machine
+    with ThreadPoolExecutor() as pool:
         list(pool.map(run_table, (1, 1), parts, (folder, folder), ("ranks1-a", "ranks1-b")))
     run_table(2, [*finetuning(folder, 2), *jobs_in_layouts(folder)], folder)
     run_table(4, finetuning(folder, 4), folder)
@@ -53,7 +55,10 @@ def run_all(folder: Path) -> None:
 def finetuning(folder: Path, ranks: int) -> list[dict[str, Any]]:
     rows = {name: row for name, row in ROWS.items() if row.ranks == ranks}
     return [
-        *({"name": name, "job": "finetune", "lm": row.lm, "argv": argv(folder, name, row)} for name, row in rows.items()),
+        *(
+            {"name": name, "job": "finetune", "lm": row.lm, "argv": argv(folder, name, row)}
+            for name, row in rows.items()
+        ),
         *(
             {"name": name.replace("through", "resumed"), "job": "finetune", "argv": resumed(folder, name)}
             for name in rows
@@ -65,12 +70,16 @@ def finetuning(folder: Path, ranks: int) -> list[dict[str, Any]]:
 def argv(folder: Path, name: str, row: Row) -> list[str]:
     suffix = f"-{row.world}" if row.world else ""
     profiled = PROFILE_OF.get(row.world, row.world)
-    alignment = alignment_flags(folder, f"profile-{profiled}" if profiled else "profile") if row.aligned else []
+    alignment = (
+        alignment_flags(folder, f"profile-{profiled}" if profiled else "profile") if row.aligned else []
+    )
     if row.ci:
         alignment += ["--ramoe-taxonomy", str(folder / f"taxonomy-{row.ci}.jsonl")]
     saved = ["--save", str(folder / name), "--save-interval", "5"] if name.startswith(SAVED) else []
     start = [*load_flags(folder, f"base{suffix}"), *alignment, *saved, "--train-iters", str(row.steps)]
-    flags = [str(samples_of_first_packs(folder, flag)) if flag.startswith("PACKED") else flag for flag in row.flags]
+    flags = [
+        str(samples_of_first_packs(folder, flag)) if flag.startswith("PACKED") else flag for flag in row.flags
+    ]
     return training_flags(folder, *start, *flags, losses=row.losses)
 
 
@@ -114,7 +123,9 @@ def write_placements(folder: Path) -> None:
         placed = []
         for row in rows:
             ci = (row["id"], row["language"]) in chosen
-            placed.append(row | {"english_correct": ci, "target_correct": False, "category": "ci" if ci else "ii"})
+            placed.append(
+                row | {"english_correct": ci, "target_correct": False, "category": "ci" if ci else "ii"}
+            )
         (folder / f"taxonomy-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in placed))
         assert any(row.category == "ci" for row in read_taxonomy(folder / f"taxonomy-{name}.jsonl"))
 
@@ -124,9 +135,17 @@ def jobs(folder: Path) -> list[dict[str, Any]]:
     script = str(HERE.parents[1] / "examples/pretrain_gpt.py")
     every = training_flags(folder, *load_flags(folder, "base-every"), *WORLDS["every"])
     return [
-        {"name": "taxonomy", "job": "taxonomy", "argv": offline_flags(folder, "taxonomy", "--ramoe-split", "train,test")},
+        {
+            "name": "taxonomy",
+            "job": "taxonomy",
+            "argv": offline_flags(folder, "taxonomy", "--ramoe-split", "train,test"),
+        },
         {"name": "reference", "job": REFERENCE, "argv": offline_flags(folder, "reference")},
-        {"name": "reference-padded", "job": REFERENCE, "argv": offline_flags(folder, "reference-padded", *PADDED)},
+        {
+            "name": "reference-padded",
+            "job": REFERENCE,
+            "argv": offline_flags(folder, "reference-padded", *PADDED),
+        },
         {"name": "scoring", "job": SCORING, "argv": scoring_flags(folder, "scoring")},
         {"name": "evaluate", "job": "evaluate", "argv": _evaluate(folder)},
         {"name": "predict", "job": "predict", "argv": _predict(folder)},
@@ -139,7 +158,11 @@ def jobs(folder: Path) -> list[dict[str, Any]]:
 
 
 def stock(folder: Path, layout: str) -> dict[str, Any]:
-    return {"name": f"stock-{layout}", "job": STOCK_SCRIPT, "argv": argv(folder, f"off-stock-{layout}", ROWS[f"off-{layout}"])}
+    return {
+        "name": f"stock-{layout}",
+        "job": STOCK_SCRIPT,
+        "argv": argv(folder, f"off-stock-{layout}", ROWS[f"off-{layout}"]),
+    }
 
 
 def jobs_in_layouts(folder: Path) -> list[dict[str, Any]]:
@@ -151,7 +174,11 @@ def jobs_in_layouts(folder: Path) -> list[dict[str, Any]]:
             "argv": offline_flags(folder, "reference-padded-tp", *PADDED, *LAYOUTS["tp"][1]),
         },
         *(
-            {"name": f"{job}-{layout}", "job": path, "argv": make(folder, f"{job}-{layout}", *LAYOUTS[layout][1])}
+            {
+                "name": f"{job}-{layout}",
+                "job": path,
+                "argv": make(folder, f"{job}-{layout}", *LAYOUTS[layout][1]),
+            }
             for layout in ("tp", "pp", "ep")
             for job, path, make in (
                 ("profile", "profile", profile_flags),
@@ -171,28 +198,52 @@ def refused(folder: Path) -> list[dict[str, Any]]:
     absent = str(folder / "nowhere")
     unevaluated = without_value(training_flags(folder), "--eval-interval")
     return [
-        {"name": "other-model", "job": "finetune", "argv": aligned_flags(folder, "--num-experts", "4", *scratch)},
+        {
+            "name": "other-model",
+            "job": "finetune",
+            "argv": aligned_flags(folder, "--num-experts", "4", *scratch),
+        },
         {"name": "bad-layers", "job": "finetune", "argv": aligned_flags(folder, "--ramoe-layers", "2-9")},
         {"name": "bad-tokens", "job": "finetune", "argv": aligned_flags(folder, "--ramoe-tokens", "all")},
         {"name": "absent", "job": "taxonomy", "argv": [*offline_flags(folder, "x"), "--load", absent]},
-        {"name": "other-shape", "job": "taxonomy", "argv": [*offline_flags(folder, "x"), "--hidden-size", "64"]},
-        {"name": "short-limit", "job": "taxonomy", "argv": offline_flags(folder, "x", "--ramoe-max-new-tokens", "1")},
+        {
+            "name": "other-shape",
+            "job": "taxonomy",
+            "argv": [*offline_flags(folder, "x"), "--hidden-size", "64"],
+        },
+        {
+            "name": "short-limit",
+            "job": "taxonomy",
+            "argv": offline_flags(folder, "x", "--ramoe-max-new-tokens", "1"),
+        },
         {"name": "warm-up", "job": "finetune", "argv": training_flags(folder, "--lr-warmup-iters", "5")},
         {"name": "unevaluated", "job": "finetune", "argv": unevaluated},
-        {"name": "absent-base", "job": "finetune", "argv": training_flags(folder, "--pretrained-checkpoint", absent)},
+        {
+            "name": "absent-base",
+            "job": "finetune",
+            "argv": training_flags(folder, "--pretrained-checkpoint", absent),
+        },
         *(
-            {"name": f"calls-{calls}", "job": MISUSE, "argv": aligned_flags(folder, "--model-calls", str(calls), "--train-iters", "1")}
+            {
+                "name": f"calls-{calls}",
+                "job": MISUSE,
+                "argv": aligned_flags(folder, "--model-calls", str(calls), "--train-iters", "1"),
+            }
             for calls in (0, 2)
         ),
     ]
 
 
 def checked(folder: Path) -> list[dict[str, Any]]:
-    """Every broken command line, by the job itself ("broken-") and by its --check ("checked-"); and sound ones, checked."""
+    """Broken command lines, run ("broken-") and with --check ("checked-"); valid ones with --check."""
     rows = []
     for name in FATAL:
         line = broken_line(name, folder, 1)
-        words = [*line.flags, "--ramoe-output", str(folder / "unmade")] if line.job != "finetune" else list(line.flags)
+        words = (
+            [*line.flags, "--ramoe-output", str(folder / "unmade")]
+            if line.job != "finetune"
+            else list(line.flags)
+        )
         place = name.replace(" ", "-")
         rows.append({"name": f"broken-{place}", "job": line.job, "argv": words})
         rows.append({"name": f"checked-{place}", "job": line.job, "argv": [*words, "--check"]})
@@ -204,11 +255,25 @@ def checked(folder: Path) -> list[dict[str, Any]]:
 
 def _evaluate(folder: Path) -> list[str]:
     experts = str(folder / "profile/experts.safetensors")
-    return offline_flags(folder, "evaluations", "--ramoe-split", "test", "--ramoe-experts", experts, "--ramoe-method", "base")
+    return offline_flags(
+        folder, "evaluations", "--ramoe-split", "test", "--ramoe-experts", experts, "--ramoe-method", "base"
+    )
 
 
 def _predict(folder: Path) -> list[str]:
     profile = folder / "profile"
-    files = ["--ramoe-experts", str(profile / "experts.safetensors"), "--ramoe-divergence-file", str(profile / "divergence.csv")]
-    files += ["--ramoe-taxonomy", str(folder / "taxonomy.jsonl"), "--ramoe-layers", "1-2", "--ramoe-split", "test"]
+    files = [
+        "--ramoe-experts",
+        str(profile / "experts.safetensors"),
+        "--ramoe-divergence-file",
+        str(profile / "divergence.csv"),
+    ]
+    files += [
+        "--ramoe-taxonomy",
+        str(folder / "taxonomy.jsonl"),
+        "--ramoe-layers",
+        "1-2",
+        "--ramoe-split",
+        "test",
+    ]
     return offline_flags(folder, "predict", *files)

@@ -13,7 +13,10 @@ from ramoe_megatron.recipe.stage import Stage
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "pp": (2, {"pipeline-model-parallel-size": 2}),
-    "tp-ep": (4, {"tensor-model-parallel-size": 2, "sequence-parallel": True, "expert-model-parallel-size": 2}),
+    "tp-ep": (
+        4,
+        {"tensor-model-parallel-size": 2, "sequence-parallel": True, "expert-model-parallel-size": 2},
+    ),
 }
 COMBINED = {"name": "aligned-experts", "preset": ["ra-moe", "esft-token"]}
 
@@ -21,23 +24,32 @@ COMBINED = {"name": "aligned-experts", "preset": ["ra-moe", "esft-token"]}
 def recipe(folder: Path, layout: str) -> Recipe:
     ranks, parallel = LAYOUTS[layout]
     model: dict[str, Any] = {
-        "num-layers": 4, "hidden-size": 32, "init-method-std": 0.1, "num-attention-heads": 4, "seq-length": 32,
-        "max-position-embeddings": 48, "num-experts": 8, "moe-router-topk": 2, "moe-ffn-hidden-size": 32, "ffn-hidden-size": 32,
-        "position-embedding-type": "rope", "normalization": "RMSNorm", "swiglu": True, "disable-bias-linear": True,
-        "attention-dropout": 0, "hidden-dropout": 0, "moe-token-dispatcher-type": "alltoall", "make-vocab-size-divisible-by": 64,
+        "num-layers": 4, "hidden-size": 32, "init-method-std": 0.1, "num-attention-heads": 4,
+        "seq-length": 32,
+        "max-position-embeddings": 48, "num-experts": 8, "moe-router-topk": 2, "moe-ffn-hidden-size": 32,
+        "ffn-hidden-size": 32,
+        "position-embedding-type": "rope", "normalization": "RMSNorm", "swiglu": True,
+        "disable-bias-linear": True,
+        "attention-dropout": 0, "hidden-dropout": 0, "moe-token-dispatcher-type": "alltoall",
+        "make-vocab-size-divisible-by": 64,
         "moe-router-load-balancing-type": "aux_loss", "moe-aux-loss-coeff": 0.01,
     }  # fmt: skip
     train = {
-        "train-iters": 2, "micro-batch-size": 4, "global-batch-size": 16, "lr": 1e-3, "eval-iters": 0, "eval-interval": 1000,
+        "train-iters": 2, "micro-batch-size": 4, "global-batch-size": 16, "lr": 1e-3, "eval-iters": 0,
+        "eval-interval": 1000,
         "num-workers": 0, "log-interval": 1, "weight-decay": 0.1, "save-interval": 100,
     }  # fmt: skip
     return validate(
         {
-            "name": "small", "model": model, "train": train, "parallel": parallel, "checkpoint": str(folder / "base"),
-            "tokenizer": {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": str(folder / "tokenizer.model")},
-            "data": {"files": [str(folder / "parallel.jsonl")], "general": [str(folder / "general.jsonl")], "languages": ["es", "tr"]},
+            "name": "small", "model": model, "train": train, "parallel": parallel,
+            "checkpoint": str(folder / "base"),
+            "tokenizer": {"tokenizer-type": "SentencePieceTokenizer",
+                          "tokenizer-model": str(folder / "tokenizer.model")},
+            "data": {"files": [str(folder / "parallel.jsonl")], "general": [str(folder / "general.jsonl")],
+                     "languages": ["es", "tr"]},
             "taxonomy": {"max-new-tokens": 4}, "profile": {"select": "top-m=3", "layers": "1-2"},
-            "alignment": {"coeff": 20, "target": "example"}, "selection": {"train-budget": 9, "train-top-p": 0.5},
+            "alignment": {"coeff": 20, "target": "example"},
+            "selection": {"train-budget": 9, "train-top-p": 0.5},
             "methods": [*METHODS, COMBINED], "launch": {"ranks-per-node": ranks, "batch-tokens": 256},
         },
         "recipe",
@@ -45,7 +57,9 @@ def recipe(folder: Path, layout: str) -> Recipe:
 
 
 def stages(folder: Path, layout: str) -> dict[str, Stage]:
-    return {stage.name: stage for stage in make_plan(recipe(folder, layout), folder / f"run-{layout}", folder)}
+    return {
+        stage.name: stage for stage in make_plan(recipe(folder, layout), folder / f"run-{layout}", folder)
+    }
 
 
 def row(name: str, stage: Stage) -> dict[str, Any]:
@@ -56,5 +70,7 @@ def row(name: str, stage: Stage) -> dict[str, Any]:
 
 def rows(folder: Path, layout: str, *kinds: str) -> list[dict[str, Any]]:
     return [
-        row(f"{layout}-{stage.name.replace('/', '-')}", stage) for stage in stages(folder, layout).values() if stage.kind in kinds
+        row(f"{layout}-{stage.name.replace('/', '-')}", stage)
+        for stage in stages(folder, layout).values()
+        if stage.kind in kinds
     ]

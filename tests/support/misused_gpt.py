@@ -38,4 +38,9 @@ def main() -> None:
     args = parse_and_validate_args(extra_args_provider=arguments)
     config = gpt_config_from_args(args)
     config.pre_wrap_hooks.append(partial(attach, config=RoutingAlignmentConfig.from_args(args)))
-    pretrain(pretrain_cfg_container_from_args(args, config), dataset_provider, ModelType.encoder_or_decoder, forward_step)
+    pretrain(
+        pretrain_cfg_container_from_args(args, config),
+        dataset_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )

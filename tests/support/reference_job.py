@@ -1,4 +1,4 @@
-"""A job for the tests: the routing of every training example, written out so that a test can compute the loss by hand."""
+"""A job for the tests: writes the routing of every training example, from which a test computes the loss."""
 
 from pathlib import Path
 
@@ -40,11 +40,15 @@ def main() -> None:
             "likelihood.own_routing": log_likelihoods(model, encoded, own_routing),
             "likelihood.other_routing": log_likelihoods(model, encoded, other_routing),
             "answers": torch.tensor([answer + [-1] * (4 - len(answer)) for answer in answers]),
-            "answers.own_routing": torch.tensor([a + [-1] * (4 - len(a)) for a in greedy(model, prompts, 4, own_routing)]),
+            "answers.own_routing": torch.tensor(
+                [a + [-1] * (4 - len(a)) for a in greedy(model, prompts, 4, own_routing)]
+            ),
             "loss_tokens": torch.tensor([len(e.ids) - e.prompt_length for e in encoded]),
             **{f"pooled.{choice}": pooled for choice, pooled in routing.pooled_NLE.items()},
         }
         if torch.distributed.get_rank() == 0:
             out = Path(str(options.output))
             out.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in found.items()}, out / "reference.safetensors")
+            save_file(
+                {name: tensor.contiguous() for name, tensor in found.items()}, out / "reference.safetensors"
+            )

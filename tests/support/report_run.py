@@ -45,7 +45,9 @@ def write_run(root: Path) -> Path:
         for seed in SEEDS:
             write_evaluation(root, method, seed, answers(method))
     rows = [
-        TaxonomyRow(f"{split}-{key}", task, language, split, right[task, "en", key], right[task, language, key])
+        TaxonomyRow(
+            f"{split}-{key}", task, language, split, right[task, "en", key], right[task, language, key]
+        )
         for split in ("train", "test")
         for task, language, key in keys
         if language != "en"
@@ -71,16 +73,27 @@ def write_run(root: Path) -> Path:
             "outputs": {"taxonomy.json": "cd34"},
         }
     }
-    (root / "manifest.json").write_text(json.dumps({"format": "ramoe-manifest", "version": 1, "stages": stages}))
-    recipe = {"name": "demo", "methods": [{"name": name} for name in METHODS if name != "base"], "seeds": list(SEEDS)}
+    (root / "manifest.json").write_text(
+        json.dumps({"format": "ramoe-manifest", "version": 1, "stages": stages})
+    )
+    recipe = {
+        "name": "demo",
+        "methods": [{"name": name} for name in METHODS if name != "base"],
+        "seeds": list(SEEDS),
+    }
     (root / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "note": HOSTILE}))
     return root
 
 
-def write_evaluation(root: Path, method: str, seed: int | None, answers: dict[tuple[str, str, str], bool]) -> None:
+def write_evaluation(
+    root: Path, method: str, seed: int | None, answers: dict[tuple[str, str, str], bool]
+) -> None:
     name = method if seed is None else f"{method}-seed{seed}"
     (root / "evaluations").mkdir(parents=True, exist_ok=True)
-    lines = [{"id": key, "task": task, "language": lang, "correct": ok} for (task, lang, key), ok in answers.items()]
+    lines = [
+        {"id": key, "task": task, "language": lang, "correct": ok}
+        for (task, lang, key), ok in answers.items()
+    ]
     (root / f"evaluations/{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows, mass = [], []
     for task in TASKS:
@@ -88,7 +101,9 @@ def write_evaluation(root: Path, method: str, seed: int | None, answers: dict[tu
             own = [ok for (t, lang, _), ok in answers.items() if (t, lang) == (task, language)]
             rows.append({"task": task, "language": language, "n": len(own), "correct": sum(own)})
             share = 0.5 if language == "en" else 0.2 + METHODS[method] + 0.01 * LANGUAGES.index(language)
-            mass.append({"task": task, "language": language, "mass": [share * (0.6 + 0.1 * i) for i in range(LAYERS)]})
+            mass.append(
+                {"task": task, "language": language, "mass": [share * (0.6 + 0.1 * i) for i in range(LAYERS)]}
+            )
     body = {"method": method, "seed": seed, "checkpoint": f"checkpoints/{name}", "split": "test", "data": []}
     evaluation = {**body, "rows": rows, "mass": mass, "examples": f"{name}.jsonl"}
     save_document(root / f"evaluations/{name}.json", "ramoe-evaluation", evaluation)
@@ -101,7 +116,9 @@ def write_experts(path: Path) -> None:
     delta = (task - general).clamp(-1, 1)
     ExpertFile(
         tasks=TASKS,
-        shape=ModelShape(num_moe_layers=LAYERS, num_experts=EXPERTS, topk=2, score_function="softmax", hidden_size=64),
+        shape=ModelShape(
+            num_moe_layers=LAYERS, num_experts=EXPERTS, topk=2, score_function="softmax", hidden_size=64
+        ),
         expert_mask=delta > 0.3,
         delta=delta,
         task_frequency=task,
@@ -117,7 +134,9 @@ def write_experts(path: Path) -> None:
 def write_prediction(path: Path, pairs: list[TaxonomyPair], curve: list[DivergenceRow]) -> None:
     draw = random.Random(1)
     outcomes = [
-        TransplantOutcome(f"{pair.task}-{number}", pair.task, pair.language, draw.random() < 0.4, draw.random() < 0.5)
+        TransplantOutcome(
+            f"{pair.task}-{number}", pair.task, pair.language, draw.random() < 0.4, draw.random() < 0.5
+        )
         for pair in pairs
         if pair.split == "test"
         for number in range(EXAMPLES)

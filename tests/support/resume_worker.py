@@ -2,13 +2,12 @@
 
     tests/support/resume_worker.py TABLE.json OUT, on each rank
 
-Each row: {"name", "job", "argv"}, run in a fork of its rank as in `worker.py`, with shards of `SHARD` examples. More keys:
-"kill": [ranks, saves, seconds]: these ranks kill themselves that long after they begin to save so many shards (0: a pass);
-"slow": seconds that each forward pass takes longer;
-"truncate": a pattern, under OUT, of files that are cut in half before;
-"hold": a lock file, under OUT, that another process holds meanwhile.
-OUT/NAME.RANK.log has a line RUN for each forward pass, and SAVE NUMBER for each shard that is about to be saved; the last line is END, or
-ERROR with the message.
+Each row: {"name", "job", "argv"}, run in a fork of its rank as in `worker.py`, with shards of `SHARD`
+examples. More keys: "kill": [ranks, saves, seconds]: these ranks kill themselves that long after they begin
+to save so many shards (0: a pass); "slow": seconds that each forward pass takes longer; "truncate": a
+pattern, under OUT, of files that are cut in half before; "hold": a lock file, under OUT, that another process
+holds meanwhile. OUT/NAME.RANK.log has a line RUN for each forward pass, and SAVE NUMBER for each shard that
+is about to be saved; the last line is END, or ERROR with the message.
 """
 
 import contextlib
@@ -40,7 +39,13 @@ def main() -> None:
     from ramoe_megatron.mcore.cpu.backend import cpu_backend
 
     with cpu_backend():
-        for module in (*IMPORTED, *(f"ramoe_megatron.jobs.{name}" for name in ("scores", "profile", "taxonomy", "evaluate", "steer"))):
+        for module in (
+            *IMPORTED,
+            *(
+                f"ramoe_megatron.jobs.{name}"
+                for name in ("scores", "profile", "taxonomy", "evaluate", "steer")
+            ),
+        ):
             importlib.import_module(module)
         for row in table:
             with prepared(row, out) if RANK == 0 else contextlib.nullcontext():

@@ -1,4 +1,4 @@
-"""A model chunk of one router, and its micro-batches: what the laws of alignment at one router need, without ranks."""
+"""A model chunk with one router, and micro-batches, for the laws of alignment without ranks."""
 
 import types
 from typing import Any
@@ -16,7 +16,9 @@ S, B, E, LAYERS = 6, 3, 4, 2
 
 
 def alignment(**changes: Any) -> Alignment:
-    config = RoutingAlignmentConfig(**({"coeff": 2.0, "experts": "e", "examples": "all", "tokens": "last"} | changes))
+    config = RoutingAlignmentConfig(
+        **({"coeff": 2.0, "experts": "e", "examples": "all", "tokens": "last"} | changes)
+    )
     mask = torch.tensor([True, True, False, False]).expand(1, LAYERS, E)
     pattern = torch.tensor([0.5, 0.2, 0.2, 0.1]).expand(1, LAYERS, E)
     metrics, state = AlignmentMetrics(range(1, LAYERS + 1), "cpu"), AlignmentState(config, "cpu")
@@ -40,14 +42,21 @@ class Chunk(torch.nn.Module):
         groups = {"tp_group": None, "cp_group": None, "tp_cp_group": None}
         config = types.SimpleNamespace(sequence_parallel=False)
         self.router = types.SimpleNamespace(
-            **groups, config=config, score_function="softmax", ramoe_layer=0, training=True, calculate_per_token_loss=False
+            **groups,
+            config=config,
+            score_function="softmax",
+            ramoe_layer=0,
+            training=True,
+            calculate_per_token_loss=False,
         )
 
     def run(self, micro: dict[str, torch.Tensor], times: int = 1) -> torch.Tensor:
         """Router-logit gradient of one micro-batch, the model's own loss left out."""
         return self.gradient(micro, B, times=times)
 
-    def gradient(self, micro: dict[str, torch.Tensor], samples: int, logits: torch.Tensor | None = None, times: int = 1) -> torch.Tensor:
+    def gradient(
+        self, micro: dict[str, torch.Tensor], samples: int, logits: torch.Tensor | None = None, times: int = 1
+    ) -> torch.Tensor:
         """The same for any number of samples, or logits of one's own."""
         from ramoe_megatron.mcore.carrier import current
 

@@ -1,4 +1,4 @@
-"""A job for the tests: what scoring says of the model, and of the model with weights that make all logits equal, NaN or infinite."""
+"""A job for the tests: scores the model, also with weights that make all logits equal, NaN or infinite."""
 
 import json
 import math
@@ -22,7 +22,12 @@ def main() -> None:
         model = OfflineModel(args, options.batch_tokens)
         found: dict[str, Any] = {"plain": score(model, examples, limits)}
         chunks = [chunk.named_parameters() for chunk in model.chunks]
-        last = [parameter for chunk in chunks for name, parameter in chunk if name.endswith("final_layernorm.weight")]
+        last = [
+            parameter
+            for chunk in chunks
+            for name, parameter in chunk
+            if name.endswith("final_layernorm.weight")
+        ]
         for name, value in (("equal", 0.0), ("nan", math.nan), ("infinite", math.inf)):
             for parameter in last:
                 parameter.data.fill_(value)

@@ -1,4 +1,4 @@
-"""The runs that the tests of selective training read, as tables: what is trained, on which ranks, with which flags."""
+"""Tables of the runs for the tests of selective training: trained weights, ranks and flags."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -57,13 +57,17 @@ ROWS: dict[str, list[tuple[str, tuple[str, ...]]]] = {  # what is trained, with 
     "tp-ep": [("all", ()), ("routers", ()), ("rise", ()), ("esft-token", DISTRIBUTED)],
     "ep-pp": [("all", ()), ("late", ()), ("late", DISTRIBUTED)],
 }
-RESUMED = [(layout, kind, more) for layout, kind in (("pp", "late"), ("ep", "early")) for more in ((), DISTRIBUTED)]
+RESUMED = [
+    (layout, kind, more) for layout, kind in (("pp", "late"), ("ep", "early")) for more in ((), DISTRIBUTED)
+]
 RESUMED += [("pp", "late", BF16), ("ep", "early", FP16), ("ep-pp", "late", BF16)]
 CASES = [(layout, kind, more) for layout, rows in ROWS.items() for kind, more in rows if kind != "all"]
 
 
 def name(layout: str, kind: str, more: tuple[str, ...] = ()) -> str:
-    return "-".join([layout, kind, *{DISTRIBUTED: ["distributed"], BF16: ["bf16"], FP16: ["fp16"]}.get(more, [])])
+    return "-".join(
+        [layout, kind, *{DISTRIBUTED: ["distributed"], BF16: ["bf16"], FP16: ["fp16"]}.get(more, [])]
+    )
 
 
 def argv(folder: Path, kind: str, *more: str, steps: int = 3, from_base: bool = True) -> list[str]:
@@ -71,7 +75,12 @@ def argv(folder: Path, kind: str, *more: str, steps: int = 3, from_base: bool = 
     if kind == "task-experts":
         flags += alignment_flags(folder)
     elif flags and kind != "routers":
-        flags += ["--ramoe-usage", str(folder / (f"{kind}.safetensors" if kind in ("late", "early") else "profile/usage.safetensors"))]
+        flags += [
+            "--ramoe-usage",
+            str(
+                folder / (f"{kind}.safetensors" if kind in ("late", "early") else "profile/usage.safetensors")
+            ),
+        ]
     trained = ["--train-iters", str(steps), "--weight-decay", "0.1", "--clip-grad", "0.5"]
     return training_flags(folder, *(load_flags(folder) if from_base else ()), *trained, *flags, *more)
 
@@ -81,7 +90,11 @@ def table(folder: Path, ranks: int) -> list[dict[str, Any]]:
     for layout, (needed, flags, *_) in LAYOUTS.items():
         for kind, more in ROWS[layout] if needed == ranks else ():
             steps = 1 if kind == "all" else 3
-            row = {"name": name(layout, kind, more), "job": "finetune", "argv": argv(folder, kind, *flags, *more, steps=steps)}
+            row = {
+                "name": name(layout, kind, more),
+                "job": "finetune",
+                "argv": argv(folder, kind, *flags, *more, steps=steps),
+            }
             rows.append(row | {"everything": True})
     for layout, flags in {"tp": TP, "pp": PP, "ep": EP}.items() if ranks == 2 else ():
         profile = profile_flags(folder, f"profile-{layout}", "--ramoe-save-usage", *flags)

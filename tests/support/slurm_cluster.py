@@ -3,8 +3,8 @@
     with SlurmCluster(folder) as cluster:
         cluster.sbatch("script.sbatch")
 
-Nothing of a Slurm that the machine may have is read or touched: every command finds the cluster through SLURM_CONF, the daemons listen
-on ports that were free, and only the processes started here are stopped.
+Nothing of a Slurm that the machine may have is read or touched: every command finds the cluster through
+SLURM_CONF, the daemons listen on ports that were free, and only the processes started here are stopped.
 """
 
 import contextlib
@@ -24,8 +24,19 @@ from typing import Self
 # Names that every resolver knows: 127.0.0.2 and so on, as the C library reads numbers. The third is a spare.
 NODES = ("0x7f000002", "0x7f000003", "0x7f000004")
 NEEDED = ("sbatch", "slurmctld", "slurmd", "munged")
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
-# cred_expire: a requeued job may not start again before its old credential has expired (two minutes otherwise).
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+)
+# cred_expire: a requeued job may not start again before its old credential has expired (two minutes
+# otherwise).
 CONF = """
 ClusterName=ramoe
 SlurmctldHost=localhost
@@ -59,7 +70,8 @@ SlurmdTimeout=8
 SlurmctldTimeout=30
 InactiveLimit=0
 ReturnToService=2
-NodeName=0x7f00000[2-4] NodeHostname=localhost NodeAddr=127.0.0.[2-4] Port=[{ports[1]}-{ports[3]}] CPUs={cpus} RealMemory=4000 State=UNKNOWN
+NodeName=0x7f00000[2-4] NodeHostname=localhost NodeAddr=127.0.0.[2-4] Port=[{ports[1]}-{ports[3]}] \
+CPUs={cpus} RealMemory=4000 State=UNKNOWN
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """
 
@@ -76,7 +88,11 @@ class SlurmCluster:
     def __init__(self, folder: Path, cpus: int = 4) -> None:
         self.folder, self.cpus = folder, cpus
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("SLURM_", "SBATCH_"))
+            },
             "PATH": os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin")),
             "SLURM_CONF": str(folder / "slurm.conf"),
         }
@@ -106,7 +122,9 @@ class SlurmCluster:
         for parent in munge.parents:  # pytest's folders are closed to others, and munged runs as its own user
             if os.stat(parent).st_uid == os.getuid() and parent != Path("/"):
                 parent.chmod(os.stat(parent).st_mode | 0o011)
-        (self.folder / "slurm.conf").write_text(CONF.format(folder=self.folder, ports=_ports(), cpus=self.cpus))
+        (self.folder / "slurm.conf").write_text(
+            CONF.format(folder=self.folder, ports=_ports(), cpus=self.cpus)
+        )
         words = ["munged", "--foreground", "--force", f"--socket={munge}/socket", f"--key-file={munge}/key"]
         words += [f"--log-file={munge}/log", f"--pid-file={munge}/pid", f"--seed-file={munge}/seed"]
         self._run("munged", words, user=_user("munge"))
@@ -121,12 +139,12 @@ class SlurmCluster:
         self._run(node, ["slurmd", "-D", "-N", node])
 
     def kill_node(self, node: str) -> None:
-        """What a node that is lost looks like: its slurmd and everything that runs on it are killed with -9, at once."""
+        """Lose a node: kill its slurmd and everything that runs on it with -9, all together."""
         for leader in (self._processes.pop(node).pid, *self.step_daemons(node)):
             kill_tree(leader)
 
     def step_daemons(self, node: str) -> list[int]:
-        """The slurmstepd of a node: each carries its node's spool folder or name in its environment or arguments."""
+        """The slurmstepd of a node, found by its spool folder or name in the environment or the arguments."""
         found = []
         for process, command in processes():
             if "slurmstepd" in command and f"SLURMD_NODENAME={node}" in environment_of_children(process):
@@ -140,7 +158,9 @@ class SlurmCluster:
 
     def call(self, *words: str, check: bool = True, **more: str) -> str:
         """What a Slurm command says."""
-        done = subprocess.run(words, env=self.environment | more, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            words, env=self.environment | more, capture_output=True, text=True, timeout=60, check=False
+        )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}\n{self.log()}")
         return done.stdout
@@ -159,13 +179,22 @@ class SlurmCluster:
 
     def wait(self, *numbers: int, seconds: float = 900) -> list[str]:
         """Wait until the jobs have ended; their states."""
-        wait_for(lambda: all(self.state(number) in ENDED for number in numbers), seconds, f"the end of jobs {numbers}", self.log)
+        wait_for(
+            lambda: all(self.state(number) in ENDED for number in numbers),
+            seconds,
+            f"the end of jobs {numbers}",
+            self.log,
+        )
         return [self.state(number) for number in numbers]
 
     def log(self) -> str:
         """The end of each daemon's log, for a failed test."""
         logs = [self.folder / f"{name}.log" for name in ("slurmctld", *NODES)]
-        return "\n".join(f"{path.name}:\n" + "\n".join(path.read_text().splitlines()[-15:]) for path in logs if path.exists())
+        return "\n".join(
+            f"{path.name}:\n" + "\n".join(path.read_text().splitlines()[-15:])
+            for path in logs
+            if path.exists()
+        )
 
     def stop(self) -> None:
         """Cancel the jobs and end every process that was started here, those of jobs too."""
@@ -189,7 +218,8 @@ class SlurmCluster:
     def _run(self, name: str, words: list[str], user: int | None = None) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
             self._processes[name] = subprocess.Popen(
-                words, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, user=user, start_new_session=True,
+                words, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, user=user,
+                start_new_session=True,
                 preexec_fn=end_with_parent,
             )  # fmt: skip
 
@@ -199,7 +229,9 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def wait_for(condition: Callable[[], object], seconds: float, what: str, log: Callable[[], str] | None = None) -> None:
+def wait_for(
+    condition: Callable[[], object], seconds: float, what: str, log: Callable[[], str] | None = None
+) -> None:
     """Poll until `condition()` holds; RuntimeError with `log()` after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -225,7 +257,10 @@ def processes() -> Iterator[tuple[int, str]]:
     """(process id, command line) of every process."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            yield int(folder.name), (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            yield (
+                int(folder.name),
+                (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"),
+            )
 
 
 def environment_of(process: int) -> set[str]:
@@ -239,7 +274,11 @@ def environment_of(process: int) -> set[str]:
 def environment_of_children(process: int) -> set[str]:
     """NAME=VALUE of a process's children, taken together."""
     try:
-        children = [int(child) for task in Path(f"/proc/{process}/task").iterdir() for child in (task / "children").read_text().split()]
+        children = [
+            int(child)
+            for task in Path(f"/proc/{process}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
     except OSError:
         return set()
     return set().union(*(environment_of(child) for child in children))

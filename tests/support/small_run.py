@@ -1,4 +1,4 @@
-"""A small world on disk, the flags of a small MoE model, and the tables of jobs that the layout tests run on it."""
+"""A small world on disk, the flags of a small MoE model, and the tables of jobs for the layout tests."""
 
 import functools
 import json
@@ -17,7 +17,9 @@ from ramoe_megatron.mcore.cpu.backend import cpu_command_line
 from ramoe_megatron.recipe.fork_server import ForkServer
 from ramoe_megatron.recipe.launcher import launch
 
-LANGUAGES = {  # on two sequence-parallel ranks the last prompt token of an es sample lies on the first, that of a tr sample on the second
+# On two sequence-parallel ranks, the last prompt token is on rank 0 in an es sample and on rank 1 in a tr
+# sample.
+LANGUAGES = {
     "en": "Please tell me what is the sum of {a} plus {b}?",
     "es": "Por favor dime cuanto es la suma de {a} mas {b}?",
     "tr": "Lutfen bana hemen soyle bakalim dostum simdi {a} arti {b} acaba toplam kac eder?",
@@ -28,7 +30,7 @@ SEQUENCE = 32  # tokens of a padded sample
 
 
 def write_world(folder: Path) -> list[dict[str, Any]]:
-    """Parallel sums in three languages, general text, a tokenizer, and a taxonomy written by hand with all four categories."""
+    """Parallel sums in three languages, general text, a tokenizer, and a taxonomy of all four categories."""
     generator = random.Random(0)
     rows: list[dict[str, Any]] = []
     for number in range(42):
@@ -36,12 +38,25 @@ def write_world(folder: Path) -> list[dict[str, Any]]:
         split = "train" if number < 24 else "test" if number < 36 else "validation"
         task = "even" if number % 2 == 0 else "odd"
         for language, frame in LANGUAGES.items():
-            fields = {"id": f"sum/{number}", "language": language, "task": task, "prompt": frame.format(a=a, b=b)}
-            response = f"{a + b} it is" if number < 24 and number % 3 == 0 else str(a + b)  # loss tokens differ between samples
+            fields = {
+                "id": f"sum/{number}",
+                "language": language,
+                "task": task,
+                "prompt": frame.format(a=a, b=b),
+            }
+            # loss tokens differ between samples
+            response = f"{a + b} it is" if number < 24 and number % 3 == 0 else str(a + b)
             answer = {"response": response, "answer": str(a + b), "split": split}
             rows.append(fields | answer | ({"choices": [str(a + b), str(a + b + 1)]} if number >= 30 else {}))
     general = [
-        {"id": f"g{n}", "language": "en", "task": "general", "prompt": "", "response": f"{n} is a number, {n * n} too", "split": "train"}
+        {
+            "id": f"g{n}",
+            "language": "en",
+            "task": "general",
+            "prompt": "",
+            "response": f"{n} is a number, {n * n} too",
+            "split": "train",
+        }
         for n in range(12)
     ]
     taxonomy = []
@@ -51,7 +66,9 @@ def write_world(folder: Path) -> list[dict[str, Any]]:
             english, target = number % 4 != 3, (number + len(row["language"])) % 3 == 0
             category = ("c" if english else "i") + ("c" if target else "i")
             kept = {key: row[key] for key in ("id", "task", "language", "split")}
-            taxonomy.append(kept | {"english_correct": english, "target_correct": target, "category": category})
+            taxonomy.append(
+                kept | {"english_correct": english, "target_correct": target, "category": category}
+            )
     for name, content in (("parallel", rows), ("general", general), ("taxonomy", taxonomy)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     texts = [f"{row['prompt']} {row['response']}" for row in [*rows, *general]]
@@ -62,18 +79,25 @@ def write_world(folder: Path) -> list[dict[str, Any]]:
 def model_flags(folder: Path) -> list[str]:
     """A model of 4 MoE layers; its padded vocabulary is the same with TP 1 and 2, so that the loss is too."""
     flags = (
-        f"--num-layers 4 --hidden-size 32 --init-method-std 0.1 --num-attention-heads 4 --seq-length {SEQUENCE} "
-        "--max-position-embeddings 48 --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 32 --ffn-hidden-size 32 "
-        "--position-embedding-type rope --normalization RMSNorm --swiglu "
-        "--disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --moe-token-dispatcher-type alltoall "
-        "--make-vocab-size-divisible-by 64 --tokenizer-type SentencePieceTokenizer"
+        "--num-layers 4 --hidden-size 32 --init-method-std 0.1 --num-attention-heads 4 --seq-length "
+        f"{SEQUENCE} --max-position-embeddings 48 --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size "
+        "32 --ffn-hidden-size 32 --position-embedding-type rope --normalization RMSNorm --swiglu "
+        "--disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --moe-token-dispatcher-type "
+        "alltoall --make-vocab-size-divisible-by 64 --tokenizer-type SentencePieceTokenizer"
     ).split()
     return [*flags, "--tokenizer-model", str(folder / "tokenizer.model")]
 
 
 def stock_losses(kind: str) -> tuple[str, ...]:
     """Megatron's own losses at the routers: a load-balancing loss, and the z-loss."""
-    return ("--moe-router-load-balancing-type", kind, "--moe-aux-loss-coeff", "0.01", "--moe-z-loss-coeff", "0.001")
+    return (
+        "--moe-router-load-balancing-type",
+        kind,
+        "--moe-aux-loss-coeff",
+        "0.01",
+        "--moe-z-loss-coeff",
+        "0.001",
+    )
 
 
 STOCK = stock_losses("aux_loss")
@@ -81,7 +105,10 @@ ALONE = ("--moe-router-load-balancing-type", "none")
 
 
 def training_flags(folder: Path, *more: str, losses: tuple[str, ...] = STOCK) -> list[str]:
-    flags = f"--micro-batch-size 4 --global-batch-size {SAMPLES} --train-iters 2 --lr 1e-3 --eval-iters 0 --eval-interval 1000 --seed 7"
+    flags = (
+        f"--micro-batch-size 4 --global-batch-size {SAMPLES} --train-iters 2 --lr 1e-3 "
+        "--eval-iters 0 --eval-interval 1000 --seed 7"
+    )
     data = ["--num-workers", "0", "--log-interval", "1", "--ramoe-data", str(folder / "parallel.jsonl")]
     waits = ["--distributed-timeout-minutes", "3"]  # ranks that wait for each other end in an error
     # last, so that a script that knows nothing of our launcher gets the CPU's flags too
@@ -96,7 +123,9 @@ def without_value(flags: list[str], name: str) -> list[str]:
 
 def bases_argv(folder: Path) -> list[str]:
     """Training of the base model, saved to folder/base."""
-    return training_flags(folder, "--train-iters", "4", "--save", str(folder / "base"), "--save-interval", "4")
+    return training_flags(
+        folder, "--train-iters", "4", "--save", str(folder / "base"), "--save-interval", "4"
+    )
 
 
 def load_flags(folder: Path, base: str = "base") -> list[str]:
@@ -106,8 +135,22 @@ def load_flags(folder: Path, base: str = "base") -> list[str]:
 def alignment_flags(folder: Path, profile: str = "profile") -> list[str]:
     """Alignment of MoE layers 1 and 2; the coefficient is large, so that its scale shows."""
     made = folder / profile
-    flags = ["--ramoe-coeff", "20", "--ramoe-experts", str(made / "experts.safetensors"), "--ramoe-layers", "1-2"]
-    flags += ["--ramoe-taxonomy", str(folder / "taxonomy.jsonl"), "--ramoe-tokens", "last", "--ramoe-target", "example"]
+    flags = [
+        "--ramoe-coeff",
+        "20",
+        "--ramoe-experts",
+        str(made / "experts.safetensors"),
+        "--ramoe-layers",
+        "1-2",
+    ]
+    flags += [
+        "--ramoe-taxonomy",
+        str(folder / "taxonomy.jsonl"),
+        "--ramoe-tokens",
+        "last",
+        "--ramoe-target",
+        "example",
+    ]
     return [*flags, "--ramoe-priors", str(made / "priors.safetensors")]
 
 
@@ -117,28 +160,50 @@ def aligned_flags(folder: Path, *more: str) -> list[str]:
 
 
 def offline_flags(folder: Path, output: str, *more: str) -> list[str]:
-    data = ["--ramoe-data", str(folder / "parallel.jsonl"), "--ramoe-output", str(folder / output), "--load", str(folder / "base")]
+    data = [
+        "--ramoe-data",
+        str(folder / "parallel.jsonl"),
+        "--ramoe-output",
+        str(folder / output),
+        "--load",
+        str(folder / "base"),
+    ]
     return [*model_flags(folder), *data, "--ramoe-batch-tokens", "256", *more]
 
 
 def profile_flags(folder: Path, output: str, *more: str) -> list[str]:
-    own = ["--ramoe-general", str(folder / "general.jsonl"), "--ramoe-taxonomy", str(folder / "taxonomy.jsonl")]
+    own = [
+        "--ramoe-general",
+        str(folder / "general.jsonl"),
+        "--ramoe-taxonomy",
+        str(folder / "taxonomy.jsonl"),
+    ]
     own += ["--ramoe-select", "top-m=3", "--ramoe-select-tokens", "all", "last"]
     own += ["--ramoe-tokens", "last", "--ramoe-save-priors", "--ramoe-split", "train,test"]
     return offline_flags(folder, output, *own, *more)
 
 
 def run_table(ranks: int, table: list[dict[str, Any]], folder: Path, name: str = "") -> None:
-    """Run the jobs of a table in one set of gloo ranks; the log goes to folder/NAME.log, by default ranksN.log."""
+    """Run the jobs of a table in one set of gloo ranks. The log is folder/NAME.log, by default ranksN.log."""
     name = name or f"ranks{ranks}"
     path = folder / f"{name}.table.json"
     path.write_text(json.dumps(table))
     log = folder / f"{name}.log"
     worker = [str(Path(__file__).parent / "worker.py"), str(path), str(folder)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *worker]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        *worker,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = launch(command, environment, log, fork=partial(fork_server().start, worker, ranks))
-    forked_seconds[0] += sum(float(line.rpartition(" ")[2]) for line in done.last_lines if line.startswith("cpu seconds: "))
+    forked_seconds[0] += sum(
+        float(line.rpartition(" ")[2]) for line in done.last_lines if line.startswith("cpu seconds: ")
+    )
     assert done.status == 0, f"the worker failed:\n{log.read_text()[-6000:]}"
 
 

@@ -1,4 +1,4 @@
-"""A job for the tests: likelihoods, answers and top-k shares of every example, unsteered and under several steerings."""
+"""A job for the tests: likelihoods, answers and top-k shares of every example, with and without steering."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,14 +43,22 @@ def main() -> None:
         encoded = [encode(example, model.tokenizer) for example in examples]
         prompts = [sequence.ids[: sequence.prompt_length] for sequence in encoded]
         row = torch.tensor([file.task_index(example.task) for example in examples])
-        found = {"chosen": two.expert_mask[row].float(), "chosen.full": three.expert_mask[row].float(), "row": row}
+        found = {
+            "chosen": two.expert_mask[row].float(),
+            "chosen.full": three.expert_mask[row].float(),
+            "row": row,
+        }
         for name, case in cases.items():
             context = steering_contexts(model, *case)(examples)(range(len(examples))) if case else None
             found[f"likelihood.{name}"] = log_likelihoods(model, encoded, context)
-            found[f"frequency.{name}"] = sequence_routing(model, encoded, (), steered=context).frequency_NLE["all"]
+            found[f"frequency.{name}"] = sequence_routing(model, encoded, (), steered=context).frequency_NLE[
+                "all"
+            ]
             answers = greedy(model, prompts, 3, context)
             found[f"answers.{name}"] = torch.tensor([answer + [-1] * (3 - len(answer)) for answer in answers])
         if torch.distributed.get_rank() == 0:
             out = Path(str(options.output))
             out.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in found.items()}, out / "steered.safetensors")
+            save_file(
+                {name: tensor.contiguous() for name, tensor in found.items()}, out / "steered.safetensors"
+            )

@@ -10,7 +10,6 @@ def forward_step(data_iterator, model):
 
     from ramoe_megatron.mcore.train.step import masked_loss
 
-
     batch = next(data_iterator)
     padding_mask = torch.arange(batch["tokens"].shape[1])[None] >= batch["length"][:, None]
     losses = model(
@@ -37,4 +36,9 @@ def main() -> None:
     compat.skip_helper_compilation()
     args = parse_and_validate_args(extra_args_provider=add_arguments)
     config = compat.model_config_from_args(args)
-    pretrain(pretrain_cfg_container_from_args(args, config), dataset_provider, ModelType.encoder_or_decoder, forward_step)
+    pretrain(
+        pretrain_cfg_container_from_args(args, config),
+        dataset_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )

@@ -2,14 +2,15 @@
 
     tests/support/worker.py TABLE.json OUT, on each rank
 
-Each row: {"name", "job", "argv"}: a job of `ramoe_megatron.jobs`, or a script, run as from the command line; with "lm": 0 the language-
-model loss is multiplied by 0; with "everything": true, the weights before the first step, the gradients of all weights, the routers'
-expert biases at the end, the elements in gradient buffers and in the optimizer's state, and the gradient norms that were logged are
-recorded too. A row runs in a fork of its rank, which has imported Megatron and done nothing else: imports are paid once, and no row sees
-what another left. Recorded per row and rank, in OUT/NAME.RANK.safetensors: the router gradients of the first step after
-`finalize_model_grads` (before clipping), and the weights and expert biases at the end; in OUT/NAME.json (rank 0): the figures that each
-step logged ("steps"; "first" and "figures" are the first and the last of them; "megatron": Megatron's own) and the seconds that the row
-took, or the error.
+Each row: {"name", "job", "argv"}: a job of `ramoe_megatron.jobs`, or a script, run as from the command line;
+with "lm": 0 the language- model loss is multiplied by 0; with "everything": true, the weights before the
+first step, the gradients of all weights, the routers' expert biases at the end, the elements in gradient
+buffers and in the optimizer's state, and the gradient norms that were logged are recorded too. A row runs in
+a fork of its rank, which has imported Megatron and done nothing else: imports are paid once, and no row sees
+what another left. Recorded per row and rank, in OUT/NAME.RANK.safetensors: the router gradients of the first
+step after `finalize_model_grads` (before clipping), and the weights and expert biases at the end; in
+OUT/NAME.json (rank 0): the figures that each step logged ("steps"; "first" and "figures" are the first and
+the last of them; "megatron": Megatron's own) and the seconds that the row took, or the error.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ from typing import Any
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.recipe.fork_server import IMPORTED
 
-if __name__ != "__mp_main__":  # Megatron's checkpoint writer starts a process that imports this file again, and needs nothing of it
+if (
+    __name__ != "__mp_main__"
+):  # Megatron's checkpoint writer starts a process that imports this file again, and needs nothing of it
     import torch
     from safetensors.torch import save_file
+
 
 def main() -> None:
     table, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
@@ -63,12 +67,14 @@ def run_in_fork(row: dict[str, Any], out: Path) -> None:
         except BaseException:
             traceback.print_exc()
         finally:
-            for process in multiprocessing.active_children():  # Megatron's checkpoint writer keeps one, which would outlive its parent
+            # Megatron's checkpoint writer keeps one, which would outlive its parent
+            for process in multiprocessing.active_children():
                 process.terminate()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    signal.signal(signal.SIGTERM, lambda *_: (os.kill(child, signal.SIGKILL), sys.exit(1)))  # torchrun stops the ranks of a failed one
+    # torchrun stops the ranks of a failed one
+    signal.signal(signal.SIGTERM, lambda *_: (os.kill(child, signal.SIGKILL), sys.exit(1)))
     _, status = os.waitpid(child, 0)
     if status:
         sys.exit(f"the row {row['name']} failed")
@@ -93,14 +99,21 @@ def run_row(row: dict[str, Any], out: Path) -> None:
     from ramoe_megatron.mcore.train import step as training
 
     started = time.monotonic()
-    seen: dict[str, Any] = {"models": None, "grads": None, "steps": [], "everything": row.get("everything", False)}
+    seen: dict[str, Any] = {
+        "models": None,
+        "grads": None,
+        "steps": [],
+        "everything": row.get("everything", False),
+    }
     masked_loss = training.masked_loss
 
     def without_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> Any:
         loss, *rest = masked_loss(loss_mask, losses)
         return loss * 0, *rest
 
-    makers = {name: getattr(argument_utils, name) for name in ("gpt_config_from_args", "hybrid_config_from_args")}
+    makers = {
+        name: getattr(argument_utils, name) for name in ("gpt_config_from_args", "hybrid_config_from_args")
+    }
 
     def watched(maker: Any) -> Any:
         def config_from_args(args: Any) -> Any:
@@ -154,18 +167,24 @@ def logged() -> dict[str, float]:
 
 
 def kept_figures(seen: dict[str, Any]) -> None:
-    """Note what Megatron logs of its own losses at the routers, and of multi-token prediction, in each step."""
+    """Record Megatron's logged losses at the routers and of multi-token prediction, in each step."""
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-    aggregate, track, seen["megatron"] = MoEMetricsTracker._aggregate, MTPLossLoggingHelper.track_mtp_metrics, []
+    aggregate, track, seen["megatron"] = (
+        MoEMetricsTracker._aggregate,
+        MTPLossLoggingHelper.track_mtp_metrics,
+        [],
+    )
 
     def aggregated(*args: Any, **kwargs: Any) -> dict[str, Any]:
         found = aggregate(*args, **kwargs)
         seen["megatron"].append({name: float(value) for name, value in found.items()})
         return found
 
-    def tracked(scale: float, iteration: int, writer: Any, wandb_writer: Any, total_loss_dict: dict[str, Any]) -> None:
+    def tracked(
+        scale: float, iteration: int, writer: Any, wandb_writer: Any, total_loss_dict: dict[str, Any]
+    ) -> None:
         figures: dict[str, Any] = {}
         track(scale, iteration, writer, wandb_writer, figures)
         seen["megatron"][-1] |= {name: float(value) for name, value in figures.items()}
@@ -177,7 +196,7 @@ def kept_figures(seen: dict[str, Any]) -> None:
 
 
 def watch(models: list[Any], seen: dict[str, Any]) -> list[Any]:
-    """Note the models, and have Megatron's own `finalize_model_grads` followed by a look at the routers' gradients."""
+    """Record the models, and the routers' gradients after each call of Megatron's `finalize_model_grads`."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.utils import get_model_config
 
@@ -194,7 +213,8 @@ def watch(models: list[Any], seen: dict[str, Any]) -> list[Any]:
         for chunk in models:
             if chunk.ddp_config.use_distributed_optimizer:
                 gather_gradients(chunk)
-        routers = [router for router in local_routers(models) if hasattr(router.weight, "main_grad")]  # frozen ones have none
+        # frozen ones have none
+        routers = [router for router in local_routers(models) if hasattr(router.weight, "main_grad")]
         seen["grads"] = {router.layer_number: router.weight.main_grad.detach().clone() for router in routers}
         if seen["everything"]:
             seen["start"] = parameters(models, "start")
@@ -210,7 +230,7 @@ def watch(models: list[Any], seen: dict[str, Any]) -> list[Any]:
 
 
 def gather_gradients(chunk: Any) -> None:
-    """The distributed optimizer leaves each rank its piece of the reduced gradients: put the others' pieces, unread, beside it."""
+    """Gather the pieces of the reduced gradients, of which the distributed optimizer leaves each rank one."""
     for bucket_group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
         ranks = bucket_group.intra_distributed_optimizer_instance_group
         for bucket in bucket_group.buckets:
@@ -252,7 +272,9 @@ def layer_biases(models: list[Any]) -> dict[str, torch.Tensor]:
 
     routers = [module for chunk in models for module in chunk.modules() if isinstance(module, TopKRouter)]
     return {
-        f"expert_bias.{'mtp.' * router.is_mtp_layer}{router.layer_number}": router.expert_bias.detach().clone()
+        f"expert_bias.{'mtp.' * router.is_mtp_layer}{router.layer_number}": (
+            router.expert_bias.detach().clone()
+        )
         for router in routers
         if router.expert_bias is not None
     }
@@ -260,9 +282,18 @@ def layer_biases(models: list[Any]) -> dict[str, torch.Tensor]:
 
 def elements(models: list[Any], optimizer: Any) -> torch.Tensor:
     """On this rank: elements in gradient buffers without padding, and in the optimizer's state."""
-    buffers = sum(buffer.numel_unpadded for chunk in models for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers])
+    buffers = sum(
+        buffer.numel_unpadded
+        for chunk in models
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]
+    )
     states = [state for chained in optimizer.chained_optimizers for state in chained.optimizer.state.values()]
-    kept = sum(value.numel() for state in states for key, value in state.items() if torch.is_tensor(value) and key != "step")
+    kept = sum(
+        value.numel()
+        for state in states
+        for key, value in state.items()
+        if torch.is_tensor(value) and key != "step"
+    )
     return torch.tensor([buffers, kept])
 
 

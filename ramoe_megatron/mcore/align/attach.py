@@ -1,4 +1,6 @@
-"""Routing alignment on a built model (RA-MoE, arXiv 2605.28306; our reading): checked against it, and put on its routers.
+"""`attach`: checks an alignment against a built model and adds it to the model's routers.
+
+The method is RA-MoE (arXiv 2605.28306; our reading).
 
 Shape suffixes: G tasks, L MoE layers, E experts.
 """
@@ -21,7 +23,7 @@ from ramoe_megatron.mcore.router import chunks, local_routers, moe_layer_numbers
 
 @dataclass(frozen=True)
 class Alignment:
-    """An alignment on a model's routers: its tensors on the model's device, its log and its state."""
+    """An attached alignment: its tensors on the model's device, its metrics and its state."""
 
     config: RoutingAlignmentConfig
     tasks: tuple[str, ...]
@@ -40,14 +42,14 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
 
     Args:
         model: a `GPTModel` or `HybridModel`, a wrapped one, or the list of model chunks of this rank.
-        config: the alignment; with coefficient 0 the model is left as it is.
+        config: the alignment. With coefficient 0 the model is not changed.
 
     Returns:
         `model`, so that `attach` can serve as one of a model configuration's `pre_wrap_hooks`.
 
     Raises:
-        RamoeError: the expert file belongs to another model, the zone holds no layer of it, or the model's configuration has a
-            setting under which alignment is not defined (`refusals`).
+        RamoeError: the expert file belongs to another model, the aligned layers do not exist in this model,
+            or the model's configuration has a setting under which alignment is not defined (`refusals`).
     """
     if config.coeff == 0:
         return model
@@ -67,13 +69,16 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
         expert_mask_GLE=resolved.experts.expert_mask.bool().to(device),
         pattern_GLE=resolved.experts.english_pattern[config.tokens].float().to(device),
         layer_weight=resolved.layer_weight,
-        metrics=AlignmentMetrics.install(numbers, device, state.coefficient.now if config.scheduled else None),
+        metrics=AlignmentMetrics.install(
+            numbers, device, state.coefficient.now if config.scheduled else None
+        ),
         state=state,
     )
     observe_routers(model)
     for chunk in chunks(model):
         local = {router.ramoe_layer for router in local_routers(chunk)}
-        unwrapped(chunk).ramoe_alignment, unwrapped(chunk).ramoe_layers = alignment, local & set(alignment.layers)
+        unwrapped(chunk).ramoe_alignment = alignment
+        unwrapped(chunk).ramoe_layers = local & set(alignment.layers)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         print(alignment_block(resolved, numbers, model_config), flush=True)
     return model

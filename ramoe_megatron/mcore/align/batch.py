@@ -1,15 +1,17 @@
-"""The routing-alignment loss at Megatron's routers (RA-MoE, arXiv 2605.28306; our reading).
+"""The alignment loss of a micro-batch at Megatron's routers (RA-MoE, arXiv 2605.28306; our reading).
 
-The scale law. With per-token loss off, the term is the mean over the samples of the global batch. Each rank attaches, for its
-micro-batch of B samples, coeff * sum_i w_i D_i / B; Megatron multiplies that by cp / micro-batches and DDP averages over dp * cp
-ranks, which leaves the sum over all samples divided by the global batch size. With `--calculate-per-token-loss` nothing is
-averaged and `finalize_model_grads` divides by the loss tokens of the global batch: each sample is weighted by its loss tokens n_i.
+The scale law. With per-token loss off, the loss is the mean over the samples of the global batch. For its
+micro-batch of B samples each rank attaches coeff * sum_i w_i D_i / B. Megatron multiplies this by cp /
+micro-batches, and DDP averages over dp * cp ranks. The result is the sum over all samples, divided by the
+global batch size. With `--calculate-per-token-loss` nothing is averaged, and `finalize_model_grads` divides
+by the loss tokens of the global batch. There each sample is weighted by its loss tokens n_i.
 
-A pack (THD) holds several samples and the global batch counts packs, so there a sample's share is not 1 / B but packs / samples of its
-global batch, which the data set knows beforehand (`sample_share`): the term is again the mean over the samples.
+A pack (THD) holds several samples, and the global batch counts packs. So for packs a sample's share is not 1
+/ B but packs / samples of its global batch, which the data set knows in advance (`sample_share`). The loss is
+again the mean over the samples.
 
-Shape suffixes: G tasks, L MoE layers, Z aligned layers, B samples of the micro-batch, S its rows on this rank, C its columns (packed:
-1, else B), E experts.
+Shape suffixes: G tasks, L MoE layers, Z aligned layers, B samples of the micro-batch, S its rows on this
+rank, C its columns (packed: 1, else B), E experts.
 """
 
 import contextlib
@@ -23,52 +25,62 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.attach import Alignment
 from ramoe_megatron.mcore.align.refusals import unreached
 from ramoe_megatron.mcore.carrier import routing_context
-from ramoe_megatron.mcore.observe import TokenSelection, mean_over_tokens, pooled_distributions, router_distribution
+from ramoe_megatron.mcore.observe import (
+    TokenSelection,
+    mean_over_tokens,
+    pooled_distributions,
+    router_distribution,
+)
 from ramoe_megatron.mcore.real_tokens import RealTokens
 from ramoe_megatron.mcore.router import open_losses, unwrapped
 from ramoe_megatron.method.losses import divergence, mass
 
 BATCH_KEYS = ("ramoe_weight", "ramoe_task", "ramoe_target")
-"""What a batch carries beside prompt_length and length: weight [B] (0 = not aligned), task [B] (row of the expert file, -1 =
-none), and with the target "example" the English routing [B, Z, E]. `ramoe_ci` [B] (bool) may say which samples are ci; without it the
-aligned ones are taken for ci in the log. In a batch of one pack each has a leading dimension of 1."""
+"""Keys of a batch beside prompt_length and length: weight [B] (0 = not aligned), task [B] (row of the expert
+file, -1 = none) and, for the target "example", the English routing [B, Z, E]. `ramoe_ci` [B] (bool) is
+optional and says which samples are ci; without it the log counts the aligned samples as ci. In a batch of one
+pack each key has a leading dimension of 1."""
 
 PACK_KEYS = ("start", "cu_seqlens", "sample_share")
-"""What a batch of packed samples carries too (`data.packing`)."""
+"""Additional keys of a batch of packed samples (`data.packing`)."""
 
 
 @contextlib.contextmanager
 def routing_batch(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put around the model call of a `forward_step`: the routers of `model` align the samples of `batch`.
+    """A context for the model call of a `forward_step`: the routers of `model` align the samples of `batch`.
 
-    Megatron's own losses at the routers leave padding out, with and without alignment (`real_tokens`). The
+    With and without alignment, Megatron's own losses at the routers leave out padding (`real_tokens`). The
     model needs no `padding_mask`.
 
     Args:
-        model: the model chunk that is about to be called.
+        model: the model chunk that is called in the context.
         batch: the micro-batch of our dataset: `prompt_length`, `length` [B]; with alignment also `loss_mask`
-            [B, S_whole] (before any context-parallel slicing) and the keys in `BATCH_KEYS`. Not looked at
-            while the model evaluates.
+            [B, S_whole] (before any context-parallel slicing) and the keys in `BATCH_KEYS`. Not read
+            in evaluation mode.
 
     Raises:
         RamoeError: the batch lacks a key, or an aligned layer of this chunk did not run exactly once.
     """
     chunk = unwrapped(model)
-    if not chunk.training:  # validation data carries no labels of ours, and Megatron's losses are off
+    if not chunk.training:  # validation data has no alignment labels, and Megatron's losses are off
         yield
         return
     alignment = getattr(chunk, "ramoe_alignment", None)
     if not _losses_opened(chunk) and alignment is None:
         yield
         return
-    context = AlignmentContext(alignment, batch, expected=chunk.ramoe_layers) if alignment else TrainingContext(batch)
+    context = (
+        AlignmentContext(alignment, batch, expected=chunk.ramoe_layers)
+        if alignment
+        else TrainingContext(batch)
+    )
     with routing_context(context):
         yield
     context.check_consumed()
 
 
 def _losses_opened(chunk: Any) -> bool:
-    """Whether Megatron has losses at the chunk's routers, and samples reach them. Opens the routers, once."""
+    """Whether Megatron has losses at the chunk's routers that our code can reach. Opens the routers once."""
     if not hasattr(chunk, "ramoe_losses_opened"):
         reasons = unreached(getattr(chunk, "config", None))
         chunk.ramoe_losses_opened = not reasons and open_losses(chunk)
@@ -79,12 +91,23 @@ def _losses_opened(chunk: Any) -> bool:
 
 
 class TrainingContext:
-    """One micro-batch in training: which of its rows are real tokens, for Megatron's losses at the routers."""
+    """Routing context of a training micro-batch: which rows are real tokens, for Megatron's router losses."""
 
     def __init__(self, batch: Mapping[str, Tensor], needed: Sequence[str] = ()) -> None:
-        """`needed`: keys of the batch beside the lengths. RamoeError where one lacks, or for several packs."""
+        """Check and keep the batch.
+
+        Args:
+            needed: keys that the batch must have beside the lengths.
+
+        Raises:
+            RamoeError: a key is missing, or the batch has several packs.
+        """
         packed = "start" in batch
-        missing = [key for key in ["prompt_length", "length", *needed, *(PACK_KEYS if packed else ())] if key not in batch]
+        missing = [
+            key
+            for key in ["prompt_length", "length", *needed, *(PACK_KEYS if packed else ())]
+            if key not in batch
+        ]
         if missing:
             raise RamoeError(
                 f"routing_batch: the batch has no {', '.join(missing)}; expected a micro-batch of "
@@ -92,43 +115,58 @@ class TrainingContext:
             )
         if packed:
             if len(batch["start"]) != 1:
-                raise RamoeError(f"routing_batch: {len(batch['start'])} packs in one micro-batch; packed samples need --micro-batch-size 1")
+                raise RamoeError(
+                    f"routing_batch: {len(batch['start'])} packs in one micro-batch; "
+                    "packed samples need --micro-batch-size 1"
+                )
             batch = {key: value[0] for key, value in batch.items()}
         self.batch = batch
-        self.selection = TokenSelection(batch["prompt_length"], batch["length"], batch.get("start"), batch.get("cu_seqlens"))
+        self.selection = TokenSelection(
+            batch["prompt_length"], batch["length"], batch.get("start"), batch.get("cu_seqlens")
+        )
         self.share = batch["sample_share"] if packed else 1.0 / len(batch["length"])
         self.real_tokens = RealTokens(self.selection, self.share)
 
     def on_logits(self, router: Any, logits: Tensor) -> Tensor:
-        """The logits as they are: alignment steers through the loss alone."""
+        """The logits unchanged: alignment acts through the loss only."""
         return logits
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
-        """The probabilities as they are."""
+        """The probabilities unchanged."""
         return probs
 
     def check_consumed(self) -> None:
-        """Nothing to check where nothing is aligned."""
+        """No check without alignment."""
 
 
 class AlignmentContext(TrainingContext):
-    """One micro-batch's alignment: attaches the loss at each aligned router, and records it."""
+    """Routing context of an aligned micro-batch: attaches and records the loss at each aligned router."""
 
     def __init__(self, alignment: Alignment, batch: Mapping[str, Tensor], expected: set[int]) -> None:
-        super().__init__(batch, ["loss_mask", *BATCH_KEYS[: 3 if alignment.config.target == "example" else 2]])
+        super().__init__(
+            batch, ["loss_mask", *BATCH_KEYS[: 3 if alignment.config.target == "example" else 2]]
+        )
         self.alignment, batch = alignment, self.batch
-        # Where no token is chosen (an empty prompt) there is no routing to align, and no routing mass.
+        # A sample without chosen tokens (an empty prompt) has no routing to align and no routing mass.
         chosen_B = self.selection.count(alignment.config.tokens) > 0
-        self.partner_B = torch.arange(len(chosen_B), device=chosen_B.device) ^ 1 if alignment.config.target == "paired" else None
+        self.partner_B = (
+            torch.arange(len(chosen_B), device=chosen_B.device) ^ 1
+            if alignment.config.target == "paired"
+            else None
+        )
         if self.partner_B is not None:
             if len(chosen_B) % 2:
-                raise RamoeError(f"routing_batch: {len(chosen_B)} samples in a micro-batch; the target paired needs an even number")
+                raise RamoeError(
+                    f"routing_batch: {len(chosen_B)} samples in a micro-batch; "
+                    "--ramoe-target paired needs an even number"
+                )
             chosen_B = chosen_B & chosen_B[self.partner_B]
         refresh = alignment.state.refresh
         if refresh is None and alignment.config.refresh_interval is not None:
             raise RamoeError(
-                "--ramoe-refresh-interval: nothing scores the examples here. Refreshing needs Megatron's own training loop on the data of "
-                "ramoe_megatron.dataset_provider: use that, or remove the flag"
+                "--ramoe-refresh-interval: nothing scores the examples in this program. "
+                "A refresh needs Megatron's own training loop with the data of "
+                "ramoe_megatron.dataset_provider: use them, or remove the flag"
             )
         weight_B = batch["ramoe_weight"].float() if refresh is None else refresh.weight(batch["example"])
         self.weight_B = weight_B * chosen_B
@@ -143,7 +181,7 @@ class AlignmentContext(TrainingContext):
         self.expected, self.passed, self.attached = expected, dict.fromkeys(expected, 0), set[int]()
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
-        """Attach the layer's loss to `probs` when training with gradients on."""
+        """Attach the layer's loss to `probs` when training with gradients."""
         layer = router.ramoe_layer
         if layer not in self.expected:
             return probs
@@ -160,14 +198,15 @@ class AlignmentContext(TrainingContext):
 
         alignment, config = self.alignment, self.alignment.config
         mask_BE = alignment.expert_mask_GLE[self.task_B, layer]
-        if config.pooling == "sequence" or config.tokens == "last":  # the mean over one token is that token
+        if config.pooling == "sequence" or config.tokens == "last":  # for one token both poolings are equal
             q_BE = pooled_distributions(router, logits_SCE, self.selection, (config.tokens,))[config.tokens]
-            # The view's own routing at the current weights; `divergence` lets no gradient through to it.
+            # The English view's routing at the current weights. `divergence` passes no gradient to it.
             target_BE = self._target(layer) if self.partner_B is None else q_BE[self.partner_B]
             divergence_B = divergence(config.divergence, target_BE, q_BE, mask_BE)
         else:
             divergence_B, q_BE = self._by_token(router, logits_SCE, self._target(layer), mask_BE)
-        # Where a weight is zero nothing may pass, whatever stands there (an empty prompt, a missing prior).
+        # A sample of weight zero must contribute exactly 0, whatever its divergence (empty prompt, missing
+        # prior).
         divergence_B = torch.where(self.weight_B > 0, divergence_B, torch.zeros_like(divergence_B))
 
         per_token = router.calculate_per_token_loss
@@ -191,8 +230,13 @@ class AlignmentContext(TrainingContext):
             return self.target_BZE[:, self.alignment.layers.index(layer)]
         return self.alignment.pattern_GLE[self.task_B, layer]
 
-    def _by_token(self, router: Any, logits_SCE: Tensor, target_BE: Tensor, mask_BE: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean of the tokens' divergences, and (for the log, without gradients) of their distributions. [B], [B, E]"""
+    def _by_token(
+        self, router: Any, logits_SCE: Tensor, target_BE: Tensor, mask_BE: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The means of the tokens' divergences [B] and of their distributions [B, E].
+
+        The distributions are for the log and have no gradient.
+        """
         config, local = self.alignment.config, self.selection.local(router, logits_SCE.shape[0])
         p_SCE = router_distribution(logits_SCE, router.score_function)
         divergence_SC = divergence(config.divergence, local.spread(target_BE), p_SCE, local.spread(mask_BE))
@@ -200,17 +244,21 @@ class AlignmentContext(TrainingContext):
         return divergence_B, mean_over_tokens(router, p_SCE.detach(), self.selection, config.tokens)
 
     def check_consumed(self) -> None:
-        """Raises RamoeError unless every expected layer passed exactly once (recomputation comes later and is not counted)."""
+        """Raise RamoeError unless every expected layer ran exactly once.
+
+        Recomputation runs later and is not counted.
+        """
         wrong = {layer: times for layer, times in self.passed.items() if times != 1}
         if wrong:
             raise RamoeError(
-                f"routing_batch: aligned MoE layers ran {wrong} times (layer: times) in one micro-batch; expected once each. Was "
-                "the model called once inside the context, with the routers that attach() opened?"
+                f"routing_batch: aligned MoE layers ran {wrong} times (layer: times) in one micro-batch; "
+                "expected once each. Call the model once inside the context, "
+                "with the routers that attach() opened"
             )
 
 
 def loss_tokens(loss_mask: Tensor, length_B: Tensor, start_B: Tensor | None) -> Tensor:
-    """Tokens of each sample that the loss is taken on. `loss_mask`: [B, S_whole], of a pack [S_whole]. [B], float32"""
+    """Number of loss tokens of each sample. `loss_mask`: [B, S_whole], of a pack [S_whole]. [B], float32"""
     if start_B is None:
         return loss_mask.float().sum(dim=1)
     before = torch.nn.functional.pad(loss_mask.float().cumsum(0), (1, 0))

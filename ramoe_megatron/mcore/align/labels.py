@@ -1,4 +1,4 @@
-"""From a sample's id and language to what its routing is to be: the part of a batch that the alignment loss reads."""
+"""Alignment labels: whether a sample's routing is aligned, and to which target."""
 
 from collections.abc import Iterable, Sequence
 
@@ -18,24 +18,29 @@ from ramoe_megatron.mcore.align.resolve import resolve
 from ramoe_megatron.method.taxonomy import CATEGORIES
 
 ALIGNED = {"ci": ("ci",), "ci+cc": ("ci", "cc"), "all": CATEGORIES}
-"""By `--ramoe-examples`, the categories that are aligned."""
+"""The aligned categories for each value of `--ramoe-examples`."""
 
 
 class ExampleLabels:
-    """Whether each example's routing is aligned, and to what: read from the artefacts, checked against each other and the data.
+    """The alignment labels of all examples, from artefacts that are checked against the data.
 
-    Attributes: `aligned` bool [examples], `task` int64 [examples] (row of the expert file; -1 when the task is not in it), `category`
-    (cc, ci, ic or ii of each example, "" where it has none), `may_align` bool [examples] (what it needs to be aligned, whatever its
-    category: another language than the anchor, and a target), `unshuffled` (aligned ids that `--ramoe-shuffle-targets` has to leave their
-    own target, the only aligned ones of their tasks).
+    Attributes:
+        aligned: whether an example is aligned. [examples], bool
+        task: row of the example's task in the expert file; -1 if the file has no such task. [examples], int64
+        category: cc, ci, ic or ii; "" for an example without a category. [examples]
+        may_align: whether an example could be aligned in any category: it is not in the anchor language, and
+            it has a target. [examples], bool
+        unshuffled: number of aligned ids that keep their own target under `--ramoe-shuffle-targets`, because
+            no other id of their task is aligned.
     """
 
     def __init__(self, examples: Sequence[Example], config: RoutingAlignmentConfig, anchor: str) -> None:
         """
         Raises:
-            RamoeError: an artefact that cannot be read or belongs to another model or other data: no zone, examples without a category,
-                aligned examples of a task without experts, or without an English routing (how many, the first five); patterns of another
-                anchor; or a control that would shuffle no target.
+            RamoeError: an artefact cannot be read, or belongs to another model, other data or another anchor;
+                there is no zone; an example has no category; an aligned example has no task experts or no
+                English routing (the message counts these and names five); or the control would shuffle no
+                target.
         """
         resolved = resolve(config)
         experts = resolved.experts
@@ -45,7 +50,9 @@ class ExampleLabels:
         self.category = np.array(categories(examples, config.taxonomy, anchor))
         self.aligned = aligned_examples(examples, self.category, config, anchor)
         self._refuse_unknown_tasks(examples, experts)
-        self.may_align = np.array([example.language != anchor for example in examples], dtype=bool) & (self.task >= 0)
+        self.may_align = np.array([example.language != anchor for example in examples], dtype=bool) & (
+            self.task >= 0
+        )
         refuse_other_anchor(config, experts, anchor)
         if config.target == "profile":
             has_pattern = experts.english_pattern[config.tokens].any(dim=-1).any(dim=-1).numpy()
@@ -55,39 +62,52 @@ class ExampleLabels:
         self.unshuffled = 0 if config.shuffle_targets is None else self._unshuffled(examples)
 
     def target(self, index: int) -> Tensor:
-        """English routing that an example is pulled to in the aligned layers; zeros where it is not aligned. [Z, E]"""
+        """The English routing that is an example's target, in the aligned layers. [Z, E]
+
+        Zeros for an example that is not aligned.
+        """
         assert self.priors is not None
         if not (self.aligned if self.config.refresh_interval is None else self.may_align)[index]:
             return torch.zeros(len(self.layers), self.priors.shape.num_experts)
         return self.priors.rows([self.target_ids[index]])[0, list(self.layers)].float()
 
     def _unshuffled(self, examples: Sequence[Example]) -> int:
-        moved = {e.id: e.id != target for e, target, on in zip(examples, self.target_ids, self.aligned, strict=True) if on}
+        moved = {
+            e.id: e.id != target
+            for e, target, on in zip(examples, self.target_ids, self.aligned, strict=True)
+            if on
+        }
         if moved and not any(moved.values()):
             raise RamoeError(
-                f"--ramoe-shuffle-targets {self.config.shuffle_targets} shuffles nothing: each of the {len(moved)} aligned ids is the only "
-                "one of its task. Give more examples of a task, or remove the flag"
+                f"--ramoe-shuffle-targets {self.config.shuffle_targets} shuffles nothing: "
+                f"each of the {len(moved)} aligned ids is the only one of its task. "
+                "Add examples of a task, or remove the flag"
             )
         return sum(not other for other in moved.values())
 
     def _refuse_unknown_tasks(self, examples: Sequence[Example], experts: ExpertFile) -> None:
-        unknown = sorted({e.task for e, row, on in zip(examples, self.task, self.aligned, strict=True) if on and row < 0})
+        unknown = sorted(
+            {e.task for e, row, on in zip(examples, self.task, self.aligned, strict=True) if on and row < 0}
+        )
         if unknown:
             raise RamoeError(
-                f"--ramoe-experts {self.config.experts}: no experts for the tasks {', '.join(unknown)} of the training data; it has "
-                f"{', '.join(experts.tasks)}. Run `ramoe profile` on data with these tasks"
+                f"--ramoe-experts {self.config.experts}: no experts for the tasks {', '.join(unknown)} of "
+                f"the training data; the file has {', '.join(experts.tasks)}. "
+                "Run `ramoe profile` on data with these tasks"
             )
         if self.config.target == "profile":
             for task in sorted({e.task for e, on in zip(examples, self.aligned, strict=True) if on}):
-                experts.profile_target(task, self.config.tokens)  # raises where there is no pattern to align to
+                # raises if the task has no pattern to align to
+                experts.profile_target(task, self.config.tokens)
 
     def _load_priors(self, examples: Sequence[Example], experts: ExpertFile) -> Priors:
         assert self.config.priors is not None
         priors = Priors.load(self.config.priors)
         if priors.tokens != self.config.tokens:
             raise RamoeError(
-                f"--ramoe-priors {self.config.priors}: pooled over the tokens {priors.tokens!r}, but --ramoe-tokens is "
-                f"{self.config.tokens!r}; run `ramoe profile --ramoe-save-priors` with the same --ramoe-tokens, or change the flag"
+                f"--ramoe-priors {self.config.priors}: pooled over the tokens {priors.tokens!r}, "
+                f"but --ramoe-tokens is {self.config.tokens!r}; run `ramoe profile --ramoe-save-priors` with "
+                "the same --ramoe-tokens, or change the flag"
             )
         shape = experts.shape
         priors.check_model(shape.num_moe_layers, shape.num_experts, shape.topk, shape.score_function)
@@ -99,30 +119,34 @@ class ExampleLabels:
             self.aligned &= has_prior
         elif missing:
             raise RamoeError(
-                f"--ramoe-priors {self.config.priors}: no English routing for {len(missing)} aligned examples, first "
-                f"{', '.join(missing[:5])}; run `ramoe profile --ramoe-save-priors` on the data that is trained on"
+                f"--ramoe-priors {self.config.priors}: no English routing for {len(missing)} aligned "
+                f"examples, first {', '.join(missing[:5])}; run `ramoe profile --ramoe-save-priors` on the "
+                "training data, or use --ramoe-missing-priors skip"
             )
         return priors
 
 
 def refuse_other_anchor(config: RoutingAlignmentConfig, experts: ExpertFile, anchor: str) -> None:
-    """Raise RamoeError for patterns of another anchor, where they are the target."""
-    if config.target == "profile" and experts.anchor not in (anchor, None):  # files of old versions do not say theirs
+    """Raise RamoeError if the target is the English patterns and these belong to another anchor language."""
+    known = (anchor, None)  # files of old versions do not name their anchor
+    if config.target == "profile" and experts.anchor not in known:
         raise RamoeError(
-            f"--ramoe-experts {config.experts}: its patterns, the target of --ramoe-target profile, are of the anchor {experts.anchor!r}, "
-            f"but --ramoe-anchor is {anchor!r}. Run `ramoe profile` with that anchor, or change the flag"
+            f"--ramoe-experts {config.experts}: its patterns, the target of --ramoe-target profile, "
+            f"have the anchor {experts.anchor!r}, but --ramoe-anchor is {anchor!r}. "
+            f"Run `ramoe profile` with the anchor {anchor}, or change the flag"
         )
 
 
 class AlignedDataset(torch.utils.data.Dataset):
-    """A data set whose items also say whether, and to what, the routing of their samples is aligned.
+    """A data set that adds the alignment labels to the items of another data set.
 
-    Added to each item: `ramoe_weight` float32 [] (0 = not aligned), `ramoe_task` int64 [] (row of the expert file; -1 when the task is
-    not in it), with a taxonomy `ramoe_ci` bool [] and, for the target "example", `ramoe_target` float32 [Z, E]. For a pack of K samples
-    each begins with a dimension K.
+    Added to each item: `ramoe_weight` float32 [] (0 = not aligned); `ramoe_task` int64 [] (row of the expert
+    file; -1 if the task is not in it); with a taxonomy `ramoe_ci` bool []; for the target "example"
+    `ramoe_target` float32 [Z, E]. For a pack of K samples each shape begins with K.
 
-    Of a `PairedDataset` an aligned sample weighs 2, since half of the places are views of another: the term stays the mean over the samples
-    that are trained on. (With per-token loss the views have no loss tokens, and it weighs 1.)
+    In a `PairedDataset` half of the places are English views. There an aligned sample weighs 2, so the loss
+    is still the mean over the trained samples. With per-token loss the views have no loss tokens, and an
+    aligned sample weighs 1.
     """
 
     def __init__(
@@ -136,10 +160,11 @@ class AlignedDataset(torch.utils.data.Dataset):
     ) -> None:
         """
         Args:
-            labels: of the data set's examples, where they have been made before.
+            labels: the labels of the data set's examples, if they exist already.
 
         Raises:
-            RamoeError: as `ExampleLabels`, or English views that are to be aligned under per-token loss, where they weigh nothing.
+            RamoeError: as `ExampleLabels`, or the reversed control under per-token loss, where English views
+                weigh nothing.
         """
         refuse_weightless_views(config, per_token_loss)
         self.dataset, self.labels = dataset, labels or ExampleLabels(dataset.examples, config, anchor)
@@ -161,8 +186,11 @@ class AlignedDataset(torch.utils.data.Dataset):
         return item
 
     def _weights(self, normalize: str, global_batch_size: int, per_token_loss: bool) -> np.ndarray:
-        """Weight of each draw: 1 when aligned; under `normalize ci` divided by the aligned share of its global batch, which is known
-        beforehand because the order of draws is."""
+        """Weight of each draw: 1 if aligned; under `normalize ci` divided by the aligned share of its global
+        batch.
+
+        The share is known in advance because the order of the draws is known.
+        """
         aligned = self.labels.aligned[self.dataset.order].astype(np.float64)
         if self.labels.config.target == "paired":
             if self.labels.config.reverse:
@@ -170,25 +198,29 @@ class AlignedDataset(torch.utils.data.Dataset):
             return aligned if per_token_loss else 2 * aligned
         if normalize == "samples":
             return aligned
-        unit = self.dataset.encoded.loss_tokens[self.dataset.order] if per_token_loss else np.ones_like(aligned)
+        unit = (
+            self.dataset.encoded.loss_tokens[self.dataset.order] if per_token_loss else np.ones_like(aligned)
+        )
         batch = self.dataset.global_batches(global_batch_size)
         share = np.bincount(batch, aligned * unit) / np.bincount(batch, unit)
         return np.divide(aligned, share[batch], out=np.zeros_like(aligned), where=share[batch] > 0)
 
 
 def refuse_weightless_views(config: RoutingAlignmentConfig, per_token_loss: bool) -> None:
-    """Raise RamoeError where the reversed control aligns samples that weigh nothing."""
+    """Raise RamoeError if the reversed control would align samples that weigh nothing."""
     if config.reverse and per_token_loss:
         raise RamoeError(
-            "--ramoe-reverse aligns views without loss tokens, which weigh nothing under --calculate-per-token-loss: remove that flag"
+            "--ramoe-reverse aligns English views, which have no loss tokens and so weigh nothing under "
+            "--calculate-per-token-loss: remove one of the two flags"
         )
 
 
 def categories(examples: Sequence[Example], taxonomy: str | None, anchor: str) -> list[str]:
-    """The category (cc, ci, ic, ii) of each example; "" for the anchor's, and for all without a taxonomy.
+    """The category (cc, ci, ic, ii) of each example; "" in the anchor language or without a taxonomy.
 
     Raises:
-        RamoeError: target-language examples that the taxonomy does not know (how many, the first five).
+        RamoeError: target-language examples are not in the taxonomy (the message counts these and names
+            five).
     """
     if taxonomy is None:
         return [""] * len(examples)
@@ -197,8 +229,8 @@ def categories(examples: Sequence[Example], taxonomy: str | None, anchor: str) -
     if unknown:
         first = ", ".join(f"{e.id} ({e.language})" for e in unknown[:5])
         raise RamoeError(
-            f"--ramoe-taxonomy {taxonomy}: {len(unknown)} training examples have no category, first {first}; run `ramoe taxonomy` "
-            "on this data"
+            f"--ramoe-taxonomy {taxonomy}: {len(unknown)} training examples have no category, "
+            f"first {first}; run `ramoe taxonomy` on this data"
         )
     return ["" if e.language == anchor else category[e.id, e.language] for e in examples]
 
@@ -206,13 +238,22 @@ def categories(examples: Sequence[Example], taxonomy: str | None, anchor: str) -
 def aligned_examples(
     examples: Sequence[Example], category: Iterable[str], config: RoutingAlignmentConfig, anchor: str
 ) -> np.ndarray:
-    """Which examples are aligned: target-language ones, of the chosen categories where there is a taxonomy. [examples], bool"""
+    """Which examples are aligned. [examples], bool
+
+    Aligned are target-language examples; with a taxonomy only examples of the chosen categories.
+    """
     chosen = ALIGNED[config.examples] if config.taxonomy is not None else ("",)
-    return np.array([e.language != anchor and kind in chosen for e, kind in zip(examples, category, strict=True)], dtype=bool)
+    return np.array(
+        [e.language != anchor and kind in chosen for e, kind in zip(examples, category, strict=True)],
+        dtype=bool,
+    )
 
 
 def shuffled_ids(examples: Sequence[Example], aligned: np.ndarray, seed: int | None) -> list[str]:
-    """The id whose English routing each example is pulled to: its own, or (control) another of the aligned ones of its task."""
+    """The id whose English routing each example is aligned to.
+
+    It is the example's own id or, with a seed (the control), another aligned id of the same task.
+    """
     if seed is None:
         return [example.id for example in examples]
     generator = np.random.default_rng(seed)
@@ -223,5 +264,5 @@ def shuffled_ids(examples: Sequence[Example], aligned: np.ndarray, seed: int | N
     other: dict[str, str] = {}
     for _, ids in sorted(by_task.items()):
         order = [ids[i] for i in generator.permutation(len(ids))]
-        other |= dict(zip(order, order[1:] + order[:1], strict=True))  # a cycle: nobody keeps its own
+        other |= dict(zip(order, order[1:] + order[:1], strict=True))  # a cycle: no id keeps its own target
     return [other.get(example.id, example.id) for example in examples]

@@ -1,14 +1,15 @@
-"""The alignment figures of a step: summed on the device, reduced once, reported through Megatron's own metrics tracker.
+"""The alignment metrics of a step: summed on the device, reduced once, reported by Megatron's tracker.
 
-The layout of the sums is the same on every rank from the first step on, so a pipeline stage without an aligned layer, or a step
-without a ci sample, reduces zeros instead of hanging.
+The sums have the same shape on every rank from the first step on. So a pipeline stage without an aligned
+layer, or a step without a ci sample, reduces zeros instead of hanging.
 
-Megatron calls `report` on every rank after every step, whatever `--log-interval` and `--tensorboard-log-interval` say. As with its
-own losses at the routers, TensorBoard and Weights & Biases get each step's figures, and the printed line those of the steps since
-the last line. Megatron leaves a step that the optimizer skipped (float16 overflow) out of the printed `lm loss`, but not out of its
-losses at the routers, which then read too large; ours leave it out.
+Megatron calls `report` on every rank after every step, whatever `--log-interval` and
+`--tensorboard-log-interval` say. As with Megatron's own losses at the routers, TensorBoard and Weights &
+Biases get the metrics of each step, and the printed line gets the mean over the steps since the last line.
+Megatron's printed `lm loss` excludes a step that the optimizer skipped (float16 overflow), but its losses at
+the routers include it and so read too large. Our metrics exclude it.
 
-Shape suffixes: L MoE layers, M the columns of a sum, B samples of the micro-batch, "..." either L or nothing.
+Shape suffixes: L MoE layers, M columns of the sums, B samples of the micro-batch. "..." is L or empty.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,20 +31,22 @@ LAYER_NAMES = {LOSS: LOSS, CI_MASS: "ramoe_task_expert_mass_ci", OTHER_MASS: "ra
 
 
 class AlignmentMetrics(moe_logging.MoEMetricsTracker):
-    """Megatron's tracker with more in its report.
+    """Megatron's metrics tracker with the alignment metrics added.
 
     `routing_alignment_loss`: the alignment loss without its coefficient, mean over the aligned layers.
-    `ramoe/aligned_share`: samples aligned, of all of the global batch.
-    `ramoe/task_expert_mass_ci`, `ramoe/task_expert_mass_other`: mean routing mass on the task experts in the aligned layers, of the ci
-    samples and of the other samples of a task (English ones too). 0, and not written, where the step has no such sample.
+    `ramoe/aligned_share`: share of the samples of the global batch that are aligned.
+    `ramoe/task_expert_mass_ci`, `ramoe/task_expert_mass_other`: mean routing mass on the task experts in the
+    aligned layers, of the ci samples and of all other samples of a known task, English samples included. A
+    step without such a sample has 0, which is not written.
 
-    With `--moe-per-layer-logging` also `moe/routing_alignment_loss_layer_i` and `moe/ramoe_task_expert_mass_ci_layer_i` (`_other_`)
-    for the aligned layers. As in Megatron's own `moe/NAME_layer_i`, i is Megatron's layer number less one, not the place among the
-    MoE layers: the curves of one router stand side by side.
+    `--moe-per-layer-logging` adds `moe/routing_alignment_loss_layer_i` and
+    `moe/ramoe_task_expert_mass_ci_layer_i` (`_other_`) for the aligned layers. As in Megatron's own
+    `moe/NAME_layer_i`, i is Megatron's layer number minus one, not the index among the MoE layers, so all
+    curves of one router have the same number.
 
-    `ramoe/coefficient`: what the alignment loss was multiplied by, where that changes in training.
+    `ramoe/coefficient`: the coefficient of the step, when the coefficient changes during training.
 
-    `latest` holds the figures of the last step that was reported.
+    `latest` holds the metrics of the last reported step.
     """
 
     def __init__(
@@ -52,8 +55,8 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         """
         Args:
             layer_numbers: Megatron's layer number (1-based) of each MoE layer of the whole model.
-            device: where the sums are kept.
-            coefficient: the coefficient of the step that is reported, where it changes in training.
+            device: the device of the sums.
+            coefficient: returns the coefficient of the reported step; None for a constant coefficient.
         """
         super().__init__()
         self.coefficient = coefficient
@@ -68,7 +71,10 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
     def install(
         cls, layer_numbers: Sequence[int], device: Any, coefficient: Callable[[], float] | None = None
     ) -> Self:
-        """Make our tracker Megatron's; what stock losses have recorded so far goes on in it. A second model chunk gets the same one."""
+        """Replace Megatron's tracker by ours, and keep what Megatron's losses have recorded so far.
+
+        Later model chunks of the same rank get the same tracker.
+        """
         current = moe_logging.get_moe_metrics_tracker()
         if isinstance(current, cls) and current.layer_numbers == tuple(layer_numbers):
             current.coefficient = coefficient
@@ -79,32 +85,44 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         return tracker
 
     def record_alignment(
-        self, layer: int, loss: Tensor, unit: Tensor, aligned: Tensor, ci: Tensor, has_task: Tensor, task_mass: Tensor
+        self,
+        layer: int,
+        loss: Tensor,
+        unit: Tensor,
+        aligned: Tensor,
+        ci: Tensor,
+        has_task: Tensor,
+        task_mass: Tensor,
     ) -> None:
-        """Add one micro-batch at one aligned layer; nothing leaves the device.
+        """Add one micro-batch at one aligned layer, without a copy to the host.
 
         Args:
-            layer: place among the MoE layers.
+            layer: index among the MoE layers.
             loss: each sample's weighted divergence. [B]
-            unit: what one sample counts for in the mean: 1, or its loss tokens. [B]
+            unit: each sample's weight in the mean: 1, or its number of loss tokens. [B]
             aligned: whether a sample is aligned. [B], bool
-            ci: whether it is right in English and wrong in its own language. [B], bool
-            has_task: whether its task experts are known and it has tokens whose routing is pooled. [B], bool
+            ci: whether a sample is right in English and wrong in its own language. [B], bool
+            has_task: whether a sample's task experts are known and it has tokens to pool. [B], bool
             task_mass: routing mass on the sample's task experts. [B]
         """
-        groups = [column for group in (ci & has_task, ~ci & has_task) for column in (task_mass.masked_fill(~group, 0.0), group)]
+        groups = [
+            column
+            for group in (ci & has_task, ~ci & has_task)
+            for column in (task_mass.masked_fill(~group, 0.0), group)
+        ]
         columns = [loss, unit, aligned, torch.ones_like(unit), *groups]
         self.sums_LM[layer] += torch.stack([column.sum().float() for column in columns])
 
     def reduced(self) -> dict[str, Tensor]:
-        """The figures of the step over all ranks, means over the aligned layers. One all-reduce of [L, M]."""
+        """The metrics of the step over all ranks, means over the aligned layers. One all-reduce of [L, M]."""
         return figures(self._totals().sum(dim=0))
 
     def _totals(self) -> Tensor:
         """The step's sums over all ranks. [L, M], float64
 
-        Each rank with a piece of a sequence (tensor and context parallel) holds the whole sequence's figures, so a sample stands there as
-        often as it has pieces: what is logged are ratios of these sums.
+        Each rank that has a piece of a sequence (tensor and context parallelism) adds the whole sequence, so
+        a sample is counted once for each piece. Ratios of the sums are not affected, and only ratios are
+        logged.
         """
         totals_LM = self.sums_LM.double()
         torch.distributed.all_reduce(totals_LM)
@@ -121,13 +139,20 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         total_loss_dict: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> str:
-        """Megatron's report, then ours: into its loss table, TensorBoard and Weights & Biases."""
-        totals_LM = self._totals()  # first: Megatron's report ends in clear()
+        """Report Megatron's metrics, then ours, to the loss table, TensorBoard and Weights & Biases."""
+        totals_LM = self._totals()  # before Megatron's report, which ends in clear()
         self.latest = figures(totals_LM.sum(dim=0))
         if self.coefficient is not None:
             self.latest[COEFFICIENT] = torch.full_like(self.latest[LOSS], self.coefficient())
         log = super().report(
-            loss_scale, iteration, writer, wandb_writer, per_layer_logging, *args, total_loss_dict=total_loss_dict, **kwargs
+            loss_scale,
+            iteration,
+            writer,
+            wandb_writer,
+            per_layer_logging,
+            *args,
+            total_loss_dict=total_loss_dict,
+            **kwargs,
         )
         if writer is not None or wandb_writer is not None:
             self._write(totals_LM, per_layer_logging, iteration, writer, wandb_writer)
@@ -135,26 +160,37 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
             self._print(totals_LM.sum(dim=0), total_loss_dict)
         return log
 
-    def _write(self, totals_LM: Tensor, per_layer_logging: bool, iteration: int, writer: Any, wandb_writer: Any) -> None:
+    def _write(
+        self, totals_LM: Tensor, per_layer_logging: bool, iteration: int, writer: Any, wandb_writer: Any
+    ) -> None:
         scalars = dict(zip(self.latest, torch.stack([*self.latest.values()]).tolist(), strict=True))
         if per_layer_logging:
-            layers = {name: values.tolist() for name, values in figures(totals_LM).items() if name in LAYER_NAMES}
+            layers = {
+                name: values.tolist() for name, values in figures(totals_LM).items() if name in LAYER_NAMES
+            }
             for layer, samples in enumerate(totals_LM[:, COLUMNS.index("samples")].tolist()):
                 if samples > 0:  # every sample passes every aligned layer, and no other
                     number = self.layer_numbers[layer] - 1
-                    scalars |= {f"moe/{LAYER_NAMES[name]}_layer_{number}": values[layer] for name, values in layers.items()}
+                    scalars |= {
+                        f"moe/{LAYER_NAMES[name]}_layer_{number}": values[layer]
+                        for name, values in layers.items()
+                    }
         shown = {name: value for name, value in scalars.items() if value or "task_expert_mass" not in name}
         self._log_scalars(shown, iteration, writer, wandb_writer)
 
     def _print(self, totals_M: Tensor, table: dict[str, Any]) -> None:
-        """Into Megatron's loss table, which divides by the steps that the optimizer took since the last printed line."""
+        """Add our metrics to Megatron's loss table.
+
+        Megatron divides the table's values by the number of optimizer steps since the last printed line.
+        """
         advanced, skipped = table.get("advanced iterations", 1), table.get("skipped iterations", 0)
         if advanced + skipped <= 1:  # the first step since that line
             self.printed_M.zero_()
             self.printed_coefficient, self.advanced = 0.0, 0
         if advanced > self.advanced:
             self.printed_M += totals_M
-            self.printed_coefficient = self.printed_coefficient + self.latest.get(COEFFICIENT, 0.0)  # on the device, where it changes
+            coefficient = self.latest.get(COEFFICIENT, 0.0)  # a tensor on the device when it changes
+            self.printed_coefficient = self.printed_coefficient + coefficient
         self.advanced = advanced
         shown = figures(self.printed_M)
         if COEFFICIENT in self.latest:
@@ -162,7 +198,7 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         for name, value in shown.items():
             if advanced > 0:
                 table[name] = value * advanced
-            else:  # no step counts yet: no figure, rather than 0
+            else:  # no step counts yet: leave the metric out instead of writing 0
                 table.pop(name, None)
 
     def clear(self) -> None:
@@ -172,7 +208,7 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
 
 
 def figures(sums: Tensor) -> dict[str, Tensor]:
-    """The logged figures from their sums; 0 where there is no sample to take a mean of. [..., M] to [...] each, float32"""
+    """The metrics from their sums; 0 where there is no sample. [..., M] to [...] each, float32"""
     total = dict(zip(COLUMNS, sums.unbind(dim=-1), strict=True))
 
     def ratio(numerator: str, denominator: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The flags of routing alignment: a frozen dataclass whose field docstrings are the `--help`, and what must agree among them."""
+"""Options of routing alignment: one dataclass whose field docstrings are the `--help`, and its checks."""
 
 import argparse
 import math
@@ -11,102 +11,125 @@ from ramoe_megatron.mcore.flags import flag_of, options_from_args
 
 @dataclass(frozen=True)
 class RoutingAlignmentConfig:
-    """Routing alignment beside the load-balancing loss (RA-MoE, arXiv 2605.28306; open choices are our reading).
+    """Routing alignment beside the load-balancing loss (RA-MoE, arXiv 2605.28306).
 
-    `from_args(args)` reads the `--ramoe-...` flags; a model built elsewhere takes the dataclass itself in `attach`.
+    Where the paper leaves a choice open, the choice is our reading. `from_args(args)` reads the `--ramoe-...`
+    flags. Code that builds its own model passes the dataclass to `attach`.
     """
 
     coeff: float = 0.0
-    """Coefficient of the alignment loss. 0 (the default) is off: training is then bit-for-bit Megatron's. With per-token loss off
-    the term is coefficient times the mean over all samples of the global batch, in every parallel layout. The log shows the mean,
-    routing_alignment_loss, without the coefficient."""
+    """Coefficient of the alignment loss. With 0 (the default) alignment is off and training is bit-for-bit
+    Megatron's. In every parallel layout the loss is the coefficient times the mean over all samples of the
+    global batch (samples count by their loss tokens under --calculate-per-token-loss). The log shows the mean
+    without the coefficient, as routing_alignment_loss."""
 
     experts: str | None = None
-    """experts.safetensors of the profile job: task experts, the English routing pattern and the zone."""
+    """experts.safetensors of the profile job: the task experts, the English routing patterns and the
+    alignment zone."""
 
     taxonomy: str | None = None
-    """taxonomy.jsonl of the taxonomy job: the category (cc, ci, ic, ii) of each example id in each language."""
+    """taxonomy.jsonl of the taxonomy job: the category (cc, ci, ic, ii) of each example in each language."""
 
     priors: str | None = None
-    """priors.safetensors of the profile job: the English routing of each example id (needed by the target "example")."""
+    """priors.safetensors of the profile job: the English routing of each example. Needed by the target
+    "example"."""
 
     select: str | None = None
-    """Task experts anew by this rule, tau=X or top-m=M, from the differences in frequency that the expert file holds; those that the file
-    chose when left out."""
+    """Re-select the task experts with this rule, tau=X or top-m=M, from the frequency differences stored in
+    the expert file. Default: the experts stored in the file."""
 
     divergence: Literal["lumped-kl", "mass", "kl", "js"] = "lumped-kl"
-    """Divergence from the English routing to the target's: lumped-kl (task experts and one bin for the rest), mass (its first
-    term alone), kl (all experts), js (symmetric Jensen-Shannon, natural logarithm)."""
+    """Divergence between the English routing and the target-language routing: lumped-kl (over the task
+    experts and one bin for all others), mass (the first term of lumped-kl alone), kl (over all experts) or js
+    (symmetric Jensen-Shannon, natural logarithm)."""
 
     target: Literal["profile", "example", "paired"] = "profile"
-    """What routing is pulled to: profile (the task's mean English pattern), example (the same example's English view, as the model
-    routed it before training, from the priors) or paired (that view at the current weights, without gradient: it is run in the
-    neighbouring place of the micro-batch, its own loss masked, so half of the batch's places are English views)."""
+    """The routing that samples are aligned to: profile (the task's mean English pattern), example (the
+    English view of the same example, as the model routed it before training, from the priors) or paired (that
+    English view at the current weights, without gradient). With paired, the view runs beside its sample in
+    the micro-batch and has no language-model loss, so half of the places are English views."""
 
     missing_priors: Literal["refuse", "skip"] = "refuse"
-    """Aligned examples without an English view among the priors: refuse to start, or skip them (they then contribute exactly 0)."""
+    """What to do with aligned examples that have no English view in the priors: refuse to start, or skip
+    them. A skipped example contributes exactly 0."""
 
     layers: str = "auto"
-    """Aligned layers: auto (the zone in the expert file), FIRST-LAST (inclusive, 0-based places among the MoE layers),
-    FRACTION-FRACTION of depth, such as 0.25-0.75, or all. outside:LAYERS takes all but those, such as outside:auto (a control)."""
+    """Aligned layers: auto (the zone in the expert file), FIRST-LAST (inclusive, counted from 0 over the MoE
+    layers), FRACTION-FRACTION of depth, such as 0.25-0.75, or all. outside:LAYERS, such as outside:auto,
+    takes all layers except these (a control)."""
 
     layer_weights: str | None = None
-    """divergence.csv of the profile job: weigh the aligned layers by the divergence curve, most at its floor, mean 1 (our own
-    option). Without it all aligned layers weigh the same."""
+    """divergence.csv of the profile job: weight the aligned layers by the divergence curve, with the largest
+    weight at its minimum and a mean weight of 1 (our own option). Default: all aligned layers weigh the
+    same."""
 
     coeff_warmup_iters: int = 0
-    """The coefficient rises linearly from 0 over these first iterations."""
+    """Number of first iterations over which the coefficient rises linearly from 0."""
 
     coeff_decay: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: stay, or fall to 0 along half a cosine at --train-iters."""
+    """The coefficient after the warm-up: constant, or cosine (falls along half a cosine to 0 at
+    --train-iters)."""
 
     coeff_unit: Literal["absolute", "lm-loss"] = "absolute"
-    """absolute: the coefficient as it stands. lm-loss: in units of parity, so that with 1 the term starts as large as the
-    language-model loss (XLR, arXiv 2610.01921): both are measured on the first global batch that has an aligned
-    sample, and nothing is aligned until then."""
+    """Unit of the coefficient. absolute: the plain number. lm-loss: relative to the language-model loss, so
+    that with 1 the alignment loss starts as large as the language-model loss (XLR, arXiv 2610.01921). Both
+    losses are measured on the first global batch that has an aligned sample; nothing is aligned before
+    that."""
 
     tokens: Literal["prompt", "response", "all", "last"] = "last"
-    """Tokens whose routing is pooled; last is the last prompt token."""
+    """Tokens whose routing is aligned; last is the last prompt token."""
 
     pooling: Literal["sequence", "token"] = "sequence"
-    """sequence: the divergence of the mean distribution over a sample's tokens; token: the mean over the tokens of each token's
-    divergence."""
+    """sequence: the divergence of the mean distribution over a sample's tokens. token: the mean of the
+    divergences of the single tokens."""
 
     examples: Literal["ci", "ci+cc", "all"] = "ci"
-    """Samples that are aligned: ci (right in English, wrong in the target), ci+cc, or all target-language samples."""
+    """Samples that are aligned: ci (right in English, wrong in the target language), ci+cc (also those right
+    in both), or all target-language samples."""
 
     normalize: Literal["samples", "ci"] = "samples"
-    """What the sum over aligned samples is divided by: samples (all of the global batch) or ci (the aligned ones alone)."""
+    """Divisor of the sum over aligned samples: samples (all samples of the global batch) or ci (only the
+    aligned samples)."""
 
     refresh_interval: int | None = None
-    """Every so many iterations, score a sample of the training examples anew with the current weights: those that have become right
-    leave the aligned set, new ci ones enter it (our own option; off by default)."""
+    """Every N iterations, score a sample of the training examples again with the current weights and update
+    their categories. Examples that are now right are no longer aligned; new ci examples are (our own option;
+    off by default)."""
 
     refresh_examples: int = 512
-    """Examples (ids, each in all its languages) of such a sample."""
+    """Number of example ids that each refresh scores, each id in all its languages."""
 
     shuffle_targets: int | None = None
-    """Control, not a method: seed of a permutation of the English targets among the examples of one task."""
+    """Control, not a method: shuffle the English targets among the examples of a task, with this seed."""
 
     random_experts: int | None = None
-    """Control: seed of random experts that take the place of the task experts, as many in each layer."""
+    """Control, not a method: replace the task experts by as many random experts in each layer, with this
+    seed."""
 
     reverse: bool = False
-    """Control: pull the English view of each aligned sample to the target language's routing; needs the target paired."""
+    """Control, not a method: align the English view of each aligned sample to its target-language routing.
+    Needs --ramoe-target paired."""
 
     def __post_init__(self) -> None:
         if not (self.coeff >= 0 and math.isfinite(self.coeff)):
             raise RamoeError(f"--ramoe-coeff {self.coeff}: expected a finite number >= 0 (0 is off)")
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if get_origin(kind) is Literal and value not in get_args(kind):  # argparse checks flags, nobody a keyword
+            # argparse checks the flags, but nothing checks keyword arguments
+            if get_origin(kind) is Literal and value not in get_args(kind):
                 raise RamoeError(f"{flag_of(name)} {value!r}: expected one of {', '.join(get_args(kind))}")
         if (self.refresh_interval is not None and self.refresh_interval < 1) or self.refresh_examples < 1:
-            raise RamoeError("--ramoe-refresh-interval and --ramoe-refresh-examples: expected whole numbers of at least 1")
+            raise RamoeError(
+                "--ramoe-refresh-interval and --ramoe-refresh-examples: expected whole numbers of at least 1"
+            )
         if self.coeff_warmup_iters < 0:
-            raise RamoeError(f"--ramoe-coeff-warmup-iters {self.coeff_warmup_iters}: expected a number of iterations, 0 or more")
+            raise RamoeError(
+                f"--ramoe-coeff-warmup-iters {self.coeff_warmup_iters}: expected a number of iterations, "
+                "0 or more"
+            )
         if self.select is not None:
-            from ramoe_megatron.method.experts import parse_rule  # torch, which a recipe is read without
+            # Imported here because it imports torch, which reading a recipe does not need.
+            from ramoe_megatron.method.experts import parse_rule
 
             parse_rule(self.select)
         if self.coeff == 0:
@@ -114,50 +137,72 @@ class RoutingAlignmentConfig:
         self._refuse_combinations()
         if self.experts is None:
             raise RamoeError(
-                f"--ramoe-coeff {self.coeff} without --ramoe-experts: alignment needs the expert file of the profile job; "
-                "run `ramoe profile`, or set the coefficient to 0"
+                f"--ramoe-coeff {self.coeff} without --ramoe-experts: alignment needs the expert file of the "
+                "profile job; run `ramoe profile`, or set the coefficient to 0"
             )
         if self.taxonomy is None and self.examples != "all":
             raise RamoeError(
-                f"--ramoe-examples {self.examples} without --ramoe-taxonomy: which samples are {self.examples} stands in "
-                "taxonomy.jsonl; run `ramoe taxonomy`, or use --ramoe-examples all"
+                f"--ramoe-examples {self.examples} without --ramoe-taxonomy: "
+                f"taxonomy.jsonl says which samples are {self.examples}; "
+                "run `ramoe taxonomy`, or use --ramoe-examples all"
             )
         if self.target == "example" and self.priors is None:
             raise RamoeError(
-                "--ramoe-target example without --ramoe-priors: each example's English routing stands in priors.safetensors; "
-                "run `ramoe profile --ramoe-save-priors`, or use --ramoe-target profile"
+                "--ramoe-target example without --ramoe-priors: each example's English routing is in "
+                "priors.safetensors; run `ramoe profile --ramoe-save-priors`, or use --ramoe-target profile"
             )
 
     @property
     def scheduled(self) -> bool:
-        """Whether the coefficient changes while training goes on."""
+        """Whether the coefficient changes during training."""
         return self.coeff_warmup_iters > 0 or self.coeff_decay != "constant" or self.coeff_unit != "absolute"
 
     def _refuse_combinations(self) -> None:
-        """Options that have no meaning together."""
+        """Raise RamoeError for options that have no meaning together."""
         if self.shuffle_targets is not None and self.target != "example":
-            raise RamoeError("--ramoe-shuffle-targets permutes the targets of examples: it needs --ramoe-target example")
+            raise RamoeError(
+                "--ramoe-shuffle-targets permutes the targets of examples: it needs --ramoe-target example"
+            )
         if self.missing_priors == "skip" and self.target != "example":
-            raise RamoeError("--ramoe-missing-priors skip: only --ramoe-target example reads priors; remove one of the two")
+            raise RamoeError(
+                "--ramoe-missing-priors skip: only --ramoe-target example reads priors; "
+                "remove it, or use that target"
+            )
         if self.random_experts is not None and self.divergence not in ("lumped-kl", "mass"):
             raise RamoeError(
-                f"--ramoe-random-experts with --ramoe-divergence {self.divergence}, which knows no task experts: use lumped-kl or mass"
+                f"--ramoe-random-experts with --ramoe-divergence {self.divergence}, "
+                "which does not use task experts: use lumped-kl or mass"
             )
         if self.reverse and self.target != "paired":
-            raise RamoeError("--ramoe-reverse aligns English views, which only --ramoe-target paired runs: give that too")
+            raise RamoeError(
+                "--ramoe-reverse aligns English views, and only --ramoe-target paired runs these: "
+                "use that target"
+            )
         if self.refresh_interval is not None:
             for flag, on, way_out in (
-                ("--ramoe-examples all", self.examples == "all", "which examples are right then changes nothing: remove one of the two"),
-                ("--ramoe-normalize ci", self.normalize == "ci", "it needs to know them beforehand: use --ramoe-normalize samples"),
+                (
+                    "--ramoe-examples all",
+                    self.examples == "all",
+                    "every example is aligned, whatever its category: remove one of the two",
+                ),
+                (
+                    "--ramoe-normalize ci",
+                    self.normalize == "ci",
+                    "that divisor must be known before training: use --ramoe-normalize samples",
+                ),
                 ("--ramoe-target paired", self.target == "paired", "use --ramoe-target example"),
                 ("--ramoe-shuffle-targets", self.shuffle_targets is not None, "remove one of the two"),
             ):
                 if on:
-                    raise RamoeError(f"--ramoe-refresh-interval does not go with {flag}: {way_out}")
+                    raise RamoeError(f"--ramoe-refresh-interval does not work with {flag}: {way_out}")
         if self.target != "paired":
             return
         for flag, on, way_out in (
-            ("--ramoe-pooling token", self.pooling == "token" and self.tokens != "last", "use --ramoe-pooling sequence"),
+            (
+                "--ramoe-pooling token",
+                self.pooling == "token" and self.tokens != "last",
+                "use --ramoe-pooling sequence",
+            ),
             ("--ramoe-normalize ci", self.normalize == "ci", "use --ramoe-normalize samples"),
         ):
             if on:
@@ -165,12 +210,22 @@ class RoutingAlignmentConfig:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Self:
-        """The configuration that the parsed flags give."""
+        """The configuration from parsed flags."""
         return options_from_args(cls, args)
 
     def refuse_unread_rule(self, train: str) -> None:
-        """Raise RamoeError for `select` where neither the divergence nor `--ramoe-train`, which is `train`, knows task experts."""
-        if self.coeff and self.select is not None and self.divergence not in ("lumped-kl", "mass") and train != "task-experts":
+        """Raise RamoeError for `select` when neither the divergence nor `--ramoe-train` uses task experts.
+
+        Args:
+            train: the value of `--ramoe-train`.
+        """
+        if (
+            self.coeff
+            and self.select is not None
+            and self.divergence not in ("lumped-kl", "mass")
+            and train != "task-experts"
+        ):
             raise RamoeError(
-                f"--ramoe-select {self.select} with --ramoe-divergence {self.divergence}, which knows no task experts: remove one of them"
+                f"--ramoe-select {self.select} with --ramoe-divergence {self.divergence}, "
+                "which does not use task experts: remove one of the two"
             )

@@ -1,4 +1,4 @@
-"""An alignment configuration with the files that it names, read once and checked: what labels, model and selection share.
+"""`resolve`: reads and checks the files of an alignment once, for the labels, the model and the selection.
 
 Shape suffixes: G tasks, L MoE layers, E experts.
 """
@@ -27,14 +27,14 @@ class ResolvedAlignment:
 
     config: RoutingAlignmentConfig
     experts: ExpertFile
-    """The expert file, its task experts as the flags choose them: re-selected by `--ramoe-select`, or random ones."""
+    """The expert file, with the task experts that the flags choose: stored, re-selected or random."""
     layers: tuple[int, ...]
     """Aligned layers, 0-based among the MoE layers, ascending."""
     layer_weight: Mapping[int, float]
     """Weight of each aligned layer, mean 1."""
 
     def check_model(self, model_config: Any, num_moe_layers: int) -> None:
-        """Raise RamoeError when the expert file belongs to another model than this `TransformerConfig`."""
+        """Raise RamoeError if the expert file does not belong to the model of this `TransformerConfig`."""
         with _naming("--ramoe-experts"):
             self.experts.check_model(
                 num_moe_layers=num_moe_layers,
@@ -45,18 +45,19 @@ class ResolvedAlignment:
 
 
 def resolve(config: RoutingAlignmentConfig) -> ResolvedAlignment:
-    """Read and check the files of an alignment that is on. They are read again only when they have changed on disk.
+    """Read and check the files of an alignment that is on. Files are read again only if they change on disk.
 
     Raises:
-        RamoeError: a file cannot be read; the layers do not exist or there is no zone; the file has no English pattern for the
-            tokens; no task has an expert in the aligned layers; or the curve of `--ramoe-layer-weights` has no shape to weigh by.
+        RamoeError: a file cannot be read; the layers do not exist or there is no zone; the file has no
+            English pattern for the tokens; no task has an expert in the aligned layers; or the curve of
+            `--ramoe-layer-weights` is flat or does not fit the model.
     """
     return _resolved(config, *(_stamp(path) for path in (config.experts, config.layer_weights)))
 
 
 @functools.lru_cache(maxsize=1)
 def _resolved(config: RoutingAlignmentConfig, *stamps: tuple[int, int] | None) -> ResolvedAlignment:
-    assert config.experts is not None  # the configuration refuses a coefficient without it
+    assert config.experts is not None  # the configuration rejects a coefficient without an expert file
     with _naming("--ramoe-experts"):
         experts = ExpertFile.load(config.experts)
     experts = experts.chosen_by(config.select)
@@ -66,15 +67,18 @@ def _resolved(config: RoutingAlignmentConfig, *stamps: tuple[int, int] | None) -
         experts = dataclasses.replace(experts, expert_mask=mask_GLE)
     if config.tokens not in experts.english_pattern:
         raise RamoeError(
-            f"--ramoe-experts {config.experts}: no English pattern for --ramoe-tokens {config.tokens}, only for "
-            f"{', '.join(experts.english_pattern)}; run `ramoe profile` again, or change the flag"
+            f"--ramoe-experts {config.experts}: no English pattern for --ramoe-tokens {config.tokens}, "
+            f"only for {', '.join(experts.english_pattern)}; run `ramoe profile` again, or change the flag"
         )
     if config.divergence in ("lumped-kl", "mass") and not experts.expert_mask[:, list(layers)].any():
         raise RamoeError(
-            f"--ramoe-experts {config.experts}: no task has an expert in MoE layers {span(layers)}, so {config.divergence} aligns "
-            "nothing; give a lower tau or top-m=M (--ramoe-select), or use --ramoe-divergence kl or js"
+            f"--ramoe-experts {config.experts}: no task has an expert in MoE layers {span(layers)}, "
+            f"so {config.divergence} aligns nothing; use a lower tau or top-m=M (--ramoe-select), "
+            "or --ramoe-divergence kl or js"
         )
-    return ResolvedAlignment(config, experts, layers, _layer_weight(config, layers, experts.shape.num_moe_layers))
+    return ResolvedAlignment(
+        config, experts, layers, _layer_weight(config, layers, experts.shape.num_moe_layers)
+    )
 
 
 def _layers(config: RoutingAlignmentConfig, experts: ExpertFile) -> tuple[int, ...]:
@@ -84,21 +88,24 @@ def _layers(config: RoutingAlignmentConfig, experts: ExpertFile) -> tuple[int, .
         raise RamoeError(f"--ramoe-layers {config.layers}: {str(error).removeprefix('layers: ')}") from error
 
 
-def _layer_weight(config: RoutingAlignmentConfig, layers: tuple[int, ...], num_moe_layers: int) -> dict[int, float]:
-    """1 for each aligned layer, or by the divergence curve of `--ramoe-layer-weights`."""
+def _layer_weight(
+    config: RoutingAlignmentConfig, layers: tuple[int, ...], num_moe_layers: int
+) -> dict[int, float]:
+    """The weight of each aligned layer: 1, or from the divergence curve of `--ramoe-layer-weights`."""
     if config.layer_weights is None:
         return dict.fromkeys(layers, 1.0)
     with _naming("--ramoe-layer-weights"):
         curve_L = mean_curve(read_divergence(config.layer_weights))
         if len(curve_L) != num_moe_layers:
             raise RamoeError(
-                f"{config.layer_weights}: a curve over {len(curve_L)} MoE layers, but the model has {num_moe_layers}"
+                f"{config.layer_weights}: the curve has {len(curve_L)} MoE layers, "
+                f"but the model has {num_moe_layers}"
             )
         return dict(zip(layers, divergence_weights(curve_L, layers).tolist(), strict=True))
 
 
 def _stamp(path: str | None) -> tuple[int, int] | None:
-    """What changes when a file does: its time and size. None where there is no file, which reading it reports."""
+    """Modification time and size of a file, to notice a change; None without a file."""
     if path is None or not Path(path).is_file():
         return None
     found = Path(path).stat()
@@ -107,7 +114,7 @@ def _stamp(path: str | None) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def _naming(flag: str) -> Iterator[None]:
-    """Put the flag before an error about its file."""
+    """Put the name of the flag before an error about its file."""
     try:
         yield
     except RamoeError as error:

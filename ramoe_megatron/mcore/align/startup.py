@@ -1,6 +1,7 @@
-"""What a run tells at its start: every loss at the routers and its coefficient, where alignment acts, and on which samples.
+"""The startup messages of a run: losses at the routers, coefficients, aligned layers and samples.
 
-Inherited coefficients have cost many a run, so what acts beside the alignment is said in words.
+A coefficient that is inherited from another command line is easy to overlook, so the messages name everything
+that acts on the routers.
 """
 
 from collections import Counter
@@ -17,8 +18,13 @@ if TYPE_CHECKING:
     from ramoe_megatron.mcore.align.resolve import ResolvedAlignment
 
 SHOWN = 6
-"""Tasks, or task-language pairs, that get a line of their own."""
-TOKENS = {"prompt": "the prompt's tokens", "response": "the response's tokens", "all": "all tokens", "last": "the last prompt token"}
+"""The number of tasks, or task-language pairs, that are listed one a line."""
+TOKENS = {
+    "prompt": "the prompt's tokens",
+    "response": "the response's tokens",
+    "all": "all tokens",
+    "last": "the last prompt token",
+}
 TARGETS = {
     "profile": "its task's English pattern",
     "example": "its own English view",
@@ -41,7 +47,9 @@ def alignment_block(alignment: "ResolvedAlignment", layer_numbers: Sequence[int]
     pulled = "English view" if config.reverse else "sample"
     if config.reverse:
         target = "its target-language view (reversed: a control)"
-    pooled = f"{TOKENS[config.tokens]}, " + ("pooled" if config.pooling == "sequence" else "each token by itself")
+    pooled = f"{TOKENS[config.tokens]}, " + (
+        "pooled" if config.pooling == "sequence" else "each token separately"
+    )
     divisor = "all samples" if config.normalize == "samples" else "the aligned samples"
     if model_config.calculate_per_token_loss:
         divisor = divisor.replace("samples", "samples, weighted by loss tokens")
@@ -51,27 +59,47 @@ def alignment_block(alignment: "ResolvedAlignment", layer_numbers: Sequence[int]
         ("divergence", f"{config.divergence} of each {pulled} from {target} (target {config.target})"),
         ("tokens", pooled),
         ("examples", config.examples),
-        ("layers", f"MoE layers {numbers_in_words(layers)} of 0-{len(layer_numbers) - 1} (Megatron's {numbers_in_words(numbers)})"),
-        *([("layer weights", " ".join(f"{weight:.2f}" for weight in alignment.layer_weight.values()))] if config.layer_weights else []),
+        (
+            "layers",
+            f"MoE layers {numbers_in_words(layers)} of 0-{len(layer_numbers) - 1} (Megatron's "
+            f"{numbers_in_words(numbers)})",
+        ),
+        *(
+            [("layer weights", " ".join(f"{weight:.2f}" for weight in alignment.layer_weight.values()))]
+            if config.layer_weights
+            else []
+        ),
         *_expert_rows(alignment),
         ("load balancing", "; ".join(_balance(*pair) for pair in balancing(model_config)) or "none"),
-        ("z-loss", "none" if model_config.moe_z_loss_coeff is None else f"coefficient {model_config.moe_z_loss_coeff:g}"),
+        (
+            "z-loss",
+            "none"
+            if model_config.moe_z_loss_coeff is None
+            else f"coefficient {model_config.moe_z_loss_coeff:g}",
+        ),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}".rstrip() for name, text in rows]
-    return "\n".join(["ramoe: routing alignment is on", *lines, *(f"  note: {text}" for text in _notes(model_config))])
+    return "\n".join(
+        ["ramoe: routing alignment is on", *lines, *(f"  note: {text}" for text in _notes(model_config))]
+    )
 
 
 def _coefficient(config: Any) -> str:
     """The coefficient and how it changes."""
-    told = f"{config.coeff:g}" + ("" if config.coeff_unit == "absolute" else " (1 is parity with the LM loss at the start)")
+    text = f"{config.coeff:g}"
+    if config.coeff_unit != "absolute":
+        text += " (1 is parity with the LM loss at the start)"
     if config.coeff_warmup_iters:
-        told += f", after a warm-up of {config.coeff_warmup_iters} iterations"
-    return told if config.coeff_decay == "constant" else f"{told}, falling along a cosine to the end,"
+        text += f", after a warm-up of {config.coeff_warmup_iters} iterations"
+    return text if config.coeff_decay == "constant" else f"{text}, falling along a cosine to the end,"
 
 
 def balancing(model_config: Any) -> list[tuple[str, float]]:
-    """Each load-balancing type and its coefficient, as Megatron pairs them; types without a loss have coefficient 0."""
+    """Each load-balancing type and its coefficient, as Megatron pairs them.
+
+    Types without a loss keep the coefficient that the configuration gives them.
+    """
     kinds, coefficients = model_config.moe_router_load_balancing_type, model_config.moe_aux_loss_coeff
     if isinstance(kinds, str):
         return [] if kinds == "none" else [(kinds, float(coefficients))]
@@ -82,21 +110,34 @@ def _balance(kind: str, coeff: float) -> str:
     return f"{kind}, coefficient {coeff:g}" if kind.endswith("aux_loss") else kind
 
 
-def samples_block(examples: Sequence["Example"], category: Sequence[str], aligned: np.ndarray, order: np.ndarray, anchor: str) -> str:
-    """Training examples by task, language and category, and the share of the draws that is aligned.
+def samples_block(
+    examples: Sequence["Example"],
+    category: Sequence[str],
+    aligned: np.ndarray,
+    order: np.ndarray,
+    anchor: str,
+) -> str:
+    """A table of the training examples by task, language and category, and the aligned share of the draws.
 
     Args:
         examples: the training examples.
-        category: cc, ci, ic or ii for each of them, "" where it has none (the anchor language, or no taxonomy).
-        aligned: whether each is aligned. bool
-        order: the example of each draw.
+        category: cc, ci, ic or ii for each example; "" without a category (the anchor language, or no
+            taxonomy).
+        aligned: whether each example is aligned. bool
+        order: the index of the example of each draw.
         anchor: the reference language.
     """
     groups: dict[tuple[str, str], Counter[str]] = {}
     for example, kind, on in zip(examples, category, aligned, strict=True):
-        groups.setdefault((example.task, example.language), Counter()).update({"all": 1, kind: 1, "aligned": int(on)})
+        groups.setdefault((example.task, example.language), Counter()).update(
+            {"all": 1, kind: 1, "aligned": int(on)}
+        )
     columns = ["all", *(CATEGORIES if any(category) else ()), "aligned"]
-    pairs = {f"{task} / {language}": counts for (task, language), counts in sorted(groups.items()) if language != anchor}
+    pairs = {
+        f"{task} / {language}": counts
+        for (task, language), counts in sorted(groups.items())
+        if language != anchor
+    }
     if len(pairs) > SHOWN:
         pairs = _by_language(groups, anchor)
     pairs["total"] = sum(groups.values(), Counter())
@@ -105,11 +146,18 @@ def samples_block(examples: Sequence["Example"], category: Sequence[str], aligne
     share = float(aligned[order].mean()) if len(order) else 0.0
     return "\n".join(
         [
-            f"ramoe: {len(examples)} training examples of {len(tasks)} tasks ({english} in {anchor}), {len(order)} draws, "
-            f"{share:.1%} of them aligned",
+            f"ramoe: {len(examples)} training examples of {len(tasks)} tasks ({english} in {anchor}), "
+            f"{len(order)} draws, {share:.1%} of them aligned",
             f"  {'':<{width}}" + "".join(f"  {column:>7}" for column in columns),
-            *(f"  {name:<{width}}" + "".join(f"  {counts[column]:>7}" for column in columns) for name, counts in pairs.items()),
-            *(["  note: no training example is aligned, so the alignment loss is 0 throughout"] if not aligned.any() else []),
+            *(
+                f"  {name:<{width}}" + "".join(f"  {counts[column]:>7}" for column in columns)
+                for name, counts in pairs.items()
+            ),
+            *(
+                ["  note: no training example is aligned, so the alignment loss is 0 throughout"]
+                if not aligned.any()
+                else []
+            ),
         ]
     )
 
@@ -117,24 +165,35 @@ def samples_block(examples: Sequence["Example"], category: Sequence[str], aligne
 def _by_language(groups: dict[tuple[str, str], Counter[str]], anchor: str) -> dict[str, Counter[str]]:
     languages = sorted({language for _, language in groups if language != anchor})
     kept = languages if len(languages) <= SHOWN else languages[: SHOWN - 1]
-    found = {name: sum((counts for (_, language), counts in groups.items() if language == name), Counter()) for name in kept}
+    found = {
+        name: sum((counts for (_, language), counts in groups.items() if language == name), Counter())
+        for name in kept
+    }
     rest = set(languages) - set(kept)
     if rest:
-        found[f"{len(rest)} more"] = sum((counts for (_, language), counts in groups.items() if language in rest), Counter())
+        found[f"{len(rest)} more"] = sum(
+            (counts for (_, language), counts in groups.items() if language in rest), Counter()
+        )
     return found
 
 
 def _expert_rows(alignment: "ResolvedAlignment") -> list[tuple[str, str]]:
-    """Task experts per aligned layer, one row a task."""
+    """Rows with the number of task experts in each aligned layer, one row a task."""
     mask_GLE = alignment.experts.expert_mask.bool()
     zone_GZ = mask_GLE[:, list(alignment.layers)].sum(dim=-1).tolist()
     experts = mask_GLE.shape[-1]
-    kind = "experts a layer" if alignment.config.random_experts is None else "experts a layer, drawn at random (a control)"
+    kind = (
+        "experts a layer"
+        if alignment.config.random_experts is None
+        else "experts a layer, drawn at random (a control)"
+    )
     rows = []
     for task, counts in list(zip(alignment.experts.tasks, zone_GZ, strict=True))[:SHOWN]:
         empty = [layer for layer, count in zip(alignment.layers, counts, strict=True) if count == 0]
         spread = count_range(counts) + f" of {experts} {kind}"
-        rows.append((f"task {task}", spread + (f"; none in MoE layers {numbers_in_words(empty)}" if empty else "")))
+        rows.append(
+            (f"task {task}", spread + (f"; none in MoE layers {numbers_in_words(empty)}" if empty else ""))
+        )
     if len(zone_GZ) > SHOWN:
         others = [count for counts in zone_GZ[SHOWN:] for count in counts]
         rows.append((f"{len(zone_GZ) - SHOWN} more tasks", f"{count_range(others)} of {experts} {kind}"))
@@ -153,7 +212,7 @@ def numbers_in_words(values: Sequence[int]) -> str:
 
 
 def _notes(model_config: Any) -> Iterable[str]:
-    """What a user may not expect from the settings that alignment meets."""
+    """Notes on settings whose effect a user may not expect."""
     pairs = balancing(model_config)
     acting = [kind for kind, coeff in pairs if kind.endswith("aux_loss") and coeff > 0]
     idle = [kind for kind, coeff in pairs if kind.endswith("aux_loss") and coeff == 0]
@@ -169,9 +228,10 @@ def _notes(model_config: Any) -> Iterable[str]:
     losses = [*acting, *(["z-loss"] if model_config.moe_z_loss_coeff else [])]
     if losses and model_config.calculate_per_token_loss:
         yield (
-            f"Megatron 0.19 multiplies {', '.join(losses)} by all real tokens under --calculate-per-token-loss "
-            "but divides by the loss tokens: with masked prompts it acts more strongly than its coefficient says "
-            "(4 times, where prompts are 75 % of the tokens); the alignment loss does not"
+            f"Megatron 0.19 multiplies {', '.join(losses)} by all real tokens under "
+            "--calculate-per-token-loss but divides by the loss tokens: "
+            "with masked prompts the effect is stronger than the coefficient says "
+            "(4 times, when prompts are 75 % of the tokens); the alignment loss is not affected"
         )
     if "quantile_balancing" in [kind for kind, _ in pairs]:
         yield (
@@ -185,8 +245,8 @@ def _notes(model_config: Any) -> Iterable[str]:
         )
     if model_config.mtp_use_repeated_layer and (model_config.mtp_num_layers or 0) > 1:
         yield (
-            "--mtp-use-repeated-layer: Megatron's own losses count the last rows of each sample, which have "
-            "no token to predict from"
+            "--mtp-use-repeated-layer: Megatron's own losses count the last rows of each sample, "
+            "which have no next token to predict"
         )
     if model_config.moe_router_enable_expert_bias:
-        yield "the expert bias moves the choice of experts, not the scores that are aligned"
+        yield "the expert bias changes which experts are chosen, but not the scores that are aligned"

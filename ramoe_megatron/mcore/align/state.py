@@ -1,6 +1,7 @@
-"""What of an alignment changes while training runs: the coefficient and its measured unit, and labels that are refreshed.
+"""What changes during training: the coefficient, its measured unit and refreshed labels.
 
-Megatron's training loop calls `after_step` on every rank, after the step's log and validation and before its checkpoint.
+Megatron's training loop calls `after_step` on every rank, after the step's log and validation and before its
+checkpoint.
 
 Shape suffix: B samples of the micro-batch.
 """
@@ -22,14 +23,16 @@ from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.method.schedule import coefficient_factor
 
 FILE = "ramoe-parity.json"
-"""Beside the checkpoints of `--save`: the measured unit, for a run that resumes. That run passes it on to its own `--save`."""
+"""File of the measured unit, beside the checkpoints of `--save`. A run that resumes reads it from `--load`
+and writes it to its own `--save`."""
 
 
 class Coefficient:
-    """`--ramoe-coeff` under its schedule. A constant one asks nothing of Megatron's training loop.
+    """`--ramoe-coeff` under its schedule. A constant coefficient needs nothing from Megatron's training loop.
 
-    With the unit lm-loss the coefficient counts in parities: the ratio of the language-model loss to the alignment loss, both means over
-    the first global batch that has an aligned sample (XLR, arXiv 2610.01921). Until then it is 0. The ratio is measured once, and kept
+    With the unit lm-loss the coefficient is multiplied by the parity. The parity is the ratio of the
+    language-model loss to the alignment loss, both means over the first global batch that has an aligned
+    sample (XLR, arXiv 2610.01921). Until then the coefficient is 0. The parity is measured once and kept
     beside the checkpoints.
     """
 
@@ -47,34 +50,39 @@ class Coefficient:
             self._resume(args)
         if self.parity is None:
             return 0.0
-        factor = coefficient_factor(args.curr_iteration, self.config.coeff_warmup_iters, self.config.coeff_decay, args.train_iters)
+        factor = coefficient_factor(
+            args.curr_iteration, self.config.coeff_warmup_iters, self.config.coeff_decay, args.train_iters
+        )
         return self.config.coeff * self.parity * factor
 
     @property
     def measures(self) -> bool:
-        """Whether the unit is still to be measured."""
+        """Whether the unit has not been measured yet."""
         return self.parity is None
 
     def measure(self, lm_loss: Tensor, alignment_loss: Tensor) -> None:
-        """Take the unit from the means of one global batch, the same on every rank; without an aligned sample, wait for the next.
+        """Take the unit from the means of one global batch, which are the same on every rank.
+
+        Without an aligned sample, nothing is measured and the next step calls this again.
 
         Raises:
-            RamoeError: the loss function told no language-model loss.
+            RamoeError: the loss function did not record a language-model loss.
         """
         lm, aligned = float(lm_loss), float(alignment_loss)
         if aligned <= 0:
             return
         if not (lm > 0 and math.isfinite(lm)):
             raise RamoeError(
-                f"--ramoe-coeff-unit lm-loss: the language-model loss of the step is {lm:g}, expected a number above 0. A loss function of "
-                "your own has to tell it: call ramoe_megatron.record_lm_loss(loss, tokens) there, as examples/pretrain_gpt.py does"
+                f"--ramoe-coeff-unit lm-loss: the language-model loss of the step is {lm:g}, "
+                "expected a number above 0. In your own loss function call "
+                "ramoe_megatron.record_lm_loss(loss, tokens), as examples/pretrain_gpt.py does"
             )
         self.parity = lm / aligned
         args = _training_args()
         measured = {"parity": self.parity, "lm_loss": lm, "iteration": args.curr_iteration}
         if torch.distributed.get_rank() == 0:
-            told = f"LM loss {lm:.4g}, alignment loss {aligned:.4g}: coefficient {self.config.coeff:g} x {self.parity:.4g}"
-            print(f"ramoe: {told}", flush=True)
+            losses = f"LM loss {lm:.4g}, alignment loss {aligned:.4g}"
+            print(f"ramoe: {losses}: coefficient {self.config.coeff:g} x {self.parity:.4g}", flush=True)
             if args.save:
                 atomic_write_text(Path(args.save) / FILE, json.dumps(measured) + "\n")
 
@@ -83,29 +91,36 @@ class Coefficient:
             return
         path, first = Path(args.load or "") / FILE, torch.distributed.get_rank() == 0
         if not path.is_file():
-            if first:  # not always a fault: the run that saved may have seen no aligned sample
-                print(f"ramoe: no {path}: the unit of the coefficient (--ramoe-coeff-unit lm-loss) is measured anew", flush=True)
+            if first:  # not always an error: the run that saved may have seen no aligned sample
+                print(
+                    f"ramoe: no {path}: the unit of the coefficient (--ramoe-coeff-unit lm-loss) is "
+                    "measured again",
+                    flush=True,
+                )
             return
         found = read_json(path)
         try:
             self.parity = float(found["parity"])
         except (KeyError, TypeError, ValueError) as error:
-            raise RamoeError(f"{path}: {error!r}; expected a number under parity: restore it, or train from the start") from error
+            raise RamoeError(
+                f"{path}: {error!r}; "
+                f'expected a number under "parity"; restore the file, or train from the start'
+            ) from error
         if first and args.save and not (kept := Path(args.save) / FILE).is_file():
             atomic_write_text(kept, json.dumps(found) + "\n")
 
 
 class RefreshedLabels(Protocol):
-    """Labels that are scored anew while training runs (`train.refresh`)."""
+    """Labels that are scored again during training (`train.refresh`)."""
 
     def weight(self, example_B: Tensor) -> Tensor:
-        """1 where an example is aligned now, else 0. [B]"""
+        """1 for an example that is currently aligned, else 0. [B]"""
 
     def is_ci(self, example_B: Tensor) -> Tensor:
-        """Whether an example is ci now. [B], bool"""
+        """Whether an example is currently ci. [B], bool"""
 
     def step(self, iteration: int) -> None:
-        """After iteration `iteration` (from 1): refresh where it is due."""
+        """After iteration `iteration` (counted from 1): refresh if it is due."""
 
 
 class AlignmentState:
@@ -120,15 +135,15 @@ class AlignmentState:
         self._lm_2 = torch.zeros(2, dtype=torch.float64, device=device)
 
     def record_lm_loss(self, loss: Tensor, tokens: Tensor) -> None:
-        """Add a micro-batch's language-model loss, a sum over its loss tokens, while the unit of the coefficient is measured.
+        """Add a micro-batch's language-model loss (a sum over its loss tokens) until the unit is measured.
 
-        Megatron's validation runs without gradients: its loss is not the step's.
+        Losses without gradients are skipped: they come from Megatron's validation, not from the step.
         """
         if torch.is_grad_enabled() and self.coefficient.measures:
             self._lm_2 += torch.stack([loss.detach().double(), tokens.double()])
 
     def after_step(self, iteration: int) -> None:
-        """After iteration `iteration` (from 1), on every rank: measure the unit, refresh the labels, each where it is due."""
+        """Measure the unit and refresh the labels if due. Every rank calls it, with the iteration from 1."""
         self.begun = True
         if self.coefficient.measures:
             torch.distributed.all_reduce(self._lm_2)
@@ -144,14 +159,14 @@ _current: AlignmentState | None = None
 
 
 def current_state() -> AlignmentState | None:
-    """The state of the alignment that was attached last; None where none was."""
+    """The state of the alignment that was attached last; None without alignment."""
     return _current
 
 
 def state_of(config: RoutingAlignmentConfig, device: Any) -> AlignmentState:
-    """A new state for an alignment; chunks that are attached one by one before the first step share one.
+    """The state for an alignment. Chunks that are attached one by one before the first step share a state.
 
-    Only a state that has something to do after each step hooks into Megatron's training loop.
+    A state hooks into Megatron's training loop only if it has work to do after each step.
     """
     global _current
     if _current is None or _current.begun or _current.config != config:
@@ -166,5 +181,8 @@ def _training_args() -> Any:
 
     args = get_args()
     if not hasattr(args, "curr_iteration"):
-        raise RamoeError("a coefficient that changes needs Megatron's own training loop, which counts the iterations")
+        raise RamoeError(
+            "a coefficient that changes needs Megatron's own training loop, which counts the iterations; "
+            "use it, or remove --ramoe-coeff-warmup-iters, --ramoe-coeff-decay and --ramoe-coeff-unit"
+        )
     return args

@@ -1,7 +1,8 @@
 """Megatron's local attention under context parallelism and over packed samples, for the CPU backend.
 
-Megatron leaves both to transformer-engine, which needs CUDA. Here each context-parallel rank gathers all keys and values and masks
-the pairs of rows that must not meet; the arithmetic stays that of the local `DotProductAttention`.
+Megatron uses transformer-engine for both, which needs CUDA. Here each context-parallel rank gathers all keys
+and values, and masks the pairs of rows that must not attend to each other. The arithmetic is that of the
+local `DotProductAttention`.
 
 Shape suffixes: Q query rows of this rank, K key rows of all context-parallel ranks.
 """
@@ -17,7 +18,7 @@ from ramoe_megatron.mcore.placement import context_parallel_rows
 
 
 def attention_stand_ins() -> list[tuple[Any, str, Any]]:
-    """The constructor and the forward pass that the CPU backend gives Megatron's local attention."""
+    """The constructor and the forward pass of Megatron's local attention in the CPU backend."""
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
@@ -25,7 +26,7 @@ def attention_stand_ins() -> list[tuple[Any, str, Any]]:
 
     @functools.wraps(stock_init)
     def init_with_context_parallelism(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        # The constructor only asserts that there is none.
+        # The constructor only asserts that there is no context parallelism.
         context_parallel_size, config.context_parallel_size = config.context_parallel_size, 1
         try:
             stock_init(self, config, *args, **kwargs)
@@ -50,12 +51,14 @@ def attention_stand_ins() -> list[tuple[Any, str, Any]]:
         if packed_seq_params is not None:
             padded, cu_seqlens = packed_seq_params.cu_seqlens_q_padded, packed_seq_params.cu_seqlens_q
             cu_seqlens = cu_seqlens if padded is None else padded
-            query, key, value = (rows.unsqueeze(1) for rows in (query, key, value))  # [t, heads, dim]: one sequence
+            # [t, heads, dim]: one sequence
+            query, key, value = (rows.unsqueeze(1) for rows in (query, key, value))
         cp, cp_rank = 1, 0
         if self.config.context_parallel_size > 1:
             group = _context_parallel_group(self)
             cp, cp_rank = group.size(), group.rank()
-            # Every rank's queries use every key: the backward pass sums over ranks and gives each its own rows.
+            # Every rank's queries use every key. The backward pass sums over ranks and returns each rank's
+            # rows.
             key, value = (gather_from_sequence_parallel_region(rows, group=group) for rows in (key, value))
         rows_of_rank = _rows_of_ranks(key.shape[0], cp, cu_seqlens, key.device)
         masked_QK = masked_pairs(rows_of_rank[cp_rank], torch.cat(rows_of_rank), cu_seqlens)
@@ -68,7 +71,7 @@ def attention_stand_ins() -> list[tuple[Any, str, Any]]:
 
 
 def masked_pairs(query_row_Q: Tensor, key_row_K: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """True where a query must not see a key: it comes later, or belongs to another packed sample. [Q, K], bool
+    """True where a query must not see a key: a later key, or a key of another packed sample. [Q, K], bool
 
     Args:
         query_row_Q, key_row_K: global rows (`placement.py`).
@@ -77,7 +80,9 @@ def masked_pairs(query_row_Q: Tensor, key_row_K: Tensor, cu_seqlens: Tensor | No
     later_QK = key_row_K[None, :] > query_row_Q[:, None]
     if cu_seqlens is None:
         return later_QK
-    sample_Q, sample_K = (torch.searchsorted(cu_seqlens.long(), row, right=True) for row in (query_row_Q, key_row_K))
+    sample_Q, sample_K = (
+        torch.searchsorted(cu_seqlens.long(), row, right=True) for row in (query_row_Q, key_row_K)
+    )
     return later_QK | (sample_Q[:, None] != sample_K[None, :])
 
 
@@ -85,8 +90,9 @@ def _rows_of_ranks(length: int, cp: int, cu_seqlens: Tensor | None, device: Any)
     """Global rows of each context-parallel rank, in the order of the gather."""
     if cp > 1 and cu_seqlens is not None and (cu_seqlens[-1] != length or (cu_seqlens % (2 * cp)).any()):
         raise RamoeError(
-            f"packed samples end at rows {cu_seqlens.tolist()} of {length}: with --context-parallel-size {cp} each must be padded to a "
-            f"multiple of {2 * cp} (cu_seqlens_q_padded), and the last must end the pack"
+            f"packed samples end at rows {cu_seqlens.tolist()} of {length}: "
+            f"with --context-parallel-size {cp} each sample must be padded to a multiple of {2 * cp} "
+            "(cu_seqlens_q_padded), and the last sample must end the pack"
         )
     return [context_parallel_rows(length, cp, rank, cu_seqlens, device) for rank in range(cp)]
 
@@ -98,22 +104,33 @@ def _context_parallel_group(attention: Any) -> Any:
     return parallel_state.get_context_parallel_group() if group is None else group
 
 
-def _refuse_other_masks(attention: Any, attention_mask: Tensor | None, mask_type: Any, packed_seq_params: Any) -> None:
-    """Raise RamoeError for what plain causal attention within each sample would get wrong."""
+def _refuse_other_masks(
+    attention: Any, attention_mask: Tensor | None, mask_type: Any, packed_seq_params: Any
+) -> None:
+    """Raise RamoeError for anything but plain causal attention within each sample."""
     from megatron.core.transformer.enums import AttnMaskType
 
     where = "--context-parallel-size above 1" if packed_seq_params is None else "packed samples"
     found = [
         name
         for name, on in (
-            (f"mask type {mask_type.name}", mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal)),
+            (
+                f"mask type {mask_type.name}",
+                mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal),
+            ),
             ("an attention mask of the caller's (pass None)", attention_mask is not None),
             ("--window-size", attention.scale_mask_softmax.window_size is not None),
             ("cross-attention", attention.attention_type != "self"),
             ("--hybrid-context-parallel", getattr(packed_seq_params, "local_cp_size", None) is not None),
-            ("a qkv_format other than thd", packed_seq_params is not None and packed_seq_params.qkv_format != "thd"),
+            (
+                "a qkv_format other than thd",
+                packed_seq_params is not None and packed_seq_params.qkv_format != "thd",
+            ),
         )
         if on
     ]
     if found:
-        raise RamoeError(f"the CPU backend's attention over {where} is causal self-attention, without {', '.join(found)}")
+        raise RamoeError(
+            f"the CPU backend's attention over {where} supports causal self-attention only, "
+            f"not {', '.join(found)}; remove it, or run on a GPU"
+        )

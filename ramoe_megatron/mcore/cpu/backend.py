@@ -1,11 +1,12 @@
 """Megatron's real training loop on a machine without a CUDA device.
 
-`cpu_backend()` answers, with a CPU, the questions that Megatron-Core asks of CUDA: which device is current, which streams and
-events exist, where the random state lives. Nothing of Megatron's arithmetic, schedules, optimizer or checkpoints is replaced.
-Each stand-in below says why it is needed. The backend engages only where there is no CUDA device, and says so in one line.
+`cpu_backend()` answers Megatron-Core's questions to CUDA for a CPU: the current device, the streams and
+events, the random state. Megatron's arithmetic, schedules, optimizer and checkpoints are not replaced. Each
+stand-in below has a comment with its reason. The backend is used only on a machine without a CUDA device, and
+prints one line.
 
-It is a backend for laptops, tests and dry runs of a cluster's flags: no stream runs beside another, so overlap flags change
-nothing, and memory figures are zero.
+It is for laptops, tests and dry runs of a cluster's flags. Streams do not run in parallel, so overlap flags
+have no effect, and memory figures are zero.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ CPU_FLAGS = [
     "--no-persist-layer-norm",
     "--use-cpu-initialization",
 ]
-"""What a CPU run needs beside the user's flags: transformer-engine, NCCL, the fused kernels and CUDA's generators are not there."""
+"""Flags added to a CPU run, which has no transformer-engine, NCCL, fused kernels or CUDA generators."""
 
 CUDA_ONLY_FLAGS = {
     "--moe-grouped-gemm": 0,  # grouped GEMM is a CUDA kernel; experts then run one after another
@@ -45,14 +46,15 @@ CUDA_ONLY_FLAGS = {
     "--attention-backend": 1,
     "--cross-entropy-fusion-impl": 1,
 }
-"""Flags (with their number of values) that a CPU run leaves out, so that a cluster's command line can be tried on a laptop."""
+"""Flags that a CPU run leaves out, with their number of values. So a cluster's command line runs on a
+laptop."""
 
 
 def cpu_command_line(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """A Megatron command line as the CPU backend can run it.
+    """Change a Megatron command line so that the CPU backend can run it.
 
     Returns:
-        the arguments with `CPU_FLAGS` appended (the last one given counts), and the flags that were left out.
+        the arguments with `CPU_FLAGS` appended (the last value of a flag counts), and the removed flags.
     """
     kept, left_out, position = [], [], 0
     while position < len(arguments):
@@ -67,15 +69,16 @@ def cpu_command_line(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def cuda_absent() -> bool:
-    """Whether this machine has no CUDA device (asked of the driver, so that the stand-ins cannot answer)."""
+    """Whether this machine has no CUDA device. Asks the driver, because the stand-ins do not replace it."""
     return torch._C._cuda_getDeviceCount() == 0 if hasattr(torch._C, "_cuda_getDeviceCount") else True
 
 
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
-    """Import Megatron in the body: where there is no CUDA device, `torch.compile` leaves its functions as they are.
+    """Import Megatron in the body. Without a CUDA device, `torch.compile` then does not change its functions.
 
-    The CPU backend compiles nothing, but the decorator alone imports torch's compiler: as slow as the rest of Megatron.
+    The CPU backend compiles nothing, but the decorator imports torch's compiler, which takes as long as the
+    rest of Megatron.
     """
     with contextlib.ExitStack() as stack:
         if cuda_absent():
@@ -90,13 +93,15 @@ def _not_compiled(function: Any = None, **_: Any) -> Any:
 class _CudaMeansCpu(TorchFunctionMode):
     """Every request for a CUDA tensor is answered with a CPU tensor."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ("cuda", "pin_memory", "record_stream") and args and isinstance(args[0], torch.Tensor):
             return args[0]  # no second device, no page-locked memory, no streams
         if name == "type" and len(args) == 1 and not kwargs:
-            # the optimizer and gradient clipping select by this string
+            # the optimizer and gradient clipping compare this string
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -115,7 +120,7 @@ def _is_cuda(device: Any) -> bool:
 
 @contextlib.contextmanager
 def cpu_backend() -> Iterator[bool]:
-    """Run the body with Megatron on the CPU where there is no CUDA device; otherwise change nothing.
+    """Run the body with Megatron on the CPU if there is no CUDA device; otherwise change nothing.
 
     Yields:
         True when the CPU backend is on.
@@ -129,11 +134,15 @@ def cpu_backend() -> Iterator[bool]:
     if os.environ.get("RANK", "0") == "0":
         print("ramoe: no CUDA device: Megatron runs on the CPU backend (gloo, local layers)", flush=True)
     with contextlib.ExitStack() as stack:
-        # Compiling for a CPU takes longer than a small run. Read where a function is decorated: before Megatron is imported.
+        # Compiling for a CPU takes longer than a small run. torch reads this when a function is decorated, so
+        # it is set before Megatron is imported.
         _set_variable(stack, "TORCHDYNAMO_DISABLE", "1")
-        # Megatron asks for it with TP or CP; without CUDA it says nothing.
-        _set_variable(stack, "CUDA_DEVICE_MAX_CONNECTIONS", os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"))
-        # For what was decorated before. Optimizers import torch._dynamo too, which has to see torch without the stand-ins.
+        # Megatron requires this variable with TP or CP; without CUDA it has no effect.
+        _set_variable(
+            stack, "CUDA_DEVICE_MAX_CONNECTIONS", os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        )
+        # For functions that were decorated before. Optimizers import torch._dynamo too, which must see torch
+        # without the stand-ins.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(uncompiled())
         for owner, name, stand_in in [*_torch_stand_ins(), *_megatron_stand_ins()]:
@@ -148,7 +157,9 @@ def _cuda_is_available() -> bool:
 
 def _set_variable(stack: contextlib.ExitStack, name: str, value: str) -> None:
     before = os.environ.get(name)
-    stack.callback(os.environ.pop, name, None) if before is None else stack.callback(os.environ.__setitem__, name, before)
+    stack.callback(os.environ.pop, name, None) if before is None else stack.callback(
+        os.environ.__setitem__, name, before
+    )
     os.environ[name] = value
 
 
@@ -181,7 +192,7 @@ def _torch_stand_ins() -> list[tuple[Any, str, Any]]:
     nothing = lambda *_, **__: None  # noqa: E731
     unpinned_loader.__wrapped__ = loader_init  # type: ignore[attr-defined]
     return [
-        # Megatron asserts that CUDA is there and asks which device is current.
+        # Megatron asserts that there is a CUDA device and asks for the current device.
         (cuda, "is_available", _cuda_is_available),
         (cuda, "is_initialized", lambda: True),
         (cuda, "device_count", lambda: max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))),
@@ -190,7 +201,7 @@ def _torch_stand_ins() -> list[tuple[Any, str, Any]]:
         (cuda, "get_device_properties", inert_device_properties),
         (cuda, "get_device_capability", lambda *_: (0, 0)),
         (cuda, "get_device_name", lambda *_: "cpu"),
-        # One in-order device: streams, events and synchronisation have nothing to do.
+        # The device runs everything in order: streams, events and synchronisation do nothing.
         (cuda, "Stream", InertStream),
         (cuda, "Event", InertEvent),
         (cuda, "current_stream", lambda *_, **__: InertStream()),
@@ -209,18 +220,26 @@ def _torch_stand_ins() -> list[tuple[Any, str, Any]]:
         (cuda.nvtx, "range", lambda *_, **__: contextlib.nullcontext()),
         # Dropout and recompute need a real random state: the CPU's generator is "the CUDA generator".
         *((owner, "get_rng_state", lambda *_, **__: torch.get_rng_state()) for owner in (cuda, cuda.random)),
-        *((owner, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state)) for owner in (cuda, cuda.random)),
-        *((owner, "manual_seed", lambda seed: torch.default_generator.manual_seed(seed)) for owner in (cuda, cuda.random)),
-        *((owner, "manual_seed_all", nothing) for owner in (cuda, cuda.random)),  # torch.manual_seed calls it too
-        # autograd's Function and checkpointing would otherwise look for an accelerator that matches is_available().
+        *(
+            (owner, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
+            for owner in (cuda, cuda.random)
+        ),
+        *(
+            (owner, "manual_seed", lambda seed: torch.default_generator.manual_seed(seed))
+            for owner in (cuda, cuda.random)
+        ),
+        # torch.manual_seed calls it too
+        *((owner, "manual_seed_all", nothing) for owner in (cuda, cuda.random)),
+        # autograd's Function and checkpointing would otherwise look for an accelerator that matches
+        # is_available().
         (torch.accelerator, "is_available", lambda: False),
-        # Torch turns a mode off while its handler runs, and a backward pass runs in the handler. What is recomputed
-        # there may ask for CUDA tensors: Megatron's causal mask.
+        # Torch turns a mode off while its handler runs, and a backward pass runs in the handler. Code that is
+        # recomputed there may request CUDA tensors, such as Megatron's causal mask.
         (torch.autograd, "_engine_run_backward", backward_under_the_mode),
         (torch.nn.Module, "cuda", lambda self, *_: self),
         (torch.utils.data.DataLoader, "__init__", unpinned_loader),
         (torch.distributed, "init_process_group", gloo_process_group),
-        # gloo gathers and scatters pieces of one size only.
+        # gloo gathers and scatters only pieces of equal size.
         (torch.distributed, "all_gather", all_gather_of_unequal(torch.distributed.all_gather)),
         (torch.distributed, "reduce_scatter", reduce_scatter_of_unequal(torch.distributed.reduce_scatter)),
     ]
@@ -235,8 +254,11 @@ def _megatron_stand_ins() -> list[tuple[Any, str, Any]]:
     to_host = token_dispatcher.maybe_move_tensor_to_cpu
 
     def norm_with_sequence_parallel(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """Megatron refuses torch's norms under sequence parallelism only because their weights lack the mark that has their
-        gradients summed over tensor-parallel ranks: build the norm and set the mark."""
+        """Build torch's norm and mark its weights, so that Megatron sums their gradients over tensor-parallel
+        ranks.
+
+        Megatron rejects torch's norms under sequence parallelism only because they lack this mark.
+        """
         sequence_parallel, config.sequence_parallel = config.sequence_parallel, False
         try:
             norm = torch_norm_new(cls, config, *args, **kwargs)
@@ -257,5 +279,6 @@ def _megatron_stand_ins() -> list[tuple[Any, str, Any]]:
         (torch_norm.WrappedTorchNorm, "__new__", norm_with_sequence_parallel),
         (token_dispatcher, "maybe_move_tensor_to_cpu", to_host_as_numpy),
         *optimizer_stand_ins(),  # the distributed optimizer can resume with torch's Adam
-        *attention_stand_ins(),  # context parallelism and packed samples, which Megatron leaves to transformer-engine
+        # context parallelism and packed samples, for which Megatron uses transformer-engine
+        *attention_stand_ins(),
     ]

@@ -1,5 +1,8 @@
-"""Collectives over pieces of unequal size, which NCCL has and gloo has not: the all-to-all dispatcher gathers tokens of experts that are
-split over tensor-parallel ranks (ETP) with them."""
+"""Collectives over pieces of unequal size, which NCCL has but gloo does not.
+
+The all-to-all dispatcher uses them to gather the tokens of experts that are split over tensor-parallel ranks
+(ETP).
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +12,7 @@ from torch import Tensor
 
 
 def all_gather_of_unequal(all_gather: Callable) -> Callable:
-    """`torch.distributed.all_gather` that pads pieces of unequal length to the longest, and cuts them again."""
+    """`torch.distributed.all_gather` that pads unequal pieces to the longest, and then cuts them again."""
 
     def gather(tensor_list: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
         if all(piece.shape == tensor_list[0].shape for piece in tensor_list):
@@ -26,10 +29,14 @@ def all_gather_of_unequal(all_gather: Callable) -> Callable:
 
 
 def reduce_scatter_of_unequal(reduce_scatter: Callable) -> Callable:
-    """`torch.distributed.reduce_scatter` that sums pieces of unequal length whole, and keeps this rank's."""
+    """`torch.distributed.reduce_scatter` that sums all unequal pieces, and keeps this rank's piece."""
 
     def scatter(
-        output: Tensor, input_list: list[Tensor], op: Any = torch.distributed.ReduceOp.SUM, group: Any = None, async_op: bool = False
+        output: Tensor,
+        input_list: list[Tensor],
+        op: Any = torch.distributed.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
     ) -> Any:
         if all(piece.shape == input_list[0].shape for piece in input_list):
             return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)

@@ -1,4 +1,4 @@
-"""Inert CUDA streams, events and device properties: one in-order device has nothing to overlap or to wait for."""
+"""Inert CUDA streams, events and device properties, for a device that runs everything in order."""
 
 import types
 from typing import Any, Self

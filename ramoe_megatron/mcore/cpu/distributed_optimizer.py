@@ -1,11 +1,11 @@
-"""Megatron's distributed optimizer around torch's Adam, the one that runs on a CPU.
+"""Megatron's distributed optimizer with torch's Adam, the only Adam that runs on a CPU.
 
-Three things of Megatron 0.19 do not hold there, and no run with `--use-distributed-optimizer` could resume:
-- `state_dict` asks the optimizer for its step. There is none before the first step, which is when a checkpoint is
-  loaded, nor on a rank that holds no weight.
-- `load_state_dict` leaves all weights one and the same step tensor, which torch's Adam counts up once for each weight.
-  The tensor has the value from before loading; the step that was saved is in the parameter groups.
-- `load_state_dict` writes into float32 weights, which autograd refuses outside `no_grad`.
+Three assumptions of Megatron 0.19 fail there, so no run with `--use-distributed-optimizer` could resume:
+- `state_dict` reads the optimizer's step. There is no step before the first step, which is when a checkpoint
+  is loaded, and none on a rank without weights.
+- `load_state_dict` gives all weights the same step tensor, and torch's Adam increments it once for each
+  weight. The tensor has the value from before loading; the saved step is in the parameter groups.
+- `load_state_dict` writes into float32 weights, which autograd forbids outside `no_grad`.
 
 Remove when a float32 run on a CPU resumes with `--use-distributed-optimizer` by itself.
 """
@@ -25,7 +25,8 @@ def optimizer_stand_ins() -> list[tuple[Any, str, Any]]:
     def state_with_step(self: Any) -> dict[str, Any]:
         if self.optimizer.state:
             return state_dict(self)
-        before, distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.HAVE_APEX_OR_TE, True  # then it asks for no step
+        before = distrib_optimizer.HAVE_APEX_OR_TE
+        distrib_optimizer.HAVE_APEX_OR_TE = True  # then it does not read the step
         try:
             state = state_dict(self)
         finally:

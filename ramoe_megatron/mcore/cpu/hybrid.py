@@ -1,16 +1,18 @@
-"""`HybridModel` of Megatron's local modules, where the stock stack of transformer-engine modules cannot be built.
+"""A `HybridModel` of Megatron's local modules, for machines without transformer-engine.
 
-Megatron 0.19's only hybrid stack is one of transformer-engine modules (`hybrid_layer_specs.hybrid_stack_spec`), whatever
-`--transformer-impl` says. Here the positions that have local modules are filled with them: each GPT layer of Megatron's own local spec
-is taken apart into an attention layer `*` and a feed-forward layer `E` or `-`. Modules, their names and the keys of their weights
-are those of that GPT layer, so a checkpoint of a local GPT run loads into a local hybrid run, as Megatron does it.
+Megatron 0.19's only hybrid stack uses transformer-engine modules (`hybrid_layer_specs.hybrid_stack_spec`),
+whatever `--transformer-impl` says. Here the stack is built from local modules: each GPT layer of Megatron's
+local spec is split into an attention layer `*` and a feed-forward layer `E` or `-`. The modules, their names
+and the keys of their weights are those of the GPT layer. So a checkpoint of a local GPT run loads into a
+local hybrid run, as in Megatron.
 
-The norms: transformer-engine's linear layers hold the norm before them, local ones do not. So the attention layer keeps its own
-`input_layernorm` and the feed-forward layer its own `pre_mlp_layernorm`, and checkpoints name them as the GPT layer does. That name
-is transformer-engine's for attention and MLP. For MoE it is not (`mlp.linear_fc1.layer_norm_weight`, where transformer-engine's
-models have `pre_mlp_layernorm.weight`): as with GPT models, a local MoE checkpoint stays with local modules.
+The norms: transformer-engine's linear layers contain the norm before them, local linear layers do not. So the
+attention layer has its own `input_layernorm` and the feed-forward layer its own `pre_mlp_layernorm`, and
+checkpoints name them as the GPT layer does. For attention and MLP this is also transformer-engine's name. For
+MoE it is another name (`mlp.linear_fc1.layer_norm_weight`, where transformer-engine's models have
+`pre_mlp_layernorm.weight`). As with GPT models, a local MoE checkpoint works with local modules only.
 
-Remove when Megatron builds a hybrid stack under `--transformer-impl local` itself.
+Remove when Megatron itself builds a hybrid stack under `--transformer-impl local`.
 """
 
 from typing import Any
@@ -21,7 +23,11 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_h
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 
 from ramoe_megatron.errors import RamoeError
 
@@ -29,14 +35,16 @@ LOCAL_SYMBOLS = (Symbols.ATTENTION, Symbols.MOE, Symbols.MLP)
 
 
 class LocalHybridStack(HybridStack):
-    """A hybrid stack whose final norm is torch's: the stock one asks for transformer-engine's, whatever the spec says."""
+    """A hybrid stack with torch's final norm; Megatron's always has transformer-engine's final norm."""
 
     def __init__(self, config: Any, *args: Any, post_layer_norm: bool = True, **kwargs: Any) -> None:
         """As `HybridStack`."""
         super().__init__(config, *args, post_layer_norm=False, **kwargs)
         self.post_layer_norm = post_layer_norm
         if self.post_process and post_layer_norm:
-            self.final_norm = WrappedTorchNorm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+            self.final_norm = WrappedTorchNorm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
 
 
 def local_stack_spec(config: Any, pattern: str) -> ModuleSpec:
@@ -47,15 +55,16 @@ def local_stack_spec(config: Any, pattern: str) -> ModuleSpec:
         pattern: `--hybrid-layer-pattern`.
 
     Raises:
-        RamoeError: the pattern has a layer for which there is no local module, or MTP layers.
+        RamoeError: the pattern has MTP layers, or a layer without a local module.
     """
     parsed = parse_hybrid_pattern(pattern)
     others = sorted(set(parsed.main_pattern or "") - {*LOCAL_SYMBOLS, Symbols.PIPE})
     if others or parsed.mtp_pattern:
         found = "multi-token prediction (/)" if parsed.mtp_pattern else f"layers {', '.join(others)}"
         raise RamoeError(
-            f"--hybrid-layer-pattern {pattern!r}: {found} cannot be built from local modules; expected attention (*), MoE (E) and MLP "
-            "(-) layers alone, or a machine with transformer-engine (--transformer-impl transformer_engine)"
+            f"--hybrid-layer-pattern {pattern!r}: {found} cannot be built from local modules; "
+            "expected only attention (*), MoE (E) and MLP (-) layers, or a machine with transformer-engine "
+            "(--transformer-impl transformer_engine)"
         )
     return ModuleSpec(
         module=LocalHybridStack,

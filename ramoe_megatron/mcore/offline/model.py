@@ -1,7 +1,7 @@
-"""A trained model run forward only, over DP x TP x EP x PP ranks in lockstep: the floor of the offline jobs.
+"""Runs a trained model forward only, over DP x TP x EP x PP ranks: the base of the offline jobs.
 
-All data-parallel ranks run micro-batches of the same shape at the same time, as expert parallelism needs. Results come back on every
-rank, in the order of the input.
+All data-parallel ranks run micro-batches of the same shape at the same time, because expert parallelism needs
+this. Every rank gets all results, in the order of the input.
 """
 
 import hashlib
@@ -27,23 +27,30 @@ ContextMaker = Callable[["MicroBatch"], RoutingContext | None]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Padded sequences of one data-parallel rank: `batch` as `data.dataset.pad` makes it, and the places in the job's input that
-    they come from (-1 = filler that keeps the ranks in step)."""
+    """Padded sequences of one data-parallel rank.
+
+    Attributes:
+        batch: the sequences, from `data.dataset.pad`.
+        places: index of each sequence in the job's input. A filler, which keeps the ranks in step, has -1.
+    """
 
     batch: dict[str, Tensor]
     places: Tensor
 
     @property
     def real(self) -> Tensor:
-        """Which rows are not filler. [B], bool"""
+        """Which sequences are not filler. [B], bool"""
         return self.places >= 0
 
 
 def start(args: Any) -> Any:
-    """Start Megatron for validated arguments, unless it runs, without building the model; returns the tokenizer.
+    """Start Megatron for validated arguments unless it is running, without building the model.
+
+    Returns:
+        the tokenizer.
 
     Raises:
-        RamoeError: there is no checkpoint, or the layout is one that offline jobs do not run.
+        RamoeError: there is no checkpoint, or offline jobs do not support the parallel layout.
     """
     from megatron.training import get_tokenizer
     from megatron.training.initialize import initialize_megatron
@@ -56,10 +63,14 @@ def start(args: Any) -> Any:
 
 
 class OfflineModel:
-    """The chunks of a loaded model in evaluation mode, and how to run them."""
+    """A loaded model in evaluation mode, with methods to run it."""
 
     def __init__(self, args: Any, batch_tokens: int) -> None:
-        """Build the model and load `--load`, after `start`; `batch_tokens`: tokens of a micro-batch on one rank.
+        """Build the model and load `--load`, after `start`.
+
+        Args:
+            args: Megatron's validated arguments.
+            batch_tokens: number of tokens of a micro-batch on one rank.
 
         Raises:
             RamoeError: as `start`, or the checkpoint does not fit the flags.
@@ -69,7 +80,11 @@ class OfflineModel:
 
     @classmethod
     def around(cls, chunks: Sequence[Any], args: Any, batch_tokens: int) -> Self:
-        """The unwrapped chunks of a model that is being trained; the caller sets evaluation mode. Raises as `refuse_context_parallel`."""
+        """An offline model from the unwrapped chunks of a model in training; the caller sets evaluation mode.
+
+        Raises:
+            RamoeError: as `refuse_context_parallel`.
+        """
         refuse_context_parallel(args)
         model = cls.__new__(cls)
         model._adopt(list(chunks), args, batch_tokens)
@@ -90,15 +105,19 @@ class OfflineModel:
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self.last_stage = parallel_state.is_pipeline_last_stage()
-        self.device = torch.device("cpu") if not self.routers_on_cuda() else torch.device("cuda", torch.cuda.current_device())
+        self.device = (
+            torch.device("cpu")
+            if not self.routers_on_cuda()
+            else torch.device("cuda", torch.cuda.current_device())
+        )
 
     def routers_on_cuda(self) -> bool:
-        """Whether the weights are on a CUDA device (a stage may have no router: ask any parameter)."""
+        """Whether the weights are on a CUDA device (from any parameter, since a stage may have no router)."""
         return next(self.chunks[0].parameters()).is_cuda
 
     @property
     def shape(self) -> ModelShape:
-        """What must agree between this model and an artefact."""
+        """The shape that an artefact for this model must have."""
         config = self.config
         return ModelShape(
             num_moe_layers=len(self.layer_numbers),
@@ -109,7 +128,7 @@ class OfflineModel:
         )
 
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Places sorted by length, longest first, cut into what all ranks run at once: dp * pp micro-batches."""
+        """Input indices, longest sequence first, in groups of dp * pp micro-batches that run at once."""
         order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
         groups, start = [], 0
         while start < len(order):
@@ -122,7 +141,7 @@ class OfflineModel:
         return max(1, self.batch_tokens // self._padded(length))
 
     def _padded(self, length: int) -> int:
-        return -(-length // self.tp) * self.tp  # sequence parallelism cuts a sequence into tp pieces
+        return -(-length // self.tp) * self.tp  # sequence parallelism splits a sequence into tp pieces
 
     def run(
         self,
@@ -131,10 +150,13 @@ class OfflineModel:
         read: Callable[[MicroBatch, Tensor], None] | None,
         context: ContextMaker | None = None,
     ) -> None:
-        """One forward pass of a group of `sequences`, as `groups` made it.
+        """Run one forward pass of a group of `sequences`.
 
         Args:
-            read: called on the last stage with each micro-batch and this tensor-parallel rank's logits [B, S, V / tp].
+            sequences: all sequences of the job.
+            group: indices of the sequences to run, from `groups`.
+            read: called on the last stage with each micro-batch and this tensor-parallel rank's logits [B, S,
+                V / tp].
             context: makes the routing context of a micro-batch, on every stage.
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -175,7 +197,7 @@ class OfflineModel:
         return MicroBatch(batch, torch.tensor(places + [-1] * len(filler), device=self.device))
 
     def weights_digest(self) -> str:
-        """sha256 of all weights, as the ranks of this layout hold them; the same on every rank."""
+        """sha256 of all weights in this parallel layout; the same on every rank."""
         own = hashlib.sha256()
         for chunk in self.chunks:
             for name, parameter in sorted(chunk.named_parameters()):
@@ -186,13 +208,13 @@ class OfflineModel:
         return hashlib.sha256("".join(found).encode()).hexdigest()
 
     def share(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, to each of which only the rank that computed a value has added it."""
+        """Sum over all ranks. Only the rank that computed a value may have added it."""
         torch.distributed.all_reduce(values)
         return values
 
     @property
     def reports(self) -> bool:
-        """Whether this rank speaks for its data-parallel rank: last stage, first tensor-parallel rank."""
+        """Whether this rank reports for its data-parallel rank: last stage, first tensor-parallel rank."""
         return self.last_stage and self.tp_rank == 0
 
 

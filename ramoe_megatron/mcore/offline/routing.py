@@ -1,4 +1,4 @@
-"""Reading, and transplanting, the routing of whole sequences with a model run forward only.
+"""Reads and transplants the routing of whole sequences, with a forward-only model.
 
 Shape suffixes: N sequences, L MoE layers, E experts, B sequences of a micro-batch, S its tokens on this rank.
 """
@@ -12,7 +12,13 @@ from torch import Tensor
 
 from ramoe_megatron.data.encode import Encoded
 from ramoe_megatron.mcore.carrier import RoutingContext
-from ramoe_megatron.mcore.observe import TOKEN_CHOICES, TokenSelection, mean_over_tokens, pooled_distributions, sum_over_sequence
+from ramoe_megatron.mcore.observe import (
+    TOKEN_CHOICES,
+    TokenSelection,
+    mean_over_tokens,
+    pooled_distributions,
+    sum_over_sequence,
+)
 from ramoe_megatron.mcore.offline.model import ContextMaker, MicroBatch, OfflineModel
 
 COUNTED = "frequency."
@@ -23,14 +29,15 @@ class SequenceRouting:
     """The routing of N sequences at every MoE layer, on every rank."""
 
     frequency_NLE: dict[str, Tensor]
-    """By token choice: share of a sequence's chosen tokens that an expert is in the top-k of (counts, not weights; arXiv 2510.04694,
-    eq. 3). A sequence without such tokens has zeros."""
+    """For each token choice, the share of a sequence's chosen tokens with an expert in the top-k. It counts
+    tokens, not weights (arXiv 2510.04694, eq. 3). A sequence without such tokens has zeros."""
     pooled_NLE: dict[str, Tensor]
-    """By token choice: mean router distribution, before top-k."""
+    """For each token choice, the mean router distribution before top-k."""
     tokens_N: Tensor
-    """Input tokens of each sequence: what the frequencies of "all" are shares of. int64"""
+    """Number of input tokens of each sequence, the divisor of the frequencies of "all". int64"""
     gate_NLE: Tensor | None = None
-    """Mean over a sequence's tokens of the weight that the layer gives to an expert, 0 where it is not chosen; None unless asked for."""
+    """Mean over a sequence's tokens of the weight of an expert, 0 where it is not chosen; None unless
+    requested."""
 
 
 def sequence_routing(
@@ -41,11 +48,12 @@ def sequence_routing(
     gate: bool = False,
     counted: Collection[str] = ("all",),
 ) -> SequenceRouting:
-    """One forward pass over the sequences. Memory grows with their number, not with their tokens.
+    """Read the routing in one forward pass. Memory grows with the number of sequences, not their length.
 
     Args:
         choices: token choices of the pooled distributions.
-        steered: makes the contexts that change the logits; what is read is then the routing by the changed ones.
+        steered: makes contexts that change the logits; the routing is then read after the change.
+        gate: also read the mean weights of the experts.
         counted: token choices of the frequencies.
     """
     shape = (len(encoded), len(model.layer_numbers), model.config.num_moe_experts)
@@ -61,13 +69,21 @@ def sequence_routing(
         model.share(buffer)
     tokens_N = torch.tensor([len(sequence.ids) - 1 for sequence in encoded], device=model.device)
     frequency_NLE = {choice: buffers[f"{COUNTED}{choice}"] for choice in counted}
-    return SequenceRouting(frequency_NLE, {choice: buffers[choice] for choice in choices}, tokens_N, buffers.get("gate"))
+    return SequenceRouting(
+        frequency_NLE, {choice: buffers[choice] for choice in choices}, tokens_N, buffers.get("gate")
+    )
 
 
 class _Listen:
-    """Writes each sequence's routing into the buffers; the routing itself is left alone, or to the context that steers it."""
+    """Writes each sequence's routing to the buffers. The routing changes only by the context in `steered`."""
 
-    def __init__(self, micro: MicroBatch, buffers: dict[str, Tensor], speaks: bool, steered: RoutingContext | None = None) -> None:
+    def __init__(
+        self,
+        micro: MicroBatch,
+        buffers: dict[str, Tensor],
+        speaks: bool,
+        steered: RoutingContext | None = None,
+    ) -> None:
         self.micro, self.buffers, self.speaks, self.steered = micro, buffers, speaks, steered
         self.selection = TokenSelection(micro.batch["prompt_length"], micro.batch["length"])
 
@@ -79,7 +95,9 @@ class _Listen:
         chosen_SBE = routing_map.view_as(logits).float()
         for name in self.buffers:
             if name.startswith(COUNTED):
-                frequency_BE = mean_over_tokens(router, chosen_SBE, self.selection, name.removeprefix(COUNTED))
+                frequency_BE = mean_over_tokens(
+                    router, chosen_SBE, self.selection, name.removeprefix(COUNTED)
+                )
                 self._write(name, router.ramoe_layer, frequency_BE)
         if "gate" in self.buffers:
             gate_BE = mean_over_tokens(router, probs.view_as(logits).float(), self.selection, "all")
@@ -91,7 +109,8 @@ class _Listen:
 
     def _write(self, name: str, layer: int, value_BE: Tensor) -> None:
         if self.speaks:
-            # Each place is written once, to a zero. A mask as index would have the host wait for the device at every layer.
+            # Each place is written once and was zero before. A mask as index would make the host wait for the
+            # device at every layer.
             real_B1 = self.micro.real[:, None].to(value_BE.dtype)
             self.buffers[name][:, layer].index_add_(0, self.micro.places.clamp(min=0), value_BE * real_B1)
 
@@ -115,12 +134,16 @@ class _CaptureLogits(_Listen):
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
         last_BE, here_B = self.selection.local(router, logits.shape[0]).last(logits.float())
-        self._write("logits", router.ramoe_layer, sum_over_sequence(router, last_BE.masked_fill(~here_B[:, None], 0.0)))
+        self._write(
+            "logits",
+            router.ramoe_layer,
+            sum_over_sequence(router, last_BE.masked_fill(~here_B[:, None], 0.0)),
+        )
         return probs
 
 
 class Transplant:
-    """Routes the last prompt token of each sequence, in the chosen layers, by the logits of another one: the transplant test."""
+    """Transplant test: routes a sequence's last prompt token by another sequence's logits, in some layers."""
 
     def __init__(self, micro: MicroBatch, logits_NLE: Tensor, layers: range) -> None:
         self.selection = TokenSelection(micro.batch["prompt_length"], micro.batch["length"])

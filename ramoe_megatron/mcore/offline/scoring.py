@@ -1,4 +1,4 @@
-"""Scoring examples with a model run forward only: log-likelihood of choices, and greedy decoding."""
+"""Scores examples with a forward-only model, by the log-likelihood of choices or by greedy decoding."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -15,10 +15,10 @@ from ramoe_megatron.mcore.offline.model import ContextMaker, MicroBatch, Offline
 
 Progress = Callable[[int], None]
 ContextFor = Callable[[Sequence[int]], ContextMaker]
-"""From the example that each scored sequence belongs to, to the maker of its routing contexts."""
+"""Makes the routing contexts of scored sequences, from the index of the example of each sequence."""
 
 NOT_FINITE = -1
-"""In the place of a token id: the logits that it would have been read off hold NaN or infinity."""
+"""Stands for a token id when the logits have NaN or infinity."""
 
 
 def score(
@@ -30,16 +30,18 @@ def score(
 ) -> list[bool]:
     """Whether the model answers each example correctly, on every rank.
 
-    With choices: the gold one has a higher log-likelihood as response (sum over its tokens and the end token) than every other. A tie
-    with another is wrong: the model does not prefer the gold choice. Rank 0 prints how many ties there were. Without choices: the
-    greedy continuation of the prompt ends within the limit and equals the answer after normalising (`data.answers`). An answer that the
-    limit cuts is wrong, since its end is unknown.
+    With choices, the answer is correct if the gold choice as response has a higher log-likelihood (sum over
+    its tokens and the end token) than every other choice. A tie is wrong, because the model does not prefer
+    the gold choice; rank 0 prints the number of ties. Without choices, the answer is correct if the greedy
+    continuation of the prompt ends within the limit and equals the gold answer after normalising
+    (`data.answers`). An answer that the limit cuts is wrong, because its end is unknown.
 
     Args:
-        limits: new tokens of each example, from `data.answers.new_token_limits`, which refuses what cannot be scored.
+        limits: maximum new tokens of each example, from `data.answers.new_token_limits`, which rejects
+            examples that cannot be scored.
 
     Raises:
-        RamoeError: on every rank, where logits are not finite (which examples, how many).
+        RamoeError: on every rank, if logits are not finite. The message counts the examples and names five.
     """
     correct, broken, ties = [False] * len(examples), set[int](), 0
     with_choices = [place for place, example in enumerate(examples) if example.choices]
@@ -50,7 +52,9 @@ def score(
             choices = encode_choices(examples[place], model.tokenizer)
             encoded += choices
             owner += [place] * len(choices)
-        likelihood = log_likelihoods(model, encoded, context_for(owner) if context_for else None, progress).tolist()
+        likelihood = log_likelihoods(
+            model, encoded, context_for(owner) if context_for else None, progress
+        ).tolist()
         start = 0
         for place in with_choices:
             options = examples[place].choices or ()
@@ -68,18 +72,25 @@ def score(
         for place, each, ids in zip(generated, asked, answers, strict=True):
             if NOT_FINITE in ids:
                 broken.add(place)
-            elif len(ids) < limits[place]:  # its end is there, and left out
+            elif len(ids) < limits[place]:  # its end was generated, and is left out
                 example = examples[place]
-                correct[place] = is_correct(each.answer(ids, model.tokenizer), example.answer, example.language)
+                correct[place] = is_correct(
+                    each.answer(ids, model.tokenizer), example.answer, example.language
+                )
     if broken:
         names = [f"{examples[place].id} ({examples[place].language})" for place in sorted(broken)]
         raise RamoeError(
-            f"the model's logits hold NaN or infinity in {len(names)} of {len(examples)} examples: {', '.join(names[:5])}"
-            f"{', ...' if len(names) > 5 else ''}. Its weights are not finite, or overflow in this precision: load an earlier "
-            "checkpoint, or use --bf16 in the place of --fp16."
+            f"the model's logits hold NaN or infinity in {len(names)} of {len(examples)} examples: "
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. "
+            "Its weights are not finite, or overflow in this precision: "
+            "load an earlier checkpoint, or use --bf16 instead of --fp16."
         )
     if ties and is_rank_0():
-        print(f"ramoe: {ties} of {len(with_choices)} examples counted wrong: another choice is as likely as the gold one", flush=True)
+        print(
+            f"ramoe: {ties} of {len(with_choices)} examples counted wrong: "
+            "another choice is as likely as the gold one",
+            flush=True,
+        )
     return correct
 
 
@@ -89,24 +100,28 @@ def log_likelihoods(
     context: ContextMaker | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Natural log-likelihood of each response given its prompt, end token included. [N], float64, on every rank
+    """Natural log-likelihood of each response and its end token, given its prompt. [N], float64, on every
+    rank
 
-    The softmax is over the tokenizer's vocabulary, without the rows that pad it: what they hold depends on the layout. NaN where a logit
-    is not finite.
+    The softmax is over the tokenizer's vocabulary, without the rows that pad it, because their values depend
+    on the layout. NaN if a logit is not finite.
     """
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     scores = torch.zeros(len(encoded), dtype=torch.float64, device=model.device)
 
     def read(micro: MicroBatch, logits: Tensor) -> None:
-        # of the response's positions alone: a softmax over the vocabulary at every token of the prompt costs more than the model
+        # Only the response's positions: a softmax over the vocabulary at every prompt token costs more than
+        # the model.
         row, column = micro.batch["loss_mask"].nonzero(as_tuple=True)
         whole = gather_from_tensor_model_parallel_region(logits[row, column])
         if model.reports:
             label = micro.batch["labels"][row, column].unsqueeze(1)
             logits_RV = _of_vocabulary(model, whole)
             terms = logits_RV.log_softmax(dim=-1).gather(1, label).squeeze(1).double()
-            sums = torch.zeros(len(logits), dtype=torch.float64, device=model.device).index_add_(0, row, terms)
+            sums = torch.zeros(len(logits), dtype=torch.float64, device=model.device).index_add_(
+                0, row, terms
+            )
             scores[micro.places[micro.real]] = sums[micro.real]
 
     for group in model.groups([len(sequence.ids) for sequence in encoded]):
@@ -124,12 +139,15 @@ def greedy(
     progress: Progress | None = None,
     stops: Sequence[Collection[int]] | None = None,
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt, on every rank: up to its first stop (left out), or `max_new_tokens` (of all, or of each).
+    """The greedy continuation of each prompt, up to its first stop token, on every rank.
 
-    `stops`: the tokens that end the continuation of each prompt; by default the tokenizer's end of document.
+    The stop token is left out. If a logit is not finite, the continuation ends in `NOT_FINITE`. Each step
+    runs the whole sequence again, which is correct in every layout, and fast for short answers.
 
-    Where a logit is not finite, the continuation ends in `NOT_FINITE`. Each step runs the whole sequence again, which is right in every
-    layout, and quick where answers are short.
+    Args:
+        max_new_tokens: the limit of all prompts, or a limit for each prompt.
+        stops: for each prompt, the tokens that end its continuation; by default the tokenizer's end of
+            document.
     """
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     lengths = [len(prompt) + new for prompt, new in zip(prompts, most, strict=True)]
@@ -138,23 +156,30 @@ def greedy(
     for group in model.groups(lengths):
         unfinished = [place for place in group if most[place] > 0]
         while unfinished:
-            # one id more than is run: the last one is only ever a label
-            current = [Encoded([*prompts[p], *answers[p], model.tokenizer.eod], len(prompts[p])) for p in unfinished]
+            # one more id than the input: the last id is only a label
+            current = [
+                Encoded([*prompts[p], *answers[p], model.tokenizer.eod], len(prompts[p])) for p in unfinished
+            ]
             tokens = _next_tokens(model, current, unfinished, context)
             for place, token in zip(unfinished, tokens, strict=True):
                 answers[place].append(token)
             unfinished = [
-                p for p in unfinished if answers[p][-1] not in {*ends[p], NOT_FINITE} and len(answers[p]) < most[p]
+                p
+                for p in unfinished
+                if answers[p][-1] not in {*ends[p], NOT_FINITE} and len(answers[p]) < most[p]
             ]
         if progress:
             progress(len(group))
-    return [answer[:-1] if answer and answer[-1] in end else answer for answer, end in zip(answers, ends, strict=True)]
+    return [
+        answer[:-1] if answer and answer[-1] in end else answer
+        for answer, end in zip(answers, ends, strict=True)
+    ]
 
 
 def _next_tokens(
     model: OfflineModel, sequences: Sequence[Encoded], owners: Sequence[int], context: ContextMaker | None
 ) -> list[int]:
-    """The most likely next token of each sequence (lowest id among equals)."""
+    """The most likely next token of each sequence; the lowest id if several are equally likely."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     tokens = torch.zeros(len(sequences), dtype=torch.int64, device=model.device)
@@ -169,7 +194,7 @@ def _next_tokens(
             tokens[micro.places[micro.real]] = best[micro.real]
 
     def with_owner(micro: MicroBatch) -> object:
-        # contexts are made for the job's own places, not for those of the unfinished rest
+        # contexts need indices into the job's input, not into the unfinished sequences
         places = torch.where(micro.real, owner[micro.places.clamp(min=0)], micro.places)
         return context(MicroBatch(micro.batch, places)) if context else None
 
@@ -179,9 +204,9 @@ def _next_tokens(
 
 
 def _of_vocabulary(model: OfflineModel, logits: Tensor) -> Tensor:
-    """Logits of the tokenizer's own tokens, without the rows that pad the vocabulary; NaN in each row with one that is not finite.
+    """Logits of the tokenizer's tokens, without the rows that pad the vocabulary. [..., V], float32
 
-    [..., V], float32
+    A row with a logit that is not finite becomes NaN.
     """
     own = logits[..., : model.tokenizer.vocab_size].float()
     return own.masked_fill(~own.isfinite().all(dim=-1, keepdim=True), torch.nan)

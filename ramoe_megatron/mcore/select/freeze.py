@@ -1,6 +1,7 @@
-"""Selective training on a built model: what is not selected is frozen before Megatron makes gradient buffers and optimizers of it.
+"""Selective training on a built model: freezes all weights that are not selected.
 
-Frozen weights stay bit-for-bit: weight decay, clipping and the distributed optimizer never see them.
+The weights are frozen before Megatron makes gradient buffers and optimizers. They stay bit-for-bit, because
+weight decay, clipping and the distributed optimizer never see them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from ramoe_megatron.mcore.train.datasets import inputs_of
 
 
 def train_selected(args: Any, model_config: Any) -> None:
-    """Have the model that `pretrain()` builds from a model configuration, and its optimizer, hold to what `--ramoe-train` selects.
+    """Make `pretrain()` build a model and an optimizer that train only what `--ramoe-train` selects.
 
     Args:
         args: Megatron's parsed arguments with ours.
@@ -32,7 +33,7 @@ def train_selected(args: Any, model_config: Any) -> None:
 
 
 def hold_to(selection: Selection | None, model_config: Any) -> None:
-    """The part of `train_selected` after the selection is known; None trains everything."""
+    """The part of `train_selected` after the selection is made. None trains all weights."""
     from megatron.training import training
 
     if selection is not None:
@@ -41,25 +42,30 @@ def hold_to(selection: Selection | None, model_config: Any) -> None:
 
 
 def select_trainable(model: Any, selection: Selection) -> Any:
-    """Freeze everything in a built model but what is selected; one of a model configuration's `pre_wrap_hooks` (before DDP wraps).
+    """Freeze all weights of a built model that are not selected.
 
-    The expert bias of a frozen router (`--moe-router-enable-expert-bias`) is frozen too. Multi-token prediction layers are frozen.
+    It runs as one of the `pre_wrap_hooks` of a model configuration, before DDP wraps the model. The expert
+    bias of a frozen router (`--moe-router-enable-expert-bias`) and multi-token prediction layers are frozen
+    too.
 
     Args:
         model: the list of model chunks of this rank, not wrapped.
-        selection: what is trained.
+        selection: the trained weights.
 
     Returns:
         `model`.
 
     Raises:
-        RamoeError: the layers of the model are not those that the selection was made for.
+        RamoeError: the model has another number of MoE layers than the selection.
     """
     from megatron.core.transformer.moe.router import TopKRouter
 
     numbers = moe_layer_numbers(model)
     if len(numbers) != len(selection.experts_LE):
-        raise RamoeError(f"the model has {len(numbers)} MoE layers, but experts were selected for {len(selection.experts_LE)}")
+        raise RamoeError(
+            f"the model has {len(numbers)} MoE layers, but experts were selected for "
+            f"{len(selection.experts_LE)}"
+        )
     total, trained = 0, 0
     for chunk in chunks(model):
         chunk.requires_grad_(False)
@@ -95,13 +101,14 @@ def _selected(chunk: Any, selection: Selection, numbers: list[int]) -> Iterator[
 
 
 def _have_inputs_require_grad(chunk: Any) -> None:
-    """Have the first layer's input require a gradient where the embedding is frozen.
+    """Make the first layer's input require a gradient when the embedding is frozen.
 
-    Without, a recomputed layer (an autograd function of its input alone) would give its weights no gradient, and of two
-    expert-parallel ranks only the one with trained experts would enter the backward all-to-all.
+    A recomputed layer is an autograd function of its input only, so otherwise its weights would get no
+    gradient. And of two expert-parallel ranks only the rank with trained experts would enter the backward
+    all-to-all.
     """
     if not getattr(chunk, "pre_process", False):
-        return  # the input comes from another stage and requires a gradient already
+        return  # the input comes from another stage and already requires a gradient
 
     def require_grad(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -112,7 +119,10 @@ def _have_inputs_require_grad(chunk: Any) -> None:
 
 
 def _counted(model: Any) -> Iterator[tuple[torch.nn.Parameter, int]]:
-    """This rank's parameters, and the elements of each that no other rank counts: one of those that hold the same."""
+    """This rank's parameters, each with the number of elements that this rank counts.
+
+    Of the ranks that have the same weights, only one counts them.
+    """
     from megatron.core import parallel_state
     from megatron.core.transformer.module import param_is_not_shared
 
@@ -142,20 +152,31 @@ def _tell(selection: Selection, numbers: list[int], trained: int, total: int) ->
 
 
 def _selection_block(selection: Selection, layer_numbers: Sequence[int], trained: int, total: int) -> str:
-    """What a selective run trains, as aligned columns; parameters are those of the whole model, each counted once.
+    """The startup message of a selective run. Parameters of the whole model are counted once each.
 
     Args:
         layer_numbers: Megatron's layer number (1-based) of each MoE layer of the whole model.
     """
-    rows = [("trained", f"{selection.kind}: {selection.told}"), ("parameters", f"{trained} of {total} ({trained / max(total, 1):.2%})")]
+    rows = [
+        ("trained", f"{selection.kind}: {selection.told}"),
+        ("parameters", f"{trained} of {total} ({trained / max(total, 1):.2%})"),
+    ]
     if not selection.routers:
         counts, experts = selection.experts_LE.sum(-1).tolist(), selection.experts_LE.shape[-1]
         empty = [layer for layer, count in enumerate(counts) if count == 0]
         spread = f"{sum(counts)} in all, {count_range(counts)} of {experts} a layer"
-        rows.append(("experts", spread + (f"; none in MoE layers {numbers_in_words(empty)}" if empty else "")))
+        rows.append(
+            ("experts", spread + (f"; none in MoE layers {numbers_in_words(empty)}" if empty else ""))
+        )
         listed = ", ".join(f"{layer}: {count}" for layer, count in enumerate(counts))
-        rows.append(("by layer", f"{listed} (MoE layers, from 0; Megatron's {numbers_in_words(layer_numbers)})"))
-    frozen = "everything else, bit-for-bit" + ("" if selection.routers else "; routers are frozen with their expert bias")
+        rows.append(
+            ("by layer", f"{listed} (MoE layers, from 0; Megatron's {numbers_in_words(layer_numbers)})")
+        )
+    frozen = "everything else, bit-for-bit" + (
+        "" if selection.routers else "; routers are frozen with their expert bias"
+    )
     rows.append(("frozen", frozen))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(["ramoe: selective training is on", *(f"  {name:<{width}}  {text}" for name, text in rows)])
+    return "\n".join(
+        ["ramoe: selective training is on", *(f"  {name:<{width}}  {text}" for name, text in rows)]
+    )

@@ -1,6 +1,7 @@
-"""Steering the routing of a model run forward only: every token of a sequence, toward its own task's experts.
+"""Routing steering of a forward-only model: raises the logits of the task experts at every token.
 
-Shape suffixes: G tasks, L MoE layers, E experts, N scored sequences, B sequences of a micro-batch, S its tokens on this rank.
+Shape suffixes: G tasks, L MoE layers, E experts, N scored sequences, B sequences of a micro-batch, S its
+tokens on this rank.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +18,10 @@ from ramoe_megatron.method.steering import Steering, steer, steering_noise
 
 
 class Steer:
-    """Raises the logits of each sequence's task experts, at all of its tokens, in the chosen layers.
+    """Raises the logits of each sequence's task experts, at all its tokens, in the chosen layers.
 
-    What Megatron's router does next is its own: hard steering is for those whose top-k are the largest logits, and the jobs refuse it
-    for others (`refusals.refuse_hard_steering`).
+    Megatron's router then chooses the experts. Hard steering needs a router whose top-k are the largest
+    logits; the jobs reject other routers (`refusals.refuse_hard_steering`).
     """
 
     def __init__(self, steering: Steering, mask_BLE: Tensor, noise_LE: Tensor) -> None:
@@ -30,19 +31,27 @@ class Steer:
         layer, (first, last) = router.ramoe_layer, self.steering.layers
         if not first <= layer <= last:
             return logits
-        return steer(self.steering.kind, logits, self.mask_BLE[None, :, layer], self.steering.strength or 0.0, self.noise_LE[layer])
+        return steer(
+            self.steering.kind,
+            logits,
+            self.mask_BLE[None, :, layer],
+            self.steering.strength or 0.0,
+            self.noise_LE[layer],
+        )
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
         return probs
 
 
-def steering_contexts(model: OfflineModel, experts: ExpertFile, steering: Steering) -> Callable[[Sequence[Example]], ContextFor]:
-    """For `scoring.score`, from the examples that are scored to the contexts that steer them.
+def steering_contexts(
+    model: OfflineModel, experts: ExpertFile, steering: Steering
+) -> Callable[[Sequence[Example]], ContextFor]:
+    """For `scoring.score`: a function that makes the steering contexts of scored examples.
 
     An example whose task is not in the expert file is not steered.
     """
     chosen_GLE = experts.steered_by(steering)
-    # one row more: no expert, for every other task
+    # one more row, without experts, for all other tasks
     mask_GLE = torch.cat([chosen_GLE, torch.zeros_like(chosen_GLE[:1])]).to(model.device)
     noise_LE = steering_noise(*chosen_GLE.shape[1:]).to(model.device)
     row_of = {task: row for row, task in enumerate(experts.tasks)}

@@ -1,7 +1,7 @@
-"""Taxonomy refresh: while training goes on, a sample of its examples is scored anew with the current weights (our own option).
+"""Taxonomy refresh: scores a sample of the training examples again during training (our own option).
 
-What is found stands in SAVE/ramoe-refresh/ITERATION.jsonl, in the taxonomy's format, so that a run that resumes goes on with the
-categories that it had. One that saves elsewhere keeps what it took over there too.
+The categories are written to SAVE/ramoe-refresh/ITERATION.jsonl, in the taxonomy's format, so that a run that
+resumes continues with them. If that run saves to another folder, it copies the files there.
 
 Shape suffixes: N training examples, B samples of a micro-batch.
 """
@@ -30,43 +30,54 @@ BATCH_TOKENS = 4096
 
 
 def refuse_refresh(args: Any) -> None:
-    """Raise RamoeError for what keeps a model from being scored while it trains, or its samples from being told apart."""
+    """Raise RamoeError for settings under which a model in training, or its samples, cannot be scored."""
     unsupported = {
         "--overlap-param-gather": args.overlap_param_gather,
-        # Megatron draws it in evaluation mode too: scoring would change the random numbers of the training
+        # Megatron draws the jitter in evaluation mode too, so scoring would change the random numbers of the
+        # training
         f"--moe-input-jitter-eps {args.moe_input_jitter_eps}": args.moe_input_jitter_eps is not None,
         "--ramoe-pack": args.ramoe_pack,
         f"--context-parallel-size {args.context_parallel_size}": args.context_parallel_size > 1,
     }
     if found := [flag for flag, on in unsupported.items() if on]:
-        raise RamoeError(f"--ramoe-refresh-interval does not go with {', '.join(found)}: remove one of the two")
+        raise RamoeError(
+            f"--ramoe-refresh-interval does not work with {', '.join(found)}: remove one of the two flags"
+        )
 
 
 def refuse_other_anchors(taxonomy: str, anchor: str) -> None:
-    """Raise RamoeError for a taxonomy of another anchor language than `anchor`, or of several: a refresh scores "right in English" in
-    `anchor` alone."""
+    """Raise RamoeError if the taxonomy has another anchor language than `anchor`, or several.
+
+    A refresh scores "right in English" in the language `anchor` only.
+    """
     try:
         check_anchor(taxonomy, anchor)
     except RamoeError as error:
         raise RamoeError(
-            f"--ramoe-refresh-interval scores the anchor {anchor} alone (--ramoe-anchor), and --ramoe-taxonomy: {error}; "
-            "or remove --ramoe-refresh-interval"
+            f"--ramoe-refresh-interval scores only the anchor {anchor} (--ramoe-anchor), "
+            f"but --ramoe-taxonomy: {error}; or remove --ramoe-refresh-interval"
         ) from error
 
 
 def scorable(labels: ExampleLabels, examples: Sequence[Example], views: Mapping[str, Example]) -> list[int]:
-    """The places of the examples that a refresh may score. `views`: the anchor's rows by id."""
-    return [n for n, (e, may) in enumerate(zip(examples, labels.may_align, strict=True)) if may and e.id in views]
+    """The indices of the examples that a refresh may score. `views`: the anchor-language examples, by id."""
+    return [
+        n for n, (e, may) in enumerate(zip(examples, labels.may_align, strict=True)) if may and e.id in views
+    ]
 
 
 def refuse_unanswerable(
-    labels: ExampleLabels, examples: Sequence[Example], anchors: Sequence[Example], tokenizer: Tokenizer, positions: int
+    labels: ExampleLabels,
+    examples: Sequence[Example],
+    anchors: Sequence[Example],
+    tokenizer: Tokenizer,
+    positions: int,
 ) -> None:
-    """Raise RamoeError for examples that may be scored and that no model can answer right (`new_token_limits`).
+    """Raise RamoeError for examples to score that no model can answer right (`new_token_limits`).
 
     Args:
-        anchors: the anchor's rows of the same split.
-        positions: the model's position embeddings.
+        anchors: the examples in the anchor language, of the same split.
+        positions: number of position embeddings of the model.
     """
     views = {view.id: view for view in anchors}
     scored = [examples[n] for n in scorable(labels, examples, views)]
@@ -74,23 +85,31 @@ def refuse_unanswerable(
     try:
         new_token_limits([*asked, *scored], tokenizer, None, positions)
     except RamoeError as error:
-        raise RamoeError(f"--ramoe-refresh-interval scores training examples: {error} Or remove --ramoe-refresh-interval.") from error
+        raise RamoeError(
+            f"--ramoe-refresh-interval scores training examples: {error} Or remove --ramoe-refresh-interval."
+        ) from error
 
 
 class TaxonomyRefresh:
-    """The categories of the training examples as they stand now, on the device."""
+    """The current categories of the training examples, on the device."""
 
     def __init__(
-        self, chunks: Sequence[Any], labels: ExampleLabels, examples: Sequence[Example], views: Sequence[Example], args: Any
+        self,
+        chunks: Sequence[Any],
+        labels: ExampleLabels,
+        examples: Sequence[Example],
+        views: Sequence[Example],
+        args: Any,
     ) -> None:
         """
         Args:
             chunks: the model chunks of this rank, unwrapped.
-            labels: of the training examples.
-            examples, views: the training examples, and the anchor's rows of the same split.
+            labels: the labels of the training examples.
+            examples, views: the training examples, and the examples in the anchor language of the same split.
 
         Raises:
-            RamoeError: a file of an earlier refresh is damaged, or knows other examples.
+            RamoeError: a file of an earlier refresh is damaged, or has an example that is not in the training
+                data.
         """
         self.chunks, self.labels, self.examples, self.args = chunks, labels, list(examples), args
         self.views = {view.id: view for view in views}
@@ -101,15 +120,15 @@ class TaxonomyRefresh:
         self._to_device()
 
     def weight(self, example_B: Tensor) -> Tensor:
-        """1 where an example is aligned now, else 0. [B]"""
+        """1 for an example that is currently aligned, else 0. [B]"""
         return self.aligned_N[example_B]
 
     def is_ci(self, example_B: Tensor) -> Tensor:
-        """Whether it is ci now. [B], bool"""
+        """Whether an example is currently ci. [B], bool"""
         return self.ci_N[example_B]
 
     def step(self, iteration: int) -> None:
-        """After iteration `iteration` (from 1): refresh where it is due. Every rank calls it."""
+        """After iteration `iteration` (counted from 1): refresh if it is due. Every rank calls it."""
         assert self.config.refresh_interval is not None
         if iteration % self.config.refresh_interval or iteration >= self.args.train_iters:
             return
@@ -125,7 +144,7 @@ class TaxonomyRefresh:
                 write_taxonomy(Path(self.args.save) / FOLDER / f"{iteration:07d}.jsonl", rows)
 
     def _sample(self, iteration: int) -> list[int]:
-        """Places of the examples to score: all languages of ids drawn by the seed and the iteration."""
+        """Indices of the examples to score: all languages of the ids that the seed and the iteration draw."""
         ids = sorted({self.examples[n].id for n in self.scorable})
         count = min(len(ids), self.config.refresh_examples)
         drawn = named_rng(self.args.seed, f"refresh {iteration}").choice(len(ids), count, replace=False)
@@ -133,7 +152,7 @@ class TaxonomyRefresh:
         return [n for n in self.scorable if self.examples[n].id in chosen]
 
     def _score(self, sample: Sequence[int]) -> list[TaxonomyRow]:
-        """The taxonomy of the sample by the current weights, on every rank."""
+        """The taxonomy of the sample with the current weights, on every rank."""
         from ramoe_megatron.mcore.offline.model import OfflineModel
         from ramoe_megatron.mcore.offline.scoring import score
 
@@ -164,13 +183,15 @@ class TaxonomyRefresh:
     def _tell(self, iteration: int, before: Sequence[str], after: Sequence[str]) -> None:
         left = sum(old == "ci" != new for old, new in zip(before, after, strict=True))
         entered = sum(old != "ci" == new for old, new in zip(before, after, strict=True))
-        now = Counter(category for category, may in zip(self.category, self.labels.may_align, strict=True) if may)
-        told = f"{len(after)} rows scored, {left} left ci, {entered} entered it"
+        now = Counter(
+            category for category, may in zip(self.category, self.labels.may_align, strict=True) if may
+        )
+        changes = f"{len(after)} rows scored, {left} left ci, {entered} entered ci"
         shares = ", ".join(f"{now[category]} {category}" for category in CATEGORIES)
-        print(f"ramoe: taxonomy refreshed at iteration {iteration}: {told}; now {shares}", flush=True)
+        print(f"ramoe: taxonomy refreshed at iteration {iteration}: {changes}; now {shares}", flush=True)
 
     def _resume(self) -> None:
-        """Take over what earlier refreshes of this run found, up to the iteration that it goes on from."""
+        """Read the categories of earlier refreshes of this run, up to the iteration at which it resumes."""
         if not self.args.iteration:
             return
         place = {(example.id, example.language): n for n, example in enumerate(self.examples)}
@@ -186,18 +207,22 @@ class TaxonomyRefresh:
             for row in rows:
                 if (row.id, row.language) not in place:
                     raise RamoeError(
-                        f"{path}: {row.id} ({row.language}) is no training example: the data changed; train on the same, or from "
-                        "the start"
+                        f"{path}: {row.id} ({row.language}) is not a training example, "
+                        "so the data has changed; train on the same data, or from the start"
                     )
                 self.category[place[row.id, row.language]] = row.category
             if first and self.args.save:
                 _keep(rows, path, Path(self.args.save) / FOLDER / path.name)
-        if first and foreign:  # left by an attempt that ended before its first checkpoint, or of a run with another interval
-            told = f"{', '.join(foreign)}: not taken over, since they are no refreshes of --ramoe-refresh-interval {interval}"
-            print(f"ramoe: {self.args.load}/{FOLDER}: {told}", flush=True)
+        # Such files are from an attempt that ended before its first checkpoint, or from another interval.
+        if first and foreign:
+            print(
+                f"ramoe: {self.args.load}/{FOLDER}: {', '.join(foreign)}: not used, "
+                f"because they do not belong to --ramoe-refresh-interval {interval}",
+                flush=True,
+            )
 
 
 def _keep(rows: Sequence[TaxonomyRow], path: Path, kept: Path) -> None:
-    """Rows read from `path`, in the run's own folder: in place of what an earlier attempt may have left there."""
+    """Write the rows from `path` to the run's own folder, over a different file of an earlier attempt."""
     if not kept.is_file() or kept.read_bytes() != path.read_bytes():
         write_taxonomy(kept, rows)

@@ -1,4 +1,4 @@
-"""What Megatron's `pretrain()` asks for in a step: the batch, the forward step and the loss."""
+"""The functions that Megatron's `pretrain()` needs for a step: the batch, the forward step and the loss."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -15,13 +15,18 @@ from ramoe_megatron.mcore.placement import context_parallel_rows
 
 
 def next_batch(data_iterator: Iterator[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The next micro-batch, on the model's device, whole sequences; `max_seqlen` of a pack stays on the host, which asks for it."""
+    """The next micro-batch on the model's device, with whole sequences.
+
+    `max_seqlen` of a pack stays on the host, which reads it.
+    """
     batch = next(data_iterator)
-    return {key: value if key == "max_seqlen" else value.cuda(non_blocking=True) for key, value in batch.items()}
+    return {
+        key: value if key == "max_seqlen" else value.cuda(non_blocking=True) for key, value in batch.items()
+    }
 
 
 def on_context_parallel_rank(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of the batch's sequences that this context-parallel rank computes. [B, S_whole] to [B, S_whole / cp]"""
+    """The rows that this context-parallel rank computes. [B, S_whole] to [B, S_whole / cp]"""
     from megatron.core import parallel_state
 
     cp = parallel_state.get_context_parallel_world_size()
@@ -35,25 +40,33 @@ def on_context_parallel_rank(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def packed_seq_params(batch: Mapping[str, Tensor]) -> Any:
-    """What the model's `packed_seq_params` has to be for a batch of `data.packing`, so that attention and positions stay within each
-    sample; None for a padded batch."""
+    """The model's `packed_seq_params` for a batch of `data.packing`; None for a padded batch.
+
+    They keep attention and positions within each sample.
+    """
     from megatron.core.packed_seq_params import PackedSeqParams
 
     if "cu_seqlens" not in batch:
         return None
-    # Padding belongs to the sample before it: no token of a sample attends to what comes after it.
+    # Padding belongs to the sample before it. No token of the sample attends to it, because it comes later.
     cu_seqlens, longest = batch["cu_seqlens"][0], int(batch["max_seqlen"])
     return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )
 
 
-def forward_step(data_iterator: Iterator, model: Any, return_schedule_plan: bool = False) -> tuple[Tensor, Callable]:
-    """Megatron's `forward_step` for parallel data: cross-entropy on the responses, routing aligned where that is on."""
+def forward_step(
+    data_iterator: Iterator, model: Any, return_schedule_plan: bool = False
+) -> tuple[Tensor, Callable]:
+    """Megatron's `forward_step` for parallel data: cross-entropy on the responses, and alignment if on."""
     if return_schedule_plan:
         raise RamoeError(
-            "--overlap-moe-expert-parallel-comm schedules layers out of a micro-batch's order, where routing alignment is not "
-            "defined; remove that flag"
+            "--overlap-moe-expert-parallel-comm runs the layers of two micro-batches at the same time, "
+            "where routing alignment is not defined; remove the flag"
         )
     batch = next_batch(data_iterator)
     local = on_context_parallel_rank(batch)
@@ -70,7 +83,7 @@ def forward_step(data_iterator: Iterator, model: Any, return_schedule_plan: bool
 
 
 def masked_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the token losses under the mask, the number of tokens, and both for the log, as Megatron's schedules expect them."""
+    """Sum of the masked token losses, number of tokens, and both for the log, as Megatron expects them."""
     mask = loss_mask.view(-1).float()
     loss = (losses.view(-1).float() * mask).sum()
     tokens = mask.sum().detach().to(torch.int)
@@ -79,13 +92,14 @@ def masked_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict
 
 
 def record_lm_loss(loss: Tensor, tokens: Tensor) -> None:
-    """Tell a micro-batch's language-model loss, for `--ramoe-coeff-unit lm-loss`: call it in the loss function of a `forward_step`.
+    """Record a micro-batch's language-model loss, for `--ramoe-coeff-unit lm-loss`.
 
-    Nothing without alignment, or when the unit is known.
+    Call it in the loss function of a `forward_step`. Without alignment, or once the unit is measured, it does
+    nothing.
 
     Args:
         loss: sum over this rank's loss tokens. []
-        tokens: their number. []
+        tokens: number of these tokens. []
     """
     state = current_state()
     if state is not None:
