@@ -44,8 +44,8 @@ def alternate(
     warm_up: int = WARM_UP,
     after_round: Callable[[int], object] = lambda count: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every arm in every round after warm-up; the order within a round turns, so that no arm always
-    follows the same one.
+    """Seconds of every arm in every round after warm-up; the order within a round turns, so that no arm
+    always follows the same one.
 
     `after_round` is called with 1 after each round, also of the warm-up.
     """
@@ -85,7 +85,9 @@ def peak_memory(action: Callable[[], Any], on_cpu: bool) -> int:
 
 def _cpu_peak(action: Callable[[], Any]) -> int:
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         action()
     assert profile.profiler is not None
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

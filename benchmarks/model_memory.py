@@ -2,15 +2,17 @@
 
     python -m benchmarks.model_memory [--write]
 
-Columns "Megatron" are `report_theoretical_memory` of Megatron 0.19. Its weights are right under TP, PP, EP and ETP: bfloat16 weights,
-float32 gradients, and the distributed optimizer's share of float32 weights and two moments (18 bytes a parameter in all). It leaves out
-biases and the norms of queries and keys (below 0.1 % here), takes --quick-geglu for a plain MLP (two matrices an expert in place of three),
-and keeps the optimizer on the GPU under --optimizer-cpu-offload. Its activations are those of a dense layer of the hidden size. They do not
-know recompute (but for "selective" with sequence parallelism), experts, top-k, the dispatcher's copies, context parallelism or a head size
-of its own, and count the logits once, in two bytes.
+Columns "Megatron" are `report_theoretical_memory` of Megatron 0.19. Its weights are right under TP, PP, EP
+and ETP: bfloat16 weights, float32 gradients, and the distributed optimizer's share of float32 weights and two
+moments (18 bytes a parameter in all). It leaves out biases and the norms of queries and keys (below 0.1 %
+here), takes --quick-geglu for a plain MLP (two matrices an expert in place of three), and keeps the optimizer
+on the GPU under --optimizer-cpu-offload. Its activations are those of a dense layer of the hidden size. They
+do not know recompute (but for "selective" with sequence parallelism), experts, top-k, the dispatcher's
+copies, context parallelism or a head size of its own, and count the logits once, in two bytes.
 
-Columns "ours" correct the weights for the last two, and count activations by `activations` below: experts evenly loaded. No column has
-NCCL's and CUDA's buffers (some GB), fragmentation, uneven experts, or the optimizer's temporaries. GB are 10^9 bytes. Nothing was measured.
+Columns "ours" correct the weights for the last two, and count activations by `activations` below: experts
+evenly loaded. No column has NCCL's and CUDA's buffers (some GB), fragmentation, uneven experts, or the
+optimizer's temporaries. GB are 10^9 bytes. Nothing was measured.
 """
 
 import argparse
@@ -39,15 +41,17 @@ def model_files() -> list[Path]:
 def flags_of(path: Path, gpus: int, **variables: str) -> list[str]:
     """MODEL_ARGS and PARALLEL_ARGS that bash sets from a model's file."""
     environment = {"PATH": os.environ["PATH"], "GPUS": str(gpus), **variables}
-    done = subprocess.run(["bash", "-c", _FLAGS, "bash", str(path)], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", _FLAGS, "bash", str(path)], env=environment, capture_output=True, text=True, check=True
+    )
     return done.stdout.split("\0")[:-1]
 
 
 def validated(flags: list[str], gpus: int, extra_args_provider: Callable | None = None) -> Any:
     """Megatron's arguments, parsed and validated as on a job of so many GPUs.
 
-    `parse_and_validate_args` without its last step, which builds the tokenizer. One check needs a GPU: --moe-grouped-gemm asks for its
-    compute capability. It is told that of an H100.
+    `parse_and_validate_args` without its last step, which builds the tokenizer. One check needs a GPU:
+    --moe-grouped-gemm asks for its compute capability. It is told that of an H100.
     """
     from megatron.training.arguments import parse_args, validate_args
 
@@ -87,7 +91,9 @@ def weights_and_optimizer(args: Any) -> float:
     args.swiglu = args.swiglu or args.quick_geglu
     if not args.optimizer_cpu_offload:
         return compute_weight_and_optimizer_memory(args)
-    args.use_distributed_optimizer = False  # 18 bytes for each parameter of this GPU, of which 6 stay: weight and gradient
+    args.use_distributed_optimizer = (
+        False  # 18 bytes for each parameter of this GPU, of which 6 stay: weight and gradient
+    )
     return compute_weight_and_optimizer_memory(args) * 6 / 18
 
 
@@ -101,20 +107,31 @@ def parameters(args: Any) -> float:
 
 
 def activations(args: Any) -> float:
-    """Activations in bytes, for tensor, pipeline and context parallel size 1: two bytes for each element that backward needs.
+    """Activations in bytes, for tensor, pipeline and context parallel size 1: two bytes for each element that
+    backward needs.
 
-    A layer keeps, for each token: both norms' inputs and outputs, queries, keys and values before and after the rotary embedding (values
-    once), the attention's output, and for each of the k experts: the token's copy for dispatch and as received, the output as computed and
-    as returned, gate and up, their product. Under full recompute: one layer of this, and each layer's input. Logits: bfloat16, the float32
-    copy and its gradient.
+    A layer keeps, for each token: both norms' inputs and outputs, queries, keys and values before and after
+    the rotary embedding (values once), the attention's output, and for each of the k experts: the token's
+    copy for dispatch and as received, the output as computed and as returned, gate and up, their product.
+    Under full recompute: one layer of this, and each layer's input. Logits: bfloat16, the float32 copy and
+    its gradient.
     """
-    assert args.tensor_model_parallel_size == args.pipeline_model_parallel_size == args.context_parallel_size == 1
+    assert (
+        args.tensor_model_parallel_size
+        == args.pipeline_model_parallel_size
+        == args.context_parallel_size
+        == 1
+    )
     tokens, hidden = args.seq_length * args.micro_batch_size, args.hidden_size
     query, key = args.num_attention_heads * args.kv_channels, args.num_query_groups * args.kv_channels
     attention = 4 * hidden + 3 * query + 3 * key
     experts = args.moe_router_topk * (4 * hidden + 3 * args.moe_ffn_hidden_size)
     layer = 2 * tokens * (attention + experts)
-    kept = layer + 2 * tokens * hidden * args.num_layers if args.recompute_granularity == "full" else layer * args.num_layers
+    kept = (
+        layer + 2 * tokens * hidden * args.num_layers
+        if args.recompute_granularity == "full"
+        else layer * args.num_layers
+    )
     return kept + tokens * args.padded_vocab_size * (2 + 4 + 4)
 
 
@@ -127,8 +144,14 @@ def table(path: Path) -> str:
     for gpus in GPUS:
         args = validated(flags_of(path, gpus), gpus)
         estimates = megatron_estimate(args), (weights_and_optimizer(args), activations(args))
-        cells = [f"{weights / 1e9:8.1f} {acts / 1e9:12.1f} {(weights + acts) / 1e9:6.1f}" for weights, acts in estimates]
-        lines.append(f"#  {gpus:4}  {args.expert_model_parallel_size:2}  {args.data_parallel_size:2}    |{cells[0]}    |{cells[1]}")
+        cells = [
+            f"{weights / 1e9:8.1f} {acts / 1e9:12.1f} {(weights + acts) / 1e9:6.1f}"
+            for weights, acts in estimates
+        ]
+        lines.append(
+            f"#  {gpus:4}  {args.expert_model_parallel_size:2}  {args.data_parallel_size:2}    |{cells[0]}   "
+            f" |{cells[1]}"
+        )
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -139,7 +162,9 @@ def table_in(path: Path) -> str:
 
 def main() -> None:
     """Print the tables, or write them into the headers."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model_memory", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.model_memory", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--write", action="store_true", help="put the tables into the files' headers")
     write = parser.parse_args().write
     os.environ.setdefault("RANK", "0")  # Megatron warns where it cannot tell
@@ -148,7 +173,9 @@ def main() -> None:
         print(f"{path.name}: {count:.2f} billion parameters", table(path), sep="\n")
         if write:
             text = path.read_text(encoding="utf-8")
-            path.write_text(text.replace(BEGIN + table_in(path) + END, BEGIN + table(path) + END), encoding="utf-8")
+            path.write_text(
+                text.replace(BEGIN + table_in(path) + END, BEGIN + table(path) + END), encoding="utf-8"
+            )
 
 
 if __name__ == "__main__":

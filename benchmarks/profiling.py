@@ -1,10 +1,12 @@
-"""One shape's forward passes: bare, with the routing that the profile job keeps, and with Megatron's routing trace, alternating.
+"""One shape's forward passes: bare, with the routing that the profile job keeps, and with Megatron's routing
+trace, alternating.
 
     torchrun --nproc-per-node N -m benchmarks.profiling PRESET SHAPE FOLDER OUT.json ROUNDS
 
-All three run `OfflineModel.run` over the same sequences, of the shape's length and of four times that. Megatron 0.19 starts the tracer of
-`--moe-routing-trace-path` in its training loop only, so it is started here as that flag starts it, in its own forward-only mode: one
-record per layer and forward pass, with the top-k indices of every token (neither the router's distribution nor its logits).
+All three run `OfflineModel.run` over the same sequences, of the shape's length and of four times that.
+Megatron 0.19 starts the tracer of `--moe-routing-trace-path` in its training loop only, so it is started here
+as that flag starts it, in its own forward-only mode: one record per layer and forward pass, with the top-k
+indices of every token (neither the router's distribution nor its logits).
 """
 
 import json
@@ -86,7 +88,13 @@ def tracer(chunks: Any, folder: Path) -> Iterator[Any]:
 
 def main() -> None:
     """Measure the shape that the command line names, and write OUT.json."""
-    preset, name, folder, out, rounds = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5])
+    preset, name, folder, out, rounds = (
+        sys.argv[1],
+        sys.argv[2],
+        Path(sys.argv[3]),
+        Path(sys.argv[4]),
+        int(sys.argv[5]),
+    )
     shape = next(shape for shape in PRESETS[preset] if shape.name == name)
     from ramoe_megatron.jobs.offline_job import offline_job
     from ramoe_megatron.mcore.cpu.backend import cuda_absent
@@ -97,8 +105,16 @@ def main() -> None:
 
         model = OfflineModel(args, options.batch_tokens)
         # The longer sequences show what is kept, and take four times as long: a third of the rounds.
-        lengths = {f"{factor}x": measure(model, shape, folder, factor, turns) for factor, turns in ((1, rounds), (4, -(-rounds // 3)))}
-        result = {"machine": machine(cuda_absent()), "description": str(shape), "rounds": rounds, "lengths": lengths}
+        lengths = {
+            f"{factor}x": measure(model, shape, folder, factor, turns)
+            for factor, turns in ((1, rounds), (4, -(-rounds // 3)))
+        }
+        result = {
+            "machine": machine(cuda_absent()),
+            "description": str(shape),
+            "rounds": rounds,
+            "lengths": lengths,
+        }
         if torch.distributed.get_rank() == 0:
             out.write_text(json.dumps({**result, "shape": asdict(shape)}, indent=1))
 

@@ -63,8 +63,8 @@ class Shape:
     def __str__(self) -> str:
         precision = "bfloat16" if self.bf16 else "float32"
         return (
-            f"{self.layers} layers, hidden {self.hidden}, {self.experts} experts of {self.ffn}, top-{self.topk}, "
-            f"{self.samples} x {self.sequence} tokens, {precision}"
+            f"{self.layers} layers, hidden {self.hidden}, {self.experts} experts of {self.ffn}, "
+            f"top-{self.topk}, {self.samples} x {self.sequence} tokens, {precision}"
         )
 
 
@@ -78,7 +78,9 @@ BASE = Shape(
         Variant("all, last token", "0-3"),
     ),
 )
-TINY = replace(BASE, hidden=32, heads=2, ffn=32, experts=8, topk=2, sequence=32, samples=2, variants=BASE.variants[:3:2])
+TINY = replace(
+    BASE, hidden=32, heads=2, ffn=32, experts=8, topk=2, sequence=32, samples=2, variants=BASE.variants[:3:2]
+)
 LARGE = replace(BASE, hidden=2048, heads=16, ffn=512, experts=128, sequence=2048, bf16=True)
 
 
@@ -104,12 +106,13 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
 def model_flags(shape: Shape, folder: Path) -> list[str]:
     """Megatron's flags for the model and its tokenizer."""
     flags = (
-        f"--num-layers {shape.layers} --hidden-size {shape.hidden} --num-attention-heads {shape.heads} --seq-length {shape.sequence} "
-        f"--max-position-embeddings {4 * shape.sequence} --num-experts {shape.experts} --moe-router-topk {shape.topk} "
-        f"--moe-ffn-hidden-size {shape.ffn} --ffn-hidden-size {shape.ffn} --moe-router-load-balancing-type aux_loss "
-        "--moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --moe-token-dispatcher-type alltoall --position-embedding-type rope "
-        "--normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 "
-        "--tokenizer-type SentencePieceTokenizer"
+        f"--num-layers {shape.layers} --hidden-size {shape.hidden} --num-attention-heads {shape.heads} "
+        f"--seq-length {shape.sequence} --max-position-embeddings {4 * shape.sequence} --num-experts "
+        f"{shape.experts} --moe-router-topk {shape.topk} --moe-ffn-hidden-size {shape.ffn} --ffn-hidden-size "
+        f"{shape.ffn} --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 --moe-z-loss-coeff "
+        "0.001 --moe-token-dispatcher-type alltoall --position-embedding-type rope --normalization RMSNorm "
+        "--swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --tokenizer-type "
+        "SentencePieceTokenizer"
     ).split()
     return [*flags, "--tokenizer-model", str(folder / "tokenizer.model"), *_precision_flags(shape)]
 
@@ -127,14 +130,28 @@ def _precision_flags(shape: Shape) -> list[str]:
 def training_flags(shape: Shape, folder: Path, ranks: int) -> list[str]:
     """Flags of the training steps. The learning rate leaves the weights where they are, so that all arms route alike."""
     flags = (
-        f"--micro-batch-size {shape.samples} --global-batch-size {shape.samples * ranks} --train-iters 1000 --lr 1e-12 "
-        "--lr-decay-style constant --eval-iters 0 --eval-interval 1000 --seed 7 --num-workers 0 --save-interval 1000 --no-save-optim "
-        "--no-save-rng"
+        f"--micro-batch-size {shape.samples} --global-batch-size {shape.samples * ranks} --train-iters 1000 "
+        "--lr 1e-12 --lr-decay-style constant --eval-iters 0 --eval-interval 1000 --seed 7 --num-workers 0 "
+        "--save-interval 1000 --no-save-optim --no-save-rng"
     ).split()
-    return [*model_flags(shape, folder), *flags, "--save", str(folder / "base"), "--ramoe-data", str(folder / "parallel.jsonl")]
+    return [
+        *model_flags(shape, folder),
+        *flags,
+        "--save",
+        str(folder / "base"),
+        "--ramoe-data",
+        str(folder / "parallel.jsonl"),
+    ]
 
 
 def profiling_flags(shape: Shape, folder: Path) -> list[str]:
     """Flags of the forward passes over the checkpoint that the training steps of the same shape saved."""
-    own = ["--load", str(folder / "base"), "--ramoe-data", str(folder / "parallel.jsonl"), "--ramoe-output", str(folder)]
+    own = [
+        "--load",
+        str(folder / "base"),
+        "--ramoe-data",
+        str(folder / "parallel.jsonl"),
+        "--ramoe-output",
+        str(folder),
+    ]
     return [*model_flags(shape, folder), *own, "--ramoe-batch-tokens", str(4 * shape.tokens)]

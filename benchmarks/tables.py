@@ -15,7 +15,11 @@ TIME, MEMORY, SPEED = 1.02, 1.01, 0.97
 def machine_line(machine: dict[str, Any]) -> str:
     """The machine in a line."""
     device = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "megatron-core", "transformer-engine") if machine[name])
+    versions = ", ".join(
+        f"{name} {machine[name]}"
+        for name in ("torch", "megatron-core", "transformer-engine")
+        if machine[name]
+    )
     return f"{device}; {machine['ranks']} rank(s) of {machine['threads']} thread(s); {versions}"
 
 
@@ -28,8 +32,21 @@ def verdict(ratio: Ratio, target: float, at_most: bool) -> str:
 
 def training_table(results: Sequence[dict[str, Any]]) -> Table:
     """Step time and peak memory of each arm, and against stock Megatron."""
-    table = Table(title=f"Training, against stock Megatron (targets: time <= {TIME}, memory <= {MEMORY})", title_justify="left")
-    columns = ("layers aligned", "step, ms", "ratio [95 %]", f"<= {TIME}", "activations, MB", "ratio", "all, MB", "ratio", f"<= {MEMORY}")
+    table = Table(
+        title=f"Training, against stock Megatron (targets: time <= {TIME}, memory <= {MEMORY})",
+        title_justify="left",
+    )
+    columns = (
+        "layers aligned",
+        "step, ms",
+        "ratio [95 %]",
+        f"<= {TIME}",
+        "activations, MB",
+        "ratio",
+        "all, MB",
+        "ratio",
+        f"<= {MEMORY}",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "layers aligned" else "right")
     for result in results:
@@ -37,7 +54,12 @@ def training_table(results: Sequence[dict[str, Any]]) -> Table:
         table.add_row(f"[bold]{result['shape']['name']}[/bold]")
         for number, (label, arm) in enumerate(result["arms"].items()):
             ratio, held = Ratio(**arm["time"]), arm["bytes"]
-            cells = [str(ratio), verdict(ratio, TIME, at_most=True), f"{held['activations'] / 1e6:.1f}", f"{arm['activations']:.4f}"]
+            cells = [
+                str(ratio),
+                verdict(ratio, TIME, at_most=True),
+                f"{held['activations'] / 1e6:.1f}",
+                f"{arm['activations']:.4f}",
+            ]
             cells += [f"{(held['step'] + held['between']) / 1e6:.1f}", f"{arm['whole']:.4f}"]
             cells += ["met" if max(arm["activations"], arm["whole"]) <= MEMORY else "missed"]
             if number == 0:

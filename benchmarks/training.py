@@ -1,10 +1,12 @@
-"""One shape's training steps: stock Megatron against the same weights with alignment, alternating in one process group.
+"""One shape's training steps: stock Megatron against the same weights with alignment, alternating in one
+process group.
 
     torchrun --nproc-per-node N -m benchmarks.training PRESET SHAPE FOLDER OUT.json ROUNDS
 
-Every arm runs Megatron's own `train_step` (DDP, schedule, optimizer, load-balancing loss and z-loss) on the same samples, then the report
-of the routers' metrics as Megatron's training log does at every step. The control is the model with our routers, but with no routing
-context: it differs from stock in nothing but its place in memory, so its ratio shows what this machine can resolve.
+Every arm runs Megatron's own `train_step` (DDP, schedule, optimizer, load-balancing loss and z-loss) on the
+same samples, then the report of the routers' metrics as Megatron's training log does at every step. The
+control is the model with our routers, but with no routing context: it differs from stock in nothing but its
+place in memory, so its ratio shows what this machine can resolve.
 """
 
 import json
@@ -41,19 +43,43 @@ class Trained:
         """Weights, gradient buffers and optimizer state."""
         parameters = list(self.model[0].parameters())
         tensors = [*parameters, *(parameter.main_grad for parameter in parameters)]
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):  # experts have one of their own
+        for part in getattr(
+            self.optimizer, "chained_optimizers", [self.optimizer]
+        ):  # experts have one of their own
             tensors += [parameter for group in part.param_groups for parameter in group["params"]]
-            tensors += [value for state in part.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+            tensors += [
+                value
+                for state in part.optimizer.state.values()
+                for value in state.values()
+                if torch.is_tensor(value)
+            ]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 class Arm:
     """One way to train, with its own samples and its own metrics tracker."""
 
-    def __init__(self, args: Any, trained: Trained, forward_step: Callable, samples: Iterator, before: Callable[[], Any]) -> None:
-        from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, get_moe_metrics_tracker, set_moe_metrics_tracker
+    def __init__(
+        self,
+        args: Any,
+        trained: Trained,
+        forward_step: Callable,
+        samples: Iterator,
+        before: Callable[[], Any],
+    ) -> None:
+        from megatron.core.transformer.moe.moe_logging import (
+            MoEMetricsTracker,
+            get_moe_metrics_tracker,
+            set_moe_metrics_tracker,
+        )
 
-        self.args, self.trained, self.forward_step, self.samples, self.before = args, trained, forward_step, samples, before
+        self.args, self.trained, self.forward_step, self.samples, self.before = (
+            args,
+            trained,
+            forward_step,
+            samples,
+            before,
+        )
         self.iteration = 0
         set_moe_metrics_tracker(MoEMetricsTracker())
         before()  # attaching alignment puts its own tracker in the place of Megatron's
@@ -74,14 +100,24 @@ class Arm:
 
         args, trained = self.args, self.trained
         losses = train_step(
-            self.forward_step, self.samples, trained.model, trained.optimizer, trained.scheduler, trained.config,
-            schedule or get_forward_backward_func(), iteration=self.iteration,
-        )[0]  # fmt: skip
+            self.forward_step,
+            self.samples,
+            trained.model,
+            trained.optimizer,
+            trained.scheduler,
+            trained.config,
+            schedule or get_forward_backward_func(),
+            iteration=self.iteration,
+        )[0]
         self.tracker.report(
-            loss_scale=1 / get_num_microbatches(), iteration=self.iteration, force_initialize=True,
-            track_names=["load_balancing_loss", "z_loss"], num_layers=args.num_layers, moe_layer_freq=args.moe_layer_freq,
+            loss_scale=1 / get_num_microbatches(),
+            iteration=self.iteration,
+            force_initialize=True,
+            track_names=["load_balancing_loss", "z_loss"],
+            num_layers=args.num_layers,
+            moe_layer_freq=args.moe_layer_freq,
             total_loss_dict=losses,
-        )  # fmt: skip
+        )
         self.losses, self.iteration = losses, self.iteration + 1
 
     def seconds(self) -> float:
@@ -103,12 +139,22 @@ class Arm:
 
         self.prepare()
         self.step(measured_schedule)
-        return {"activations": activations[0], "step": peak_memory(self.step, on_cpu), "between": self.trained.static_bytes}
+        return {
+            "activations": activations[0],
+            "step": peak_memory(self.step, on_cpu),
+            "between": self.trained.static_bytes,
+        }
 
 
 def main() -> None:
     """Measure the shape that the command line names, and write OUT.json."""
-    preset, name, folder, out, rounds = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5])
+    preset, name, folder, out, rounds = (
+        sys.argv[1],
+        sys.argv[2],
+        Path(sys.argv[3]),
+        Path(sys.argv[4]),
+        int(sys.argv[5]),
+    )
     shape = next(shape for shape in PRESETS[preset] if shape.name == name)
     from ramoe_megatron.mcore.cpu.backend import cuda_absent
 
@@ -117,13 +163,22 @@ def main() -> None:
         arms = build_arms(args, shape, folder, rounds)
         progress = ProgressLines(WARM_UP + rounds, f"rounds of {len(arms)} arms")
         seconds = alternate({label: arm.seconds for label, arm in arms.items()}, rounds, after_round=progress)
-        losses = {label: {name: float(value) for name, value in arm.losses.items()} for label, arm in arms.items()}
-        # Torch's profiler counts the freeing of memory only where it saw it taken: a measured step of each model goes before.
+        losses = {
+            label: {name: float(value) for name, value in arm.losses.items()} for label, arm in arms.items()
+        }
+        # Torch's profiler counts the freeing of memory only where it saw it taken: a measured step of each
+        # model goes before.
         for arm in {id(arm.trained): arm for arm in arms.values()}.values():
             arm.memory(cuda_absent())
         memory = {label: arm.memory(cuda_absent()) for label, arm in arms.items()}
         measured = {label: figures(label, seconds, memory) | {"losses": losses[label]} for label in arms}
-        result = {"machine": machine(cuda_absent()), "shape": asdict(shape), "description": str(shape), "rounds": rounds, "arms": measured}
+        result = {
+            "machine": machine(cuda_absent()),
+            "shape": asdict(shape),
+            "description": str(shape),
+            "rounds": rounds,
+            "arms": measured,
+        }
         if torch.distributed.get_rank() == 0:
             out.write_text(json.dumps(result, indent=1))
         save(arms[STOCK])
@@ -161,7 +216,9 @@ def build_arms(args: Any, shape: Shape, folder: Path, rounds: int) -> dict[str, 
         arms[CONTROL] = Arm(args, ours, stock_forward_step, samples(args, rounds), lambda: None)
     for variant in shape.variants:
         config = variant.config(folder)
-        arms[variant.name] = Arm(args, ours, forward_step, samples(args, rounds, config), partial(attach, ours.model, config))
+        arms[variant.name] = Arm(
+            args, ours, forward_step, samples(args, rounds, config), partial(attach, ours.model, config)
+        )
     return arms
 
 
@@ -178,9 +235,15 @@ def build(args: Any) -> Trained:
 
     container = pretrain_cfg_container_from_args(args, compat.model_config_from_args(args))
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model, optimizer, scheduler = setup_model_and_optimizer(compat.model_type(), cfg_container=container, pg_collection=groups)
+    model, optimizer, scheduler = setup_model_and_optimizer(
+        compat.model_type(), cfg_container=container, pg_collection=groups
+    )
     config = get_model_config(model[0])
-    config.grad_scale_func, config.timers, config.finalize_model_grads_func = optimizer.scale_loss, get_timers(), finalize_model_grads
+    config.grad_scale_func, config.timers, config.finalize_model_grads_func = (
+        optimizer.scale_loss,
+        get_timers(),
+        finalize_model_grads,
+    )
     for chunk in model:
         chunk.train()
     return Trained(model, optimizer, scheduler, config)
@@ -198,7 +261,11 @@ def samples(args: Any, rounds: int, alignment: RoutingAlignmentConfig | None = N
 
     steps = WARM_UP + rounds + 4  # the last ones are for memory
     dataset: Any = SFTDataset(
-        load_examples(args.ramoe_data), get_tokenizer(), args.seq_length, steps * args.global_batch_size, args.seed
+        load_examples(args.ramoe_data),
+        get_tokenizer(),
+        args.seq_length,
+        steps * args.global_batch_size,
+        args.seed,
     )
     if alignment is not None:
         dataset = AlignedDataset(dataset, alignment, "en", args.global_batch_size)
@@ -210,7 +277,9 @@ def stock_forward_step(data_iterator: Iterator, model: Any) -> tuple[torch.Tenso
     from ramoe_megatron.mcore.train.step import masked_loss, next_batch
 
     batch = next_batch(data_iterator)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    output = model(
+        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
+    )
     return output, partial(masked_loss, batch["loss_mask"])
 
 

@@ -1,10 +1,13 @@
-"""A team's own pretrain_gpt.py on Megatron-Core 0.19 with routing alignment. The lines marked (1)-(10) are all that is added.
+"""A team's own pretrain_gpt.py on Megatron-Core 0.19 with routing alignment. The lines marked (1)-(10) are
+all that is added.
 
-    torchrun --nproc-per-node 8 examples/pretrain_gpt.py MEGATRON_FLAGS --ramoe-data train.jsonl --ramoe-coeff 1.0 \
+    torchrun --nproc-per-node 8 examples/pretrain_gpt.py MEGATRON_FLAGS --ramoe-data train.jsonl --ramoe-coeff
+    1.0 \
         --ramoe-experts experts.safetensors --ramoe-taxonomy taxonomy.jsonl
 
-Always needed: (1), (5), (7) and (9). (6) finds an error in the data before the model is built. The other lines each serve one case:
-(2) --ramoe-pack, (3) --ramoe-coeff-unit lm-loss, (4) megatron-core from a wheel, (8) --ramoe-train, (10) a machine without a GPU.
+Always needed: (1), (5), (7) and (9). (6) finds an error in the data before the model is built. The other
+lines each serve one case: (2) --ramoe-pack, (3) --ramoe-coeff-unit lm-loss, (4) megatron-core from a wheel,
+(8) --ramoe-train, (10) a machine without a GPU.
 """
 
 import sys
@@ -47,7 +50,9 @@ def main():
     from megatron.training.arguments import parse_and_validate_args
 
     ramoe_megatron.skip_helper_compilation()  # (4) the wheel lacks the Makefile that Megatron looks for
-    args = parse_and_validate_args(extra_args_provider=ramoe_megatron.add_arguments)  # (5) our flags beside Megatron's
+    args = parse_and_validate_args(
+        extra_args_provider=ramoe_megatron.add_arguments
+    )  # (5) our flags beside Megatron's
     ramoe_megatron.check_data(args)  # (6) reads the data and the files of alignment
     model = gpt_config_from_args(args)
     alignment = ramoe_megatron.RoutingAlignmentConfig.from_args(args)  # (7) routing alignment on the model

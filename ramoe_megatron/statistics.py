@@ -59,7 +59,9 @@ def wilson(correct: float, n: float) -> tuple[float, float]:
     z, share = NormalDist().inv_cdf(LEVEL), correct / n
     centre, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     low, high = ((centre + side * half) / (1 + z**2 / n) for side in (-1, 1))
-    return (0.0 if correct == 0 else low), (1.0 if correct == n else high)  # free of rounding where the ends are known
+    return (0.0 if correct == 0 else low), (
+        1.0 if correct == n else high
+    )  # free of rounding where the ends are known
 
 
 def effective_size(runs: Iterable[Mapping[str, Sequence[float]]]) -> float:
@@ -80,13 +82,17 @@ def effective_size(runs: Iterable[Mapping[str, Sequence[float]]]) -> float:
         p = sum(map(sum, clusters.values())) / n
         sizes.append(n)
         variances.append(p * (1 - p) / n)
-        clustered_variances.append(math.fsum((sum(values) - len(values) * p) ** 2 for values in clusters.values()) / n**2)
+        clustered_variances.append(
+            math.fsum((sum(values) - len(values) * p) ** 2 for values in clusters.values()) / n**2
+        )
     rows = sum(sizes) / len(sizes) if sizes else 0.0
     independent, clustered = math.fsum(variances), math.fsum(clustered_variances)
     return rows * independent / clustered if clustered > independent else rows
 
 
-def pearson(x: Sequence[float], y: Sequence[float], groups: Sequence[str] | None = None) -> Correlation | None:
+def pearson(
+    x: Sequence[float], y: Sequence[float], groups: Sequence[str] | None = None
+) -> Correlation | None:
     """Pearson correlation with its Fisher-z interval; None where a side is constant or fewer than three
     points are left.
 
@@ -105,13 +111,19 @@ def pearson(x: Sequence[float], y: Sequence[float], groups: Sequence[str] | None
     sides = [[[side[place] for place in own] for own in places.values()] for side in (x, y)]
     if degrees < 1 or any(_constant(side) for side in sides):
         return None
-    r = float(_stats().pearsonr(*([value for own in side for value in _centred(own)] for side in sides)).statistic)
+    r = float(
+        _stats().pearsonr(*([value for own in side for value in _centred(own)] for side in sides)).statistic
+    )
     r = min(1.0, max(-1.0, r))
     if abs(r) == 1:  # Fisher's z is infinite, and the interval shrinks to the point itself
-        return Correlation(r=r, low=r if degrees > 1 else -1.0, high=r if degrees > 1 else 1.0, p=0.0, n=len(x))
+        return Correlation(
+            r=r, low=r if degrees > 1 else -1.0, high=r if degrees > 1 else 1.0, p=0.0, n=len(x)
+        )
     half = NormalDist().inv_cdf(LEVEL) / math.sqrt(degrees - 1) if degrees > 1 else math.inf
     p = float(2 * _stats().t.sf(abs(r) * math.sqrt(degrees / (1 - r**2)), degrees))
-    return Correlation(r=r, low=math.tanh(math.atanh(r) - half), high=math.tanh(math.atanh(r) + half), p=p, n=len(x))
+    return Correlation(
+        r=r, low=math.tanh(math.atanh(r) - half), high=math.tanh(math.atanh(r) + half), p=p, n=len(x)
+    )
 
 
 def stratified_difference(strata: Mapping[str, Sequence[float]]) -> Difference:
@@ -216,7 +228,9 @@ def _student(change: float, error: float, degrees: int, n: int, scale: float) ->
     if not degrees or error <= 1e-9 * scale:
         return Difference(change, None, None, None, n)
     half = float(_stats().t.ppf(LEVEL, degrees)) * error
-    return Difference(change, change - half, change + half, float(2 * _stats().t.sf(abs(change) / error, degrees)), n)
+    return Difference(
+        change, change - half, change + half, float(2 * _stats().t.sf(abs(change) / error, degrees)), n
+    )
 
 
 def _centred(values: Sequence[float]) -> list[float]:

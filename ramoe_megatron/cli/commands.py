@@ -35,7 +35,8 @@ class RamoeGroup(click.Group):
 def main() -> None:
     """Routing-aligned fine-tuning (RA-MoE) of Mixture-of-Experts models on Megatron-Core.
 
-    `ramoe run RECIPE.yaml` goes from data to report. The stages are commands of their own, which take Megatron's flags.
+    `ramoe run RECIPE.yaml` goes from data to report. The stages are commands of their own, which take
+    Megatron's flags.
     """
 
 
@@ -56,15 +57,28 @@ def main() -> None:
 )
 @click.option("--until", "last", metavar="STAGE", help="End after this stage.")
 @click.option("--out", type=FOLDER, help="Run folder.  [default: runs/NAME]")
-@click.option("--launcher", type=click.Choice(["local", "slurm"]), help="Run here, or submit a Slurm job a stage.  [default: the recipe's]")
-@click.option("--dry-run", is_flag=True, help="Tell what would run, why, and with which command lines and scripts.")
+@click.option(
+    "--launcher",
+    type=click.Choice(["local", "slurm"]),
+    help="Run here, or submit a Slurm job a stage.  [default: the recipe's]",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Tell what would run, why, and with which command lines and scripts."
+)
 def run(
-    recipe: Path, changes: tuple[str, ...], first: str | None, last: str | None, out: Path | None, launcher: str | None, dry_run: bool
+    recipe: Path,
+    changes: tuple[str, ...],
+    first: str | None,
+    last: str | None,
+    out: Path | None,
+    launcher: str | None,
+    dry_run: bool,
 ) -> None:
     """Run a recipe: data, base model, taxonomy, profile, fine-tuning, evaluation, report.
 
-    A second run skips what stands; a changed setting reruns what depends on it. STAGE is data, pretrain, taxonomy,
-    profile, priors, anchors, predict, finetune, steer, evaluate, results or report, or one such as finetune/sft-seed1.
+    A second run skips what stands; a changed setting reruns what depends on it. STAGE is data, pretrain,
+    taxonomy, profile, priors, anchors, predict, finetune, steer, evaluate, results or report, or one such as
+    finetune/sft-seed1.
     """
     from ramoe_megatron.recipe.runner import run_recipe
     from ramoe_megatron.recipe.stages import StageFailed
@@ -78,39 +92,61 @@ def run(
 
 
 @main.command(context_settings=PASS_THROUGH)
-@click.option("--set", "changes", multiple=True, metavar="KEY.PATH=VALUE", help="RECIPE: change a value, as `ramoe run` does.")
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY.PATH=VALUE",
+    help="RECIPE: change a value, as `ramoe run` does.",
+)
 @click.option("--out", type=FILE, help="RECIPE: run folder.  [default: runs/NAME]")
 @click.option("--ranks", type=click.IntRange(1), help="JOB: ranks per node.  [default: 1]")
 @click.option("--nodes", type=click.IntRange(1), help="JOB: nodes.  [default: 1]")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE | JOB FLAGS...]")
-def doctor(changes: tuple[str, ...], out: Path | None, ranks: int | None, nodes: int | None, words: tuple[str, ...]) -> None:
+def doctor(
+    changes: tuple[str, ...], out: Path | None, ranks: int | None, nodes: int | None, words: tuple[str, ...]
+) -> None:
     """Tell what would stop a job or a recipe, before it starts.
 
-    Without arguments: this node (versions, GPUs, ports, Slurm, the folder to write to). RECIPE: also its stages. JOB
-    (taxonomy, profile, finetune, evaluate, steer or predict) with the FLAGS that it would get: also that job. The exit status
-    is 1 when anything is fatal.
+    Without arguments: this node (versions, GPUs, ports, Slurm, the folder to write to). RECIPE: also its
+    stages. JOB (taxonomy, profile, finetune, evaluate, steer or predict) with the FLAGS that it would get:
+    also that job. The exit status is 1 when anything is fatal.
     """
     import os
 
-    from ramoe_megatron.recipe.doctor import JOB_NAMES, environment_findings, findings_table, healthy, job_findings, recipe_findings
+    from ramoe_megatron.recipe.doctor import (
+        JOB_NAMES,
+        environment_findings,
+        findings_table,
+        healthy,
+        job_findings,
+        recipe_findings,
+    )
 
     target = words[0] if words else None
     if target in JOB_NAMES:
         if changes or out:
-            raise RamoeError(f"doctor {target}: --set and --out belong to a recipe; a job's folder is among its flags")
+            raise RamoeError(
+                f"doctor {target}: --set and --out belong to a recipe; a job's folder is among its flags"
+            )
         found = job_findings(target, words[1:], ranks or 1, nodes or 1, os.environ)
     elif target is None:
         if changes:
             raise RamoeError("doctor: --set without a recipe: name the recipe")
         found = environment_findings(ranks or 1, nodes or 1, out or Path("runs"), os.environ)
     elif target.startswith("-") or not Path(target).is_file() or len(words) > 1:
-        raise RamoeError(f"doctor {' '.join(words)}: expected one recipe file, or a job ({', '.join(JOB_NAMES)}) followed by its flags")
+        raise RamoeError(
+            f"doctor {' '.join(words)}: expected one recipe file, or a job ({', '.join(JOB_NAMES)}) followed "
+            "by its flags"
+        )
     elif ranks or nodes:
         raise RamoeError("doctor: --ranks and --nodes belong to a job; a recipe's stand under launch")
     else:
         found = recipe_findings(Path(target), changes, out, os.environ)
     sound = healthy(found)
-    if not sound or os.environ.get("SLURM_NODEID", "0") == "0":  # of many nodes, the first speaks for those that are well
+    if (
+        not sound or os.environ.get("SLURM_NODEID", "0") == "0"
+    ):  # of many nodes, the first speaks for those that are well
         wide_console().print(findings_table(found))
     sys.exit(0 if sound else 1)
 
@@ -120,7 +156,13 @@ def _job(name: str, summary: str) -> None:
 
     @main.command(name, context_settings=PASS_THROUGH, short_help=summary, help=_job_help(name, summary))
     @click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Ranks per node.")
-    @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Nodes; start the same command on each.")
+    @click.option(
+        "--nodes",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Nodes; start the same command on each.",
+    )
     @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
     def command(ranks: int, nodes: int, flags: tuple[str, ...]) -> None:
         import os
@@ -143,11 +185,10 @@ def _job(name: str, summary: str) -> None:
 
 def _job_help(name: str, summary: str) -> str:
     return (
-        f"{summary}\n\nFLAGS are Megatron's own and ours (--ramoe-...), passed to `torchrun -m "
-        f"ramoe_megatron.jobs.{name}`; "
-        f"`ramoe {name} -- --help` lists them. With several nodes, NODE_RANK (or SLURM_NODEID), MASTER_ADDR and "
-        f"MASTER_PORT "
-        "say where this one stands."
+        f"{summary}\n\nFLAGS are Megatron's own and ours (--ramoe-...), "
+        f"passed to `torchrun -m ramoe_megatron.jobs.{name}`; `ramoe {name} -- --help` lists them. "
+        "With several nodes, NODE_RANK (or SLURM_NODEID), MASTER_ADDR and MASTER_PORT say where this one "
+        "stands."
     )
 
 
@@ -168,7 +209,9 @@ def world(out: Path, config: str) -> None:
 
 
 @main.command()
-@click.option("--source", type=EXISTING, help="Folder of the languages, as downloaded; instead of `source` in --config.")
+@click.option(
+    "--source", type=EXISTING, help="Folder of the languages, as downloaded; instead of `source` in --config."
+)
 @click.option("--out", type=FOLDER, required=True, help="Folder for the data and the tokenizer.")
 @click.option("--config", default="{}", help="JSON object, or a file of one: the fields of SibConfig.")
 def sib200(source: Path | None, out: Path, config: str) -> None:
@@ -207,7 +250,9 @@ def _numbers(_context: click.Context, parameter: click.Parameter, value: str | N
     try:
         found = [int(part) for part in value.split(",")] if value else []
     except ValueError as error:
-        raise click.BadParameter(f"{value!r}: expected whole numbers, such as 1,2", param=parameter) from error
+        raise click.BadParameter(
+            f"{value!r}: expected whole numbers, such as 1,2", param=parameter
+        ) from error
     if len(set(found)) < len(found):
         raise click.BadParameter(f"{value!r}: names one twice; give each once", param=parameter)
     return found
@@ -215,18 +260,43 @@ def _numbers(_context: click.Context, parameter: click.Parameter, value: str | N
 
 @main.command()
 @click.argument("recipe", type=FILE)
-@click.option("--seeds", type=click.IntRange(1), help="Fine-tuning seeds 1 to N of every method.  [default: the recipe's]")
-@click.option("--bases", callback=_numbers, metavar="SEED,...", help="Seeds of the data and the base model, one run each.  [default: seed]")
-@click.option("--set", "changes", multiple=True, metavar="KEY.PATH=VALUE", help="Change a value of the recipe, as `ramoe run` does.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    help="Fine-tuning seeds 1 to N of every method.  [default: the recipe's]",
+)
+@click.option(
+    "--bases",
+    callback=_numbers,
+    metavar="SEED,...",
+    help="Seeds of the data and the base model, one run each.  [default: seed]",
+)
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY.PATH=VALUE",
+    help="Change a value of the recipe, as `ramoe run` does.",
+)
 @click.option("--out", type=FOLDER, help="Folder of the runs and of what they come to.  [default: runs/NAME]")
-@click.option("--document", type=FILE, help="Also write the Markdown document here, its data beside it as .json.")
+@click.option(
+    "--document", type=FILE, help="Also write the Markdown document here, its data beside it as .json."
+)
 @click.option("--dry-run", is_flag=True, help="Tell what would run, and why.")
 def compare(
-    recipe: Path, seeds: int | None, bases: list[int], changes: tuple[str, ...], out: Path | None, document: Path | None, dry_run: bool
+    recipe: Path,
+    seeds: int | None,
+    bases: list[int],
+    changes: tuple[str, ...],
+    out: Path | None,
+    document: Path | None,
+    dry_run: bool,
 ) -> None:
-    """Run a recipe's methods over seeds and base models, and compare all with sft: comparison.json, .html and experiment.md.
+    """Run a recipe's methods over seeds and base models, and compare all with sft: comparison.json, .html and
+    experiment.md.
 
-    The same data, seeds and layout for each; the same steps unless a method says otherwise. A second call goes on where the first stopped.
+    The same data, seeds and layout for each; the same steps unless a method says otherwise. A second call
+    goes on where the first stopped.
     """
     from ramoe_megatron.recipe.compare import compare_recipe
     from ramoe_megatron.recipe.stages import StageFailed
@@ -247,7 +317,13 @@ def methods() -> None:
 
     table = Table("method", "trains", "adds to the loss", "source", "our reading", show_lines=True)
     for name, entry in METHODS.items():
-        table.add_row(name if entry.kind == "method" else f"{name} (control)", entry.trains, entry.adds, entry.source, entry.reading)
+        table.add_row(
+            name if entry.kind == "method" else f"{name} (control)",
+            entry.trains,
+            entry.adds,
+            entry.source,
+            entry.reading,
+        )
     wide_console().print(table)
 
 

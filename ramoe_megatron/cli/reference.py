@@ -1,6 +1,6 @@
 """The generated documentation: `docs/flags.md`, and the keys of a recipe at the end of `docs/recipes.md`.
 
-    python -m ramoe_megatron.cli.reference docs
+python -m ramoe_megatron.cli.reference docs
 """
 
 import ast

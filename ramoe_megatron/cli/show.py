@@ -27,7 +27,9 @@ def predict(run_folder: Path) -> None:
     """Go or no-go before any training: ci share, divergence and the transplant test of RUN."""
     path = run_folder / "predict.json"
     if not path.exists():
-        raise RamoeError(f"{path} does not exist: `ramoe run RECIPE --until predict --out {run_folder}` writes it")
+        raise RamoeError(
+            f"{path} does not exist: `ramoe run RECIPE --until predict --out {run_folder}` writes it"
+        )
     _show(path)
 
 
@@ -39,7 +41,12 @@ def inspect(file: Path) -> None:
 
 
 @click.command()
-@click.option("--taxonomy", type=FILE, required=True, help="taxonomy.jsonl with the other anchors among its target languages.")
+@click.option(
+    "--taxonomy",
+    type=FILE,
+    required=True,
+    help="taxonomy.jsonl with the other anchors among its target languages.",
+)
 @click.option("--anchor", required=True, help="The language that `english_correct` of the taxonomy is about.")
 @click.option(
     "--priors",
@@ -49,10 +56,19 @@ def inspect(file: Path) -> None:
     metavar="LANGUAGE=FILE",
     help="An anchor and its priors.safetensors (ramoe profile --ramoe-save-priors). Repeatable; the preferred anchor first.",
 )
-@click.option("--split", default="", help="Splits of the taxonomy to take, separated by commas.  [default: all]")
-@click.option("--out", type=FOLDER, required=True, help="Folder for taxonomy.jsonl, taxonomy.json, priors.safetensors and anchors.json.")
+@click.option(
+    "--split", default="", help="Splits of the taxonomy to take, separated by commas.  [default: all]"
+)
+@click.option(
+    "--out",
+    type=FOLDER,
+    required=True,
+    help="Folder for taxonomy.jsonl, taxonomy.json, priors.safetensors and anchors.json.",
+)
 @click.option("--replace", is_flag=True, help="Overwrite those files in --out.")
-def anchors(taxonomy: Path, anchor: str, named: tuple[str, ...], split: str, out: Path, replace: bool) -> None:
+def anchors(
+    taxonomy: Path, anchor: str, named: tuple[str, ...], split: str, out: Path, replace: bool
+) -> None:
     """Pull each example to the first of several anchor languages that the model answers it correctly in.
 
     Fine-tune with the files in --out as --ramoe-taxonomy and --ramoe-priors (--ramoe-target example).
@@ -63,7 +79,9 @@ def anchors(taxonomy: Path, anchor: str, named: tuple[str, ...], split: str, out
     for text in named:
         language, _, file = text.partition("=")
         if not language or not file or language in priors:
-            raise RamoeError(f"--priors {text}: expected LANGUAGE=FILE, each language once, as in en=priors.safetensors")
+            raise RamoeError(
+                f"--priors {text}: expected LANGUAGE=FILE, each language once, as in en=priors.safetensors"
+            )
         priors[language] = Path(file)
     splits = [name.strip() for name in split.split(",") if name.strip()]
     write_anchors(taxonomy, anchor, priors, out, splits, replace)

@@ -1,6 +1,7 @@
 """`ramoe run --launcher slurm`: one job a stage, each after those that make what it reads.
 
-RUN/slurm/STAGE.sbatch is a stage's script, RUN/slurm/STAGE.json what `recipe.job` runs in it, RUN/slurm.json the jobs by stage.
+RUN/slurm/STAGE.sbatch is a stage's script, RUN/slurm/STAGE.json what `recipe.job` runs in it, RUN/slurm.json
+the jobs by stage.
 """
 
 import shlex
@@ -21,7 +22,8 @@ from ramoe_megatron.recipe.stage import Stage
 def links(stages: Sequence[Stage], manifest: Manifest, force_first: bool) -> dict[str, list[str]]:
     """Stage to submit -> the stages among these that it comes after: those that make what it reads.
 
-    A stage whose result stands is left out, unless one that it reads from runs again (its job then looks whether the result changed).
+    A stage whose result stands is left out, unless one that it reads from runs again (its job then looks
+    whether the result changed).
     """
     found: dict[str, list[str]] = {}
     makers: dict[Path, str] = {}
@@ -34,9 +36,15 @@ def links(stages: Sequence[Stage], manifest: Manifest, force_first: bool) -> dic
 
 
 def submit_chain(
-    stages: Sequence[Stage], after: Mapping[str, Sequence[str]], recipe: Recipe, manifest: Manifest, console: Console, forced: str | None
+    stages: Sequence[Stage],
+    after: Mapping[str, Sequence[str]],
+    recipe: Recipe,
+    manifest: Manifest,
+    console: Console,
+    forced: str | None,
 ) -> None:
-    """Write and submit the jobs of the stages in `after` (of `links`). `forced`: the stage that runs even if its result stands.
+    """Write and submit the jobs of the stages in `after` (of `links`). `forced`: the stage that runs even if
+    its result stands.
 
     Raises RamoeError with what sbatch says; what was submitted before that is cancelled.
     """
@@ -57,25 +65,55 @@ def submit_chain(
         try:
             slurm.cancel(jobs.values())
         except RamoeError as error:
-            console.print(f"what was submitted could not be cancelled: {error}", soft_wrap=True, highlight=False, markup=False)
+            console.print(
+                f"what was submitted could not be cancelled: {error}",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
         raise
     done = len(stages) - len(after)
     stands = f", {done} stages stand" if done else ""
-    console.print(f"{len(jobs)} jobs submitted{stands}. How far they are: ramoe status {folder}", soft_wrap=True, highlight=False)
+    console.print(
+        f"{len(jobs)} jobs submitted{stands}. How far they are: ramoe status {folder}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
-def tell(stages: Sequence[Stage], after: Mapping[str, Sequence[str]], recipe: Recipe, manifest: Manifest, console: Console) -> None:
+def tell(
+    stages: Sequence[Stage],
+    after: Mapping[str, Sequence[str]],
+    recipe: Recipe,
+    manifest: Manifest,
+    console: Console,
+) -> None:
     """The dry run: the scripts, and how they would be submitted."""
     for stage in stages:
         if stage.name not in after:
             console.print(f"[bold]{stage.name}[/bold]: stands", soft_wrap=True, highlight=False)
             continue
-        console.print(f"[bold]{stage.name}[/bold]: {_path(manifest.folder, stage.name)}", soft_wrap=True, highlight=False)
-        waits = [f"--dependency=afterok:{':'.join(f'<{name}>' for name in after[stage.name])}"] if after[stage.name] else []
+        console.print(
+            f"[bold]{stage.name}[/bold]: {_path(manifest.folder, stage.name)}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        waits = (
+            [f"--dependency=afterok:{':'.join(f'<{name}>' for name in after[stage.name])}"]
+            if after[stage.name]
+            else []
+        )
         words = ["sbatch", "--parsable", *waits, str(_path(manifest.folder, stage.name))]
         console.print(f"  {' '.join(words)}", soft_wrap=True, highlight=False, markup=False)
-        console.print(f"  runs: {shlex.join(('python', '-m', *stage.arguments()))}", soft_wrap=True, highlight=False, markup=False)
-        console.print(slurm.script(stage, recipe, manifest.folder), soft_wrap=True, highlight=False, markup=False)
+        console.print(
+            f"  runs: {shlex.join(('python', '-m', *stage.arguments()))}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+        console.print(
+            slurm.script(stage, recipe, manifest.folder), soft_wrap=True, highlight=False, markup=False
+        )
 
 
 def submitted(folder: Path) -> dict[str, int]:
@@ -85,13 +123,17 @@ def submitted(folder: Path) -> dict[str, int]:
 
 
 def live(folder: Path, entries: Mapping[str, Entry]) -> dict[int, slurm.Queued]:
-    """The jobs of this folder's chain that are in the queue. Slurm is not asked about one whose stage is recorded as done; a failed one
-    may be there again, after a lost node.
+    """The jobs of this folder's chain that are in the queue. Slurm is not asked about one whose stage is
+    recorded as done; a failed one may be there again, after a lost node.
 
     Raises RamoeError where Slurm has to be asked and cannot be.
     """
     jobs = submitted(folder)
-    done = {stage for stage, job in jobs.items() if (e := entries.get(stage)) and e.job == str(job) and e.state == "done"}
+    done = {
+        stage
+        for stage, job in jobs.items()
+        if (e := entries.get(stage)) and e.job == str(job) and e.state == "done"
+    }
     return slurm.queue(job for stage, job in jobs.items() if stage not in done)
 
 
@@ -106,14 +148,14 @@ def refuse_live(folder: Path, manifest: Manifest) -> None:
         jobs = live(folder, manifest.stages)
     except RamoeError as error:
         raise RamoeError(
-            f"{folder / 'slurm.json'} names jobs that may still be in a queue, and Slurm cannot be asked: {error}. If they have ended, "
-            "remove that file"
+            f"{folder / 'slurm.json'} names jobs that may still be in a queue, and Slurm cannot be asked: "
+            f"{error}. If they have ended, remove that file"
         ) from error
     if jobs:
         named = ", ".join(f"{job} ({stage})" for stage, job in submitted(folder).items() if job in jobs)
         raise RamoeError(
-            f"{folder} has jobs in Slurm's queue: {named}. Wait for them (ramoe status {folder}), or take them out: scancel "
-            f"{' '.join(map(str, jobs))}"
+            f"{folder} has jobs in Slurm's queue: {named}. Wait for them (ramoe status {folder}), "
+            f"or take them out: scancel {' '.join(map(str, jobs))}"
         )
 
 
@@ -124,7 +166,9 @@ def read_stage(folder: Path, name: str) -> tuple[Stage, dict[str, Any]]:
     try:
         return Stage.from_document(document["stage"]), document
     except (KeyError, TypeError) as error:
-        raise RamoeError(f"{path}: the stage in it is not whole ({error}): submit the recipe again") from error
+        raise RamoeError(
+            f"{path}: the stage in it is not whole ({error}): submit the recipe again"
+        ) from error
 
 
 def _path(folder: Path, name: str) -> Path:

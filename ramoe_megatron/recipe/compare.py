@@ -24,10 +24,12 @@ def compare_recipe(
     dry_run: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Run the recipe once for each base model into OUT/baseSEED, each as `ramoe run` does, and compare all of them.
+    """Run the recipe once for each base model into OUT/baseSEED, each as `ramoe run` does, and compare all of
+    them.
 
-    Every method has the same data, seeds and layout, and the recipe's training flags (steps, batch, learning rate) unless the method's
-    `train` says otherwise, which the documents tell. A second call goes on where the first stopped.
+    Every method has the same data, seeds and layout, and the recipe's training flags (steps, batch, learning
+    rate) unless the method's `train` says otherwise, which the documents tell. A second call goes on where
+    the first stopped.
 
     Args:
         changes: of the recipe, as `--set` gives them.
@@ -38,7 +40,8 @@ def compare_recipe(
             has both, as experiment.md and comparison.json.
 
     Raises:
-        RamoeError: as `run_recipe`; no method `sft` to compare with; several bases of a recipe that trains none.
+        RamoeError: as `run_recipe`; no method `sft` to compare with; several bases of a recipe that trains
+            none.
         StageFailed: a stage failed.
     """
     console = console or Console()
@@ -47,7 +50,9 @@ def compare_recipe(
     if "sft" not in [method.name for method in recipe.methods]:
         raise RamoeError(f"{path}: methods has no sft, which all others are compared with: add it")
     if len(bases) > 1 and recipe.pretrain is None:
-        raise RamoeError(f"{path}: checkpoint gives one base model, but --bases asks for {len(bases)}: give one, or none")
+        raise RamoeError(
+            f"{path}: checkpoint gives one base model, but --bases asks for {len(bases)}: give one, or none"
+        )
     root = (out or Path("runs") / recipe.name).resolve()
     folders = {root / f"base{base}": [*changes, f"seed={base}"] for base in bases or [recipe.seed]}
     for folder, own in folders.items():
@@ -56,13 +61,21 @@ def compare_recipe(
     if dry_run:
         return
     if waiting := [folder.name for folder, own in folders.items() if not _done(path, own, folder)]:
-        console.print(f"{', '.join(waiting)}: submitted; give the same command again when its jobs have ended", highlight=False)
+        console.print(
+            f"{', '.join(waiting)}: submitted; give the same command again when its jobs have ended",
+            highlight=False,
+        )
         return
     from ramoe_megatron.recipe.methods import METHODS
     from ramoe_megatron.report.comparison.assemble import write_comparison  # matplotlib
     from ramoe_megatron.report.comparison.document import write_document
 
-    words = ["ramoe", "compare", path.name if path.is_absolute() else str(path), *(["--seeds", str(seeds)] if seeds else [])]
+    words = [
+        "ramoe",
+        "compare",
+        path.name if path.is_absolute() else str(path),
+        *(["--seeds", str(seeds)] if seeds else []),
+    ]
     words += ["--bases", ",".join(map(str, bases))] if bases else []
     words += [word for change in given for word in ("--set", change)]
     page = write_comparison(list(folders), root, presets=tuple(METHODS), command=shlex.join(words))

@@ -1,5 +1,5 @@
-"""What the console shows of a run: stages and progress live on a terminal, plain lines elsewhere; the final table on
-both."""
+"""What the console shows of a run: stages and progress live on a terminal, plain lines elsewhere; the final
+table on both."""
 
 import time
 from dataclasses import dataclass
@@ -48,7 +48,9 @@ class RunConsole:
             self.live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.live:
             self.live.stop()
 
@@ -68,7 +70,10 @@ class RunConsole:
 
     def progress(self, place: int, told: JobProgress) -> None:
         """How far a running stage is."""
-        text, shown = f"{told.done}/{told.total} {told.unit}{f' · {told.note}' if told.note else ''}", self._running[place]
+        text, shown = (
+            f"{told.done}/{told.total} {told.unit}{f' · {told.note}' if told.note else ''}",
+            self._running[place],
+        )
         if self.live and shown.task is not None:
             self.live.update(shown.task, completed=told.done, total=told.total, told=escape(text))
         elif time.monotonic() - shown.last >= PLAIN_INTERVAL:
@@ -102,7 +107,9 @@ def tell_report(console: Console, folder: Path) -> None:
     """Where the report and the curves are."""
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     if (folder / "tensorboard").is_dir():
-        console.print(f"curves: tensorboard --logdir {folder / 'tensorboard'}", soft_wrap=True, highlight=False)
+        console.print(
+            f"curves: tensorboard --logdir {folder / 'tensorboard'}", soft_wrap=True, highlight=False
+        )
 
 
 def _duration(seconds: float) -> str:

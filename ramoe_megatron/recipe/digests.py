@@ -20,8 +20,8 @@ def digest_value(value: Any) -> str:
 def digest_path(path: Path, maker: str | None = None) -> str | None:
     """Digest of a file, a folder or a checkpoint; None when it does not exist.
 
-    A file: its bytes. A folder: the names and digests of its files. A checkpoint folder: see `digest_checkpoint`, with
-    `maker`, the identity of the stage that made it.
+    A file: its bytes. A folder: the names and digests of its files. A checkpoint folder: see
+    `digest_checkpoint`, with `maker`, the identity of the stage that made it.
     """
     if path.is_file():
         return sha256(path)
@@ -35,10 +35,10 @@ def digest_path(path: Path, maker: str | None = None) -> str | None:
 def digest_checkpoint(path: Path, maker: str | None = None) -> str:
     """Cheap digest of a Megatron checkpoint folder, whatever its size.
 
-    Covers latest_checkpointed_iteration.txt and, of the iteration that it names, each file's name, size and first and
-    last 64 KiB (small files, such as metadata.json and .metadata, are thereby read whole). Weights may differ between
-    the samples only, so a checkpoint made by a stage also carries `maker`, the digest of that stage's settings and
-    inputs.
+    Covers latest_checkpointed_iteration.txt and, of the iteration that it names, each file's name, size and
+    first and last 64 KiB (small files, such as metadata.json and .metadata, are thereby read whole). Weights
+    may differ between the samples only, so a checkpoint made by a stage also carries `maker`, the digest of
+    that stage's settings and inputs.
     """
     mark, folder = latest_checkpoint(path)
     files = [[str(file.relative_to(path)), file.stat().st_size, _sample(file)] for file in _files(folder)]

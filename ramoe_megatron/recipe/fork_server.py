@@ -1,8 +1,10 @@
-"""Stages on this machine, each forked from one process that has imported torch and Megatron: imports are paid once.
+"""Stages on this machine, each forked from one process that has imported torch and Megatron: imports are paid
+once.
 
-`ForkServer` starts that process (`python -m ramoe_megatron.recipe.fork_server`) when the first stage needs it. For each
-stage the process forks a leader, in a session of its own; the leader forks the ranks, keeps their store, and ends the
-others when a rank fails, as torchrun does. Only without a CUDA device: a fork must not inherit what the driver has set up.
+`ForkServer` starts that process (`python -m ramoe_megatron.recipe.fork_server`) when the first stage needs
+it. For each stage the process forks a leader, in a session of its own; the leader forks the ranks, keeps
+their store, and ends the others when a rank fails, as torchrun does. Only without a CUDA device: a fork must
+not inherit what the driver has set up.
 """
 
 import contextlib
@@ -92,17 +94,24 @@ class ForkServer:
             self._process.wait()
 
     def start(self, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> Forked | None:
-        """Start `ranks` ranks of a module, or a script's path, with its arguments; its output goes to the `stdout` of what is returned.
+        """Start `ranks` ranks of a module, or a script's path, with its arguments; its output goes to the
+        `stdout` of what is returned.
 
         Returns:
-            None where a stage cannot be forked: there is a CUDA device after all, the imports failed, or the process has ended.
+            None where a stage cannot be forked: there is a CUDA device after all, the imports failed, or the
+                process has ended.
         """
         with self._lock, tempfile.TemporaryFile() as request, contextlib.ExitStack() as ends:
             if self._process is None:
                 self._start(environment)
             if self._link is None:
                 return None
-            asked = {"command": list(command), "ranks": ranks, "environment": dict(environment), "folder": os.getcwd()}
+            asked = {
+                "command": list(command),
+                "ranks": ranks,
+                "environment": dict(environment),
+                "folder": os.getcwd(),
+            }
             request.write(json.dumps(asked).encode())
             request.seek(0)
             out, out_end = os.pipe()
@@ -123,7 +132,9 @@ class ForkServer:
         with other:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(other.fileno())],
-                env={name: value for name, value in environment.items() if name != MARK},  # it is of no launch
+                env={
+                    name: value for name, value in environment.items() if name != MARK
+                },  # it is of no launch
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -166,7 +177,9 @@ def _lead(request: int, output: int, status: int) -> Sequence[str]:
     os.setsid()
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell has it ignored, as torchrun does
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # also where a shell has it ignored, as torchrun does
     with os.fdopen(request) as file:
         asked = json.load(file)
     for place in (1, 2):
@@ -186,7 +199,12 @@ def _lead(request: int, output: int, status: int) -> Sequence[str]:
             ranks[child] = rank
         # The ranks meet at it. Made after the forks, for it has a thread.
         store = torch.distributed.TCPStore(
-            "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5), master_listen_fd=server.detach()
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(minutes=5),
+            master_listen_fd=server.detach(),
         )
     ended = _follow(ranks)
     del store
@@ -203,7 +221,13 @@ def _as_rank(asked: Mapping[str, Any], rank: int, port: int) -> Sequence[str]:
     os.environ |= {
         **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank)),
         **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), ranks),
-        **{"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "ROLE_NAME": "default", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        **{
+            "GROUP_RANK": "0",
+            "GROUP_WORLD_SIZE": "1",
+            "ROLE_NAME": "default",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        },
         **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": str(port)},
         **{"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"},
     }
@@ -232,7 +256,11 @@ def _follow(ranks: dict[int, int]) -> int:
             child, how = os.waitpid(-1, 0)
             rank, failed = ranks.pop(child), os.waitstatus_to_exitcode(how)
             if failed < 0:
-                print(f"ramoe: rank {rank} was ended by {signal.Signals(-failed).name}", file=sys.stderr, flush=True)
+                print(
+                    f"ramoe: rank {rank} was ended by {signal.Signals(-failed).name}",
+                    file=sys.stderr,
+                    flush=True,
+                )
     except _Terminated:
         failed = -signal.SIGTERM
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,7 +1,8 @@
 """`python -m ramoe_megatron.recipe.job RUN STAGE`: what each node of a stage's Slurm job runs.
 
-Each node first looks for what would stop the stage (`recipe.doctor`). Node 0 looks whether the stage's result stands, and leads; the
-others start their ranks of it (`recipe.nodes`). Exit status 75: stopped before the time limit, to be started again; 2: the user's to mend.
+Each node first looks for what would stop the stage (`recipe.doctor`). Node 0 looks whether the stage's result
+stands, and leads; the others start their ranks of it (`recipe.nodes`). Exit status 75: stopped before the
+time limit, to be started again; 2: the user's to mend.
 """
 
 import os
@@ -21,7 +22,9 @@ from ramoe_megatron.recipe.processes import Stopped, stop_signals
 from ramoe_megatron.recipe.stage import Stage
 from ramoe_megatron.recipe.stages import StageFailed, run_stages
 
-LOCK_SECONDS = 120.0  # of a requeued job, for the processes of its first attempt that a lost node may still hold
+LOCK_SECONDS = (
+    120.0  # of a requeued job, for the processes of its first attempt that a lost node may still hold
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -67,14 +70,18 @@ def _examine(stage: Stage, place: Place, folder: Path, console: Console) -> None
             found = environment_findings(max(1, stage.ranks), place.nodes, folder, os.environ)
     except Stopped as stop:
         if stop.resumes:  # again and again, if it went back into the queue
-            raise RamoeError("warned before the stage began: raise time, or lower signal, under launch.slurm.sbatch") from stop
+            raise RamoeError(
+                "warned before the stage began: raise time, or lower signal, under launch.slurm.sbatch"
+            ) from stop
         raise
     fatal = [finding for finding in found if finding.state == "fatal"]
     if place.node == 0 or fatal:
         console.print(findings_table(found))
     if fatal:
         first = f"{fatal[0].check}: {fatal[0].found}"
-        raise RamoeError(f"{first} ({stage.name} was not started on node {place.node}; the table above has all)")
+        raise RamoeError(
+            f"{first} ({stage.name} was not started on node {place.node}; the table above has all)"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Starting a job's ranks, following its output, and leaving none of its processes behind.
 
-One node: torchrun with a rendezvous of its own on this machine. Several nodes: `ramoe` runs once on each node, and
-the environment says which one it is and where the first one is (`Place.from_environment`).
+One node: torchrun with a rendezvous of its own on this machine. Several nodes: `ramoe` runs once on each
+node, and the environment says which one it is and where the first one is (`Place.from_environment`).
 """
 
 import contextlib
@@ -22,7 +22,14 @@ from typing import IO
 from ramoe_megatron.errors import NOTE_VARIABLE, RamoeError
 from ramoe_megatron.mcore.unfinished import STATUS, VARIABLE
 from ramoe_megatron.recipe.output import Progress, parse_progress
-from ramoe_megatron.recipe.processes import MARK, SaveRequest, Started, end_early, end_processes, ignore_warning
+from ramoe_megatron.recipe.processes import (
+    MARK,
+    SaveRequest,
+    Started,
+    end_early,
+    end_processes,
+    ignore_warning,
+)
 
 GRACE_SECONDS = 15.0  # between TERM and KILL
 
@@ -44,26 +51,39 @@ class Place:
         """
         if nodes == 1:
             return cls()
-        node = next((environment[name] for name in ("NODE_RANK", "SLURM_NODEID", "GROUP_RANK") if environment.get(name)), None)
+        node = next(
+            (
+                environment[name]
+                for name in ("NODE_RANK", "SLURM_NODEID", "GROUP_RANK")
+                if environment.get(name)
+            ),
+            None,
+        )
         address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", "29500")
         if node is None or not address:
             raise RamoeError(
-                f"{nodes} nodes, but the environment does not say which one this is: start the same command once on "
-                f"each node, with "
-                "NODE_RANK (Slurm sets SLURM_NODEID) and MASTER_ADDR, the name of node 0, set"
+                f"{nodes} nodes, but the environment does not say which one this is: "
+                "start the same command once on each node, with NODE_RANK (Slurm sets SLURM_NODEID) and "
+                "MASTER_ADDR, the name of node 0, set"
             )
         if not node.isdigit() or int(node) >= nodes or not port.isdigit():
-            raise RamoeError(f"node rank {node} of {nodes} nodes and MASTER_PORT {port}: expected a rank below {nodes} and a number")
+            raise RamoeError(
+                f"node rank {node} of {nodes} nodes and MASTER_PORT {port}: "
+                f"expected a rank below {nodes} and a number"
+            )
         return cls(int(node), nodes, address, int(port))
 
     def refuse_taken(self, *offsets: int) -> None:
-        """Raise RamoeError if this is node 0 of several and a port (MASTER_PORT + offset) cannot be listened at.
+        """Raise RamoeError if this is node 0 of several and a port (MASTER_PORT + offset) cannot be listened
+        at.
 
         The ranks meet at MASTER_PORT itself, the nodes of a recipe at the next port.
         """
         for port in (self.port + offset for offset in offsets if self.nodes > 1 and self.node == 0):
             try:
-                with socket.socket() as probe:  # bound, not listening: another node may try to connect already
+                with (
+                    socket.socket() as probe
+                ):  # bound, not listening: another node may try to connect already
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     probe.bind(("", port))
             except (OSError, OverflowError) as error:
@@ -76,7 +96,8 @@ class Place:
             which += f" + 1, where the nodes of a recipe meet (MASTER_PORT is {self.port})"
         return RamoeError(
             f"port {port} of {self.address}, node 0, cannot be listened at ({error}). The port is {which}. "
-            "Set MASTER_PORT to another number, the same on every node; `ramoe run` needs the port after it too"
+            "Set MASTER_PORT to another number, the same on every node; "
+            "`ramoe run` needs the port after it too"
         )
 
 
@@ -94,10 +115,12 @@ def python_command(command: Sequence[str], ranks: int, place: Place = Place()) -
 
 
 def rank_environment(ranks: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Environment of a launch: the cores shared out among the ranks, lines written as they come; what the user set
-    stays."""
+    """Environment of a launch: the cores shared out among the ranks, lines written as they come; what the
+    user set stays."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if (given := environment.get("SLURM_CPUS_ON_NODE", "")).isdigit():  # what the job was given, where Slurm does not bind
+    if (
+        given := environment.get("SLURM_CPUS_ON_NODE", "")
+    ).isdigit():  # what the job was given, where Slurm does not bind
         cores = min(cores, int(given))
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cores // max(1, ranks))),
@@ -127,16 +150,19 @@ def launch(
     grace: float = GRACE_SECONDS,
     fork: Callable[[Mapping[str, str]], Started | None] | None = None,
 ) -> Outcome:
-    """Run a full command line to its end, its output appended to `log` (or passed to the terminal without one).
+    """Run a full command line to its end, its output appended to `log` (or passed to the terminal without
+    one).
 
-    On any exception, Ctrl-C included, and also after an ordinary end, every process that descends from the command is
-    ended: TERM, then KILL after `grace` seconds; a second Ctrl-C kills at once. `while_running` is called about twice
-    a second. `fork` starts the same with an environment and without the cost of imports, or gives None where it cannot; it needs a log.
+    On any exception, Ctrl-C included, and also after an ordinary end, every process that descends from the
+    command is ended: TERM, then KILL after `grace` seconds; a second Ctrl-C kills at once. `while_running` is
+    called about twice a second. `fork` starts the same with an environment and without the cost of imports,
+    or gives None where it cannot; it needs a log.
 
     The status is 2 when a rank has told the user an error (`RamoeError`); torchrun and the other ranks add
     nothing to it.
 
-    A command with Megatron's --exit-signal-handler is not ended by SIGTERM or SIGUSR1: its ranks are asked to save (`SaveRequest`).
+    A command with Megatron's --exit-signal-handler is not ended by SIGTERM or SIGUSR1: its ranks are asked to
+    save (`SaveRequest`).
     """
     mark = uuid.uuid4().hex
     started = time.monotonic()
@@ -150,7 +176,11 @@ def launch(
         if while_running and not saving.asked:
             while_running()
 
-    with _opened(log) as sink, tempfile.TemporaryDirectory() as scratch, saving.listening() if saves else contextlib.nullcontext():
+    with (
+        _opened(log) as sink,
+        tempfile.TemporaryDirectory() as scratch,
+        saving.listening() if saves else contextlib.nullcontext(),
+    ):
         note = Path(scratch) / "unfinished"
         if sink:
             sink.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(command)}\n".encode())
@@ -180,7 +210,10 @@ def launch(
         if unfinished:
             end_early()
     if saving.warned and not unfinished and status:
-        lines.append("ramoe: asked to save before an iteration was done: give the job more time than its start and the warning take")
+        lines.append(
+            "ramoe: asked to save before an iteration was done: give the job more time than its start and "
+            "the warning take"
+        )
         print(lines[-1], file=sys.stderr, flush=True)
     return Outcome(STATUS if unfinished else status, list(lines), time.monotonic() - started, unfinished)
 

@@ -1,5 +1,5 @@
-"""Reading a recipe: YAML, `--set` changes, and errors that name the file, the line, the key and the nearest valid
-key."""
+"""Reading a recipe: YAML, `--set` changes, and errors that name the file, the line, the key and the nearest
+valid key."""
 
 import difflib
 import re
@@ -27,7 +27,10 @@ class RecipeLoader(yaml.SafeLoader):
 _INTEGER = r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)"
 _FLOAT = r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
 _BOOLEAN = "true|True|TRUE|false|False|FALSE"
-_READ = {f"tag:yaml.org,2002:{kind}": pattern for kind, pattern in (("int", _INTEGER), ("float", _FLOAT), ("bool", _BOOLEAN))}
+_READ = {
+    f"tag:yaml.org,2002:{kind}": pattern
+    for kind, pattern in (("int", _INTEGER), ("float", _FLOAT), ("bool", _BOOLEAN))
+}
 _NOT_READ = {*_READ, "tag:yaml.org,2002:timestamp"}
 RecipeLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NOT_READ]
@@ -45,7 +48,9 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise RamoeError(f"{path}: the recipe cannot be read ({error.strerror}); give the path of a YAML recipe") from error
+        raise RamoeError(
+            f"{path}: the recipe cannot be read ({error.strerror}); give the path of a YAML recipe"
+        ) from error
     except UnicodeDecodeError as error:
         raise RamoeError(f"{path}: not UTF-8 text at byte {error.start}; save the recipe as UTF-8") from error
     try:
@@ -57,7 +62,9 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise RamoeError(f"{where}: this is no valid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(raw, dict):
-        raise RamoeError(f"{path}: expected a mapping with keys such as name, model and data, found {type(raw).__name__}")
+        raise RamoeError(
+            f"{path}: expected a mapping with keys such as name, model and data, found {type(raw).__name__}"
+        )
     for change in changes:
         refuse_unwritable(change, "--set")
         raw = set_value(raw, change)
@@ -77,7 +84,8 @@ def validate(raw: dict[str, Any], source: str, lines: dict[Location, int] | None
 def set_value(raw: dict[str, Any], change: str) -> dict[str, Any]:
     """A copy of `raw` with `key.path=value` applied; the value is YAML, a number in the path indexes a list.
 
-    Raises RamoeError when there is no `=`, the value is no YAML, or the path runs through something that is no mapping.
+    Raises RamoeError when there is no `=`, the value is no YAML, or the path runs through something that is
+    no mapping.
     """
     path, equals, text = change.partition("=")
     if not equals or not all(path.split(".")):
@@ -85,7 +93,9 @@ def set_value(raw: dict[str, Any], change: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, Loader=RecipeLoader)
     except (yaml.YAMLError, ValueError) as error:
-        raise RamoeError(f"--set {change}: the value is no valid YAML ({error.__class__.__name__}); quote it") from error
+        raise RamoeError(
+            f"--set {change}: the value is no valid YAML ({error.__class__.__name__}); quote it"
+        ) from error
     return _set(raw, path.split("."), value, change)
 
 
@@ -97,8 +107,12 @@ def _set(node: Any, keys: list[str], value: Any, change: str) -> Any:
         node = {}
     if isinstance(node, list):
         if not key.isdigit() or int(key) >= len(node):
-            raise RamoeError(f"--set {change}: {key} is no place in a list of {len(node)}; places count from 0")
-        return [_set(item, rest, value, change) if place == int(key) else item for place, item in enumerate(node)]
+            raise RamoeError(
+                f"--set {change}: {key} is no place in a list of {len(node)}; places count from 0"
+            )
+        return [
+            _set(item, rest, value, change) if place == int(key) else item for place, item in enumerate(node)
+        ]
     if not isinstance(node, dict):
         raise RamoeError(f"--set {change}: {key} lies under {node!r}, which holds no keys")
     return {**node, key: _set(node.get(key), rest, value, change)}

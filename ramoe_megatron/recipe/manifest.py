@@ -48,10 +48,11 @@ class Entry:
 class Manifest:
     """The record of one run folder, read on opening and written atomically at every change.
 
-    Several jobs of one recipe may each run a stage at the same time: a stage's entry is put into what the file holds by then.
+    Several jobs of one recipe may each run a stage at the same time: a stage's entry is put into what the
+    file holds by then.
 
-    `recipe`: its name; None takes the one that the file holds. Raises RamoeError when the folder holds another recipe's results, something
-    that is no run, or a damaged manifest.
+    `recipe`: its name; None takes the one that the file holds. Raises RamoeError when the folder holds
+    another recipe's results, something that is no run, or a damaged manifest.
     """
 
     def __init__(self, folder: Path, recipe: str | None) -> None:
@@ -60,9 +61,12 @@ class Manifest:
         self.flags: dict[str, Any] = {}
         if self.path.is_file():
             self._read()
-        elif folder.is_dir() and (found := sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))):
+        elif folder.is_dir() and (
+            found := sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        ):
             raise RamoeError(
-                f"{folder} is not empty ({', '.join(found[:5])}) and holds no manifest.json, so it is no run folder: give another --out"
+                f"{folder} is not empty ({', '.join(found[:5])}) and holds no manifest.json, "
+                "so it is no run folder: give another --out"
             )
 
     def _read(self) -> None:
@@ -70,23 +74,23 @@ class Manifest:
             raw = json.loads(self.path.read_text(encoding="utf-8"))
             if raw["format"] != FORMAT or raw["version"] != VERSION:
                 raise RamoeError(
-                    f"{self.path}: format {raw['format']} version {raw['version']}; this version reads {FORMAT} "
-                    f"version {VERSION}: "
-                    "give another --out"
+                    f"{self.path}: format {raw['format']} version {raw['version']}; "
+                    f"this version reads {FORMAT} version {VERSION}: give another --out"
                 )
             recipe, self.flags = raw["recipe"], raw["megatron_flags"]
             self.stages = {name: Entry(**entry) for name, entry in raw["stages"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, RamoeError):
                 raise
-            raise RamoeError(f"{self.path} is damaged ({error}): restore it, or move the folder aside and start anew") from error
+            raise RamoeError(
+                f"{self.path} is damaged ({error}): restore it, or move the folder aside and start anew"
+            ) from error
         if self.recipe is None:
             self.recipe = recipe
         if recipe != self.recipe:
             raise RamoeError(
-                f"{self.folder} holds the results of the recipe {recipe!r}, not of {self.recipe!r}: give another "
-                f"--out, or move the "
-                "folder aside"
+                f"{self.folder} holds the results of the recipe {recipe!r}, not of {self.recipe!r}: "
+                "give another --out, or move the folder aside"
             )
 
     def write(self) -> None:
@@ -137,7 +141,11 @@ class Manifest:
         fresh = self.current(stage)
         if fresh.settings != entry.settings:
             return "its settings changed"
-        changed = [name for name in fresh.inputs.keys() | entry.inputs.keys() if fresh.inputs.get(name) != entry.inputs.get(name)]
+        changed = [
+            name
+            for name in fresh.inputs.keys() | entry.inputs.keys()
+            if fresh.inputs.get(name) != entry.inputs.get(name)
+        ]
         if changed:
             return f"{sorted(changed)[0]} changed"
         for path in stage.outputs:
@@ -165,8 +173,13 @@ class Manifest:
         entry = self.stages[stage.name]
         if missing := [self.name(path) for path in stage.outputs if not path.exists()]:
             self.fail(stage)
-            raise RamoeError(f"{stage.name} ended without an error, but {missing[0]} is missing; see {self.folder / stage.log}")
-        entry.outputs = {self.name(path): "" for path in stage.outputs}  # the maker's mark is found through the names
+            raise RamoeError(
+                f"{stage.name} ended without an error, but {missing[0]} is missing; "
+                f"see {self.folder / stage.log}"
+            )
+        entry.outputs = {
+            self.name(path): "" for path in stage.outputs
+        }  # the maker's mark is found through the names
         entry.outputs = {self.name(path): self.digest(path) or "" for path in stage.outputs}
         entry.state, entry.ended = "done", now()
         self._record(stage, entry)
@@ -198,8 +211,8 @@ class Manifest:
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str = ".lock", patience: float = 0) -> Iterator[None]:
-    """Hold the run folder (or, by another `name`, a part of it). Raises RamoeError when another run still holds it after
-    `patience` seconds."""
+    """Hold the run folder (or, by another `name`, a part of it). Raises RamoeError when another run still
+    holds it after `patience` seconds."""
     import filelock
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,9 +220,13 @@ def locked(folder: Path, name: str = ".lock", patience: float = 0) -> Iterator[N
     try:
         lock.acquire(timeout=patience)
     except filelock.Timeout:
-        raise RamoeError(f"another run is at work in {folder}: wait for it to end, stop it, or give another --out") from None
+        raise RamoeError(
+            f"another run is at work in {folder}: wait for it to end, stop it, or give another --out"
+        ) from None
     except OSError as error:
-        raise RamoeError(f"{folder / name} cannot be locked ({error.strerror}): give an --out that you may write to") from error
+        raise RamoeError(
+            f"{folder / name} cannot be locked ({error.strerror}): give an --out that you may write to"
+        ) from error
     try:
         yield
     finally:

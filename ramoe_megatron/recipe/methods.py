@@ -9,7 +9,14 @@ from typing import Any, Literal, Self
 from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from ramoe_megatron.mcore.select.selective_options import READ_BY
-from ramoe_megatron.recipe.sections import AlignmentSection, Flags, Name, Section, SelectionSection, SteeringSection
+from ramoe_megatron.recipe.sections import (
+    AlignmentSection,
+    Flags,
+    Name,
+    Section,
+    SelectionSection,
+    SteeringSection,
+)
 
 
 @dataclass(frozen=True)
@@ -48,9 +55,10 @@ METHODS: dict[str, MethodEntry] = {
     ),
     "sara": MethodEntry(
         "method", ALL, "1.5 x JS(anchor prior || pooled routing), mean over the zone", "arXiv 2606.25821",
-        "stated: symmetric JS, 1.5, prompt and response pooled, constant anchor priors, data of anchor-correct examples; ours: those "
-        "alone are aligned while all train, as in the other methods, and the mean is over all samples of the batch, so that one without "
-        "a prior counts 0",
+        "stated: symmetric JS, 1.5, prompt and response pooled, constant anchor priors, "
+        "data of anchor-correct examples; ours: those alone are aligned while all train, "
+        "as in the other methods, and the mean is over all samples of the batch, "
+        "so that one without a prior counts 0",
         {
             "coeff": 1.5, "divergence": "js", "target": "example", "tokens": "all", "pooling": "sequence", "examples": "ci+cc",
             "normalize": "samples", "missing-priors": "skip", **PLAIN,
@@ -59,9 +67,9 @@ METHODS: dict[str, MethodEntry] = {
     "xlr": MethodEntry(
         "method", ALL, "KL(English || target) of mean-pooled routing of parallel text, as large as the LM loss at the start",
         "arXiv 2610.01921",
-        "stated: KL, gradient through the target side only, middle layers, start at parity; ours: the direction of the KL, the English "
-        "view run beside each sample without a loss of its own (twice the batch), parity measured on the first batch with an "
-        "aligned sample",
+        "stated: KL, gradient through the target side only, middle layers, start at parity; ours: "
+        "the direction of the KL, the English view run beside each sample without a loss of its own (twice "
+        "the batch), parity measured on the first batch with an aligned sample",
         {
             "coeff": 1, "divergence": "kl", "target": "paired", "tokens": "all", "pooling": "sequence", "examples": "all",
             "normalize": "samples", "missing-priors": "refuse", **PLAIN, "coeff-unit": "lm-loss",
@@ -73,14 +81,16 @@ METHODS: dict[str, MethodEntry] = {
     ),
     "steering-hard": MethodEntry(
         "method", "nothing", "at inference: task experts' logits above the largest", "arXiv 2510.04694, eq. 5",
-        "the noise is drawn once per layer and expert, and only upwards, so that the layout changes nothing; refused for routers that "
-        "choose by more than the order of the logits (sigmoid scores, expert biases, groups), which the paper does not have",
+        "the noise is drawn once per layer and expert, and only upwards, "
+        "so that the layout changes nothing; refused for routers that choose by more than the order of the "
+        "logits (sigmoid scores, expert biases, groups), which the paper does not have",
         steering={"steer": "hard"},
     ),
     "rise": MethodEntry(
         "method", "experts chosen by specificity (shallow, deep) and overlap (middle)", "nothing", "arXiv 2604.03592",
-        "several target languages: the mean of their specificity; the anchor is among the languages of the means; a layer whose middle "
-        "lies on a border is of the middle zone; the budget's split over depth, by the layers of each zone unless it is given",
+        "several target languages: the mean of their specificity; the anchor is among the languages of the "
+        "means; a layer whose middle lies on a border is of the middle zone; "
+        "the budget's split over depth, by the layers of each zone unless it is given",
         selection={"train": "rise"},
     ),
     "esft-gate": MethodEntry(
@@ -117,7 +127,9 @@ METHODS: dict[str, MethodEntry] = {
 }  # fmt: skip
 
 
-def preset_changes(names: list[str], section: Literal["alignment", "selection", "steering"]) -> dict[str, Any] | None:
+def preset_changes(
+    names: list[str], section: Literal["alignment", "selection", "steering"]
+) -> dict[str, Any] | None:
     """The changes of several named methods to one section; None where none of them has any.
 
     Raises:
@@ -128,7 +140,10 @@ def preset_changes(names: list[str], section: Literal["alignment", "selection", 
         changes = getattr(METHODS[name], section)
         for key, value in (changes or {}).items():
             if found and key in found and found[key] != value:
-                raise ValueError(f"{' and '.join(names)} do not combine: they ask for {section}.{key} {found[key]} and {value}")
+                raise ValueError(
+                    f"{' and '.join(names)} do not combine: they ask for {section}.{key} {found[key]} and "
+                    f"{value}"
+                )
         if changes is not None and (changes or section == "alignment"):
             found = {**(found or {}), **changes}
     return found
@@ -157,36 +172,58 @@ class Method(Section):
     @classmethod
     def _not_base(cls, name: str) -> str:
         if name == "base" or re.search(r"-seed\d+$", name):
-            raise ValueError(f"a method cannot be called {name!r}: base and the ending -seedK name the run folder's own files")
+            raise ValueError(
+                f"a method cannot be called {name!r}: base and the ending -seedK name the run folder's own "
+                "files"
+            )
         return name
 
     @model_validator(mode="after")
     def _presets(self) -> Self:
         for name in self.preset or []:
             if name not in METHODS:
-                raise ValueError(f"method {self.name}: no preset {name!r}; expected names of `ramoe methods`: {', '.join(METHODS)}")
+                raise ValueError(
+                    f"method {self.name}: no preset {name!r}; expected names of `ramoe methods`: "
+                    f"{', '.join(METHODS)}"
+                )
         if self.model_fields_set == {"name"} and not self.presets:
             near = difflib.get_close_matches(self.name, METHODS, n=1)
             own = f"expected {', '.join(METHODS)}, or a method of your own with a preset or a section"
             meant = f"did you mean {near[0]}?" if near else own
-            raise ValueError(f"methods: {self.name!r} is no name of `ramoe methods`, and it changes nothing: {meant}")
+            raise ValueError(
+                f"methods: {self.name!r} is no name of `ramoe methods`, and it changes nothing: {meant}"
+            )
         if self.presets and self.steered and (len(self.presets) > 1 or not METHODS[self.presets[0]].steering):
-            raise ValueError(f"method {self.name}: steering acts at inference; name the trained method that it acts on by `on`")
+            raise ValueError(
+                f"method {self.name}: steering acts at inference; name the trained method that it acts on by "
+                "`on`"
+            )
         if self.on is not None and not self.steered:
             raise ValueError(f"method {self.name}: only a steering method acts `on` another one")
         if self.steered and (found := {"train", "alignment", "selection"} & self.model_fields_set):
-            raise ValueError(f"method {self.name}: steering trains nothing, so {', '.join(sorted(found))} has no meaning")
+            raise ValueError(
+                f"method {self.name}: steering trains nothing, so {', '.join(sorted(found))} has no meaning"
+            )
         self._refuse_absorbed()
         self._refuse_unread()
         return self
 
     def _refuse_absorbed(self) -> None:
         """Of two losses, or of all weights and some, one would be dropped without a word."""
-        losses = [name for name in self.presets if METHODS[name].kind == "method" and METHODS[name].alignment is not None]
+        losses = [
+            name
+            for name in self.presets
+            if METHODS[name].kind == "method" and METHODS[name].alignment is not None
+        ]
         if len(losses) > 1:
-            raise ValueError(f"method {self.name}: {' and '.join(losses)} do not combine: each is a loss of its own")
+            raise ValueError(
+                f"method {self.name}: {' and '.join(losses)} do not combine: each is a loss of its own"
+            )
         if "sft" in self.presets and len(self.presets) > 1:
-            raise ValueError(f"method {self.name}: sft is all weights and no further loss, so it combines with nothing: leave it out")
+            raise ValueError(
+                f"method {self.name}: sft is all weights and no further loss, so it combines with nothing: "
+                "leave it out"
+            )
 
     def _refuse_unread(self) -> None:
         """Raise ValueError for a key of this method's steering that nothing would read."""
@@ -214,12 +251,16 @@ class Method(Section):
     def aligns(self) -> bool:
         """Whether the alignment's flags are given (with coefficient 0 they change nothing)."""
         own = "alignment" in self.model_fields_set
-        return not self.steered and (own or not self.presets or preset_changes(self.presets, "alignment") is not None)
+        return not self.steered and (
+            own or not self.presets or preset_changes(self.presets, "alignment") is not None
+        )
 
     def alignment_of(self, given: AlignmentSection, seed: int) -> AlignmentSection:
         """The recipe's alignment with the changes of the presets, and then the method's own; `seed`: of the fine-tune."""
         if not self.aligns:
-            trained = self.selection_of(SelectionSection()).train == "task-experts"  # which experts these are, the alignment's section says
+            trained = (
+                self.selection_of(SelectionSection()).train == "task-experts"
+            )  # which experts these are, the alignment's section says
             kept = {"select", "select_tokens"} if trained else set()
             return AlignmentSection.model_validate(given.model_dump(by_alias=True, include=kept))
         preset = preset_changes(self.presets, "alignment") or {}
@@ -241,7 +282,11 @@ class Method(Section):
     def _what_was_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the defaults of its sections: read again, they would pass for changes."""
         written = handler(self)
-        for key in ("alignment", "selection", "steering"):  # a null that is given takes the recipe's value back
+        for key in (
+            "alignment",
+            "selection",
+            "steering",
+        ):  # a null that is given takes the recipe's value back
             written[key] = getattr(self, key).model_dump(by_alias=True, exclude_unset=True)
         return {key: value for key, value in written.items() if value not in ({}, None)}
 

@@ -1,8 +1,8 @@
 """A recipe on several nodes: node 0 decides which stages run, the others start their ranks of each.
 
-`ramoe run` is started once on every node. Node 0 listens on MASTER_PORT + 1; the others connect and are told each
-stage's command. A closed connection ends them, so that nothing waits for a node that has gone. All nodes see the run
-folder under one path.
+`ramoe run` is started once on every node. Node 0 listens on MASTER_PORT + 1; the others connect and are told
+each stage's command. A closed connection ends them, so that nothing waits for a node that has gone. All nodes
+see the run folder under one path.
 """
 
 import contextlib
@@ -46,14 +46,16 @@ class Leader:
                 except TimeoutError:
                     self._close()
                     raise RamoeError(
-                        f"{len(self._followers) + 1} of {self.place.nodes} nodes came within {self.patience:.0f} s: "
-                        f"start the same "
-                        f"command on every node, and let port {self.place.port + 1} of {self.place.address} be reached"
+                        f"{len(self._followers) + 1} of {self.place.nodes} nodes came within "
+                        f"{self.patience:.0f} s: start the same command on every node, "
+                        f"and let port {self.place.port + 1} of {self.place.address} be reached"
                     ) from None
                 self._followers.append(follower)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self._send(b"null\n")
         self._close()
@@ -89,9 +91,11 @@ class Leader:
 
 
 def follow(place: Place, folder: Path, patience: float = CONNECT_SECONDS) -> int:
-    """The other nodes' side: run what node 0 tells until it closes the connection. Logs go to logs/STAGE.node-K.log.
+    """The other nodes' side: run what node 0 tells until it closes the connection. Logs go to
+    logs/STAGE.node-K.log.
 
-    Returns 0, or 75 when a training stopped early to go on later. Raises RamoeError when a stage fails here, or node 0 has gone.
+    Returns 0, or 75 when a training stopped early to go on later. Raises RamoeError when a stage fails here,
+    or node 0 has gone.
     """
     with _connected(place, patience) as link:
         for order in _orders(link, place):
@@ -101,11 +105,15 @@ def follow(place: Place, folder: Path, patience: float = CONNECT_SECONDS) -> int
             own_log = log.with_suffix(f".node-{place.node}.log")
             outcome = launch(command, environment, own_log, while_running=lambda: _look(link, "node 0"))
             if outcome.unfinished:
-                _await_end(link)  # this node's ranks may end first, and node 0 takes a closed connection for a lost node
+                _await_end(
+                    link
+                )  # this node's ranks may end first, and node 0 takes a closed connection for a lost node
                 return outcome.status
             if outcome.status:
                 text, _ = relevant_lines(outcome.last_lines)
-                raise RamoeError("\n  ".join([f"{log.stem} failed on node {place.node}:", *text, f"log: {own_log}"]))
+                raise RamoeError(
+                    "\n  ".join([f"{log.stem} failed on node {place.node}:", *text, f"log: {own_log}"])
+                )
     return 0
 
 
@@ -125,7 +133,8 @@ def _connected(place: Place, patience: float) -> Iterator[socket.socket]:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise RamoeError(
-                    f"node 0 ({place.address}, port {place.port + 1}) does not answer ({error}): start the same command there"
+                    f"node 0 ({place.address}, port {place.port + 1}) does not answer ({error}): "
+                    "start the same command there"
                 ) from error
             time.sleep(0.2)
     with link:

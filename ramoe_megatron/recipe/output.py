@@ -9,8 +9,8 @@ ERROR_PREFIX = "ramoe: error: "
 _ITERATION = re.compile(r" iteration\s+(\d+)/\s*(\d+) \|(.*)")
 _LOSS = re.compile(r"(lm loss|routing_alignment_loss): ([-+.\dEe]+)")
 _RANK = re.compile(r"^\[rank\d+\]: ?")
-# An exception's last line, with the rank that torch may put before it; argparse's refusal of a flag; which ranks did not answer;
-# or what ended one.
+# An exception's last line, with the rank that torch may put before it; argparse's refusal of a flag; which
+# ranks did not answer; or what ended one.
 _EXCEPTION = re.compile(
     r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*|\S+: error: .*"
     r"|ramoe: (?:\w+: a collective|rank \d+ was ended by ).*)"
@@ -36,7 +36,9 @@ def parse_progress(line: str) -> Progress | None:
     if (start := line.find("RAMOE-PROGRESS ")) >= 0:
         try:
             told = json.loads(line[start + len("RAMOE-PROGRESS ") :])
-            return Progress(int(told["done"]), int(told["total"]), str(told["unit"]), str(told.get("note") or ""))
+            return Progress(
+                int(told["done"]), int(told["total"]), str(told["unit"]), str(told.get("note") or "")
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
             return None  # a line torn by another rank's output
     if match := _ITERATION.search(line):
@@ -48,8 +50,8 @@ def parse_progress(line: str) -> Progress | None:
 def relevant_lines(lines: Sequence[str]) -> tuple[list[str], bool]:
     """What of a failed job's last lines tells why, and whether it is a RamoeError (the user's to mend).
 
-    The text of the first RamoeError with its indented lines; or the exceptions that ranks raised; or the last lines,
-    without torchrun's own summary.
+    The text of the first RamoeError with its indented lines; or the exceptions that ranks raised; or the last
+    lines, without torchrun's own summary.
     """
     for place, line in enumerate(lines):
         if (start := line.find(ERROR_PREFIX)) >= 0:
@@ -61,8 +63,14 @@ def relevant_lines(lines: Sequence[str]) -> tuple[list[str], bool]:
             return text, True
     summary = next((place for place, line in enumerate(lines) if _SUMMARY.search(line)), len(lines))
     plain = [line for line in lines[:summary] if line.strip() and parse_progress(line) is None]
-    raised = [_with_source(match[1], plain[:place]) for place, line in enumerate(plain) if (match := _EXCEPTION.match(line))]
-    raised += [f"rank {rank} was ended by {name}" for rank, name in _KILLED.findall("\n".join(lines[summary:]))]
+    raised = [
+        _with_source(match[1], plain[:place])
+        for place, line in enumerate(plain)
+        if (match := _EXCEPTION.match(line))
+    ]
+    raised += [
+        f"rank {rank} was ended by {name}" for rank, name in _KILLED.findall("\n".join(lines[summary:]))
+    ]
     return (list(dict.fromkeys(raised))[-3:] or plain[-12:]), False
 
 

@@ -1,8 +1,9 @@
 """From a recipe to its ordered stages: which command, what it reads, what it writes.
 
-Order: data, pretrain, taxonomy, profile, with several anchors priors/LANGUAGE and anchors/LANGUAGES-TOKENS, evaluate/base,
-predict, finetune/METHOD-seedK, evaluate/METHOD-seedK, results, report: what the base model can do, and whether alignment
-has anything to gain, is known before anything is fine-tuned. Methods that steer at inference have an evaluation and no fine-tune.
+Order: data, pretrain, taxonomy, profile, with several anchors priors/LANGUAGE and anchors/LANGUAGES-TOKENS,
+evaluate/base, predict, finetune/METHOD-seedK, evaluate/METHOD-seedK, results, report: what the base model can
+do, and whether alignment has anything to gain, is known before anything is fine-tuned. Methods that steer at
+inference have an evaluation and no fine-tune.
 """
 
 import dataclasses
@@ -40,7 +41,16 @@ def make_plan(recipe: Recipe, out: Path, recipe_folder: Path) -> list[Stage]:
     offline = [*profiling, evaluate_stage(plan, "base", None, plan.base), predict_stage(plan)]
     tunings = [finetune_stage(plan, method, seed) for method, seed in fine_tunings(plan)]
     evaluations = [evaluate_stage(plan, *run) for run in evaluated(plan)]
-    return [*generated, *pretraining, *offline, *tunings, *searches(plan), *evaluations, _results(plan), _report(plan)]
+    return [
+        *generated,
+        *pretraining,
+        *offline,
+        *tunings,
+        *searches(plan),
+        *evaluations,
+        _results(plan),
+        _report(plan),
+    ]
 
 
 class PlanContext:
@@ -60,7 +70,11 @@ class PlanContext:
             )
         self.tokenizer, self.tokenizer_files = self._tokenizer(generated / "tokenizer.model")
         self.base = self._base()
-        given = find_path(recipe.profile.experts, recipe_folder, "profile.experts") if recipe.profile.experts else None
+        given = (
+            find_path(recipe.profile.experts, recipe_folder, "profile.experts")
+            if recipe.profile.experts
+            else None
+        )
         self.expert_files = _expert_files(recipe, out)
         self.experts = given or self.expert_files["all"]
         self.priors = _priors(recipe, out)
@@ -74,25 +88,30 @@ class PlanContext:
         folder = find_path(self.recipe.checkpoint, self.recipe_folder, "checkpoint")
         if folder is None or not (folder / CHECKPOINT_MARK).is_file():
             raise RamoeError(
-                f"checkpoint: {self.recipe.checkpoint} holds no {CHECKPOINT_MARK}, so it is no Megatron checkpoint "
-                f"folder: "
-                "give the folder that Megatron's --save wrote"
+                f"checkpoint: {self.recipe.checkpoint} holds no {CHECKPOINT_MARK}, "
+                "so it is no Megatron checkpoint folder: give the folder that Megatron's --save wrote"
             )
         return folder
 
     def _tokenizer(self, generated: Path) -> tuple[dict[str, FlagValue], list[Path]]:
         if self.recipe.tokenizer is None:
-            return {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": str(generated)}, [generated]
+            return {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": str(generated)}, [
+                generated
+            ]
         flags, files = dict(self.recipe.tokenizer), []
         for name in ("tokenizer-model", "vocab-file", "merge-file"):
-            if isinstance(value := flags.get(name), str) and (path := find_path(value, self.recipe_folder, f"tokenizer.{name}")):
+            if isinstance(value := flags.get(name), str) and (
+                path := find_path(value, self.recipe_folder, f"tokenizer.{name}")
+            ):
                 flags[name] = str(path)
                 files.append(path)
         return flags, files
 
     def experts_of(self, alignment: AlignmentSection) -> Path:
         """The expert file that a method aligns by."""
-        return self.experts if alignment.select_tokens == "all" else self.expert_files[alignment.select_tokens]
+        return (
+            self.experts if alignment.select_tokens == "all" else self.expert_files[alignment.select_tokens]
+        )
 
     def checkpoint(self, name: str) -> Path:
         return self.out / "checkpoints" / name
@@ -120,7 +139,9 @@ class PlanContext:
             "columns": [*columns] or None,
             **options,
         }
-        paths: dict[str, list[Scalar]] = {f"ramoe-{key}": [str(path) for path in group] for key, group in files.items() if group}
+        paths: dict[str, list[Scalar]] = {
+            f"ramoe-{key}": [str(path) for path in group] for key, group in files.items() if group
+        }
         words = [
             *render(merged),
             *render(places),
@@ -146,7 +167,9 @@ class PlanContext:
     def scoring(self) -> dict[str, FlagValue]:
         return {name: value for name, value in self.recipe.train.items() if name in SCORING}
 
-    def training(self, name: str, flags: Mapping[str, FlagValue], seed: int) -> tuple[dict[str, FlagValue], dict[str, FlagValue]]:
+    def training(
+        self, name: str, flags: Mapping[str, FlagValue], seed: int
+    ) -> tuple[dict[str, FlagValue], dict[str, FlagValue]]:
         # Megatron saves at the end only when an interval is set.
         interval = {"save-interval": flags.get("train-iters")} if "save-interval" not in flags else {}
         places: dict[str, FlagValue] = {
@@ -155,7 +178,9 @@ class PlanContext:
             "tensorboard-dir": str(self.curves(name)),
         }
         # A job near its time limit saves and goes back into the queue.
-        handler: dict[str, FlagValue] = {"exit-signal-handler": True} if self.recipe.launch.launcher == "slurm" else {}
+        handler: dict[str, FlagValue] = (
+            {"exit-signal-handler": True} if self.recipe.launch.launcher == "slurm" else {}
+        )
         return {**flags, **interval, **handler, "seed": seed}, places
 
     def languages(self) -> FlagValue:
@@ -163,7 +188,10 @@ class PlanContext:
 
     def offline(self, checkpoint: Path | None = None, folder: str = ".") -> dict[str, FlagValue]:
         batch = self.recipe.launch.batch_tokens
-        places: dict[str, FlagValue] = {"load": str(checkpoint or self.base), "ramoe-output": str(self.out / folder)}
+        places: dict[str, FlagValue] = {
+            "load": str(checkpoint or self.base),
+            "ramoe-output": str(self.out / folder),
+        }
         return {**places, "ramoe-batch-tokens": batch}
 
     def answer_tokens(self) -> int | None:
@@ -175,14 +203,19 @@ def _priors(recipe: Recipe, out: Path) -> dict[str, Path]:
     needed = [a.tokens for a in map(recipe.alignment_of, recipe.methods) if a.target == "example"]
     if recipe.profile.save_priors is False:
         return {}
-    tokens = list(dict.fromkeys([*([recipe.profile.tokens or "last"] if recipe.profile.save_priors else []), *needed]))
+    tokens = list(
+        dict.fromkeys([*([recipe.profile.tokens or "last"] if recipe.profile.save_priors else []), *needed])
+    )
     return {choice: out / name for choice, name in files_by_tokens("priors", tokens).items()}
 
 
 def _expert_files(recipe: Recipe, out: Path) -> dict[str, Path]:
     """By token choice, the expert file of that choice: of all tokens, and those that the methods need."""
     needed = [recipe.alignment_of(method).select_tokens for method in recipe.methods]
-    return {choice: out / name for choice, name in files_by_tokens("experts", list(dict.fromkeys(["all", *needed]))).items()}
+    return {
+        choice: out / name
+        for choice, name in files_by_tokens("experts", list(dict.fromkeys(["all", *needed]))).items()
+    }
 
 
 def weights_option(weights: Mapping[str, float]) -> FlagValue:
@@ -193,7 +226,8 @@ def weights_option(weights: Mapping[str, float]) -> FlagValue:
 
 
 def find_path(name: str, recipe_folder: Path, key: str) -> Path | None:
-    """A path in a recipe: relative to the recipe's folder, or else to the working directory; None for a hub name.
+    """A path in a recipe: relative to the recipe's folder, or else to the working directory; None for a hub
+    name.
 
     Raises RamoeError when it is absent and can be no hub name.
     """
@@ -201,7 +235,9 @@ def find_path(name: str, recipe_folder: Path, key: str) -> Path | None:
         if candidate.exists():
             return candidate.resolve()
     if name.endswith(LOCAL_SUFFIXES) or name.startswith((".", "/", "~")) or "/" not in name:
-        raise RamoeError(f"{key}: {name} exists neither in {recipe_folder.resolve()} nor in {Path.cwd()}: correct the path")
+        raise RamoeError(
+            f"{key}: {name} exists neither in {recipe_folder.resolve()} nor in {Path.cwd()}: correct the path"
+        )
     return None
 
 
@@ -211,14 +247,25 @@ def data_stage(recipe: Recipe, out: Path, recipe_folder: Path) -> Stage:
     Raises RamoeError for a wrong setting of the embedded world or of SIB-200, or an absent source folder.
     """
     data, out = recipe.data, out / "data"
-    job, config = ("world", _world(recipe)) if data.world is not None else ("sib200", _sib200(recipe, recipe_folder))
+    job, config = (
+        ("world", _world(recipe)) if data.world is not None else ("sib200", _sib200(recipe, recipe_folder))
+    )
     told = {key: value for key, value in config.items() if key != "source"}
     return Stage(
         name="data",
-        command=(f"{JOBS}.generate", job, "--config", json.dumps(config, ensure_ascii=False), "--out", str(out)),
+        command=(
+            f"{JOBS}.generate",
+            job,
+            "--config",
+            json.dumps(config, ensure_ascii=False),
+            "--out",
+            str(out),
+        ),
         settings={"job": job, "config": told},
         inputs=(Path(config["source"]),) if job == "sib200" else (),
-        outputs=tuple(out / name for name in ("parallel.jsonl", "pretrain.jsonl", "general.jsonl", "tokenizer.model")),
+        outputs=tuple(
+            out / name for name in ("parallel.jsonl", "pretrain.jsonl", "general.jsonl", "tokenizer.model")
+        ),
         traces=(out / "weights.json",),
         ranks=0,
     )
@@ -256,7 +303,9 @@ def _config(key: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     from ramoe_megatron.data.config import config_from_mapping
 
     try:
-        return dataclasses.asdict(config_from_mapping(kind, {name.replace("-", "_"): value for name, value in values.items()}))
+        return dataclasses.asdict(
+            config_from_mapping(kind, {name.replace("-", "_"): value for name, value in values.items()})
+        )
     except RamoeError as error:
         raise RamoeError(f"{key}: {error}") from None
 
@@ -266,9 +315,14 @@ def _config(key: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def pretrain_stage(plan: PlanContext) -> Stage:
     flags, places = plan.training("base", plan.recipe.pretrain_flags(), plan.recipe.seed)
-    options: dict[str, FlagValue] = {"split": "train", "weights": weights_option(plan.recipe.data.pretrain_weights)}
+    options: dict[str, FlagValue] = {
+        "split": "train",
+        "weights": weights_option(plan.recipe.data.pretrain_weights),
+    }
     traces = [plan.curves("base")]
-    stage = plan.job("pretrain", "finetune", flags, options, {"data": plan.pretraining}, [plan.base], places, traces=traces)
+    stage = plan.job(
+        "pretrain", "finetune", flags, options, {"data": plan.pretraining}, [plan.base], places, traces=traces
+    )
     if plan.recipe.data.pretrain_weights or plan.recipe.data.files is not None:
         return stage
     return dataclasses.replace(stage, weights=plan.weights, inputs=(*stage.inputs, plan.weights))
@@ -295,7 +349,10 @@ def taxonomy_stage(plan: PlanContext) -> Stage:
 
 
 def profile_stage(plan: PlanContext) -> Stage:
-    settings, usage = plan.recipe.profile, any(plan.recipe.selection_of(method).train in READS_USAGE for method in plan.recipe.methods)
+    settings, usage = (
+        plan.recipe.profile,
+        any(plan.recipe.selection_of(method).train in READS_USAGE for method in plan.recipe.methods),
+    )
     options: dict[str, FlagValue] = {
         "split": settings.split,
         "languages": plan.languages(),
@@ -334,19 +391,26 @@ def predict_stage(plan: PlanContext) -> Stage:
     return plan.job("predict", "predict", plan.scoring(), options, files, outputs, plan.offline(), plan.base)
 
 
-# ---- several anchors: the routing of each further anchor, and for each example the anchor that it is pulled to ----
+# ---- several anchors: the routing of each further anchor, and for each example the anchor that it is pulled
+# to ----
 
 
 def anchors_stages(plan: PlanContext) -> list[Stage]:
     """First the profiles of the further anchors, then the choices between them. Raises RamoeError for one that the data will not hold."""
-    asked = [alignment for alignment in map(plan.recipe.alignment_of, plan.recipe.methods) if alignment.anchors]
+    asked = [
+        alignment for alignment in map(plan.recipe.alignment_of, plan.recipe.methods) if alignment.anchors
+    ]
     tokens: dict[str, dict[str, None]] = {}
     for alignment in asked:
         for language in alignment.anchors:
             tokens.setdefault(language, {})[alignment.tokens] = None
     _check_languages(plan, list(tokens))
     files = {language: _anchor_priors(plan, language, list(choices)) for language, choices in tokens.items()}
-    stages = {folder: _choice(plan, alignment, folder, files) for alignment in asked for folder in [_anchor_folder(plan, alignment)]}
+    stages = {
+        folder: _choice(plan, alignment, folder, files)
+        for alignment in asked
+        for folder in [_anchor_folder(plan, alignment)]
+    }
     return [*(_anchor_profile(plan, language, found) for language, found in files.items()), *stages.values()]
 
 
@@ -364,7 +428,10 @@ def _check_languages(plan: PlanContext, anchors: list[str]) -> None:
     absent = [language for language in anchors if known is not None and language not in known]
     if absent:
         held = ", ".join(known or [])
-        raise RamoeError(f"alignment.anchors: {', '.join(absent)} will not be in the data, which will have {held}: name some of these")
+        raise RamoeError(
+            f"alignment.anchors: {', '.join(absent)} will not be in the data, which will have {held}: "
+            "name some of these"
+        )
 
 
 def _anchor_folder(plan: PlanContext, alignment: AlignmentSection) -> Path:
@@ -372,7 +439,10 @@ def _anchor_folder(plan: PlanContext, alignment: AlignmentSection) -> Path:
 
 
 def _anchor_priors(plan: PlanContext, language: str, tokens: list[str]) -> dict[str, Path]:
-    return {choice: plan.out / "priors" / language / name for choice, name in files_by_tokens("priors", tokens).items()}
+    return {
+        choice: plan.out / "priors" / language / name
+        for choice, name in files_by_tokens("priors", tokens).items()
+    }
 
 
 def _anchor_profile(plan: PlanContext, language: str, files: dict[str, Path]) -> Stage:
@@ -385,19 +455,48 @@ def _anchor_profile(plan: PlanContext, language: str, files: dict[str, Path]) ->
         "save-priors": True,
     }
     places = plan.offline(folder=name)
-    return plan.job(name, "profile", plan.scoring(), options, {"data": plan.parallel}, list(files.values()), places, plan.base)
+    return plan.job(
+        name,
+        "profile",
+        plan.scoring(),
+        options,
+        {"data": plan.parallel},
+        list(files.values()),
+        places,
+        plan.base,
+    )
 
 
-def _choice(plan: PlanContext, alignment: AlignmentSection, folder: Path, files: dict[str, dict[str, Path]]) -> Stage:
+def _choice(
+    plan: PlanContext, alignment: AlignmentSection, folder: Path, files: dict[str, dict[str, Path]]
+) -> Stage:
     """`ramoe anchors`."""
     anchor = plan.recipe.data.anchor_language
-    priors = {anchor: plan.priors[alignment.tokens], **{language: files[language][alignment.tokens] for language in alignment.anchors}}
+    priors = {
+        anchor: plan.priors[alignment.tokens],
+        **{language: files[language][alignment.tokens] for language in alignment.anchors},
+    }
     taxonomy = plan.out / "taxonomy.jsonl"
     named = [word for language, path in priors.items() for word in ("--priors", f"{language}={path}")]
-    words = ["--taxonomy", str(taxonomy), "--anchor", anchor, "--split", ANCHOR_SPLIT, *named, "--out", str(folder)]
+    words = [
+        "--taxonomy",
+        str(taxonomy),
+        "--anchor",
+        anchor,
+        "--split",
+        ANCHOR_SPLIT,
+        *named,
+        "--out",
+        str(folder),
+    ]
     return Stage(
         name=f"anchors/{folder.name}",
-        command=("ramoe_megatron.cli", "anchors", *words, "--replace"),  # its own files, when it was interrupted
+        command=(
+            "ramoe_megatron.cli",
+            "anchors",
+            *words,
+            "--replace",
+        ),  # its own files, when it was interrupted
         settings={"anchors": list(priors), "split": ANCHOR_SPLIT},
         inputs=(taxonomy, taxonomy.with_suffix(".json"), *priors.values()),
         outputs=tuple(folder / name for name in ANCHOR_FILES),
@@ -410,19 +509,25 @@ def _choice(plan: PlanContext, alignment: AlignmentSection, folder: Path, files:
 
 def fine_tunings(plan: PlanContext) -> list[tuple[Method, int]]:
     """Method and seed of each fine-tune, seed by seed."""
-    return [(method, seed) for seed in plan.recipe.seeds for method in plan.recipe.methods if not method.steered]
+    return [
+        (method, seed) for seed in plan.recipe.seeds for method in plan.recipe.methods if not method.steered
+    ]
 
 
 def evaluated(plan: PlanContext) -> list[tuple[str, int | None, Path, Method | None]]:
     """Name, seed, checkpoint and, of steering, the method of each evaluation but the base model's."""
     found: list[tuple[str, int | None, Path, Method | None]] = [
-        (method.name, seed, plan.checkpoint(f"{method.name}-seed{seed}"), None) for method, seed in fine_tunings(plan)
+        (method.name, seed, plan.checkpoint(f"{method.name}-seed{seed}"), None)
+        for method, seed in fine_tunings(plan)
     ]
     for method in plan.recipe.methods:
         if method.steered and method.on is None:
             found.append((method.name, None, plan.base, method))
         elif method.steered:
-            found += [(method.name, seed, plan.checkpoint(f"{method.on}-seed{seed}"), method) for seed in plan.recipe.seeds]
+            found += [
+                (method.name, seed, plan.checkpoint(f"{method.on}-seed{seed}"), method)
+                for seed in plan.recipe.seeds
+            ]
     return found
 
 
@@ -438,7 +543,11 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
     selection = plan.recipe.selection_of(method)
     if method.aligns:
         files |= {"experts": [plan.experts_of(alignment)], **labels_of(plan, alignment)}
-        files |= {"layer-weights": [plan.out / "divergence.csv"]} if alignment.layer_weights == "divergence" else {}
+        files |= (
+            {"layer-weights": [plan.out / "divergence.csv"]}
+            if alignment.layer_weights == "divergence"
+            else {}
+        )
         options |= alignment.model_dump(by_alias=True, exclude={"anchors", "select", "select_tokens"})
         options["layer-weights"] = None  # the flag's value is the curve's file
     if selection.train != "all":
@@ -499,7 +608,9 @@ def evaluate_stage(
         "seed": seed,
         "max-new-tokens": plan.answer_tokens(),
     }
-    if any("coeff-zero" in other.presets for other in plan.recipe.methods):  # which has to end with the weights of sft
+    if any(
+        "coeff-zero" in other.presets for other in plan.recipe.methods
+    ):  # which has to end with the weights of sft
         options["weights-digest"] = method == "sft" or "coeff-zero" in plan.recipe.presets_of(method)
     files: Files = {"data": plan.parallel, "experts": [plan.experts]}
     if steered is not None:
@@ -511,7 +622,9 @@ def evaluate_stage(
             options |= {"steer-strength": steering.steer_strength} if steering.steer == "soft" else {}
     outputs = [plan.out / "evaluations" / f"{name}{suffix}" for suffix in (".json", ".jsonl")]
     places = plan.offline(checkpoint, "evaluations")
-    return plan.job(f"evaluate/{name}", "evaluate", plan.scoring(), options, files, outputs, places, checkpoint)
+    return plan.job(
+        f"evaluate/{name}", "evaluate", plan.scoring(), options, files, outputs, places, checkpoint
+    )
 
 
 # ---- the results ----
@@ -534,7 +647,14 @@ def _results(plan: PlanContext) -> Stage:
 
 
 def _report(plan: PlanContext) -> Stage:
-    read = ("results.json", "taxonomy.json", "experts.safetensors", "divergence.csv", "predict.json", "recipe.yaml")
+    read = (
+        "results.json",
+        "taxonomy.json",
+        "experts.safetensors",
+        "divergence.csv",
+        "predict.json",
+        "recipe.yaml",
+    )
     return Stage(
         name="report",
         command=("ramoe_megatron.report.write", "report", "--run", str(plan.out)),

@@ -28,9 +28,11 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """SIGTERM, SIGHUP and SIGUSR1 raise `Stopped`, so that the processes started here are ended on the way out.
+    """SIGTERM, SIGHUP and SIGUSR1 raise `Stopped`, so that the processes started here are ended on the way
+    out.
 
-    It names the first signal that came: after the warning, Slurm ends the nodes that are not done yet by a SIGTERM.
+    It names the first signal that came: after the warning, Slurm ends the nodes that are not done yet by a
+    SIGTERM.
     """
 
     def stop(number: int, _frame: object) -> None:
@@ -42,11 +44,12 @@ def stop_signals() -> Iterator[None]:
 
 
 class SaveRequest:
-    """SIGTERM and SIGUSR1, passed on to ranks that save a checkpoint and end by themselves (`--exit-signal-handler`).
+    """SIGTERM and SIGUSR1, passed on to ranks that save a checkpoint and end by themselves
+    (`--exit-signal-handler`).
 
-    They go to the ranks, not to torchrun, which would give them 30 seconds and then kill them. Each rank is asked once, also one that
-    starts only later: a second signal could meet it on its way out, its handler gone. A rank that has not set Megatron's handler yet just
-    ends.
+    They go to the ranks, not to torchrun, which would give them 30 seconds and then kill them. Each rank is
+    asked once, also one that starts only later: a second signal could meet it on its way out, its handler
+    gone. A rank that has not set Megatron's handler yet just ends.
     """
 
     def __init__(self, mark: str) -> None:
@@ -82,8 +85,8 @@ def _handling(numbers: Sequence[signal.Signals], handler: Callable[[int, object]
         yield
     finally:
         for number, old in zip(numbers, before, strict=True):
-            # A process that is asked to end does so with its own status: the node that ends first has Slurm send SIGTERM to the others,
-            # also while Python, which takes its handlers back early, leaves.
+            # A process that is asked to end does so with its own status: the node that ends first has Slurm
+            # send SIGTERM to the others, also while Python, which takes its handlers back early, leaves.
             signal.signal(number, signal.SIG_IGN if _came else old)
 
 
@@ -116,9 +119,9 @@ class Started(Protocol):
 def end_processes(process: Started, mark: str, grace: float) -> None:
     """End the command and all that descends from it.
 
-    torchrun starts each rank in a session of its own, so killing its process group would miss them: they are known by the
-    mark that they inherit in their environment (Linux). What a forked stage forks has the environment of the process that
-    it was forked from, and is known by its session.
+    torchrun starts each rank in a session of its own, so killing its process group would miss them: they are
+    known by the mark that they inherit in their environment (Linux). What a forked stage forks has the
+    environment of the process that it was forked from, and is known by its session.
     """
     if process.poll() is None:
         _signal_group(process.pid, signal.SIGTERM)
@@ -131,7 +134,9 @@ def end_processes(process: Started, mark: str, grace: float) -> None:
         while time.monotonic() < deadline and (process.poll() is None or _family(mark, process.pid)):
             time.sleep(0.1)
     finally:  # also on a second Ctrl-C
-        for _ in range(200):  # again, for a process that was forking while the first round was read; a busy machine is slow to end one
+        for _ in range(
+            200
+        ):  # again, for a process that was forking while the first round was read; a busy machine is slow to end one
             if process.poll() is None:
                 _signal_group(process.pid, signal.SIGKILL)
             left = _family(mark, process.pid)
@@ -160,7 +165,11 @@ def _family(mark: str, session: int) -> list[int]:
 def _ranks(mark: str, leader: int) -> list[int]:
     """Of those, the ranks that torchrun or a forked leader started, without what they started (loaders, the checkpoint's writers)."""
     family = _family_with_variables(mark, leader)
-    inside = {n for n, variables in family if any(v.startswith(b"LOCAL_RANK=") for v in variables) or _parent(n) == leader}
+    inside = {
+        n
+        for n, variables in family
+        if any(v.startswith(b"LOCAL_RANK=") for v in variables) or _parent(n) == leader
+    }
     return [number for number in inside if _parent(number) not in inside]
 
 

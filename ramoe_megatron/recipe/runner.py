@@ -34,11 +34,12 @@ def run_recipe(
     dry_run: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Run a recipe's stages into `out` (runs/NAME by default), or submit them where `launch.launcher` is slurm.
+    """Run a recipe's stages into `out` (runs/NAME by default), or submit them where `launch.launcher` is
+    slurm.
 
-    `first`: leave the stages before it as they are, and run it even if its result stands. `last`: end after it. Both
-    name a stage ("finetune/sft-seed1") or a kind ("finetune": its first or last stage). `dry_run` only tells what
-    would run.
+    `first`: leave the stages before it as they are, and run it even if its result stands. `last`: end after
+    it. Both name a stage ("finetune/sft-seed1") or a kind ("finetune": its first or last stage). `dry_run`
+    only tells what would run.
 
     Raises RamoeError for what the user can mend before anything starts, StageFailed when a stage fails.
     """
@@ -46,13 +47,21 @@ def run_recipe(
     recipe = load_recipe(path, changes)
     folder = (out or Path("runs") / recipe.name).resolve()
     submits = recipe.launch.launcher == "slurm"
-    flags.check_layout(recipe, None if submits else flags.cuda_devices(os.environ))  # a login node's devices say nothing
+    flags.check_layout(
+        recipe, None if submits else flags.cuda_devices(os.environ)
+    )  # a login node's devices say nothing
     plan = make_plan(recipe, folder, path.parent)
     begin, end = select_stages(plan, first, last)
     if submits:
         if dry_run:
             manifest = Manifest(folder, recipe.name)
-            chain.tell(plan[begin:end], chain.links(plan[begin:end], manifest, first is not None), recipe, manifest, console)
+            chain.tell(
+                plan[begin:end],
+                chain.links(plan[begin:end], manifest, first is not None),
+                recipe,
+                manifest,
+                console,
+            )
         else:
             _submit(recipe, path, plan, plan[begin:end], folder, first is not None, console)
         return
@@ -70,11 +79,19 @@ def run_recipe(
             chain.refuse_live(folder, manifest)
             chain.forget(folder)
             _prepare(recipe, path, plan, manifest)
-            run_stages(plan, begin, end, manifest, console, first is not None, place, leader, recipe.launch.at_once)
+            run_stages(
+                plan, begin, end, manifest, console, first is not None, place, leader, recipe.launch.at_once
+            )
 
 
 def _submit(
-    recipe: Recipe, path: Path, plan: Sequence[Stage], stages: Sequence[Stage], folder: Path, force: bool, console: Console
+    recipe: Recipe,
+    path: Path,
+    plan: Sequence[Stage],
+    stages: Sequence[Stage],
+    folder: Path,
+    force: bool,
+    console: Console,
 ) -> None:
     """Submit the stages as a chain of Slurm jobs."""
     with locked(folder, patience=LOCK_SECONDS):
@@ -105,8 +122,8 @@ def _places(plan: Sequence[Stage], name: str) -> list[int]:
 
 
 def _prepare(recipe: Recipe, path: Path, plan: Iterable[Stage], manifest: Manifest) -> None:
-    """Check Megatron's flags, move aside what the recipe no longer holds, write manifest.json and the resolved
-    recipe.yaml."""
+    """Check Megatron's flags, move aside what the recipe no longer holds, write manifest.json and the
+    resolved recipe.yaml."""
     names = digest_value({key: sorted(group) for key, group in flags.sections(recipe).items()})
     if manifest.flags != {"checked": names, "megatron": _megatron_version()}:
         flags.check_names(recipe, str(path), flags.megatron_flags())
@@ -117,7 +134,9 @@ def _prepare(recipe: Recipe, path: Path, plan: Iterable[Stage], manifest: Manife
         manifest.supersede(tuple(manifest.folder / output for output in manifest.stages[name].outputs), name)
         del manifest.stages[name]
     manifest.write()
-    resolved = yaml.safe_dump(recipe.model_dump(by_alias=True, exclude_none=True), sort_keys=False, allow_unicode=True)
+    resolved = yaml.safe_dump(
+        recipe.model_dump(by_alias=True, exclude_none=True), sort_keys=False, allow_unicode=True
+    )
     atomic_write_text(
         manifest.folder / "recipe.yaml",
         f"# Written by `ramoe run {path}`: the recipe with every default and --set.\n{resolved}",
@@ -130,7 +149,9 @@ def _megatron_version() -> str:
     return importlib.metadata.version("megatron-core")
 
 
-def _tell(stages: Sequence[Stage], manifest: Manifest, force_first: bool, console: Console, place: Place) -> None:
+def _tell(
+    stages: Sequence[Stage], manifest: Manifest, force_first: bool, console: Console, place: Place
+) -> None:
     """The dry run: each stage, whether it would run and why, and its command line."""
     import shlex
 

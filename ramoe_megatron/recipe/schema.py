@@ -1,7 +1,8 @@
 """What a recipe may say: one pydantic model a section, its keys written as in YAML (`max-new-tokens`).
 
-`model`, `train`, `parallel`, `pretrain` and `tokenizer` hold Megatron's flags under Megatron's own names without the
-leading dashes: `true` is a bare flag, `false` or `null` leaves the flag out, a list is several values.
+`model`, `train`, `parallel`, `pretrain` and `tokenizer` hold Megatron's flags under Megatron's own names
+without the leading dashes: `true` is a bare flag, `false` or `null` leaves the flag out, a list is several
+values.
 """
 
 import re
@@ -29,14 +30,22 @@ from ramoe_megatron.recipe.sections import (
 RULE = r"^(tau=-?[0-9.]+|top-m=[0-9]+)$"
 KEYS = {
     f"--ramoe-{key.alias}": f"{section}.{key.alias}"
-    for section, kind in (("alignment", AlignmentSection), ("selection", SelectionSection), ("steering", SteeringSection))
+    for section, kind in (
+        ("alignment", AlignmentSection),
+        ("selection", SelectionSection),
+        ("steering", SteeringSection),
+    )
     for key in kind.model_fields.values()
 }
 """By flag, the key of a recipe that is the same."""
 
 
 def _count_to_seeds(value: Any) -> Any:
-    return list(range(1, value + 1)) or [value] if isinstance(value, int) and not isinstance(value, bool) else value
+    return (
+        list(range(1, value + 1)) or [value]
+        if isinstance(value, int) and not isinstance(value, bool)
+        else value
+    )
 
 
 class Taxonomy(Section):
@@ -56,8 +65,8 @@ class Profile(Section):
     split: str = "train"
     """Split that the profile is measured on."""
     tokens: Literal["prompt", "response", "all", "last"] | None = None
-    """Tokens that the saved priors pool; those of the methods that need them when left out. (The divergence curve always pools all of a
-    sequence.)"""
+    """Tokens that the saved priors pool; those of the methods that need them when left out. (The divergence
+    curve always pools all of a sequence.)"""
     layers: str = "auto"
     """Alignment zone: auto (read off the divergence curve), FIRST-LAST or FRACTION-FRACTION."""
     experts: str | None = None
@@ -76,7 +85,11 @@ class Evaluate(Section):
 
 
 def _named(value: Any) -> Any:
-    return [{"name": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+    return (
+        [{"name": item} if isinstance(item, str) else item for item in value]
+        if isinstance(value, list)
+        else value
+    )
 
 
 class Recipe(Section):
@@ -123,12 +136,18 @@ class Recipe(Section):
     def _whole(self) -> Self:
         if (self.checkpoint is None) == (self.pretrain is None):
             found = "neither" if self.checkpoint is None else "both"
-            raise ValueError(f"give one of checkpoint (a base model) and pretrain (flags to train one); found {found}")
+            raise ValueError(
+                f"give one of checkpoint (a base model) and pretrain (flags to train one); found {found}"
+            )
         if self.data.files is not None:
             if self.tokenizer is None:
-                raise ValueError("data.files needs tokenizer: Megatron's flags, such as tokenizer-type and tokenizer-model")
+                raise ValueError(
+                    "data.files needs tokenizer: Megatron's flags, such as tokenizer-type and tokenizer-model"
+                )
             if self.pretrain is not None and not self.data.pretrain:
-                raise ValueError("pretrain with data.files needs data.pretrain: the files to train the base model on")
+                raise ValueError(
+                    "pretrain with data.files needs data.pretrain: the files to train the base model on"
+                )
         for what, values in (("methods", [method.name for method in self.methods]), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{what} names one twice: {', '.join(map(str, values))}")
@@ -136,38 +155,52 @@ class Recipe(Section):
             raise ValueError("launch.at-once is for one node, and without exit-signal-handler: set it to 1")
         if self.selection.train != "all" or self.steering.steer is not None:
             raise ValueError(
-                "selection.train and steering.steer belong to a method: name one that has them (router-only, steering-soft), or give them "
-                "in its own section"
+                "selection.train and steering.steer belong to a method: "
+                "name one that has them (router-only, steering-soft), or give them in its own section"
             )
         if low := [seed for seed in self.seeds if seed < 1]:
-            raise ValueError(f"seeds: found {low[0]}, expected whole numbers from 1: Megatron takes no others")
+            raise ValueError(
+                f"seeds: found {low[0]}, expected whole numbers from 1: Megatron takes no others"
+            )
         names = [method.name for method in self.methods]
         for method in self.methods:
             self._check_method(method, names)
         return self
 
     def _check_method(self, method: Method, names: Sequence[str]) -> None:
-        alignment, selection, told = self.alignment_of(method), self.selection_of(method), f"method {method.name}"
+        alignment, selection, told = (
+            self.alignment_of(method),
+            self.selection_of(method),
+            f"method {method.name}",
+        )
         if method.presets and method.aligns and alignment.coeff == 0 and "coeff-zero" not in method.presets:
             raise ValueError(f"{told} needs a coefficient: set alignment.coeff above 0 (0 is the method sft)")
-        if method.aligns and alignment.coeff and alignment.target == "example" and self.profile.tokens not in (None, alignment.tokens):
+        if (
+            method.aligns
+            and alignment.coeff
+            and alignment.target == "example"
+            and self.profile.tokens not in (None, alignment.tokens)
+        ):
             raise ValueError(
-                f"{told} aligns the tokens {alignment.tokens!r} to priors that pool {self.profile.tokens!r}: leave profile.tokens out, or "
-                "set it to the same"
+                f"{told} aligns the tokens {alignment.tokens!r} to priors that pool {self.profile.tokens!r}: "
+                "leave profile.tokens out, or set it to the same"
             )
         if alignment.target == "example" and self.profile.save_priors is False:
-            raise ValueError(f"{told} aligns to per-example targets, which are the priors: leave profile.save-priors out")
+            raise ValueError(
+                f"{told} aligns to per-example targets, which are the priors: leave profile.save-priors out"
+            )
         if alignment.select_tokens != "all" and self.profile.experts is not None:
             raise ValueError(
-                f"{told} asks for experts of the tokens {alignment.select_tokens!r}, which this run's profile finds, but "
-                "profile.experts gives another run's: leave out one of the two"
+                f"{told} asks for experts of the tokens {alignment.select_tokens!r}, "
+                "which this run's profile finds, but profile.experts gives another run's: "
+                "leave out one of the two"
             )
         if alignment.anchors:
             self._check_anchors(alignment, told)
         if alignment.layers.startswith(("outside:all", "outside:outside")):
             raise ValueError(
-                f"{told} takes the layers outside alignment.layers, which is {alignment.layers.removeprefix('outside:')!r}: give auto or a "
-                "range there"
+                f"{told} takes the layers outside alignment.layers, which is "
+                f"{alignment.layers.removeprefix('outside:')!r}: give auto or a range there"
             )
         try:
             self._check_options(alignment, selection)
@@ -185,23 +218,30 @@ class Recipe(Section):
     def _check_anchors(self, alignment: AlignmentSection, told: str) -> None:
         anchor, names = self.data.anchor_language, ", ".join(alignment.anchors)
         if alignment.target != "example":
-            one = {"profile": "the profile has one pattern a task", "paired": "a sample has one view beside it"}[alignment.target]
+            one = {
+                "profile": "the profile has one pattern a task",
+                "paired": "a sample has one view beside it",
+            }[alignment.target]
             raise ValueError(
-                f"{told} aligns to several anchors ({names}), but {one}, that of {anchor!r}: set alignment.target to example, or give "
-                "alignment.anchors in the sections of other methods"
+                f"{told} aligns to several anchors ({names}), but {one}, that of {anchor!r}: "
+                "set alignment.target to example, or give alignment.anchors in the sections of other methods"
             )
         if alignment.refresh_interval is not None:
             raise ValueError(
-                f"{told} aligns to several anchors ({names}), but a refresh scores {anchor!r} alone: leave out alignment.anchors or "
-                "alignment.refresh-interval"
+                f"{told} aligns to several anchors ({names}), but a refresh scores {anchor!r} alone: "
+                "leave out alignment.anchors or alignment.refresh-interval"
             )
         if anchor in alignment.anchors:
-            raise ValueError(f"{told}: alignment.anchors follow data.anchor, which is {anchor!r}: leave it out of them")
-        absent = [name for name in alignment.anchors if self.data.languages and name not in self.data.languages]
+            raise ValueError(
+                f"{told}: alignment.anchors follow data.anchor, which is {anchor!r}: leave it out of them"
+            )
+        absent = [
+            name for name in alignment.anchors if self.data.languages and name not in self.data.languages
+        ]
         if absent:
             raise ValueError(
-                f"{told}: alignment.anchors {', '.join(absent)} not in data.languages ({', '.join(self.data.languages or [])}), so no "
-                "example is scored in them: add them there"
+                f"{told}: alignment.anchors {', '.join(absent)} not in data.languages "
+                f"({', '.join(self.data.languages or [])}), so no example is scored in them: add them there"
             )
 
     def method(self, name: str) -> Method:
@@ -227,8 +267,8 @@ class Recipe(Section):
     def train_of(self, method: Method) -> dict[str, FlagValue]:
         """The recipe's training flags with the method's own changes.
 
-        For the target paired both batch sizes are doubled: half of the places are views, so every method trains on the same samples.
-        With coefficient 0 nothing is paired.
+        For the target paired both batch sizes are doubled: half of the places are views, so every method
+        trains on the same samples. With coefficient 0 nothing is paired.
         """
         flags = {**self.train, **method.train}
         alignment = self.alignment_of(method)

@@ -1,7 +1,7 @@
 """The sections of a recipe, their keys written as in YAML (`max-new-tokens`).
 
-`alignment`, `selection` and `steering` are the options of the jobs: the flags `--ramoe-NAME` under the same names, with the same types,
-defaults and rules.
+`alignment`, `selection` and `steering` are the options of the jobs: the flags `--ramoe-NAME` under the same
+names, with the same types, defaults and rules.
 """
 
 import dataclasses
@@ -56,11 +56,17 @@ RESERVED_FLAGS = {
 def _flags(flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
     for name, value in flags.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            raise ValueError(f"{name!r} is no flag name: write Megatron's flag without the leading dashes, such as num-layers")
+            raise ValueError(
+                f"{name!r} is no flag name: write Megatron's flag without the leading dashes, "
+                "such as num-layers"
+            )
         if name in RESERVED_FLAGS:
             raise ValueError(f"{name} is set by the plan itself; use {RESERVED_FLAGS[name]}")
         if name.startswith("ramoe-"):
-            raise ValueError(f"{name} is set by the plan itself; use the recipe's data, taxonomy, profile or alignment section")
+            raise ValueError(
+                f"{name} is set by the plan itself; use the recipe's data, taxonomy, "
+                "profile or alignment section"
+            )
         if value == []:
             raise ValueError(f"{name} is an empty list; use null to leave the flag out")
         if str(value).lower() in ("yes", "no", "on", "off"):
@@ -74,15 +80,17 @@ Flags = Annotated[dict[str, FlagValue], AfterValidator(_flags)]
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, keys are written with dashes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=_kebab, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, alias_generator=_kebab, use_attribute_docstrings=True
+    )
 
 
 class Data(Section):
     """Where the examples come from: exactly one of `world`, `sib200` and `files`."""
 
     world: dict[str, Any] | None = None
-    """Settings of the embedded world (the fields of `ramoe_megatron.data.world.WorldConfig`); `{}` takes them all as
-    they are."""
+    """Settings of the embedded world (the fields of `ramoe_megatron.data.world.WorldConfig`); `{}` takes them
+    all as they are."""
     sib200: dict[str, Any] | None = None
     """SIB-200 (the fields of `ramoe_megatron.data.benchmarks.sib200.SibConfig`): `source` is the folder of the languages."""
     files: Names | None = None
@@ -106,7 +114,9 @@ class Data(Section):
     def _one_source(self) -> Self:
         given = [name for name in ("world", "sib200", "files") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of world, sib200 and files; found {', '.join(given) or 'none of them'}")
+            raise ValueError(
+                f"give exactly one of world, sib200 and files; found {', '.join(given) or 'none of them'}"
+            )
         if self.files is not None and not self.general:
             raise ValueError("files needs general: English text that the task experts are told apart from")
         if self.files is None and (self.general or self.pretrain):
@@ -118,7 +128,9 @@ class Data(Section):
     @property
     def anchor_language(self) -> str:
         """The anchor, resolved."""
-        return self.anchor or str((self.sib200 or {}).get("anchor") or ("en" if self.sib200 is None else "eng_Latn"))
+        return self.anchor or str(
+            (self.sib200 or {}).get("anchor") or ("en" if self.sib200 is None else "eng_Latn")
+        )
 
 
 class OptionsSection(Section):
@@ -129,7 +141,9 @@ class OptionsSection(Section):
     def options(self, **files: str | None) -> Any:
         """The dataclass of these keys and of the files that the plan names. Raises RamoeError by its own rules."""
         names = {field.name for field in dataclasses.fields(self.made_of)}  # type: ignore[arg-type]
-        return self.made_of(**{**{name: getattr(self, name) for name in type(self).model_fields if name in names}, **files})
+        return self.made_of(
+            **{**{name: getattr(self, name) for name in type(self).model_fields if name in names}, **files}
+        )
 
 
 def _no_boolean(value: Any) -> Any:
@@ -147,7 +161,10 @@ def section_of(options: type, without: Collection[str] = ()) -> Any:
         if field.name not in without:
             hint = hints[field.name]
             plain = hint is bool or bool in get_args(hint)
-            keys[field.name] = (hint if plain else Annotated[hint, BeforeValidator(_no_boolean)], field.default)
+            keys[field.name] = (
+                hint if plain else Annotated[hint, BeforeValidator(_no_boolean)],
+                field.default,
+            )
     made = create_model(f"{options.__name__}Section", __base__=OptionsSection, **keys)
     made.made_of = options  # type: ignore[attr-defined]
     return made
@@ -166,8 +183,8 @@ class AlignmentSection(AlignmentKeys):
     select_tokens: Literal["all", "prompt", "response", "last"] = "all"
     """Tokens of the task data whose counts choose the task experts; all is the paper's, the others are our own."""
     anchors: Names = []
-    """Further anchor languages after data.anchor, in this order: each example is pulled to the first that the model answers it
-    correctly in (target: example; our own)."""
+    """Further anchor languages after data.anchor, in this order: each example is pulled to the first that the
+    model answers it correctly in (target: example; our own)."""
 
     @field_validator("anchors")
     @classmethod
@@ -175,7 +192,9 @@ class AlignmentSection(AlignmentKeys):
         if len(set(anchors)) < len(anchors):
             raise ValueError(f"names one twice: {', '.join(anchors)}")
         if odd := [name for name in anchors if not re.fullmatch(r"\w[\w.-]*", name)]:
-            raise ValueError(f"{odd[0]!r} would name a folder of the run: expected letters, digits, _, . and -")
+            raise ValueError(
+                f"{odd[0]!r} would name a folder of the run: expected letters, digits, _, . and -"
+            )
         return anchors
 
     def options(self, **files: str | None) -> RoutingAlignmentConfig:
@@ -198,18 +217,43 @@ class SteeringSection(SteeringKeys):
     @model_validator(mode="after")
     def _searched(self) -> Self:
         if self.zones and not self.search:
-            raise ValueError("steering.zones are what a search tries: set steering.search, or give steer-layers")
+            raise ValueError(
+                "steering.zones are what a search tries: set steering.search, or give steer-layers"
+            )
         return self
 
 
 WARNING_SECONDS = 300  # between the warning signal and the time limit: time for a checkpoint
 KINDS = (
-    "data", "pretrain", "taxonomy", "profile", "priors", "anchors", "predict", "steer", "finetune", "evaluate", "results", "report",
-)  # fmt: skip
+    "data",
+    "pretrain",
+    "taxonomy",
+    "profile",
+    "priors",
+    "anchors",
+    "predict",
+    "steer",
+    "finetune",
+    "evaluate",
+    "results",
+    "report",
+)
 # Options of sbatch that a stage's job sets itself; each with what is meant instead.
 _OWN = "leave it out"
 RESERVED_SBATCH = {
-    **dict.fromkeys(("dependency", "kill-on-invalid-dep", "parsable", "output", "open-mode", "requeue", "no-requeue", "job-name"), _OWN),
+    **dict.fromkeys(
+        (
+            "dependency",
+            "kill-on-invalid-dep",
+            "parsable",
+            "output",
+            "open-mode",
+            "requeue",
+            "no-requeue",
+            "job-name",
+        ),
+        _OWN,
+    ),
     **dict.fromkeys(("array", "wrap", "chdir", "hold", "clusters"), _OWN),
     "nodes": "use launch.nodes",
     "ntasks-per-node": "one task a node starts launch.ranks-per-node ranks",
@@ -220,11 +264,17 @@ RESERVED_SBATCH = {
 def _sbatch(options: dict[str, FlagValue]) -> dict[str, FlagValue]:
     for name, value in options.items():
         if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-            raise ValueError(f"{name!r} is no option of sbatch: write its long name without the leading dashes, such as partition")
+            raise ValueError(
+                f"{name!r} is no option of sbatch: write its long name without the leading dashes, "
+                "such as partition"
+            )
         if name in RESERVED_SBATCH:
             raise ValueError(f"{name} is set by the job itself; {RESERVED_SBATCH[name]}")
         if name == "signal" and not re.fullmatch(r"USR1@[0-9]+", str(value)):
-            raise ValueError(f"signal: expected USR1@SECONDS, the warning that makes a job save before its time limit; found {value!r}")
+            raise ValueError(
+                "signal: expected USR1@SECONDS, the warning that makes a job save before its time limit; "
+                f"found {value!r}"
+            )
         if isinstance(value, list):
             raise ValueError(f"{name}: expected one value, as sbatch takes it; found a list")
     return options
@@ -237,7 +287,9 @@ def _seconds(time: FlagValue) -> int | None:
         return None
     parts = [int(part) for part in rest.split(":")]
     # after days, hours come first; without, a single number is minutes, and two are minutes and seconds
-    hours, minutes, seconds = [*parts, 0, 0][:3] if days else {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    hours, minutes, seconds = (
+        [*parts, 0, 0][:3] if days else {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    )
     return (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds
 
 
@@ -263,11 +315,14 @@ class Slurm(Section):
     def _time_to_work(self) -> Self:
         for kind in KINDS:
             options = {**self.sbatch, **self.stages.get(kind, {})}
-            limit, warning = _seconds(options.get("time")), int(str(options.get("signal", f"USR1@{WARNING_SECONDS}")).partition("@")[2])
+            limit, warning = (
+                _seconds(options.get("time")),
+                int(str(options.get("signal", f"USR1@{WARNING_SECONDS}")).partition("@")[2]),
+            )
             if limit is not None and limit <= warning:
                 raise ValueError(
-                    f"a {kind} job with the time limit {options['time']} would be warned at its start: signal is USR1@{warning}, "
-                    f"{warning} s before the limit; raise time, or lower signal"
+                    f"a {kind} job with the time limit {options['time']} would be warned at its start: "
+                    f"signal is USR1@{warning}, {warning} s before the limit; raise time, or lower signal"
                 )
         return self
 
@@ -291,8 +346,8 @@ class Launch(Section):
     launcher: Literal["local", "slurm"] = "local"
     """local: here, one stage after another; slurm: one job a stage, submitted as a chain."""
     at_once: PositiveInt = 1
-    """local: stages that run side by side where none waits for another, such as the fine-tunes. They share the cores (GPUs are not dealt
-    out: with GPUs, leave it at 1)."""
+    """local: stages that run side by side where none waits for another, such as the fine-tunes. They share
+    the cores (GPUs are not dealt out: with GPUs, leave it at 1)."""
     slurm: Slurm = Slurm()
     """What `launcher: slurm` asks for."""
     batch_tokens: PositiveInt | None = None

@@ -31,7 +31,11 @@ def script(stage: Stage, recipe: Recipe, folder: Path) -> str:
         "requeue": True,
         "kill-on-invalid-dep": "yes",
         "signal": f"USR1@{WARNING_SECONDS}",
-        **{key: value for key, value in {**slurm.sbatch, **slurm.stages.get(stage.kind, {})}.items() if stage.ranks or not _of_gpus(key)},
+        **{
+            key: value
+            for key, value in {**slurm.sbatch, **slurm.stages.get(stage.kind, {})}.items()
+            if stage.ranks or not _of_gpus(key)
+        },
     }
     settings = {"RUN": str(folder), "STAGE": stage.name, "PYTHON": slurm.python or sys.executable}
     settings |= {"CONTAINER_IMAGE": slurm.container_image} if slurm.container_image else {}
@@ -42,11 +46,21 @@ def script(stage: Stage, recipe: Recipe, folder: Path) -> str:
             f"# Stage {stage.name} of {folder}, written by `ramoe run --launcher slurm`.",
             *(f"#SBATCH {word}" for word in _words(options)),
             "set -euo pipefail",
-            *(["set +u  # what module and conda bring along may not be written for it", *slurm.setup, "set -u"] if slurm.setup else []),
+            *(
+                [
+                    "set +u  # what module and conda bring along may not be written for it",
+                    *slurm.setup,
+                    "set -u",
+                ]
+                if slurm.setup
+                else []
+            ),
             "",
             *(f"{key}={shlex.quote(value)}" for key, value in settings.items()),
             "",
-            importlib.resources.files("ramoe_megatron.recipe").joinpath("slurm_job.sh").read_text(encoding="utf-8"),
+            importlib.resources.files("ramoe_megatron.recipe")
+            .joinpath("slurm_job.sh")
+            .read_text(encoding="utf-8"),
             "ramoe_print RUN STAGE PYTHON",
             'ramoe_run "$PYTHON" -m ramoe_megatron.recipe.job "$RUN" "$STAGE"',
             "",
@@ -77,9 +91,20 @@ def sbatch(path: Path, after: Sequence[int]) -> int:
 def _outside(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without what a surrounding job or torchrun has set, which sbatch would hand on to the new job."""
     kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
-    own = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "GROUP_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    own = (
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "NODE_RANK",
+        "GROUP_RANK",
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+    )
     return {
-        name: value for name, value in environment.items() if name in kept or not (name.startswith("SLURM_") or name in own)
+        name: value
+        for name, value in environment.items()
+        if name in kept or not (name.startswith("SLURM_") or name in own)
     }
 
 
@@ -112,11 +137,19 @@ def queue(jobs: Iterable[int]) -> dict[int, Queued]:
 
 def _ask(words: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     if shutil.which(words[0]) is None:
-        raise RamoeError(f"{words[0]} is not here: run this on a machine that submits to Slurm, or without --launcher slurm")
+        raise RamoeError(
+            f"{words[0]} is not here: run this on a machine that submits to Slurm, "
+            "or without --launcher slurm"
+        )
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=ASKING_SECONDS, check=False, env=environment)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=ASKING_SECONDS, check=False, env=environment
+        )
     except subprocess.TimeoutExpired as error:
-        raise RamoeError(f"{words[0]} did not answer within {ASKING_SECONDS:.0f} s: is Slurm's controller up (`scontrol ping`)?") from error
+        raise RamoeError(
+            f"{words[0]} did not answer within {ASKING_SECONDS:.0f} s: is Slurm's controller up (`scontrol "
+            "ping`)?"
+        ) from error
     if done.returncode:
         reason = done.stderr.strip() or f"exit status {done.returncode}"
         raise RamoeError(f"{shlex.join(words)}: {reason}")

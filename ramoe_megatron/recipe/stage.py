@@ -18,8 +18,8 @@ def log_of(name: str) -> Path:
 class Stage:
     """One step of a run.
 
-    `settings` is what, of the command, bears on the result: a change in it outdates the stage. Paths inside the run
-    folder and the parallel layout do not belong to it.
+    `settings` is what, of the command, bears on the result: a change in it outdates the stage. Paths inside
+    the run folder and the parallel layout do not belong to it.
     """
 
     name: str
@@ -30,11 +30,11 @@ class Stage:
     inputs: tuple[Path, ...] = ()
     outputs: tuple[Path, ...] = ()
     traces: tuple[Path, ...] = ()
-    """What it also writes (TensorBoard curves): moved aside with the outputs, but neither required nor read by other
-    stages."""
+    """What it also writes (TensorBoard curves): moved aside with the outputs, but neither required nor read
+    by other stages."""
     weights: Path | None = None
-    """JSON file of sampling weights (PATTERN -> share) that the generated data bring along; given as --ramoe-weights
-    when it exists."""
+    """JSON file of sampling weights (PATTERN -> share) that the generated data bring along; given as
+    --ramoe-weights when it exists."""
     ranks: int = 1
     """Ranks per node; 0 for a stage that runs as one plain process, without torchrun."""
     nodes: int = 1

@@ -41,8 +41,8 @@ def run_stages(
 ) -> None:
     """Run plan[begin:end], each stage unless its result stands; `force_first` runs the first one in any case.
 
-    With `at_once` above 1 (one node), that many stages run side by side where none reads what another of them writes; they share the cores.
-    A stage that fails lets those that run beside it end, and starts no other.
+    With `at_once` above 1 (one node), that many stages run side by side where none reads what another of them
+    writes; they share the cores. A stage that fails lets those that run beside it end, and starts no other.
 
     Raises RamoeError when a stage's input is missing, StageFailed when a stage fails.
     """
@@ -65,9 +65,16 @@ class _Runner:
     """What the stages of one run share. Its lock guards the manifest and the console; the stages themselves run outside it."""
 
     def __init__(
-        self, plan: Sequence[Stage], manifest: Manifest, shown: RunConsole, place: Place, leader: Leader | None, forced: str | None,
-        at_once: int, server: ForkServer | None,
-    ) -> None:  # fmt: skip
+        self,
+        plan: Sequence[Stage],
+        manifest: Manifest,
+        shown: RunConsole,
+        place: Place,
+        leader: Leader | None,
+        forced: str | None,
+        at_once: int,
+        server: ForkServer | None,
+    ) -> None:
         self.plan, self.manifest, self.shown, self.place = plan, manifest, shown, place
         self.leader, self.forced, self.at_once, self.server = leader, forced, at_once, server
         self.lock, self.stop = threading.RLock(), threading.Event()
@@ -143,7 +150,9 @@ def _run_at_once(runner: _Runner, stages: list[tuple[int, Stage]], at_once: int)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[future]
                     future.result()
-        except KeyboardInterrupt:  # a stage that failed is not one: what runs beside it ends by itself as the pool is left
+        except (
+            KeyboardInterrupt
+        ):  # a stage that failed is not one: what runs beside it ends by itself as the pool is left
             runner.stop.set()
             raise
 
@@ -172,4 +181,7 @@ def _failure(stage: Stage, folder: Path, lines: Sequence[str], status: int) -> S
     text, mendable = relevant_lines(lines)
     body = "\n".join(f"  {line}" for line in text)
     where = f"  log: {folder / stage.log}"
-    return StageFailed(f"stage {stage.name} failed (exit status {status}):\n{body}\n{where}", 2 if status == 2 or mendable else 1)
+    return StageFailed(
+        f"stage {stage.name} failed (exit status {status}):\n{body}\n{where}",
+        2 if status == 2 or mendable else 1,
+    )

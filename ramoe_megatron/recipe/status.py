@@ -16,7 +16,13 @@ from ramoe_megatron.recipe.output import parse_progress, relevant_lines
 from ramoe_megatron.recipe.stage import log_of
 
 TAIL = 1 << 16  # bytes of a log that are read
-COLOURS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow", "cancelled": "yellow"}
+COLOURS = {
+    "done": "green",
+    "running": "cyan",
+    "failed": "red",
+    "interrupted": "yellow",
+    "cancelled": "yellow",
+}
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,13 @@ class StageStatus:
 def run_status(folder: Path) -> list[StageStatus]:
     """The stages that ran or were submitted, in the order of the chain and then of their start.
 
-    Raises RamoeError when `folder` is no run folder. Where Slurm cannot be asked, a job that has not ended well is "unknown".
+    Raises RamoeError when `folder` is no run folder. Where Slurm cannot be asked, a job that has not ended
+    well is "unknown".
     """
     if not (folder / "manifest.json").is_file():
-        raise RamoeError(f"{folder} holds no manifest.json, so it is no run folder: give the --out of `ramoe run`")
+        raise RamoeError(
+            f"{folder} holds no manifest.json, so it is no run folder: give the --out of `ramoe run`"
+        )
     entries = Manifest(folder, None).stages
     jobs = chain.submitted(folder)
     try:
@@ -66,28 +75,47 @@ def _held(folder: Path) -> bool:
 
 
 def _stage(
-    folder: Path, name: str, entry: Entry | None, job: int | None, queue: Mapping[int, slurm.Queued] | None, held: bool
+    folder: Path,
+    name: str,
+    entry: Entry | None,
+    job: int | None,
+    queue: Mapping[int, slurm.Queued] | None,
+    held: bool,
 ) -> StageStatus:
     queued = queue.get(job) if job is not None and queue is not None else None
-    ours = entry is not None and (job is None or entry.job == str(job))  # not the record of an attempt before this job
+    ours = entry is not None and (
+        job is None or entry.job == str(job)
+    )  # not the record of an attempt before this job
     lines = _tail(folder / log_of(name)) if entry else []
     progress, line = _told(lines)
-    if entry and not progress:  # Megatron's last rank tells the iterations, on another node where there are several
+    if (
+        entry and not progress
+    ):  # Megatron's last rank tells the iterations, on another node where there are several
         logs = (folder / "logs").glob(f"{log_of(name).stem}.node-*.log")
         progress = next((told for log in sorted(logs, reverse=True) if (told := _told(_tail(log))[0])), "")
     number = str(job) if job is not None else (entry.job if entry and entry.job else "")
     nodes = queued.nodes if queued and queued.nodes else (entry.nodes if entry and entry.nodes else "")
     if queued and queued.state == "PENDING":
         state = "requeued" if ours and entry and entry.state == "started" else "waiting"
-        return StageStatus(name, state, number, "", progress if state == "requeued" else "", _WHY.get(queued.why, queued.why))
+        return StageStatus(
+            name, state, number, "", progress if state == "requeued" else "", _WHY.get(queued.why, queued.why)
+        )
     if queued and not (ours and entry and entry.state == "done"):
         running = queued.state in ("RUNNING", "COMPLETING", "CONFIGURING")
-        return StageStatus(name, "running" if running else queued.state.lower(), number, nodes, progress, line)
+        return StageStatus(
+            name, "running" if running else queued.state.lower(), number, nodes, progress, line
+        )
     if queue is None and not (ours and entry and entry.state == "done"):
         return StageStatus(name, "unknown", number, nodes, progress, "Slurm cannot be asked from here")
     if entry is None or not ours:
-        if entry and entry.state == "done" and (folder / log_of(name).with_suffix(f".slurm-{job}.out")).exists():
-            return StageStatus(name, "done", number, nodes, progress, line)  # the job found that the result stands
+        if (
+            entry
+            and entry.state == "done"
+            and (folder / log_of(name).with_suffix(f".slurm-{job}.out")).exists()
+        ):
+            return StageStatus(
+                name, "done", number, nodes, progress, line
+            )  # the job found that the result stands
         return _without_record(folder, name, job)
     if entry.state == "started":
         return StageStatus(name, "running" if held else "interrupted", number, nodes, progress, line)
@@ -113,8 +141,15 @@ def _without_record(folder: Path, name: str, job: int | None) -> StageStatus:
     path = folder / log_of(name).with_suffix(f".slurm-{job}.out")
     said = [line for line in _tail(path) if line.strip()]
     if said:
-        return StageStatus(name, "failed", str(job), line=next((line for line in said if "ramoe: error" in line), said[-1]))
-    return StageStatus(name, "cancelled", str(job), line="never started: a stage before it failed, or it was taken out of the queue")
+        return StageStatus(
+            name, "failed", str(job), line=next((line for line in said if "ramoe: error" in line), said[-1])
+        )
+    return StageStatus(
+        name,
+        "cancelled",
+        str(job),
+        line="never started: a stage before it failed, or it was taken out of the queue",
+    )
 
 
 def _told(lines: list[str]) -> tuple[str, str]:
@@ -134,7 +169,9 @@ def _tail(path: Path) -> list[str]:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
         lines = deque(file.read().decode(errors="replace").splitlines(), 400)
-    start = max((place for place, line in enumerate(lines) if line.startswith("=== ")), default=-1)  # the last attempt's header
+    start = max(
+        (place for place, line in enumerate(lines) if line.startswith("=== ")), default=-1
+    )  # the last attempt's header
     return list(lines)[start + 1 :]
 
 
@@ -147,5 +184,7 @@ def status_table(stages: list[StageStatus]) -> Table:
     table.add_column("last line", no_wrap=True, overflow="ellipsis", ratio=1)
     for s in stages:
         colour = COLOURS.get(s.state, "dim")
-        table.add_row(s.name, f"[{colour}]{s.state}[/{colour}]", s.job, s.nodes, escape(s.progress), escape(s.line))
+        table.add_row(
+            s.name, f"[{colour}]{s.state}[/{colour}]", s.job, s.nodes, escape(s.progress), escape(s.line)
+        )
     return table

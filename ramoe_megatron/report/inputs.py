@@ -91,15 +91,25 @@ def load_run(root: Path) -> RunInputs:
     """
     root = Path(root)
     if not root.is_dir():
-        raise RamoeError(f"{root}: no such run folder. Give --run the folder that `ramoe run ... --out` wrote.")
+        raise RamoeError(
+            f"{root}: no such run folder. Give --run the folder that `ramoe run ... --out` wrote."
+        )
     recipe_text = _text(root / "recipe.yaml")
     try:
         recipe = yaml.safe_load(recipe_text) or {}
     except yaml.YAMLError as error:
-        raise RamoeError(f"{root / 'recipe.yaml'}: not readable as YAML ({error}). Run the recipe again.") from error
+        raise RamoeError(
+            f"{root / 'recipe.yaml'}: not readable as YAML ({error}). Run the recipe again."
+        ) from error
     if not isinstance(recipe, dict):
-        raise RamoeError(f"{root / 'recipe.yaml'}: found {type(recipe).__name__}, expected a mapping. Run it again.")
-    experts, divergence, manifest = root / "experts.safetensors", root / "divergence.csv", root / "manifest.json"
+        raise RamoeError(
+            f"{root / 'recipe.yaml'}: found {type(recipe).__name__}, expected a mapping. Run it again."
+        )
+    experts, divergence, manifest = (
+        root / "experts.safetensors",
+        root / "divergence.csv",
+        root / "manifest.json",
+    )
     return RunInputs(
         root=root,
         recipe=recipe,
@@ -150,10 +160,14 @@ def _evaluation(path: Path) -> Evaluation:
                 key = str(row["id"]), str(row["language"])
                 examples[key], tasks[key] = bool(row["correct"]), str(row["task"])
             except (ValueError, KeyError, TypeError) as error:
-                raise RamoeError(f"{lines}:{number}: {error!r}; expected id, task, language, correct.") from error
+                raise RamoeError(
+                    f"{lines}:{number}: {error!r}; expected id, task, language, correct."
+                ) from error
         counted = sum(int(row["n"]) for row in value["rows"])
         if len(examples) != counted:
-            raise RamoeError(f"{lines}: found {len(examples)} examples, {path.name} counts {counted}. Evaluate again.")
+            raise RamoeError(
+                f"{lines}: found {len(examples)} examples, {path.name} counts {counted}. Evaluate again."
+            )
         seed = value["seed"]
         return Evaluation(
             method=str(value["method"]),

@@ -33,8 +33,6 @@ SHOWN_EXPERTS = 8
 """Experts listed per layer: the chosen ones of largest delta, or those used most."""
 
 
-
-
 def describe(path: str | os.PathLike[str]) -> RenderableType:
     """Readable tables of an artefact, chosen by its ending and by the format that it names.
 

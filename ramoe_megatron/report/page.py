@@ -121,7 +121,9 @@ def write_report(run_dir: Path) -> Path:
     return page
 
 
-def report_sections(run: RunInputs, results: Mapping[str, Any], plots: Mapping[str, Path]) -> list[PageSection]:
+def report_sections(
+    run: RunInputs, results: Mapping[str, Any], plots: Mapping[str, Path]
+) -> list[PageSection]:
     """What the page shows; a part whose inputs are missing names the stage that makes them."""
     figures = {name: _figure(name, run, results, plots.get(name)) for name in FIGURES}
     stages = (run.manifest or {}).get("stages", {})
@@ -143,7 +145,9 @@ def report_sections(run: RunInputs, results: Mapping[str, Any], plots: Mapping[s
             tables.prediction_parts(run.prediction) if run.prediction else [missing.format("predict")],
         ),
         PageSection("limits", "Limits", [Bullets(REPORT_LIMITS)]),
-        PageSection("settings", "Settings", [settings, Table((), list(_versions().items()), "Versions", (0, 1))]),
+        PageSection(
+            "settings", "Settings", [settings, Table((), list(_versions().items()), "Versions", (0, 1))]
+        ),
         PageSection("files", "Stages and files", [_stages_table(stages), files]),
     ]
 

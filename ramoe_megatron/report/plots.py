@@ -49,8 +49,17 @@ def pyplot() -> Iterator[None]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    settings: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.axisbelow": True, "hatch.linewidth": 0.5}
-    plain_frame: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    settings: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.axisbelow": True,
+        "hatch.linewidth": 0.5,
+    }
+    plain_frame: dict[Any, Any] = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+    }
     with plt.rc_context(settings | plain_frame):
         yield
     plt.close("all")
@@ -69,7 +78,9 @@ def panels(count: int, width: float, height: float, **options: Any) -> "tuple[Fi
     for spare in flat[count:]:
         spare.set_visible(False)
     for axis in flat[:count]:
-        axis.tick_params(labelbottom=True, labelleft=True)  # panels that share an axis are read on their own as well
+        axis.tick_params(
+            labelbottom=True, labelleft=True
+        )  # panels that share an axis are read on their own as well
     return figure, flat[:count]
 
 
@@ -79,7 +90,9 @@ def plain(text: str) -> str:
 
 
 def method_style(method: str, place: int) -> tuple[str, str]:
-    return METHOD_STYLE.get(method, (COLOURS[(place + 3) % len(COLOURS)], MARKERS[(place + 3) % len(MARKERS)]))
+    return METHOD_STYLE.get(
+        method, (COLOURS[(place + 3) % len(COLOURS)], MARKERS[(place + 3) % len(MARKERS)])
+    )
 
 
 def shade_zone(axis: "Axes", run: RunInputs) -> None:
@@ -124,9 +137,13 @@ def language_axis(axis: "Axes", languages: Sequence[str]) -> None:
 
 
 def legend_below(figure: "Figure", axes: "Sequence[Axes]") -> None:
-    handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = {
+        name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     columns = min(4, len(handles))
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8
+    )
 
 
 # --- after training ---
@@ -139,7 +156,9 @@ def accuracy_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | Non
     tasks = unique(row["task"] for row in results["by_pair"])
     languages = language_order(run, (row["language"] for row in rows))
     figure, axes = panels(1 + len(tasks) if len(tasks) > 1 else 1, max(4.4, 1.2 + 0.5 * len(languages)), 2.7)
-    groups = [("all tasks", rows)] + [(task, [r for r in results["by_pair"] if r["task"] == task]) for task in tasks]
+    groups = [("all tasks", rows)] + [
+        (task, [r for r in results["by_pair"] if r["task"] == task]) for task in tasks
+    ]
     for axis, (title, own) in zip(axes, groups, strict=False):
         for place, method in enumerate(results["methods"]):
             found = {row["language"]: row for row in own if row["method"] == method}
@@ -148,7 +167,9 @@ def accuracy_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | Non
             below = [max(0.0, 100 * (row["accuracy"] - row["low"])) for row in found.values()]
             above = [max(0.0, 100 * (row["high"] - row["accuracy"])) for row in found.values()]
             colour, marker = method_style(method, place)
-            axis.errorbar(x, y, yerr=[below, above], fmt=marker, color=colour, ms=4, lw=1, label=plain(method))
+            axis.errorbar(
+                x, y, yerr=[below, above], fmt=marker, color=colour, ms=4, lw=1, label=plain(method)
+            )
         language_axis(axis, languages)
         axis.set(ylim=(-2, 102), ylabel="right answers, %", title=plain(title))
         axis.grid(axis="y", alpha=0.3)
@@ -167,7 +188,9 @@ def mass_layers_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | 
         english = [row["mass"] for row in own if row["method"] == "base" and row["language"] == run.anchor]
         if english:
             curve = [fmean(layer) for layer in zip(*english, strict=True)]
-            axis.plot(range(len(curve)), curve, color="black", ls="--", lw=1.5, label=f"{plain(run.anchor)}, base")
+            axis.plot(
+                range(len(curve)), curve, color="black", ls="--", lw=1.5, label=f"{plain(run.anchor)}, base"
+            )
         for place, method in enumerate(results["methods"]):
             rows = [row["mass"] for row in own if row["method"] == method and row["language"] != run.anchor]
             if rows:
@@ -274,7 +297,9 @@ def name_points(axis: "Axes", points: Sequence[tuple[float, float, str]]) -> Non
     for (across, up), (x, y, name) in zip(marks, points, strict=True):
         width = 4.8 * len(name)
         places = [(right, above) for right in (3, -3 - width) for above in (3, -9)]
-        boxes = [(across + right, up + above, across + right + width, up + above + 7) for right, above in places]
+        boxes = [
+            (across + right, up + above, across + right + width, up + above + 7) for right, above in places
+        ]
         free = [
             all(a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3] for b in taken) for a in boxes
         ]
@@ -334,7 +359,9 @@ def taxonomy_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | Non
 
 def shown_pairs(run: RunInputs) -> list[dict[str, Any]]:
     """The taxonomy of the evaluated split; of the first split when that one was not scored."""
-    pairs = [pair for pair in (run.taxonomy or {}).get("pairs", []) if pair["language"] != run.anchor and pair["n"]]
+    pairs = [
+        pair for pair in (run.taxonomy or {}).get("pairs", []) if pair["language"] != run.anchor and pair["n"]
+    ]
     split = run.evaluated_split()
     if pairs and split not in {pair["split"] for pair in pairs}:
         split = pairs[0]["split"]
@@ -349,7 +376,9 @@ def experts_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None
     figure, axes = panels(len(run.experts.tasks), min(7.0, 2.2 + 0.14 * count), min(6.0, 1.5 + 0.2 * layers))
     limit = max(float(abs(delta).max()), 1e-6)
     for task, axis in enumerate(axes):
-        image = axis.imshow(delta[task], cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+        image = axis.imshow(
+            delta[task], cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+        )
         rows, columns = chosen[task].nonzero()
         size = max(4.0, 900 / max(count, 4 * layers))
         axis.scatter(columns, rows, s=size, marker="o", color="black", edgecolor="white", lw=0.6)
@@ -379,7 +408,9 @@ FIGURES: "dict[str, Callable[[RunInputs, Mapping[str, Any]], Figure | None]]" = 
 def plot_all(run: RunInputs, results: Mapping[str, Any]) -> dict[str, Path]:
     """Draw every figure whose inputs are there: name -> PNG. An older PNG of a figure without inputs is
     removed."""
-    return save_all(run.root / "plots", {name: functools.partial(draw, run, results) for name, draw in FIGURES.items()})
+    return save_all(
+        run.root / "plots", {name: functools.partial(draw, run, results) for name, draw in FIGURES.items()}
+    )
 
 
 def save_all(folder: Path, figures: "Mapping[str, Callable[[], Figure | None]]") -> dict[str, Path]:
@@ -394,6 +425,8 @@ def save_all(folder: Path, figures: "Mapping[str, Callable[[], Figure | None]]")
                 continue
             with atomic_write(path) as temporary:
                 # The format is named because the temporary file's ending is not .png.
-                figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+                figure.savefig(
+                    temporary, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None}
+                )
             drawn[name] = path
     return drawn

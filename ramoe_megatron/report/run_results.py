@@ -66,7 +66,9 @@ def _summary(by_method: Mapping[str, list[Evaluation]], anchor: str) -> list[dic
             counts = pooled(evaluations, language=languages)
             if counts is None:
                 continue
-            sft, base = (paired_change(evaluations, by_method.get(name, []), languages) for name in ("sft", "base"))
+            sft, base = (
+                paired_change(evaluations, by_method.get(name, []), languages) for name in ("sft", "base")
+            )
             sft = None if method == "base" else sft
             summary.append(
                 {
@@ -127,13 +129,21 @@ def _ci_gain(by_pair: list[dict[str, Any]], run: RunInputs) -> dict[str, Any]:
             own, base, sft = (accuracy.get((m, task, language)) for m in (method, "base", "sft"))
             if own is None or base is None:
                 continue
-            point = {"task": task, "language": language, "method": method, "ci_share": share, "gain": own - base}
+            point = {
+                "task": task,
+                "language": language,
+                "method": method,
+                "ci_share": share,
+                "gain": own - base,
+            }
             points.append({**point, "gain_over_sft": None if sft is None else own - sft})
         own_points = [p for p in points if p["method"] == method]
         for over, key in (("base", "gain"), ("sft", "gain_over_sft")):
             if not (method == "sft" and over == "sft"):
                 usable = [(p["ci_share"], p[key]) for p in own_points if p[key] is not None]
-                correlations.append({"method": method, "over": over, "n": len(usable), **_correlation(usable)})
+                correlations.append(
+                    {"method": method, "over": over, "n": len(usable), **_correlation(usable)}
+                )
     first = next((c for c in correlations if c["method"] != "sft"), next(iter(correlations), {}))
     return {
         "method": first.get("method"),

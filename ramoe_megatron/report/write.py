@@ -1,6 +1,7 @@
 """The last stages of a recipe: `python -m ramoe_megatron.report.write results|report --run DIR`.
 
-`results` makes results.json of the evaluations; `report` makes plots/ and report.html of the whole run folder.
+`results` makes results.json of the evaluations; `report` makes plots/ and report.html of the whole run
+folder.
 """
 
 import argparse
@@ -19,7 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="ramoe_megatron.report.write", description=__doc__)
     parser.add_argument("what", choices=("results", "report"))
-    parser.add_argument("--run", type=Path, required=True, help="run folder, as written by `ramoe run ... --out DIR`")
+    parser.add_argument(
+        "--run", type=Path, required=True, help="run folder, as written by `ramoe run ... --out DIR`"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.what == "results":

@@ -54,7 +54,12 @@ def test_what_the_checkpoint_writer_imports_again_is_light() -> None:
 
 
 def test_an_error_is_a_text_on_stderr_and_status_2() -> None:
-    done = subprocess.run([sys.executable, "-m", "ramoe_megatron.cli", "run", "absent.yaml"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "ramoe_megatron.cli", "run", "absent.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("ramoe: error: absent.yaml: the recipe cannot be read")
@@ -63,7 +68,9 @@ def test_an_error_is_a_text_on_stderr_and_status_2() -> None:
 
 def test_a_dry_run_tells_each_stage_and_leaves_no_trace(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = ramoe("run", str(recipe), "--out", str(out), "--dry-run", "--set", "seeds=2", "--until", "finetune")
+    result = ramoe(
+        "run", str(recipe), "--out", str(out), "--dry-run", "--set", "seeds=2", "--until", "finetune"
+    )
     assert result.exit_code == 0, result.output
     told = [line.split(":")[0] for line in result.output.splitlines() if not line.startswith(" ")]
     offline = ["data", "pretrain", "taxonomy", "profile", "evaluate/base", "predict"]
@@ -105,10 +112,21 @@ def test_a_run_folder_of_another_recipe_is_refused(recipe: Path, tmp_path: Path)
     assert "holds the results of the recipe 'big', not of 'small'" in result.stderr
 
 
-def test_a_run_checks_flags_once_resolves_the_recipe_and_moves_foreign_evaluations_aside(recipe: Path, tmp_path: Path) -> None:
+def test_a_run_checks_flags_once_resolves_the_recipe_and_moves_foreign_evaluations_aside(
+    recipe: Path, tmp_path: Path
+) -> None:
     """Real: Megatron's parser is asked, and the data stage builds a small world."""
     out = tmp_path / "out"
-    words = ["run", str(recipe), "--out", str(out), "--until", "data", "--set", "data.world={max-tokens: 60, vocab-size: 1200}"]
+    words = [
+        "run",
+        str(recipe),
+        "--out",
+        str(out),
+        "--until",
+        "data",
+        "--set",
+        "data.world={max-tokens: 60, vocab-size: 1200}",
+    ]
     first = ramoe(*words)
     assert first.exit_code == 0, first.output
     assert "data runs (not run yet)" in first.output
@@ -138,7 +156,16 @@ def test_jobs_get_their_flags_as_given() -> None:
 
 def test_a_jobs_refusal_and_status_come_through() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "ramoe_megatron.cli", "sib200", "--out", "x", "--config", '{"no_such_key": 1}'],
+        [
+            sys.executable,
+            "-m",
+            "ramoe_megatron.cli",
+            "sib200",
+            "--out",
+            "x",
+            "--config",
+            '{"no_such_key": 1}',
+        ],
         capture_output=True,
         text=True,
         check=False,

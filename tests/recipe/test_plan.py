@@ -78,7 +78,9 @@ def test_settings_do_not_depend_on_where_the_run_folder_lies(tmp_path: Path) -> 
 
 def test_each_fine_tuning_run_differs_from_sft_only_by_the_alignment(tmp_path: Path) -> None:
     stages = plan(tmp_path, methods=["sft", "ra-moe", "ra-moe-shuffled"])
-    sft, aligned, shuffled = (stages[f"finetune/{name}-seed2"] for name in ("sft", "ra-moe", "ra-moe-shuffled"))
+    sft, aligned, shuffled = (
+        stages[f"finetune/{name}-seed2"] for name in ("sft", "ra-moe", "ra-moe-shuffled")
+    )
     assert not {word for word in sft.command if word.startswith("--ramoe-")} - {
         "--ramoe-data",
         "--ramoe-anchor",
@@ -164,7 +166,12 @@ def test_from_and_until_select_by_stage_or_kind(tmp_path: Path) -> None:
 
     assert chosen(None, None) == names
     assert chosen("finetune", "finetune") == [name for name in names if name.startswith("finetune/")]
-    assert chosen("profile", "finetune/sft-seed1") == ["profile", "evaluate/base", "predict", "finetune/sft-seed1"]
+    assert chosen("profile", "finetune/sft-seed1") == [
+        "profile",
+        "evaluate/base",
+        "predict",
+        "finetune/sft-seed1",
+    ]
     assert chosen(None, "data") == ["data"]
     with pytest.raises(RamoeError, match="no stage 'finetun'; did you mean finetune"):
         select_stages(stages, "finetun", None)

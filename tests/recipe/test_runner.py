@@ -71,7 +71,9 @@ def test_a_crash_is_told_by_its_exception_and_exit_status_1(bench: Bench) -> Non
     assert "Traceback" not in caught.value.text
 
 
-def test_an_unfinished_result_is_resumed_under_its_own_settings_and_moved_aside_under_others(bench: Bench) -> None:
+def test_an_unfinished_result_is_resumed_under_its_own_settings_and_moved_aside_under_others(
+    bench: Bench,
+) -> None:
     (bench.code / "crash-a").touch()
     half = bench.folder / "a.txt"
 
@@ -146,12 +148,14 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(bench:
 
 
 def test_an_interrupted_run_is_recorded_and_goes_on(bench: Bench) -> None:
-    waiting = "open(here / 'here', 'w').close(); import time; time.sleep(60 if (here / 'wait').exists() else 0)\n"
+    waiting = (
+        "open(here / 'here', 'w').close(); import time; time.sleep(60 if (here / 'wait').exists() else 0)\n"
+    )
     (bench.code / "job.py").write_text(JOB.replace("total = ", waiting + "total = ", 1))
     (bench.code / "wait").touch()
     code = f"""
 import sys, os
-sys.path.insert(0, {str(Path(__file__).parents[1] / 'support')!r})
+sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
 from pathlib import Path
 from bench import Bench
 from ramoe_megatron.recipe.processes import stop_signals

@@ -1,7 +1,8 @@
-"""slurm/*.sbatch on a real two-node Slurm: the stages by hand, and trainings that are warned, killed and lose a node, and yet go on.
+"""slurm/*.sbatch on a real two-node Slurm: the stages by hand, and trainings that are warned, killed and lose
+a node, and yet go on.
 
-The law: whatever happens to a training, each iteration's loss is that of one uninterrupted run, which one agent of torchrun started with
-as many ranks.
+The law: whatever happens to a training, each iteration's loss is that of one uninterrupted run, which one
+agent of torchrun started with as many ranks.
 """
 
 import os
@@ -31,14 +32,22 @@ def reference(slurm_world: Path) -> Losses:
 
 def submit(cluster: SlurmCluster, world: Path, name: str, *options: str) -> tuple[int, Path]:
     """A fine-tune on both nodes by the script; the job, and its output."""
-    words = ["--nodes=2", "--output", str(world / f"{name}-%j.out"), *options, str(ROOT / "slurm" / "finetune.sbatch")]
+    words = [
+        "--nodes=2",
+        "--output",
+        str(world / f"{name}-%j.out"),
+        *options,
+        str(ROOT / "slurm" / "finetune.sbatch"),
+    ]
     job = cluster.sbatch(*words, *MORE, **settings(world, world / "run", NAME=name, RAMOE=world / "ramoe"))
     return job, world / f"{name}-{job}.out"
 
 
 def torchrun(world: Path, name: str, *agents: str) -> list[str]:
     """What agents of plain torchrun print that train as `submit` does; each string of `agents` that starts with --nnodes is one agent."""
-    flags = aligned_flags(world, "--ramoe-layers", "1-2", "--train-iters", str(ITERATIONS), "--expert-model-parallel-size", "2")
+    flags = aligned_flags(
+        world, "--ramoe-layers", "1-2", "--train-iters", str(ITERATIONS), "--expert-model-parallel-size", "2"
+    )
     each = [words.split() for words in agents] if agents[0].startswith("--nnodes") else [list(agents)]
     command = [sys.executable, "-m", "torch.distributed.run"]
     started = [
@@ -56,14 +65,18 @@ def torchrun(world: Path, name: str, *agents: str) -> list[str]:
 def losses(text: str) -> Losses:
     """Iteration -> what Megatron's line says of it. An iteration that was repeated must have said the same.
 
-    A process's second line holds the mean losses of its first two iterations (Megatron keeps the first one's sum): of a restart it is
-    compared by the norm of the gradient alone.
+    A process's second line holds the mean losses of its first two iterations (Megatron keeps the first one's
+    sum): of a restart it is compared by the norm of the gradient alone.
     """
     found: Losses = {}
     for attempt in text.split(START):
         lines = re.findall(r" iteration\s+(\d+)/\s*\d+ \|(.*)", attempt)
         for place, (number, line) in enumerate(lines):
-            names = "grad norm" if place == 1 and lines[0][0] != "1" else "lm loss|routing_alignment_loss|grad norm"
+            names = (
+                "grad norm"
+                if place == 1 and lines[0][0] != "1"
+                else "lm loss|routing_alignment_loss|grad norm"
+            )
             for name, value in re.findall(rf"({names}): (\S+)", line):
                 first = found.setdefault(int(number), {}).setdefault(name, value)
                 assert value == first, f"iteration {number}: {name} was {first}, then {value}"
@@ -74,7 +87,9 @@ def assert_same(found: Losses, reference: Losses) -> None:
     """The same iterations, and of each the same norm of the gradient and, where they were told, losses."""
     assert found.keys() == reference.keys()
     for number, figures in found.items():
-        assert figures.items() <= reference[number].items(), f"iteration {number}: {figures}, uninterrupted {reference[number]}"
+        assert figures.items() <= reference[number].items(), (
+            f"iteration {number}: {figures}, uninterrupted {reference[number]}"
+        )
         assert "grad norm" in figures
     assert sum("lm loss" in figures for figures in found.values()) > len(reference) - 5
 
@@ -114,14 +129,29 @@ def test_two_agents_of_torchrun_train_as_one_does(slurm_world: Path, reference: 
 
 
 @pytest.mark.slurm
-def test_slurm_warns_by_its_clock_and_status_75_goes_back_into_the_queue(cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_slurm_warns_by_its_clock_and_status_75_goes_back_into_the_queue(
+    cluster: SlurmCluster, tmp_path: Path
+) -> None:
     """What the scripts build on: the warning reaches the tasks and not the batch script, before the limit; and only 75 is run again."""
     task = 'trap "exit 75" USR1 TERM; if [[ ${SLURM_RESTART_COUNT:-0} == 1 ]]; then exit $THEN; fi; for _ in {1..600}; do sleep 0.1; done'
     script = tmp_path / "clock.sbatch"
-    script.write_text(f"#!/bin/bash\nset -euo pipefail\nsource {ROOT}/slurm/common.sh\nramoe_run bash -c {shlex.quote(task)}\n")
-    words = ["--nodes=2", "--time=1", "--signal=USR1@45", "--requeue", "--open-mode=append", f"--output={tmp_path}/%j.out", str(script)]
+    script.write_text(
+        f"#!/bin/bash\nset -euo pipefail\nsource {ROOT}/slurm/common.sh\nramoe_run bash -c "
+        f"{shlex.quote(task)}\n"
+    )
+    words = [
+        "--nodes=2",
+        "--time=1",
+        "--signal=USR1@45",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={tmp_path}/%j.out",
+        str(script),
+    ]
     jobs = [cluster.sbatch(*words, THEN=status) for status in ("0", "3")]
-    assert cluster.wait(*jobs) == ["COMPLETED", "FAILED"], [(tmp_path / f"{job}.out").read_text() for job in jobs]
+    assert cluster.wait(*jobs) == ["COMPLETED", "FAILED"], [
+        (tmp_path / f"{job}.out").read_text() for job in jobs
+    ]
     assert [cluster.job(job)["Restarts"] for job in jobs] == ["1", "1"]
     unending = cluster.sbatch(*words, THEN="0", MAX_REQUEUES="0")
     assert cluster.wait(unending) == ["FAILED"]
@@ -163,7 +193,12 @@ def test_a_warned_training_saves_goes_back_into_the_queue_and_survives_a_lost_no
     job, out = submit(cluster, slurm_world, "warned")
     wait_for(at_iteration(out, 3), 900, "the first iterations", cluster.log)
     cluster.call("scancel", "--signal=USR1", str(job))
-    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 900, "the job's way back into the queue", lambda: out.read_text()[-3000:])
+    wait_for(
+        lambda: cluster.job(job)["Restarts"] == "1",
+        900,
+        "the job's way back into the queue",
+        lambda: out.read_text()[-3000:],
+    )
     text = out.read_text()
     stopped = re.search(r"stopped after iteration (\d+) of 60", text)
     assert stopped, text[-3000:]
@@ -176,7 +211,9 @@ def test_a_warned_training_saves_goes_back_into_the_queue_and_survives_a_lost_no
     cluster.kill_node(lost)
     wait_for(lambda: cluster.job(job)["Restarts"] == "2", 900, "Slurm's notice of the lost node", cluster.log)
     assert cluster.wait(job) == ["COMPLETED"], out.read_text()[-3000:]
-    assert lost not in cluster.call("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]), "it ended on the spare node"
+    assert lost not in cluster.call("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]), (
+        "it ended on the spare node"
+    )
     assert_same(losses(out.read_text()), reference)
     cluster.start_node(lost)
 

@@ -29,8 +29,8 @@ COEFF = "ramoe-coeff"
 
 def ablation_rows(study: Study, found: Sequence[Row], known: Collection[str]) -> list[Row]:
     """The recipe's further methods: what each changes, its change against the reference (p as in the
-    headline), against the model before
-    fine-tuning, and, of a method that aligns, against the method that trains likewise without (`without`, whose name is `beside`)."""
+    headline), against the model before fine-tuning, and, of a method that aligns, against the method that
+    trains likewise without (`without`, whose name is `beside`)."""
     rows = []
     for row in found:
         method = row["method"]
@@ -58,14 +58,23 @@ def _without_alignment(study: Study, run: RunInputs, method: str) -> str | None:
     training = {name: training_flags(flags) for name, flags in found.items() if flags is not None}
     if COEFF not in (found.get(method) or {}):
         return None
-    return next((name for name, own in training.items() if own == training[method] and COEFF not in (found[name] or {})), None)
+    return next(
+        (
+            name
+            for name, own in training.items()
+            if own == training[method] and COEFF not in (found[name] or {})
+        ),
+        None,
+    )
 
 
 def training_flags(flags: dict[str, str]) -> dict[str, str]:
     """Megatron's flags, and those of ours that say which weights train."""
     chosen = ("ramoe-experts", "ramoe-select") if flags.get("ramoe-train") == "task-experts" else ()
     return {
-        flag: value for flag, value in flags.items() if not flag.startswith("ramoe-") or flag.startswith("ramoe-train") or flag in chosen
+        flag: value
+        for flag, value in flags.items()
+        if not flag.startswith("ramoe-") or flag.startswith("ramoe-train") or flag in chosen
     }
 
 
@@ -78,7 +87,11 @@ def _settings(study: Study, run: RunInputs, method: str) -> list[str]:
     other = study.main if COEFF in (own or {}) else study.reference
     beside = _stage_flags(stages, "finetune", other)
     if own is None:
-        own, beside, other = _stage_flags(stages, "evaluate", method), _stage_flags(stages, "evaluate", "base"), "base"
+        own, beside, other = (
+            _stage_flags(stages, "evaluate", method),
+            _stage_flags(stages, "evaluate", "base"),
+            "base",
+        )
     if own is None or beside is None:
         return []
     told = []
@@ -92,7 +105,10 @@ def _settings(study: Study, run: RunInputs, method: str) -> list[str]:
 def _stage_flags(stages: dict[str, Any], kind: str, method: str) -> dict[str, str] | None:
     """Flags of the method's first stage of a kind, without what differs between any two stages; of files,
     those of `CHOSEN_FILES`."""
-    name = next((name for name in sorted(stages) if re.fullmatch(rf"{kind}/{re.escape(method)}(-seed\d+)?", name)), None)
+    name = next(
+        (name for name in sorted(stages) if re.fullmatch(rf"{kind}/{re.escape(method)}(-seed\d+)?", name)),
+        None,
+    )
     if name is None:
         return None
     flags: dict[str, list[str]] = {}
@@ -121,13 +137,17 @@ def training_rows(study: Study) -> list[Row]:
     for method in study.others:
         own = _recipe_flags(run, method)
         for flag in [flag for flag in {**expected, **own} if own.get(flag) != expected.get(flag)]:
-            values = {name: _flag_text(flags.get(flag)) for name, flags in (("value", own), ("reference", expected))}
+            values = {
+                name: _flag_text(flags.get(flag)) for name, flags in (("value", own), ("reference", expected))
+            }
             rows.append({"method": method, "flag": flag, **values})
     return rows
 
 
 def _recipe_flags(run: RunInputs, method: str) -> dict[str, Any]:
-    own = next((e for e in run.recipe.get("methods") or [] if isinstance(e, dict) and e["name"] == method), {})
+    own = next(
+        (e for e in run.recipe.get("methods") or [] if isinstance(e, dict) and e["name"] == method), {}
+    )
     if own.get("on"):  # steering: whose checkpoints it acts on
         return _recipe_flags(run, own["on"])
     return {**(run.recipe.get("train") or {}), **(own.get("train") or {})}

@@ -73,7 +73,9 @@ def base_row(name: str, run: RunInputs) -> Row:
 
 
 def _right(what: str, rows: Iterable[Row]) -> Row:
-    right, n = (sum(counts) for counts in zip((0, 0), *((row["correct"], row["n"]) for row in rows), strict=True))
+    right, n = (
+        sum(counts) for counts in zip((0, 0), *((row["correct"], row["n"]) for row in rows), strict=True)
+    )
     return {f"{what}_examples": n, f"{what}_accuracy": right / n if n else None}
 
 
@@ -102,7 +104,9 @@ def headline_rows(study: Study) -> list[Row]:
         bases = {e.base for e in evaluations}
         against = None if method == "base" else study.against(method, study.reference, study.target_keys)
         row = {"method": method, "bases": len(bases), "seeds": len(seeds), **counts}
-        rows.append({**row, "from_base": study.against(method, "base", study.target_keys), "against": against})
+        rows.append(
+            {**row, "from_base": study.against(method, "base", study.target_keys), "against": against}
+        )
     correct([row["against"] for row in rows if row["against"] is not None])
     return rows
 
@@ -123,7 +127,9 @@ def cells_rows(study: Study) -> list[Row]:
                 against = None if method == "base" else study.against(method, study.reference, keys)
                 if against is not None:
                     del against["by_seed"]  # many cells: each base model's change is enough
-                rows.append({"method": method, "task": task, "language": language, **counts, "against": against})
+                rows.append(
+                    {"method": method, "task": task, "language": language, **counts, "against": against}
+                )
     correct([row["against"] for row in rows if row["against"] is not None])
     return rows
 
@@ -153,7 +159,12 @@ def mass_rows(study: Study) -> list[Row]:
         against = spread({base: [a - b for a, b in both] for base, both in pairs.items()}) if pairs else None
         there = list(_masses(study, method, anchor=True).values())
         rows.append(
-            {"method": method, "mass": average(list(own.values())), "anchor": average(there) if there else None, "against": against}
+            {
+                "method": method,
+                "mass": average(list(own.values())),
+                "anchor": average(there) if there else None,
+                "against": against,
+            }
         )
     return rows
 
@@ -162,7 +173,9 @@ def _uniform_mass(run: RunInputs) -> float | None:
     """What `mass` would be if every expert had the same probability: the share of the experts that are task
     experts."""
     tasks = {task for e in run.evaluations for task in e.tasks.values()}
-    if run.experts is None or not (own := [place for place, task in enumerate(run.experts.tasks) if task in tasks]):
+    if run.experts is None or not (
+        own := [place for place, task in enumerate(run.experts.tasks) if task in tasks]
+    ):
         return None
     first, last = zone_of(run) or (0, -1)
     return float(run.experts.expert_mask[own][:, first : last + 1 or None].float().mean())
@@ -172,7 +185,11 @@ def _masses(study: Study, method: str, anchor: bool) -> Values:
     found = {}
     for e in study.by_method[method]:
         first, last = zone_of(study.runs[e.base]) or (0, -1)
-        shares = [average(r["mass"][first : last + 1 or None]) for r in e.mass if (r["language"] == study.anchor) == anchor]
+        shares = [
+            average(r["mass"][first : last + 1 or None])
+            for r in e.mass
+            if (r["language"] == study.anchor) == anchor
+        ]
         if shares:
             found[e.base, e.seed] = average(shares)
     return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)))
@@ -212,7 +229,10 @@ def zero_rows(study: Study, off: str) -> list[Row]:
         if other is None:
             continue
         digests = (e.weights_sha256, other.weights_sha256)
-        differing = sum(e.examples.get(key) != other.examples.get(key) for key in e.examples.keys() | other.examples.keys())
+        differing = sum(
+            e.examples.get(key) != other.examples.get(key)
+            for key in e.examples.keys() | other.examples.keys()
+        )
         rows.append(
             {
                 "base": e.base,
@@ -235,5 +255,13 @@ def counts_table(study: Study) -> Row:
     for method, evaluations in study.by_method.items():
         for e in sorted(evaluations, key=lambda e: (e.base, e.seed or 0)):
             own = [[e.examples[key] for key in keys if key in e.examples] for keys in study.by_cell.values()]
-            rows.append({"method": method, "base": e.base, "seed": e.seed, "n": list(map(len, own)), "correct": list(map(sum, own))})
+            rows.append(
+                {
+                    "method": method,
+                    "base": e.base,
+                    "seed": e.seed,
+                    "n": list(map(len, own)),
+                    "correct": list(map(sum, own)),
+                }
+            )
     return {"cells": [{"task": task, "language": language} for task, language in study.by_cell], "rows": rows}

@@ -25,13 +25,19 @@ def cost_rows(study: Study) -> list[Row]:
     logged ones without the first. memory: MiB at the peak, of rank 0 or of the largest device. None where
     nothing was recorded.
     """
-    measures = {name: _measured(study, of) for name, of in (("wall", _wall), ("iteration", _iteration), ("memory", _memory))}
+    measures = {
+        name: _measured(study, of)
+        for name, of in (("wall", _wall), ("iteration", _iteration), ("memory", _memory))
+    }
     rows = []
     for method in [m for m in study.by_method if m != "base"]:
         row: Row = {"method": method}
         for name, values in measures.items():
             own, other = values[method], values.get(study.reference, {})
-            row[name] = {"median": statistics.median(own.values()) if own else None, "ratio": _ratio(own, other)}
+            row[name] = {
+                "median": statistics.median(own.values()) if own else None,
+                "ratio": _ratio(own, other),
+            }
         if any(row[name]["median"] is not None for name in measures):
             rows.append(row)
     return rows
@@ -44,7 +50,9 @@ def _ratio(own: Values, other: Values) -> Row | None:
     if not pairs:
         return None
     found = spread({base: [math.log(a / b) for a, b in own] for base, own in pairs.items()})
-    ends: dict[str, Any] = {name: None if found[name] is None else math.exp(found[name]) for name in ("low", "high")}
+    ends: dict[str, Any] = {
+        name: None if found[name] is None else math.exp(found[name]) for name in ("low", "high")
+    }
     return {"ratio": math.exp(found["change"]), **ends, "p": found["p"], "n": found["n"]}
 
 
@@ -94,11 +102,15 @@ def _log(run: RunInputs, name: str) -> str:
 
 
 def _iteration(run: RunInputs, name: str) -> float | None:
-    times = [float(value) for value in _ITERATION.findall(_log(run, name))][1:]  # the first holds what is set up once
+    times = [float(value) for value in _ITERATION.findall(_log(run, name))][
+        1:
+    ]  # the first holds what is set up once
     return statistics.median(times) if times else None
 
 
 def _memory(run: RunInputs, name: str) -> float | None:
     text = _log(run, name)
-    peaks = [float(value) for value in _RESIDENT.findall(text)] or [float(value) for value in _ALLOCATED.findall(text)]
+    peaks = [float(value) for value in _RESIDENT.findall(text)] or [
+        float(value) for value in _ALLOCATED.findall(text)
+    ]
     return max(peaks) if peaks else None

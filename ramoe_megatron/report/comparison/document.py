@@ -106,13 +106,17 @@ def comparison_sections(
     )
     if "counts" in c:  # a comparison written by an earlier version has none
         made += (
-            " The right answers by method, base model, seed, task and language are there under `counts`: the "
-            "differences and their p-values can be computed again from them. The intervals over examples need "
-            "the evaluations themselves."
+            " The right answers by method, base model, seed, task and language are there under `counts`: "
+            "the differences and their p-values can be computed again from them. "
+            "The intervals over examples need the evaluations themselves."
         )
     return [
-        PageSection("run", "What was run", [*_setting(c), _bases_table(c), _before_table(c), Code([*commands])]),
-        PageSection("headline", f"All methods against {c['reference']}", [*figure("forest"), _headline_table(c)]),
+        PageSection(
+            "run", "What was run", [*_setting(c), _bases_table(c), _before_table(c), Code([*commands])]
+        ),
+        PageSection(
+            "headline", f"All methods against {c['reference']}", [*figure("forest"), _headline_table(c)]
+        ),
         PageSection("claims", "Claims and their controls", [_claims_table(c)]),
         PageSection("bases", "Each base model", [_by_base_table(c)]),
         PageSection("cells", "Tasks and languages", [*figure("cells"), _cells_table(c)]),
@@ -269,7 +273,9 @@ def _by_base_table(c: Record) -> Table:
     names = [base["base"] for base in c["bases"]]
     rows = []
     for row in c["headline"]:
-        found = ({b["base"]: b for b in (row[key] or {}).get("by_base", ())} for key in ("against", "from_base"))
+        found = (
+            {b["base"]: b for b in (row[key] or {}).get("by_base", ())} for key in ("against", "from_base")
+        )
         against, before = ([points(own.get(name)) for name in names] for own in found)
         if {*against, *before} != {NONE}:
             rows.append((row["method"], *(marked(row, change) for change in against), *before))

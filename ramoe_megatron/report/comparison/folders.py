@@ -34,14 +34,22 @@ def load_folders(folders: Sequence[Path], reference: str) -> dict[str, RunInputs
             training.
     """
     if not folders:
-        raise RamoeError("comparison: found no run folder, expected at least one; give the folders that `ramoe run` wrote")
+        raise RamoeError(
+            "comparison: found no run folder, expected at least one; give the folders that `ramoe run` wrote"
+        )
     paths = [Path(folder).resolve() for folder in folders]
     if len(set(paths)) < len(paths):
-        raise RamoeError(f"comparison: a run folder is given twice among {', '.join(map(str, folders))}; give each once")
+        raise RamoeError(
+            f"comparison: a run folder is given twice among {', '.join(map(str, folders))}; give each once"
+        )
     names = [path.name for path in paths]
-    labels = [path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths]
+    labels = [
+        path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths
+    ]
     if len(set(labels)) < len(labels):
-        raise RamoeError(f"comparison: folders of the same name, {', '.join(map(str, folders))}; rename one of them")
+        raise RamoeError(
+            f"comparison: folders of the same name, {', '.join(map(str, folders))}; rename one of them"
+        )
     runs = {label: _complete(path, label, reference) for label, path in zip(labels, paths, strict=True)}
     for run in runs.values():
         _same_examples(run, reference)
@@ -62,7 +70,9 @@ def _complete(folder: Path, label: str, reference: str) -> RunInputs:
     started = (run.manifest or {}).get("stages", {})
     for seed in run.recipe.get("seeds") or [1]:
         for method in [m for m in methods if (m, None) not in found and (m, seed) not in found]:
-            name = method if f"evaluate/{method}" in started else f"{method}-seed{seed}"  # without a seed: nothing is trained
+            name = (
+                method if f"evaluate/{method}" in started else f"{method}-seed{seed}"
+            )  # without a seed: nothing is trained
             missing.append((f"evaluations/{name}.json", f"evaluate/{name}"))
     missing = list(dict.fromkeys(missing))
     if missing:
@@ -132,12 +142,16 @@ def _section(name: str, run: RunInputs) -> Any:
 
 def _method_settings(run: RunInputs) -> dict[str, Any]:
     """By method, what the recipe says of it beside its name."""
-    entries = [{"name": entry} if isinstance(entry, str) else entry for entry in run.recipe.get("methods") or []]
+    entries = [
+        {"name": entry} if isinstance(entry, str) else entry for entry in run.recipe.get("methods") or []
+    ]
     return {entry["name"]: {key: value for key, value in entry.items() if key != "name"} for entry in entries}
 
 
 def _told(own: Any, other: Any) -> str:
     """A value; of two that differ in some entries, those entries alone."""
     if isinstance(own, dict):
-        own = [f"{key} {own.get(key, 'not given')}" for key in {**own, **other} if own.get(key) != other.get(key)]
+        own = [
+            f"{key} {own.get(key, 'not given')}" for key in {**own, **other} if own.get(key) != other.get(key)
+        ]
     return ", ".join(map(str, own)) if isinstance(own, list) else str(own)

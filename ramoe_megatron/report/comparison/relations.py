@@ -22,18 +22,34 @@ def ci_gain_rows(study: Study) -> Row:
     for name, run in study.runs.items():
         for (task, language), share in sorted(ci_shares(run).items()):
             for method in [m for m in study.by_method if m != "base"]:
-                gains = [_gain(study, method, other, name, (task, language)) for other in ("base", study.reference)]
+                gains = [
+                    _gain(study, method, other, name, (task, language)) for other in ("base", study.reference)
+                ]
                 if gains[0] is not None:
-                    point = {"base": name, "task": task, "language": language, "method": method, "ci_share": share}
+                    point = {
+                        "base": name,
+                        "task": task,
+                        "language": language,
+                        "method": method,
+                        "ci_share": share,
+                    }
                     points.append({**point, "over_base": gains[0], "over_reference": gains[1]})
     correlations = []
     for method in [m for m in study.by_method if m != "base"]:
         for over in ("base", "reference") if method != study.reference else ("base",):
             for base in [None, *study.runs]:
-                usable = [p for p in points if p["method"] == method and p[f"over_{over}"] is not None and base in (None, p["base"])]
+                usable = [
+                    p
+                    for p in points
+                    if p["method"] == method and p[f"over_{over}"] is not None and base in (None, p["base"])
+                ]
                 x, y = ([p[side] for p in usable] for side in ("ci_share", f"over_{over}"))
                 found = pearson(x, y, [p["base"] for p in usable])
-                numbers = dataclasses.asdict(found) if found else dict.fromkeys(("r", "low", "high", "p")) | {"n": len(usable)}
+                numbers = (
+                    dataclasses.asdict(found)
+                    if found
+                    else dict.fromkeys(("r", "low", "high", "p")) | {"n": len(usable)}
+                )
                 correlations.append({"method": method, "over": over, "base": base, **numbers})
     return {"correlations": correlations, "points": points}
 
@@ -42,7 +58,9 @@ def _gain(study: Study, method: str, other: str, base: str, cell: Cell) -> float
     """Mean paired difference of one base model on one task and language, over its seeds."""
     if method == other:
         return None
-    found = [pair.mean(study.by_cell.get(cell, [])) for pair in study.pairs(method, other) if pair.base == base]
+    found = [
+        pair.mean(study.by_cell.get(cell, [])) for pair in study.pairs(method, other) if pair.base == base
+    ]
     means = [value for value in found if value is not None]
     return sum(means) / len(means) if means else None
 
@@ -70,7 +88,10 @@ def transplant_rows(study: Study) -> Row:
     for level, own in levels.items():
         rows.append({"level": level, "base": None, "task": None, **sign_hits(own)})
         if level != "bases":
-            rows += [{"level": level, "base": b, "task": None, **sign_hits(u for u in own if u["base"] == b)} for b in _unique(own, "base")]
+            rows += [
+                {"level": level, "base": b, "task": None, **sign_hits(u for u in own if u["base"] == b)}
+                for b in _unique(own, "base")
+            ]
     for base, task in dict.fromkeys((unit["base"], unit["task"]) for unit in units):
         one = [unit for unit in levels["pairs"] if (unit["base"], unit["task"]) == (base, task)]
         rows.append({"level": "pairs", "base": base, "task": task, **sign_hits(one)})
@@ -96,12 +117,23 @@ def sign_hits(units: Iterable[Row]) -> Row:
     predicted, observed = counts["up_up"] + counts["up_down"], counts["up_up"] + counts["down_up"]
     expected = (predicted * observed + (n - predicted) * (n - observed)) / n**2
     p = fisher([[counts["up_up"], counts["up_down"]], [counts["down_up"], counts["down_down"]]])
-    return {**counts, "n": n, "hits": right, "rate": right / n, "low": low, "high": high, "p": p, "expected": expected}
+    return {
+        **counts,
+        "n": n,
+        "hits": right,
+        "rate": right / n,
+        "low": low,
+        "high": high,
+        "p": p,
+        "expected": expected,
+    }
 
 
 def _with_outcome(unit: Row) -> Row:
     # Means of whole counts: what differs from zero by rounding alone is a tie.
-    signs = [0 if abs(value) < 1e-12 else 1 if value > 0 else -1 for value in (unit["transplant"], unit["gain"])]
+    signs = [
+        0 if abs(value) < 1e-12 else 1 if value > 0 else -1 for value in (unit["transplant"], unit["gain"])
+    ]
     return {**unit, "outcome": "ties" if 0 in signs else "_".join(SIGNS[sign] for sign in signs)}
 
 

@@ -86,7 +86,9 @@ class Study:
 
     def pairs(self, method: str, other: str) -> list[Pair]:
         if (method, other) not in self._pairs:
-            self._pairs[method, other] = pair_up(self.by_method.get(method, []), self.by_method.get(other, []))
+            self._pairs[method, other] = pair_up(
+                self.by_method.get(method, []), self.by_method.get(other, [])
+            )
         return self._pairs[method, other]
 
     def against(self, method: str, other: str, keys: list[ExampleKey]) -> Row | None:
