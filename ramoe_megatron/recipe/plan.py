@@ -1,9 +1,10 @@
-"""From a recipe to its ordered stages: which command, what it reads, what it writes.
+"""The plan of a recipe: its stages in order, each with its command, its inputs and its outputs.
 
-Order: data, pretrain, taxonomy, profile, with several anchors priors/LANGUAGE and anchors/LANGUAGES-TOKENS,
-evaluate/base, predict, finetune/METHOD-seedK, evaluate/METHOD-seedK, results, report: what the base model can
-do, and whether alignment has anything to gain, is known before anything is fine-tuned. Methods that steer at
-inference have an evaluation and no fine-tune.
+The order is data, pretrain, taxonomy, profile, evaluate/base, predict, finetune/METHOD-seedK,
+evaluate/METHOD-seedK, results, report. With several anchors, priors/LANGUAGE and anchors/LANGUAGES-TOKENS
+follow the profile. By this order, the accuracy of the base model and the prediction whether alignment can
+help are known before anything is fine-tuned. Methods that steer at inference have an evaluation and no
+fine-tuning run.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from ramoe_megatron.recipe.stage import JOBS, Stage
 
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".model", ".tsv")
 ANCHOR_SPLIT = "train"
-"""The split that fine-tunes draw from: of the others there need be no priors of further anchors."""
+"""The split that fine-tuning draws from. Only this split needs priors of further anchors."""
 Files = dict[str, Sequence[str | Path]]
 
 
@@ -54,7 +55,7 @@ def make_plan(recipe: Recipe, out: Path, recipe_folder: Path) -> list[Stage]:
 
 
 class PlanContext:
-    """A recipe and its run folder, as the makers of stages see them."""
+    """A recipe and its run folder, as the functions below need them to make stages."""
 
     def __init__(self, recipe: Recipe, out: Path, recipe_folder: Path) -> None:
         self.recipe, self.out, self.recipe_folder = recipe, out, recipe_folder
@@ -108,7 +109,7 @@ class PlanContext:
         return flags, files
 
     def experts_of(self, alignment: AlignmentSection) -> Path:
-        """The expert file that a method aligns by."""
+        """The expert file that a method is aligned by."""
         return (
             self.experts if alignment.select_tokens == "all" else self.expert_files[alignment.select_tokens]
         )
@@ -131,7 +132,10 @@ class PlanContext:
         checkpoint: Path | None = None,
         traces: Sequence[Path] = (),
     ) -> Stage:
-        """A Megatron job. `places` (folders, mostly) and the paths of `files` are no settings."""
+        """A stage that runs a Megatron job.
+
+        `places` (mostly folders) and the paths of `files` are inputs or outputs, but not settings.
+        """
         merged = {**self.recipe.model, **flags, **self.tokenizer, **self.recipe.parallel}
         columns = [f"{field}={column}" for field, column in sorted(self.recipe.data.columns.items())]
         settings: dict[str, FlagValue] = {
@@ -170,7 +174,7 @@ class PlanContext:
     def training(
         self, name: str, flags: Mapping[str, FlagValue], seed: int
     ) -> tuple[dict[str, FlagValue], dict[str, FlagValue]]:
-        # Megatron saves at the end only when an interval is set.
+        # Megatron saves at the end only when a save interval is set.
         interval = {"save-interval": flags.get("train-iters")} if "save-interval" not in flags else {}
         places: dict[str, FlagValue] = {
             "save": str(self.checkpoint(name)),
@@ -199,7 +203,7 @@ class PlanContext:
 
 
 def _priors(recipe: Recipe, out: Path) -> dict[str, Path]:
-    """By token choice, the file of the priors that pool it: those that the methods need, or that the recipe asks for."""
+    """Token choice -> file of the priors pooled over it, for the choices of the methods and of the recipe."""
     needed = [a.tokens for a in map(recipe.alignment_of, recipe.methods) if a.target == "example"]
     if recipe.profile.save_priors is False:
         return {}
@@ -210,7 +214,7 @@ def _priors(recipe: Recipe, out: Path) -> dict[str, Path]:
 
 
 def _expert_files(recipe: Recipe, out: Path) -> dict[str, Path]:
-    """By token choice, the expert file of that choice: of all tokens, and those that the methods need."""
+    """Token choice -> expert file of that choice, for all tokens and the choices of the methods."""
     needed = [recipe.alignment_of(method).select_tokens for method in recipe.methods]
     return {
         choice: out / name
@@ -226,10 +230,10 @@ def weights_option(weights: Mapping[str, float]) -> FlagValue:
 
 
 def find_path(name: str, recipe_folder: Path, key: str) -> Path | None:
-    """A path in a recipe: relative to the recipe's folder, or else to the working directory; None for a hub
-    name.
+    """A path of a recipe, looked up in the recipe's folder and then in the working directory.
 
-    Raises RamoeError when it is absent and can be no hub name.
+    Returns None for the name of a data set on the hub. Raises RamoeError when the path is absent and cannot
+    be such a name.
     """
     for candidate in (recipe_folder / name, Path(name)):
         if candidate.exists():
@@ -244,7 +248,8 @@ def find_path(name: str, recipe_folder: Path, key: str) -> Path | None:
 def data_stage(recipe: Recipe, out: Path, recipe_folder: Path) -> Stage:
     """The stage that writes the generated data and their tokenizer to `out`/data.
 
-    Raises RamoeError for a wrong setting of the embedded world or of SIB-200, or an absent source folder.
+    Raises RamoeError for a wrong setting of the embedded world or of SIB-200, and for an absent source
+    folder.
     """
     data, out = recipe.data, out / "data"
     job, config = (
@@ -272,7 +277,7 @@ def data_stage(recipe: Recipe, out: Path, recipe_folder: Path) -> Stage:
 
 
 def generated_languages(recipe: Recipe) -> list[str] | None:
-    """The target languages that generated data will hold; None where that shows in the data alone."""
+    """The target languages of generated data; None when only the data themselves show them."""
     if recipe.data.world is not None:
         return [*_world(recipe)["target_shares"]]
     return [*(recipe.data.sib200 or {}).get("languages", [])] or None
@@ -292,14 +297,13 @@ def _sib200(recipe: Recipe, recipe_folder: Path) -> dict[str, Any]:
     if source is None or not source.is_dir():
         raise RamoeError(
             f"data.sib200.source: {given['source']} is a folder neither in {recipe_folder.resolve()} nor "
-            f"in {Path.cwd()}: "
-            "give the folder of the languages"
+            f"in {Path.cwd()}: give the folder of the languages"
         )
     return _config("data.sib200", SibConfig, {**given, "source": str(source)})
 
 
 def _config(key: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole configuration of a data job, defaults included, from the keys that the recipe gives."""
+    """The whole configuration of a data job, with defaults, from the keys that the recipe gives."""
     from ramoe_megatron.data.config import config_from_mapping
 
     try:
@@ -391,12 +395,14 @@ def predict_stage(plan: PlanContext) -> Stage:
     return plan.job("predict", "predict", plan.scoring(), options, files, outputs, plan.offline(), plan.base)
 
 
-# ---- several anchors: the routing of each further anchor, and for each example the anchor that it is pulled
-# to ----
+# ---- several anchors: each further anchor's routing, and the choice of an anchor for each example ----
 
 
 def anchors_stages(plan: PlanContext) -> list[Stage]:
-    """First the profiles of the further anchors, then the choices between them. Raises RamoeError for one that the data will not hold."""
+    """The profiles of the further anchors, then the choices between the anchors.
+
+    Raises RamoeError for an anchor that the data will not contain.
+    """
     asked = [
         alignment for alignment in map(plan.recipe.alignment_of, plan.recipe.methods) if alignment.anchors
     ]
@@ -415,7 +421,8 @@ def anchors_stages(plan: PlanContext) -> list[Stage]:
 
 
 def labels_of(plan: PlanContext, alignment: AlignmentSection) -> Files:
-    """The taxonomy and, for the target example, the priors that a fine-tune aligns by."""
+    """The files that label the examples of a fine-tuning run: the taxonomy and, for target example, the
+    priors."""
     if alignment.anchors:
         folder = _anchor_folder(plan, alignment)
         return {"taxonomy": [folder / "taxonomy.jsonl"], "priors": [folder / "priors.safetensors"]}
@@ -429,7 +436,7 @@ def _check_languages(plan: PlanContext, anchors: list[str]) -> None:
     if absent:
         held = ", ".join(known or [])
         raise RamoeError(
-            f"alignment.anchors: {', '.join(absent)} will not be in the data, which will have {held}: "
+            f"alignment.anchors: the data will not contain {', '.join(absent)}, only {held}: "
             "name some of these"
         )
 
@@ -446,7 +453,7 @@ def _anchor_priors(plan: PlanContext, language: str, tokens: list[str]) -> dict[
 
 
 def _anchor_profile(plan: PlanContext, language: str, files: dict[str, Path]) -> Stage:
-    """Priors alone, since neither general text nor taxonomy is given."""
+    """The stage that writes only priors, because it gets neither general text nor a taxonomy."""
     name = f"priors/{language}"
     options: dict[str, FlagValue] = {
         "anchor": language,
@@ -470,7 +477,7 @@ def _anchor_profile(plan: PlanContext, language: str, files: dict[str, Path]) ->
 def _choice(
     plan: PlanContext, alignment: AlignmentSection, folder: Path, files: dict[str, dict[str, Path]]
 ) -> Stage:
-    """`ramoe anchors`."""
+    """The stage that runs `ramoe anchors`."""
     anchor = plan.recipe.data.anchor_language
     priors = {
         anchor: plan.priors[alignment.tokens],
@@ -491,12 +498,8 @@ def _choice(
     ]
     return Stage(
         name=f"anchors/{folder.name}",
-        command=(
-            "ramoe_megatron.cli",
-            "anchors",
-            *words,
-            "--replace",
-        ),  # its own files, when it was interrupted
+        # --replace: an interrupted run may have left files.
+        command=("ramoe_megatron.cli", "anchors", *words, "--replace"),
         settings={"anchors": list(priors), "split": ANCHOR_SPLIT},
         inputs=(taxonomy, taxonomy.with_suffix(".json"), *priors.values()),
         outputs=tuple(folder / name for name in ANCHOR_FILES),
@@ -508,14 +511,14 @@ def _choice(
 
 
 def fine_tunings(plan: PlanContext) -> list[tuple[Method, int]]:
-    """Method and seed of each fine-tune, seed by seed."""
+    """Method and seed of each fine-tuning run, ordered by seed."""
     return [
         (method, seed) for seed in plan.recipe.seeds for method in plan.recipe.methods if not method.steered
     ]
 
 
 def evaluated(plan: PlanContext) -> list[tuple[str, int | None, Path, Method | None]]:
-    """Name, seed, checkpoint and, of steering, the method of each evaluation but the base model's."""
+    """Name, seed, checkpoint and, for steering, method of each evaluation except the base model's."""
     found: list[tuple[str, int | None, Path, Method | None]] = [
         (method.name, seed, plan.checkpoint(f"{method.name}-seed{seed}"), None)
         for method, seed in fine_tunings(plan)
@@ -569,7 +572,7 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
 
 
 def searches(plan: PlanContext) -> list[Stage]:
-    """A search for each checkpoint that a searching method acts on."""
+    """One search for each checkpoint that a method with a search steers."""
     return [
         steer_stage(plan, method, seed, checkpoint)
         for _, seed, checkpoint, method in evaluated(plan)
@@ -608,9 +611,8 @@ def evaluate_stage(
         "seed": seed,
         "max-new-tokens": plan.answer_tokens(),
     }
-    if any(
-        "coeff-zero" in other.presets for other in plan.recipe.methods
-    ):  # which has to end with the weights of sft
+    # coeff-zero has to end with the same weights as sft.
+    if any("coeff-zero" in other.presets for other in plan.recipe.methods):
         options["weights-digest"] = method == "sft" or "coeff-zero" in plan.recipe.presets_of(method)
     files: Files = {"data": plan.parallel, "experts": [plan.experts]}
     if steered is not None:
