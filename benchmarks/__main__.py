@@ -75,9 +75,8 @@ def measured(module: str, shape: str, arguments: list[str], options: argparse.Na
     print(f"{module} of shape {shape}: starts (log: {log})", file=sys.stderr, flush=True)
     status = launch(command, environment, log, Shown(f"{module} of shape {shape}")).status
     if status:
-        told = (
-            log.read_text().split("torch/distributed/elastic")[0].splitlines()[-20:]
-        )  # torchrun's own account follows
+        # Torchrun's own account follows.
+        told = log.read_text().split("torch/distributed/elastic")[0].splitlines()[-20:]
         raise SystemExit(
             "\n".join(
                 [

@@ -43,9 +43,8 @@ class Trained:
         """Weights, gradient buffers and optimizer state."""
         parameters = list(self.model[0].parameters())
         tensors = [*parameters, *(parameter.main_grad for parameter in parameters)]
-        for part in getattr(
-            self.optimizer, "chained_optimizers", [self.optimizer]
-        ):  # experts have one of their own
+        # Experts have one of their own.
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             tensors += [parameter for group in part.param_groups for parameter in group["params"]]
             tensors += [
                 value

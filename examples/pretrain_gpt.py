@@ -50,9 +50,8 @@ def main():
     from megatron.training.arguments import parse_and_validate_args
 
     ramoe_megatron.skip_helper_compilation()  # (4) the wheel lacks the Makefile that Megatron looks for
-    args = parse_and_validate_args(
-        extra_args_provider=ramoe_megatron.add_arguments
-    )  # (5) our flags beside Megatron's
+    # (5) our flags beside Megatron's.
+    args = parse_and_validate_args(extra_args_provider=ramoe_megatron.add_arguments)
     ramoe_megatron.check_data(args)  # (6) reads the data and the files of alignment
     model = gpt_config_from_args(args)
     alignment = ramoe_megatron.RoutingAlignmentConfig.from_args(args)  # (7) routing alignment on the model

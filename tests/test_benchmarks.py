@@ -93,9 +93,8 @@ def test_weights_gradients_and_moments_are_counted_once(figures: dict[str, Any])
     expert, attention = 3 * hidden * ffn, 4 * hidden * hidden
     layer = shape["experts"] * (expert + hidden) + attention + 2 * hidden
     parameters = shape["layers"] * layer + vocabulary * hidden + hidden
-    for arm in (
-        arms.values()
-    ):  # float32: the weight, its gradient, Adam's two moments, and a step counter for each tensor
+    # Float32: the weight, its gradient, Adam's two moments, and a step counter for each tensor.
+    for arm in arms.values():
         assert arm["bytes"]["between"] == pytest.approx(16 * parameters, rel=0.01)
 
 
@@ -112,9 +111,8 @@ def test_a_ratio_has_its_interval() -> None:
     generator = np.random.default_rng(0)
     stock = generator.normal(1.0, 0.01, 41)
     ratio = Ratio.of(list(stock * 1.05), list(stock))
-    assert [ratio.low, ratio.value, ratio.high] == pytest.approx(
-        [1.05] * 3
-    )  # noise that a round shares cancels
+    # Noise that a round shares cancels.
+    assert [ratio.low, ratio.value, ratio.high] == pytest.approx([1.05] * 3)
     noisy = Ratio.of(list(stock * 1.05), list(generator.normal(1.0, 0.2, 41)))
     assert noisy.high - noisy.low > ratio.high - ratio.low
     assert [verdict(ratio, target, at_most=True) for target in (1.1, 1.02)] == ["met", "missed"]

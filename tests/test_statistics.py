@@ -45,9 +45,8 @@ def test_independent_answers_leave_an_interval_close_to_wilsons_and_never_narrow
         sizes.append(effective_size([run]))
     assert max(sizes) <= 1800
     assert sum(sizes) / len(sizes) > 0.93 * 1800
-    opposed = {
-        str(i): [0, 1] for i in range(10)
-    }  # each fact right in one language of two: no variance is left, and still 20 rows
+    # Each fact right in one language of two: no variance is left, and still 20 rows.
+    opposed = {str(i): [0, 1] for i in range(10)}
     assert effective_size([opposed]) == 20
     assert effective_size([]) == 0
 

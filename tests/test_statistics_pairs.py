@@ -60,9 +60,8 @@ def test_pearson_within_groups_worked_by_hand_and_blind_to_what_sets_groups_apar
     assert (found.low, found.high) == pytest.approx(
         (math.tanh(math.atanh(0.75) - half), math.tanh(math.atanh(0.75) + half))
     )
-    assert found.p == pytest.approx(
-        0.144, abs=1e-3
-    )  # t = 0.75 sqrt(3 / (1 - 0.75^2)) = 1.964 with 3 degrees of freedom
+    # T = 0.75 sqrt(3 / (1 - 0.75^2)) = 1.964 with 3 degrees of freedom.
+    assert found.p == pytest.approx(0.144, abs=1e-3)
     moved = pearson([v + 100 * (g == "b") for v, g in zip(x, groups, strict=True)], y, groups)
     assert moved is not None
     assert (moved.r, moved.low, moved.p) == pytest.approx((found.r, found.low, found.p))

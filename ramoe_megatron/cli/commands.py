@@ -144,9 +144,8 @@ def doctor(
     else:
         found = recipe_findings(Path(target), changes, out, os.environ)
     sound = healthy(found)
-    if (
-        not sound or os.environ.get("SLURM_NODEID", "0") == "0"
-    ):  # of many nodes, the first speaks for those that are well
+    # Of many nodes, the first speaks for those that are well.
+    if not sound or os.environ.get("SLURM_NODEID", "0") == "0":
         wide_console().print(findings_table(found))
     sys.exit(0 if sound else 1)
 

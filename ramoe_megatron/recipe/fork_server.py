@@ -66,9 +66,8 @@ class Forked:
                 raise subprocess.TimeoutExpired("forked stage", timeout or 0)
             told = self._status.readline()
             self._status.close()
-            self.returncode = (
-                int(told) if told else -signal.SIGKILL
-            )  # the leader was killed before it could report a status
+            # The leader was killed before it could report a status.
+            self.returncode = int(told) if told else -signal.SIGKILL
         return self.returncode
 
     def terminate(self) -> None:
@@ -134,9 +133,8 @@ class ForkServer:
         with other:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(other.fileno())],
-                env={
-                    name: value for name, value in environment.items() if name != MARK
-                },  # the process belongs to no launch
+                # The process belongs to no launch.
+                env={name: value for name, value in environment.items() if name != MARK},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -182,9 +180,8 @@ def _lead(request: int, output: int, status: int) -> Sequence[str]:
     os.setsid()
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # also where a shell ignores SIGINT, as in torchrun
+    # Also where a shell ignores SIGINT, as in torchrun.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with os.fdopen(request) as file:
         asked = json.load(file)
     for place in (1, 2):

@@ -81,9 +81,8 @@ class Place:
         """
         for port in (self.port + offset for offset in offsets if self.nodes > 1 and self.node == 0):
             try:
-                with (
-                    socket.socket() as probe
-                ):  # only bound, not listening: another node may already try to connect
+                # Only bound, not listening: another node may already try to connect.
+                with socket.socket() as probe:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     probe.bind(("", port))
             except (OSError, OverflowError) as error:
@@ -155,7 +154,9 @@ def launch(
     grace: float = GRACE_SECONDS,
     fork: Callable[[Mapping[str, str]], Started | None] | None = None,
 ) -> Outcome:
-    """Run a full command line to its end. Its output is appended to `log`, or goes to the terminal without
+    """Run a full command line to its end.
+
+    The output goes to the end of `log`, or to the terminal without
     one.
 
     Every process that descends from the command is ended after an exception, after Ctrl-C and after an

@@ -185,9 +185,8 @@ class Manifest:
                 f"{stage.name} ended without an error, but {missing[0]} is missing; "
                 f"see {self.folder / stage.log}"
             )
-        entry.outputs = {
-            self.name(path): "" for path in stage.outputs
-        }  # `digest` finds a checkpoint's maker by these names
+        # `digest` finds a checkpoint's maker by these names.
+        entry.outputs = {self.name(path): "" for path in stage.outputs}
         entry.outputs = {self.name(path): self.digest(path) or "" for path in stage.outputs}
         entry.state, entry.ended = "done", now()
         self._record(stage, entry)

@@ -30,10 +30,10 @@ SCORING = ("seq-length", "max-position-embeddings", "micro-batch-size", "bf16", 
 
 
 def render(flags: Mapping[str, FlagValue]) -> list[str]:
-    """Command-line words of flags: true is a bare flag, false and None are left out, a list is several
-    values.
+    """Command-line words of flags.
 
-    A single value that starts with a dash is joined by `=`, because argparse would take it for a flag.
+    true is a bare flag, false and None are left out, and a list is several values. A single value that starts
+    with a dash is joined by `=`, because argparse would take it for a flag.
     """
     words: list[str] = []
     for name, value in flags.items():
@@ -122,8 +122,7 @@ def _size(flags: Mapping[str, FlagValue], name: str, default: int = 1) -> int:
 
 
 def check_layout(recipe: Recipe, devices: int | None) -> None:
-    """Raise RamoeError when the launch, the parallel sizes, the model and the batch sizes do not fit
-    together.
+    """Raise RamoeError when launch, parallel sizes, model and batch sizes do not fit together.
 
     Args:
         devices: CUDA devices of this node. None without any; the CPU backend takes any number of ranks.

@@ -388,11 +388,8 @@ class Method(Section):
     def _what_was_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Serialise without the defaults of the sections, which would count as changes when read again."""
         written = handler(self)
-        for key in (
-            "alignment",
-            "selection",
-            "steering",
-        ):  # a given null resets the recipe's value
+        # A given null resets the recipe's value.
+        for key in ("alignment", "selection", "steering"):
             written[key] = getattr(self, key).model_dump(by_alias=True, exclude_unset=True)
         return {key: value for key, value in written.items() if value not in ({}, None)}
 

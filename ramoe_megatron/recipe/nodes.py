@@ -1,5 +1,4 @@
-"""A recipe on several nodes: node 0 decides which stages run, and the other nodes start their ranks of each
-stage.
+"""A recipe on several nodes: node 0 decides which stages run, and the others start their ranks of each stage.
 
 `ramoe run` is started once on every node. Node 0 listens on MASTER_PORT + 1. The other nodes connect and
 receive each stage's command. A closed connection ends them, so that nothing waits for a lost node. All nodes
@@ -106,9 +105,8 @@ def follow(place: Place, folder: Path, patience: float = CONNECT_SECONDS) -> int
             own_log = log.with_suffix(f".node-{place.node}.log")
             outcome = launch(command, environment, own_log, while_running=lambda: _look(link, "node 0"))
             if outcome.unfinished:
-                _await_end(
-                    link
-                )  # if this node's ranks end first, node 0 would take the closed connection for a lost node
+                # If this node's ranks end first, node 0 would take the closed connection for a lost node.
+                _await_end(link)
                 return outcome.status
             if outcome.status:
                 text, _ = relevant_lines(outcome.last_lines)

@@ -48,8 +48,7 @@ def parse_progress(line: str) -> Progress | None:
 
 
 def relevant_lines(lines: Sequence[str]) -> tuple[list[str], bool]:
-    """The lines that say why a job failed, and whether the reason is a RamoeError, which the user can
-    correct.
+    """The lines that say why a job failed, and whether the user can correct the reason (a RamoeError).
 
     The lines are the text of the first RamoeError with its indented lines, or else the exceptions that ranks
     raised, or else the last lines without torchrun's own summary.

@@ -1,4 +1,4 @@
-"""Ends processes: signals that stop a run, a request to save first, and the end of every process of a launch."""
+"""Ends processes: signals that stop a run, requests to save first, and the end of a launch's processes."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def resumes(self) -> bool:
-        """Whether the signal was the warning before a time limit, after which the same command is to resume."""
+        """Whether the signal was the warning before a time limit. The same command should then resume."""
         return self.args == (WARNING.name,)
 
 
@@ -89,7 +89,7 @@ def _handling(numbers: Sequence[signal.Signals], handler: Callable[[int, object]
 
 
 def end_early() -> None:
-    """Keep this process's exit status from now on, whatever signal comes: a training ended early on purpose."""
+    """Keep this process's exit status whatever signal comes now: a training ended early on purpose."""
     _came.append("unfinished")
 
 
@@ -163,7 +163,7 @@ def _family(mark: str, session: int) -> list[int]:
 
 
 def _ranks(mark: str, leader: int) -> list[int]:
-    """The processes of a family that are ranks, without the processes that ranks start, such as data loaders."""
+    """The processes of a family that are ranks, without those that ranks start, such as data loaders."""
     family = _family_with_variables(mark, leader)
     inside = {
         n

@@ -53,9 +53,8 @@ def run_recipe(
     recipe = load_recipe(path, changes)
     folder = (out or Path("runs") / recipe.name).resolve()
     submits = recipe.launch.launcher == "slurm"
-    flags.check_layout(
-        recipe, None if submits else flags.cuda_devices(os.environ)
-    )  # the devices of a login node do not matter
+    # The devices of a login node do not matter.
+    flags.check_layout(recipe, None if submits else flags.cuda_devices(os.environ))
     plan = make_plan(recipe, folder, path.parent)
     begin, end = select_stages(plan, first, last)
     if submits:

@@ -1,4 +1,4 @@
-"""Slurm as a recipe needs it: the script of a stage's job, and the few commands (sbatch, squeue, scancel) that are asked."""
+"""What a recipe needs of Slurm: the script of a stage's job, and calls of sbatch, squeue and scancel."""
 
 import importlib.resources
 import os
@@ -15,11 +15,12 @@ from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.sections import WARNING_SECONDS, FlagValue
 from ramoe_megatron.recipe.stage import Stage
 
-ASKING_SECONDS = 60.0  # a busy controller may answer late
+ASKING_SECONDS = 60.0  # a busy controller may be slow to answer
 
 
 def script(stage: Stage, recipe: Recipe, folder: Path) -> str:
-    """The batch script of a stage's job: sbatch's options, the settings, what every job here does, and one command a node."""
+    """The batch script of a stage's job: sbatch's options, settings, `slurm_job.sh`, and one command for each
+    node."""
     slurm = recipe.launch.slurm
     name = stage.name.replace("/", "-")
     options: dict[str, FlagValue] = {
@@ -48,7 +49,7 @@ def script(stage: Stage, recipe: Recipe, folder: Path) -> str:
             "set -euo pipefail",
             *(
                 [
-                    "set +u  # what module and conda bring along may not be written for it",
+                    "set +u  # scripts of module and conda may use unset variables",
                     *slurm.setup,
                     "set -u",
                 ]
@@ -69,7 +70,7 @@ def script(stage: Stage, recipe: Recipe, folder: Path) -> str:
 
 
 def _of_gpus(option: str) -> bool:
-    """Whether an option asks for what a stage without ranks has no use for."""
+    """Whether an option requests a resource that a stage without ranks does not use."""
     return "gpu" in option or option in ("gres", "exclusive", "tres-per-task")
 
 
@@ -82,14 +83,18 @@ def _words(options: Mapping[str, FlagValue]) -> list[str]:
 
 
 def sbatch(path: Path, after: Sequence[int]) -> int:
-    """Submit a script, to start once all jobs in `after` have ended well; the job's id. Raises RamoeError with what sbatch says."""
+    """Submit a script that starts once all jobs in `after` have ended with success. Returns the job's id.
+
+    Raises RamoeError with sbatch's message.
+    """
     dependency = [f"--dependency=afterok:{':'.join(map(str, after))}"] if after else []
     said = _ask(["sbatch", "--parsable", *dependency, str(path)], _outside(os.environ))
     return int(said.split(";")[0])
 
 
 def _outside(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what a surrounding job or torchrun has set, which sbatch would hand on to the new job."""
+    """The environment without the variables of a surrounding job or torchrun, which sbatch would pass to the
+    new job."""
     kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
     own = (
         "MASTER_ADDR",
@@ -109,14 +114,15 @@ def _outside(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def cancel(jobs: Iterable[int]) -> None:
-    """Take jobs out of the queue. Raises RamoeError with what scancel says."""
+    """Take jobs out of the queue. Raises RamoeError with scancel's message."""
     if words := [str(job) for job in jobs]:
         _ask(["scancel", *words])
 
 
 @dataclass(frozen=True)
 class Queued:
-    """A job in the queue. `state`: PENDING, RUNNING, COMPLETING, ...; `why`: Slurm's reason for one that waits; `name`: its job name."""
+    """A job in the queue: its state (PENDING, RUNNING, COMPLETING, ...), Slurm's reason why it waits, and its
+    name."""
 
     state: str
     nodes: str
@@ -125,11 +131,11 @@ class Queued:
 
 
 def queue(jobs: Iterable[int]) -> dict[int, Queued]:
-    """Those of the jobs that are still in the queue. Raises RamoeError where Slurm cannot be asked."""
+    """The given jobs that are still in the queue. Raises RamoeError where Slurm cannot be asked."""
     wanted = {int(job) for job in jobs}
     if not wanted:
         return {}
-    # All of the queue: with --jobs, squeue fails once the oldest of them is forgotten.
+    # The whole queue is listed: with --jobs, squeue fails once Slurm has forgotten one of the jobs.
     said = _ask(["squeue", "--noheader", "--format=%i|%T|%N|%r|%j"])
     rows = (line.strip().split("|", 4) for line in said.splitlines() if line.strip())
     return {int(job): Queued(*told) for job, *told in rows if job.isdigit() and int(job) in wanted}
@@ -138,7 +144,7 @@ def queue(jobs: Iterable[int]) -> dict[int, Queued]:
 def _ask(words: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     if shutil.which(words[0]) is None:
         raise RamoeError(
-            f"{words[0]} is not here: run this on a machine that submits to Slurm, "
+            f"{words[0]} is not installed here: run this on a machine that submits to Slurm, "
             "or without --launcher slurm"
         )
     try:

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# What every Slurm job here does: sourced by slurm/*.sbatch, and part of the scripts that `ramoe run --launcher slurm` writes.
-# Each variable may be set by whoever submits; the allocation has one task a node, and torchrun starts that node's ranks.
+# What every Slurm job of this project does. slurm/*.sbatch source this file, and `ramoe run --launcher slurm` copies it
+# into its scripts. Each variable below may be set before sbatch. The allocation has one task per node, in which torchrun
+# starts the ranks of that node.
 
 : "${MASTER_ADDR:=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}" # where the ranks meet: the first node
 : "${MASTER_PORT:=$((10000 + SLURM_JOB_ID % 10000 * 2))}"                         # of this job alone, and the one after it

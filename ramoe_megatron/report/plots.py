@@ -78,9 +78,8 @@ def panels(count: int, width: float, height: float, **options: Any) -> "tuple[Fi
     for spare in flat[count:]:
         spare.set_visible(False)
     for axis in flat[:count]:
-        axis.tick_params(
-            labelbottom=True, labelleft=True
-        )  # panels that share an axis are read on their own as well
+        # Panels that share an axis are read on their own as well.
+        axis.tick_params(labelbottom=True, labelleft=True)
     return figure, flat[:count]
 
 

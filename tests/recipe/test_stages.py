@@ -133,9 +133,8 @@ def test_a_stage_with_ranks_is_forked_only_where_there_is_no_cuda_device(
     def start(server: ForkServer, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> None:
         asked.append((list(command), ranks))
 
-    monkeypatch.setattr(
-        ForkServer, "start", start
-    )  # None: torchrun takes over, as after a server that has ended
+    # None: torchrun takes over, as after a server that has ended.
+    monkeypatch.setattr(ForkServer, "start", start)
     monkeypatch.setattr("ramoe_megatron.recipe.stages.cuda_devices", lambda environment: devices)
     stage = dataclasses.replace(bench.plan()[0], ranks=1)
     with locked(bench.folder):

@@ -29,9 +29,8 @@ def test_paired_seeds_of_two_base_models_worked_by_hand(tmp_path: Path) -> None:
     found = row(both["headline"], method="ra-moe")
     assert (found["bases"], found["seeds"], found["outcomes"], found["against"]["n"]) == (2, 5, 10, 10)
     assert found["accuracy"] == pytest.approx((0.4 * 10 * 40 + 5 + 15) / 400)
-    half = (
-        2.306004 * math.sqrt(10 / 8 / 10) / 40
-    )  # 8 degrees of freedom; the squares about each base model's own mean are 10 and 0
+    # 8 degrees of freedom; the squares about each base model's own mean are 10 and 0.
+    half = 2.306004 * math.sqrt(10 / 8 / 10) / 40
     assert found["against"]["change"] == pytest.approx(1.5 / 40)
     assert found["against"]["high"] == pytest.approx(1.5 / 40 + half, abs=1e-6)
     assert [b["change"] for b in found["against"]["by_base"]] == pytest.approx([3 / 40, 0])

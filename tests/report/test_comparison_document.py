@@ -41,13 +41,11 @@ def test_claims_are_the_method_minus_its_control(tmp_path: Path) -> None:
     told = " ".join(comparison_findings(c))
     assert (
         "ra-moe scored 7.5 points higher than sft in the target languages (95 % interval +2.6 to +12.4, "
-        "p = 0.013"
-        in told
+        "p = 0.013" in told
     )
     assert (
         "ra-moe scored higher than reversed (+7.5 [+2.6, +12.4]); no difference from random-experts (+0.0 "
-        "[+0.0, +0.0])"
-        in told
+        "[+0.0, +0.0])" in told
     )
 
 

@@ -28,9 +28,8 @@ def test_transplant_hits_worked_by_hand(tmp_path: Path) -> None:
     }
     assert (pairs["hits"], pairs["n"], pairs["rate"]) == (2, 3, pytest.approx(2 / 3))
     assert (pairs["low"], pairs["high"]) == pytest.approx((0.2077, 0.9385), abs=1e-4)  # Wilson, 2 of 3
-    assert pairs["p"] == pytest.approx(
-        1.0
-    )  # Fisher: up/up is 1 with probability 2/3, else 0 with 1/3; neither table is rarer than that
+    # Fisher: up/up is 1 with probability 2/3, else 0 with 1/3; neither table is rarer than that.
+    assert pairs["p"] == pytest.approx(1.0)
     assert pairs["expected"] == pytest.approx((2 * 1 + 1 * 2) / 9)
     # Task a: +0.1 and (2 - 1) / 20 up; task b: -0.05 and (-2 + 5) / 20 up; together +0.025 and +4 / 40.
     assert [(u["task"], u["outcome"]) for u in found["tasks"]] == [("a", "up_up"), ("b", "down_up")]
@@ -132,9 +131,8 @@ def test_cost_is_a_ratio_over_paired_seeds(tmp_path: Path) -> None:
         compare([write_run(tmp_path / "one", outcomes, logs=logs, seconds=seconds)])["cost"], method="ra-moe"
     )
     assert found["iteration"]["ratio"]["ratio"] == pytest.approx(4)
-    half = 12.7062 * math.log(
-        2
-    )  # Student's quantile at one degree of freedom; log 4 and its neighbours at log 2
+    # Student's quantile at one degree of freedom; log 4 and its neighbours at log 2.
+    half = 12.7062 * math.log(2)
     assert found["iteration"]["ratio"]["high"] == pytest.approx(4 * math.exp(half), rel=1e-4)
     assert (found["wall"]["ratio"]["ratio"], found["wall"]["median"]) == (pytest.approx(2), 30)
     assert found["memory"] == {"median": 512.5, "ratio": None}

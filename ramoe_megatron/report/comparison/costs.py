@@ -102,9 +102,8 @@ def _log(run: RunInputs, name: str) -> str:
 
 
 def _iteration(run: RunInputs, name: str) -> float | None:
-    times = [float(value) for value in _ITERATION.findall(_log(run, name))][
-        1:
-    ]  # the first holds what is set up once
+    # The first holds what is set up once.
+    times = [float(value) for value in _ITERATION.findall(_log(run, name))][1:]
     return statistics.median(times) if times else None
 
 

@@ -75,9 +75,8 @@ def forest_figure(c: Record) -> "Figure | None":
             )
         axis.plot(100 * found["change"], place, "D", color="black", ms=5, zorder=4)
         for base in found["by_base"] if several else []:
-            height = (
-                place + 0.17 + 0.21 * names.index(base["base"]) / (len(names) - 1)
-            )  # below the line, apart from it
+            # Below the line, apart from it.
+            height = place + 0.17 + 0.21 * names.index(base["base"]) / (len(names) - 1)
             axis.plot(100 * base["change"], height, ls="", zorder=3, **marks[base["base"]])
     axis.plot([], [], "D-", color="black", ms=5, lw=1.6, label="mean over seeds, 95 %")
     axis.plot([], [], color="#DDDDDD", lw=7, label="over examples, 95 %")

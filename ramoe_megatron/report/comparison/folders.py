@@ -70,9 +70,8 @@ def _complete(folder: Path, label: str, reference: str) -> RunInputs:
     started = (run.manifest or {}).get("stages", {})
     for seed in run.recipe.get("seeds") or [1]:
         for method in [m for m in methods if (m, None) not in found and (m, seed) not in found]:
-            name = (
-                method if f"evaluate/{method}" in started else f"{method}-seed{seed}"
-            )  # without a seed: nothing is trained
+            # Without a seed: nothing is trained.
+            name = method if f"evaluate/{method}" in started else f"{method}-seed{seed}"
             missing.append((f"evaluations/{name}.json", f"evaluate/{name}"))
     missing = list(dict.fromkeys(missing))
     if missing:
