@@ -40,7 +40,8 @@ class Stage:
     nodes: int = 1
 
     def arguments(self) -> tuple[str, ...]:
-        """`command` with the weights of the generated data, which exist only after the stage before has run."""
+        """`command` with the weights of the generated data, a file that exists only once the data stage has
+        run."""
         if self.weights is None or not self.weights.is_file():
             return self.command
         pairs = read_json(self.weights)

@@ -63,7 +63,7 @@ def run_stages(
 
 
 class _Runner:
-    """The state that the stages of a run share. Its lock guards the manifest and the console, not the stages."""
+    """The state that the stages of a run share. Its lock guards manifest and console, not the stages."""
 
     def __init__(
         self,
