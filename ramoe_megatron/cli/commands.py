@@ -15,7 +15,7 @@ PASS_THROUGH = {"ignore_unknown_options": True, "help_option_names": ["--help", 
 
 
 class RamoeGroup(click.Group):
-    """Commands that print an error for the user as red text on stderr, with exit status 2 and no traceback."""
+    """Commands that print a user's error as red text on stderr, with exit status 2 and no traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the named command."""
