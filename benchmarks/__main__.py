@@ -1,4 +1,4 @@
-"""Runs the benchmarks one after another, each in a process group of its own, and prints what they measured.
+"""Runs the benchmarks one after another, each in a new process group, and prints the measurements.
 
 python -m benchmarks [--shape cpu|gpu|tiny] [--rounds N] [--ranks N] [--out FOLDER]
 """
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Measure every shape of a preset; the figures lie in OUT/NAME.json, the logs beside them."""
+    """Measure every shape of a preset. The figures are in OUT/NAME.json, with the logs beside them."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__.splitlines()[0] if __doc__ else None
     )
@@ -47,7 +47,7 @@ def main() -> None:
             console.print(f"{shape.name}: {shape}")
             arguments = [options.shape, shape.name, str(folder)]
             trained.append(measured("training", shape.name, arguments, options))
-            if profiled is None:  # of the first shape, whose weights were saved
+            if profiled is None:  # only the first shape, whose weights were saved
                 profiled = measured("profiling", shape.name, arguments, options)
     assert profiled is not None
     console.print(
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measured(module: str, shape: str, arguments: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Run one benchmark under torchrun; what it wrote."""
+    """Run one benchmark under torchrun, and return what it wrote."""
     out, log = (options.out / f"{module}-{shape}.{ending}" for ending in ("json", "log"))
     command = [
         sys.executable,
@@ -75,7 +75,7 @@ def measured(module: str, shape: str, arguments: list[str], options: argparse.Na
     print(f"{module} of shape {shape}: starts (log: {log})", file=sys.stderr, flush=True)
     status = launch(command, environment, log, Shown(f"{module} of shape {shape}")).status
     if status:
-        # Torchrun's own account follows.
+        # The report of torchrun, which follows, is left out.
         told = log.read_text().split("torch/distributed/elastic")[0].splitlines()[-20:]
         raise SystemExit(
             "\n".join(
@@ -89,16 +89,15 @@ def measured(module: str, shape: str, arguments: list[str], options: argparse.Na
 
 
 class Shown:
-    """Prints to stderr how far a benchmark is: what is measured, which round of how many, and about how long
-    it still takes."""
+    """Prints to stderr how far a benchmark is: what it measures, the round, and the estimated time left."""
 
     def __init__(self, what: str, interval: float = 5.0) -> None:
-        """`interval`: least seconds between two lines; the first and the last round always have a line."""
+        """`interval`: minimum seconds between two lines. The first and the last round always have a line."""
         self.what, self.interval = what, interval
         self.first = self.last = 0.0
 
     def __call__(self, told: Progress) -> None:
-        """A round has ended."""
+        """Report that a round has ended."""
         now = time.monotonic()
         if told.done == 1:
             self.first = now

@@ -1,4 +1,4 @@
-"""The models and batches that are measured, as Megatron's flags."""
+"""The measured models and batches, as Megatron's flags."""
 
 import importlib.util
 from dataclasses import dataclass, replace
@@ -9,17 +9,17 @@ from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to align, measured against stock Megatron."""
+    """One way to align, compared with stock Megatron."""
 
     name: str
-    """Which layers are aligned, by which tokens."""
+    """The aligned layers and tokens, in words."""
     layers: str
     """Aligned layers, as `--ramoe-layers`."""
     tokens: str = "last"
     pooling: str = "sequence"
 
     def config(self, folder: Path) -> RoutingAlignmentConfig:
-        """The alignment, with the files that `world.write_world` made; the target is each example's own English routing."""
+        """The alignment, with the files of `world.write_world`. The target is the example's English routing."""
         return RoutingAlignmentConfig(
             coeff=1.0,
             experts=str(folder / "experts.safetensors"),
@@ -37,7 +37,7 @@ HALF = Variant("half, last token", "1-2")
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and the micro-batch of one rank; a step is one micro-batch."""
+    """A model and the micro-batch of one rank. A step is one micro-batch."""
 
     name: str
     hidden: int = 512
@@ -85,7 +85,7 @@ LARGE = replace(BASE, hidden=2048, heads=16, ffn=512, experts=128, sequence=2048
 
 
 def growth(base: Shape) -> tuple[Shape, ...]:
-    """The shape itself, then four times the tokens, then fewer and more experts."""
+    """The shape, then four times the tokens, then fewer and more experts."""
     alone = replace(base, variants=(HALF,), control=False)
     return (
         base,
@@ -100,7 +100,7 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
     "gpu": (LARGE,),
     "tiny": (TINY,),
 }
-"""`cpu` is the default anywhere; `gpu` needs a CUDA device with 80 GB; `tiny` is for the test of the benchmark."""
+"""`cpu` is the default. `gpu` needs a CUDA device with 80 GB. `tiny` is for the benchmark's test."""
 
 
 def model_flags(shape: Shape, folder: Path) -> list[str]:
@@ -123,12 +123,15 @@ def _precision_flags(shape: Shape) -> list[str]:
     flags = ["--bf16", "--moe-router-dtype", "fp32"]
     if importlib.util.find_spec("transformer_engine"):
         return [*flags, "--transformer-impl", "transformer_engine", "--moe-grouped-gemm"]
-    unfused = "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-rope-fusion --no-persist-layer-norm"
+    unfused = (
+        "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-rope-fusion "
+        "--no-persist-layer-norm"
+    )
     return [*flags, "--transformer-impl", "local", *unfused.split()]
 
 
 def training_flags(shape: Shape, folder: Path, ranks: int) -> list[str]:
-    """Flags of the training steps. The learning rate leaves the weights where they are, so that all arms route alike."""
+    """Flags of the training steps. The tiny learning rate leaves weights and routing unchanged."""
     flags = (
         f"--micro-batch-size {shape.samples} --global-batch-size {shape.samples * ranks} --train-iters 1000 "
         "--lr 1e-12 --lr-decay-style constant --eval-iters 0 --eval-interval 1000 --seed 7 --num-workers 0 "
@@ -145,7 +148,7 @@ def training_flags(shape: Shape, folder: Path, ranks: int) -> list[str]:
 
 
 def profiling_flags(shape: Shape, folder: Path) -> list[str]:
-    """Flags of the forward passes over the checkpoint that the training steps of the same shape saved."""
+    """Flags of forward passes over the checkpoint that the training benchmark of the shape saved."""
     own = [
         "--load",
         str(folder / "base"),

@@ -1,4 +1,4 @@
-"""Data and artefacts at the size of a shape, in the library's own formats: random content, real files.
+"""Data and artefacts of a shape's size, in the formats of the library: random content in real files.
 
 Shape suffixes: N examples, G tasks, L MoE layers, E experts.
 """
@@ -21,13 +21,16 @@ from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 LETTERS = "".join(chr(0x4E00 + number) for number in range(256))
 VOCABULARY = 4 + 256 + 1 + len(LETTERS)
-"""Special pieces, bytes, the space and the letters: each letter is one token."""
+"""Special pieces, bytes, the space and the letters. Each letter is one token."""
 TASKS = ("even", "odd")
 EXAMPLES = 64
 
 
 def write_world(folder: Path, shape: Shape) -> None:
-    """A tokenizer, parallel examples that nearly fill a sequence (three quarters prompt), and the files of stages 1 and 2."""
+    """Write a tokenizer, parallel examples that nearly fill a sequence, and the files of stages 1 and 2.
+
+    Three quarters of an example are its prompt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     generator = random.Random(0)
     torch.manual_seed(0)
@@ -80,7 +83,7 @@ def write_world(folder: Path, shape: Shape) -> None:
 
 
 def text(generator: random.Random, tokens: int) -> str:
-    """A text of `tokens` letters, less up to an eighth, so that samples differ in length."""
+    """A text of `tokens` letters minus up to an eighth, so that samples differ in length."""
     return "".join(generator.choices(LETTERS, k=tokens - generator.randint(0, tokens // 8)))
 
 

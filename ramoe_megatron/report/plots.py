@@ -1,6 +1,7 @@
-"""The figures of a run, each a PNG under RUN/plots/, and what all figures share.
+"""The figures of a run, each a PNG in RUN/plots/, and what all figures share.
 
-Colours are Okabe and Ito's; a marker, line style or hatch tells apart what a colour does.
+The colours are those of Okabe and Ito. A marker, line style or hatch repeats each distinction that a colour
+makes.
 """
 
 import functools
@@ -66,7 +67,7 @@ def pyplot() -> Iterator[None]:
 
 
 def panels(count: int, width: float, height: float, **options: Any) -> "tuple[Figure, list[Axes]]":
-    """A grid of `count` panels of that size in inches, two in a row (three when there are three)."""
+    """A grid of `count` panels of this size in inches: two in a row, or three when there are three."""
     import matplotlib.pyplot as plt
 
     columns = 3 if count == 3 else min(2, count)
@@ -78,13 +79,13 @@ def panels(count: int, width: float, height: float, **options: Any) -> "tuple[Fi
     for spare in flat[count:]:
         spare.set_visible(False)
     for axis in flat[:count]:
-        # Panels that share an axis are read on their own as well.
+        # Each panel shows its axis labels, so that it can be read alone.
         axis.tick_params(labelbottom=True, labelleft=True)
     return figure, flat[:count]
 
 
 def plain(text: str) -> str:
-    """matplotlib reads text between dollar signs as mathematics; names from data are shown as they are."""
+    """Escape dollar signs, between which matplotlib would read text as mathematics."""
     return str(text).replace("$", r"\$")
 
 
@@ -101,9 +102,10 @@ def shade_zone(axis: "Axes", run: RunInputs) -> None:
 
 
 def from_zero(axes: "Sequence[Axes]") -> None:
-    """Axes that share their scale, from zero to a little above the highest line: called once all lines are
-    drawn, since a limit set
-    earlier would cut off what comes after."""
+    """Let axes that share a scale reach from zero to a little above the highest line.
+
+    Call this after all lines are drawn: an earlier limit would cut off later lines.
+    """
     heights = [np.asarray(line.get_ydata(), dtype=float) for axis in axes for line in axis.get_lines()]
     highest = max((float(height.max()) for height in heights if height.size), default=1.0)
     axes[0].set_ylim(0, 1.08 * highest)
@@ -227,7 +229,7 @@ def mass_languages_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure
 
 
 def in_zone(run: RunInputs, mass: Sequence[float]) -> Sequence[float]:
-    """The layers of the alignment zone; all layers when there is none."""
+    """The mass in the layers of the alignment zone; in all layers when there is none."""
     return mass if run.zone is None else mass[run.zone.first : run.zone.last + 1]
 
 
@@ -267,7 +269,8 @@ def transplant_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | N
 def scatter(
     shown: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], y: str, x: str, x_label: str, y_label: str
 ) -> "Figure":
-    """One panel a method; a point a task-language pair, coloured by task, named by language."""
+    """One panel for each method and one point for each task-language pair, coloured by task, named by
+    language."""
     figure, axes = panels(len(shown), 4.4, 3.2, sharex=True, sharey=True)
     tasks = unique(point["task"] for _, points in shown for point in points)
     for axis, (title, points) in zip(axes, shown, strict=True):
@@ -281,7 +284,7 @@ def scatter(
         axis.margins(0.08)  # room for the names
         axis.grid(alpha=0.3)
     legend_below(figure, axes)
-    figure.draw_without_rendering()  # sets the panels' common scale and size
+    figure.draw_without_rendering()  # sets the common scale and size of the panels
     for axis, (_, points) in zip(axes, shown, strict=True):
         if len(points) <= 30:  # more names would cover each other
             name_points(axis, [(100 * p[x], 100 * p[y], plain(p["language"])) for p in points])
@@ -357,7 +360,7 @@ def taxonomy_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | Non
 
 
 def shown_pairs(run: RunInputs) -> list[dict[str, Any]]:
-    """The taxonomy of the evaluated split; of the first split when that one was not scored."""
+    """The taxonomy of the evaluated split, or of the first split when that split was not scored."""
     pairs = [
         pair for pair in (run.taxonomy or {}).get("pairs", []) if pair["language"] != run.anchor and pair["n"]
     ]
@@ -405,15 +408,14 @@ FIGURES: "dict[str, Callable[[RunInputs, Mapping[str, Any]], Figure | None]]" = 
 
 
 def plot_all(run: RunInputs, results: Mapping[str, Any]) -> dict[str, Path]:
-    """Draw every figure whose inputs are there: name -> PNG. An older PNG of a figure without inputs is
-    removed."""
+    """Draw every figure with inputs: name -> PNG. The old PNG of a figure without inputs is removed."""
     return save_all(
         run.root / "plots", {name: functools.partial(draw, run, results) for name, draw in FIGURES.items()}
     )
 
 
 def save_all(folder: Path, figures: "Mapping[str, Callable[[], Figure | None]]") -> dict[str, Path]:
-    """Draw and write each: name -> PNG. An older PNG of a figure that has nothing to show is removed."""
+    """Draw and write each figure: name -> PNG. The old PNG of a figure without content is removed."""
     drawn: dict[str, Path] = {}
     for name, draw in figures.items():
         path = folder / f"{name}.png"

@@ -13,10 +13,10 @@ from ramoe_megatron.errors import RamoeError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the files and print where the report is.
+    """Write the files, and print where the report is.
 
     Returns:
-        The exit status: 2 after a fault in the run folder, which is printed without a traceback.
+        The exit status: 2 after an error in the run folder, which is printed without a traceback.
     """
     parser = argparse.ArgumentParser(prog="ramoe_megatron.report.write", description=__doc__)
     parser.add_argument("what", choices=("results", "report"))

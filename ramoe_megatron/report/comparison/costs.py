@@ -1,5 +1,4 @@
-"""What fine-tuning cost against the reference: time of the stage, time of an iteration, memory; ratios over
-paired seeds."""
+"""Costs of fine-tuning relative to the reference: time of the stage, time of an iteration, and memory."""
 
 import datetime
 import math
@@ -18,12 +17,11 @@ _ALLOCATED = re.compile(r"\| max allocated: ([0-9.]+)")
 
 
 def cost_rows(study: Study) -> list[Row]:
-    """A row for each trained method: median of each measure, and its ratio to the reference's over paired
-    seeds.
+    """A row for each trained method: the median of each measure, and its ratio to the reference's.
 
-    wall: seconds of the fine-tuning stage, with start-up and saving. iteration: milliseconds, median of the
-    logged ones without the first. memory: MiB at the peak, of rank 0 or of the largest device. None where
-    nothing was recorded.
+    The ratio is over paired seeds. wall: seconds of the fine-tuning stage, with start-up and saving.
+    iteration: milliseconds, the median of the logged iterations without the first. memory: peak in MiB, of
+    rank 0 or of the largest device. A measure is None when it was not recorded.
     """
     measures = {
         name: _measured(study, of)
@@ -44,8 +42,7 @@ def cost_rows(study: Study) -> list[Row]:
 
 
 def _ratio(own: Values, other: Values) -> Row | None:
-    """Ratio of geometric means: Student's t on the logarithms of the paired ratios, by their spread within
-    base models."""
+    """Ratio of geometric means, with Student's t on the logarithms of paired ratios, within base models."""
     pairs = matched(own, other)
     if not pairs:
         return None
@@ -68,8 +65,7 @@ def _measured(study: Study, of: Callable[[RunInputs, str], float | None]) -> dic
 
 
 def hours(run: RunInputs) -> float | None:
-    """Time in which at least one stage was at work; breaks between two calls do not count, stages side by
-    side count once."""
+    """Hours in which at least one stage ran. Breaks between calls do not count."""
     spans = sorted(span for name in _stages(run) if (span := _span(run, name)))
     if not spans:
         return None
@@ -102,7 +98,7 @@ def _log(run: RunInputs, name: str) -> str:
 
 
 def _iteration(run: RunInputs, name: str) -> float | None:
-    # The first holds what is set up once.
+    # The first iteration includes the set-up.
     times = [float(value) for value in _ITERATION.findall(_log(run, name))][1:]
     return statistics.median(times) if times else None
 

@@ -1,5 +1,4 @@
-"""Figures of the comparison: every method against the reference, tasks by languages, ci share against
-gain."""
+"""Figures of the comparison: methods against the reference, tasks by languages, ci share against gain."""
 
 import functools
 from pathlib import Path
@@ -42,13 +41,12 @@ CAPTIONS = {
 
 
 def marked(row: Record, text: str) -> str:
-    """A method's difference from the reference, with a mark where the method of this row of the headline
-    trains nothing."""
+    """`text`, a difference from the reference, with a mark if the method of this row trains nothing."""
     return f"{text} {UNTRAINED}" if row["seeds"] == 0 and text != NONE else text
 
 
 def plot_comparison(c: Record, folder: Path) -> dict[str, Path]:
-    """Draw every figure that has something to show: name -> PNG."""
+    """Draw every figure that has content: name -> PNG."""
     return save_all(folder, {name: functools.partial(draw, c) for name, draw in COMPARISON_FIGURES.items()})
 
 
@@ -57,7 +55,7 @@ def forest_figure(c: Record) -> "Figure | None":
     if not rows:
         return None
     figure, (axis,) = panels(1, 8.0, 1.3 + 0.4 * len(rows))
-    axis.use_sticky_edges = False  # a band that reaches furthest is not to end at the frame
+    axis.use_sticky_edges = False  # otherwise the longest band would end at the frame
     names = [base["base"] for base in c["bases"]]
     several = len(names) > 1
     marks: dict[str, dict[str, Any]] = {

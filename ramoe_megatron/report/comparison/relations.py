@@ -1,4 +1,4 @@
-"""What the gain goes with: ci share (and its headroom), and the transplant test's sign, as hit tables."""
+"""What the gain is associated with: ci share and its headroom, and the sign of the transplant test."""
 
 import dataclasses
 from collections import defaultdict
@@ -12,11 +12,11 @@ SIGNS = {1: "up", -1: "down"}
 
 
 def ci_gain_rows(study: Study) -> Row:
-    """Points of (base, task, language), and Pearson's r of ci share with each method's gain over base and
-    over the reference.
+    """Points of (base, task, language), and Pearson's r of ci share with each method's gain.
 
-    The reference's own gain over base has a row too: the part of r that is headroom, which any training would
-    fill. `base` None: r within base models, so that what sets one base model apart from another is not in it.
+    The gain is over base and over the reference. The reference's own gain over base also has a row: it is the
+    part of r that is headroom, which any training would use. With `base` None, r is within base models, so
+    that differences between base models do not affect it.
     """
     points: list[Row] = []
     for name, run in study.runs.items():
@@ -66,10 +66,10 @@ def _gain(study: Study, method: str, other: str, base: str, cell: Cell) -> float
 
 
 def transplant_rows(study: Study) -> Row:
-    """The transplant test's sign against the sign of the main method minus the reference, at three levels.
+    """Sign of the transplant test against the sign of the main method minus the reference, at three levels.
 
-    `pairs`: each (base, task, language); `tasks`: each (base, task), languages taken together by number of
-    examples; `bases`: each base model. `hits` counts each level, for each base model and for all.
+    `pairs` are (base, task, language). `tasks` are (base, task), with languages weighted by their number of
+    examples. `bases` are the base models. `hits` counts each level, for each base model and for all.
     """
     units: list[Row] = []
     for name, run in study.runs.items():
@@ -99,12 +99,11 @@ def transplant_rows(study: Study) -> Row:
 
 
 def sign_hits(units: Iterable[Row]) -> Row:
-    """Counts of predicted/observed signs; ties are left out of n and counted.
+    """Counts of predicted and observed signs. Ties are counted separately and left out of n.
 
-    rate with Wilson's interval; `expected`: the rate that the margins alone would give, since where nearly
-    all signs agree with each other, guessing is often right too; and p of Fisher's exact test that the two
-    signs go together, which holds the margins fixed: None where one of them is zero, as then nothing can be
-    told.
+    rate has Wilson's interval. `expected` is the rate that the margins alone would give: where nearly all
+    signs are equal, guessing is often right too. p is from Fisher's exact test of association of the two
+    signs, which keeps the margins fixed. It is None when a margin is zero.
     """
     counts = dict.fromkeys(("up_up", "up_down", "down_up", "down_down", "ties"), 0)
     for unit in units:
@@ -130,7 +129,7 @@ def sign_hits(units: Iterable[Row]) -> Row:
 
 
 def _with_outcome(unit: Row) -> Row:
-    # Means of whole counts: what differs from zero by rounding alone is a tie.
+    # The means are of whole counts, so a difference from zero by rounding only is a tie.
     signs = [
         0 if abs(value) < 1e-12 else 1 if value > 0 else -1 for value in (unit["transplant"], unit["gain"])
     ]
