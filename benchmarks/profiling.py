@@ -103,7 +103,7 @@ def main() -> None:
         from ramoe_megatron.mcore.offline.model import OfflineModel
 
         model = OfflineModel(args, options.batch_tokens)
-        # The longer sequences show the kept bytes. They get a third of the rounds, as they take four times as long.
+        # The longer sequences show the kept bytes. They take four times as long, so they get fewer rounds.
         lengths = {
             f"{factor}x": measure(model, shape, folder, factor, turns)
             for factor, turns in ((1, rounds), (4, -(-rounds // 3)))

@@ -19,7 +19,7 @@ class Variant:
     pooling: str = "sequence"
 
     def config(self, folder: Path) -> RoutingAlignmentConfig:
-        """The alignment, with the files of `world.write_world`. The target is the example's English routing."""
+        """The alignment with the files of `world.write_world`. Target: the example's English routing."""
         return RoutingAlignmentConfig(
             coeff=1.0,
             experts=str(folder / "experts.safetensors"),

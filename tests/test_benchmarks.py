@@ -1,4 +1,4 @@
-"""The benchmarks run from end to end at a tiny shape, and what they write holds what the tables and a reader need."""
+"""The benchmarks, run from end to end at a tiny shape, write what their tables and a reader need."""
 
 import json
 import subprocess

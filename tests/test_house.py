@@ -1,4 +1,4 @@
-"""Laws of the source tree: which room may import which, no circles, one name for one thing, and the width of a line."""
+"""Laws of the source tree: allowed imports between rooms, no cycles, one name per thing, line width."""
 
 import ast
 from collections import defaultdict
@@ -32,7 +32,7 @@ MODULES = {
 
 
 def imports(module: str) -> set[str]:
-    """The modules of this package that a module imports anywhere, also inside functions and for types alone."""
+    """The modules of this package that a module imports, also inside functions and only for types."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ramoe_megatron"):

@@ -1,4 +1,4 @@
-"""What a clean machine installs: pinned versions, the Makefile's search for Python 3.12, the wheel's contents."""
+"""A clean installation: pinned versions, the Makefile's search for Python 3.12, the wheel's contents."""
 
 import importlib.metadata
 import os
@@ -74,7 +74,7 @@ def script(path: Path, body: str) -> Path:
 
 
 def find_python(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`make find-python` where only `home` and `home/path` hold any Python."""
+    """Run `make find-python` where only `home` and `home/path` hold a Python."""
     (home / "path").mkdir(exist_ok=True)
     if not (home / "path/bash").exists():
         os.symlink(shutil.which("bash") or "/bin/bash", home / "path/bash")

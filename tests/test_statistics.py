@@ -1,4 +1,4 @@
-"""Laws of intervals of a share, of effective sizes, and of tests and their corrections, with closed forms worked out by hand."""
+"""Laws of proportions' intervals, effective sizes, tests and corrections, with closed forms by hand."""
 
 import random
 
@@ -52,7 +52,7 @@ def test_independent_answers_leave_an_interval_close_to_wilsons_and_never_narrow
 
 
 def test_effective_size_worked_by_hand() -> None:
-    """Facts right in (2, 1, 0) of 2 languages: p = 1/2; clustered variance (1 + 0 + 1) / 36, independent (1/4) / 6."""
+    """Facts right in (2, 1, 0) of 2 languages: p = 1/2, variance (1 + 0 + 1) / 36, or (1/4) / 6 for rows."""
     assert effective_size([{"a": [1, 1], "b": [1, 0], "c": [0, 0]}]) == pytest.approx(6 * (1 / 24) / (2 / 36))
 
 
@@ -73,7 +73,10 @@ def test_fisher_worked_by_hand_and_none_without_a_margin() -> None:
 
 
 def test_corrections_worked_by_hand() -> None:
-    """Sorted 0.005, 0.01, 0.03, 0.04: Holm 4, 3, 2, 1 times with a running maximum; Benjamini-Hochberg n / rank with a running minimum."""
+    """Sorted: 0.005, 0.01, 0.03, 0.04. Holm: times 4, 3, 2, 1 with a running maximum.
+
+    Benjamini-Hochberg: times n / rank with a running minimum.
+    """
     p = [0.01, 0.04, 0.03, 0.005]
     assert holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert false_discovery(p) == pytest.approx([0.02, 0.04, 0.04, 0.02])

@@ -1,4 +1,4 @@
-"""Laws of what pairs of values tell, correlations and differences, with closed forms worked out by hand."""
+"""Laws of correlations and differences of paired values, with closed forms worked out by hand."""
 
 import math
 import random
@@ -51,7 +51,10 @@ def test_pearson_of_a_line_is_one_and_of_too_little_is_none() -> None:
 
 
 def test_pearson_within_groups_worked_by_hand_and_blind_to_what_sets_groups_apart() -> None:
-    """Set off from the groups' means: x -1 0 1 -1 0 1, y -1 1 0 -1 0 1: r = 3 / 4; six points less two groups leave z a 1 / sqrt(2)."""
+    """Minus the groups' means: x -1 0 1 -1 0 1, y -1 1 0 -1 0 1, so r = 3 / 4.
+
+    Six points minus two groups give z the deviation 1 / sqrt(2).
+    """
     x, y, groups = [1.0, 2.0, 3.0, 11.0, 12.0, 13.0], [0.0, 2.0, 1.0, 40.0, 41.0, 42.0], ["a"] * 3 + ["b"] * 3
     found = pearson(x, y, groups)
     assert found is not None
@@ -129,7 +132,7 @@ def test_what_strata_differ_by_moves_the_mean_and_not_its_width(
 
 
 def test_two_strata_worked_by_hand() -> None:
-    """Deviations -1 1 and -2 0 2 about the strata's own means: squares 10, 5 - 2 degrees of freedom, Student's 3.182."""
+    """Deviations -1 1 and -2 0 2 from the strata's means: squares 10, 5 - 2 degrees, Student's 3.182."""
     found = stratified_difference({"one": [0.0, 2.0], "two": [8.0, 10.0, 12.0]})
     half = 3.182446 * math.sqrt(10 / 3 / 5)
     assert (found.change, found.low, found.high, found.n) == pytest.approx(

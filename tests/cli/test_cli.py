@@ -1,4 +1,4 @@
-"""The `ramoe` command: what it refuses and how, what a dry run tells, and what `--help` costs."""
+"""The `ramoe` command: its errors, its dry run, and the cost of `--help`."""
 
 import json
 import subprocess
@@ -41,14 +41,18 @@ from click.testing import CliRunner
 from ramoe_megatron.cli import main
 for words in ("", "run", "finetune", "doctor", "anchors"):
     assert CliRunner().invoke(main, [*words.split(), "--help"]).exit_code == 0
-print([name for name in ("torch", "megatron", "datasets", "pydantic", "scipy", "numpy", "rich") if name in sys.modules])
+heavy = ("torch", "megatron", "datasets", "pydantic", "scipy", "numpy", "rich")
+print([name for name in heavy if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_what_the_checkpoint_writer_imports_again_is_light() -> None:
-    code = "import sys, ramoe_megatron.jobs.finetune; print([name for name in ('torch', 'megatron', 'numpy') if name in sys.modules])"
+    code = (
+        "import sys, ramoe_megatron.jobs.finetune; "
+        "print([name for name in ('torch', 'megatron', 'numpy') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -115,7 +119,7 @@ def test_a_run_folder_of_another_recipe_is_refused(recipe: Path, tmp_path: Path)
 def test_a_run_checks_flags_once_resolves_the_recipe_and_moves_foreign_evaluations_aside(
     recipe: Path, tmp_path: Path
 ) -> None:
-    """Real: Megatron's parser is asked, and the data stage builds a small world."""
+    """Runs Megatron's parser, and builds a small world in the data stage."""
     out = tmp_path / "out"
     words = [
         "run",
@@ -141,7 +145,7 @@ def test_a_run_checks_flags_once_resolves_the_recipe_and_moves_foreign_evaluatio
     (out / "evaluations" / "gone-seed1.json").write_text("{}")
     again = ramoe("run", str(out / "recipe.yaml"), "--out", str(out), "--until", "data")
     assert again.exit_code == 0, again.output
-    assert "data stands" in again.output, "the resolved recipe is the same recipe"
+    assert "data is up to date" in again.output, "the resolved recipe is the same recipe"
     assert not list((out / "evaluations").iterdir())
     assert len(list((out / "superseded").rglob("gone-seed1.json"))) == 1
 

@@ -1,4 +1,4 @@
-"""Several anchors from a recipe: the stages that it becomes, what is refused, and a real run of them on a small model."""
+"""Several anchors in a recipe: its stages, its errors, and a real run on a small model."""
 
 import json
 import os
@@ -32,7 +32,7 @@ ANCHORS = {"alignment": {"coeff": 10, "target": "example", "anchors": ["tr", "es
 
 
 def further(name: str, *anchors: str, **alignment: Any) -> dict[str, Any]:
-    """A method with anchors of its own."""
+    """A method with its own further anchors."""
     return {"name": name, "preset": ["ra-moe"], "alignment": {"anchors": [*anchors], **alignment}}
 
 
@@ -87,8 +87,11 @@ def test_a_profile_of_a_further_anchor_writes_its_priors_alone(tmp_path: Path) -
         ],
     )
     assert [name for name in stages if name.startswith(("priors/", "anchors/"))] == [
-        "priors/es", "priors/tr", "anchors/es-last", "anchors/es+tr-all",
-    ]  # fmt: skip
+        "priors/es",
+        "priors/tr",
+        "anchors/es-last",
+        "anchors/es+tr-all",
+    ]
     spanish, whole = stages["priors/es"], stages["profile"]
     assert [path.name for path in spanish.outputs] == ["priors.safetensors", "priors-all.safetensors"]
     assert {path.parent for path in spanish.outputs} == {tmp_path / "priors/es"}
@@ -97,9 +100,10 @@ def test_a_profile_of_a_further_anchor_writes_its_priors_alone(tmp_path: Path) -
     assert not {"--ramoe-general", "--ramoe-taxonomy", "--ramoe-save-usage"} & set(spanish.command)
     both = stages["anchors/es+tr-all"]
     assert [word for word in both.command if "=" in word] == [
-        f"en={tmp_path}/priors-all.safetensors", f"es={tmp_path}/priors/es/priors-all.safetensors",
+        f"en={tmp_path}/priors-all.safetensors",
+        f"es={tmp_path}/priors/es/priors-all.safetensors",
         f"tr={tmp_path}/priors/tr/priors.safetensors",
-    ]  # fmt: skip
+    ]
     assert {str(path) for path in both.inputs} >= {
         word.partition("=")[2] for word in both.command if "=" in word
     }
@@ -117,7 +121,7 @@ def test_a_profile_of_a_further_anchor_writes_its_priors_alone(tmp_path: Path) -
         ({"refresh-interval": 2}, "but a refresh scores 'en' alone"),
         ({"anchors": ["en"]}, "alignment.anchors follow data.anchor, which is 'en'"),
         ({"anchors": ["es", "es"]}, "names one twice: es, es"),
-        ({"anchors": ["../es"]}, "'../es' would name a folder"),
+        ({"anchors": ["../es"]}, "'../es' names a folder"),
         ({"anchors": ["fi"]}, "alignment.anchors fi not in data.languages (es, tr)"),
     ],
 )
@@ -129,15 +133,15 @@ def test_anchors_without_meaning_are_refused_with_the_reason(changes: dict[str, 
 
 
 def test_an_anchor_that_the_world_will_not_have_is_told_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(
-        RamoeError, match=r"alignment\.anchors: zh will not be in the data, which will have es, tr"
-    ):
+    with pytest.raises(RamoeError, match=r"alignment\.anchors: the data will not contain zh, only es, tr"):
         plan(tmp_path, alignment={**ANCHORS["alignment"], "anchors": ["es", "zh"]})
 
 
 def test_a_target_by_example_needs_priors_whatever_the_coefficient(tmp_path: Path) -> None:
     assert tmp_path / "priors.safetensors" in plan(tmp_path, methods=["sft", "coeff-zero"])["profile"].outputs
-    with pytest.raises(RamoeError, match=r"which are the priors: leave profile\.save-priors out"):
+    with pytest.raises(
+        RamoeError, match=r"which are the priors, but profile\.save-priors is false: leave it out"
+    ):
         plan(tmp_path, profile={"save-priors": False})
 
 
@@ -145,7 +149,7 @@ def test_a_target_by_example_needs_priors_whatever_the_coefficient(tmp_path: Pat
 
 
 def choice(folder: Path) -> Stage:
-    """The stage `anchors/zh-last` of a run folder in which all before it stands."""
+    """The stage `anchors/zh-last` of a run folder in which every earlier stage is up to date."""
     data = {"files": "owner/rows", "general": "owner/general", "pretrain": "owner/text"}
     tokenizer = {"tokenizer-type": "NullTokenizer", "vocab-size": 9}
     alignment = {"coeff": 1, "target": "example", "anchors": ["zh"]}

@@ -1,4 +1,4 @@
-"""A recipe as a chain of jobs: who waits for whom, what is recorded by several jobs at once, and what `ramoe status` makes of it."""
+"""A recipe as a chain of jobs: which job waits for which, concurrent records, and `ramoe status`."""
 
 import json
 import multiprocessing
@@ -32,7 +32,10 @@ def stage(folder: Path, name: str, *sources: str) -> Stage:
 def test_each_stage_waits_for_those_that_it_reads_from_and_only_what_has_to_run_is_submitted(
     data: st.DataObject,
 ) -> None:
-    """By the definition: submitted = has to run, or reads from a submitted one; waits for = the submitted ones that it reads from."""
+    """Checked against the definition: a stage is submitted if it has to run or reads from a submitted stage.
+
+    It waits for the submitted stages that it reads from.
+    """
     names = [f"s{number}" for number in range(data.draw(st.integers(1, 7)))]
     reads = {
         name: data.draw(st.sets(st.sampled_from(names[:place]))) if place else set()
@@ -135,7 +138,8 @@ def folder(tmp_path: Path) -> Folder:
 def test_each_stage_is_told_and_slurm_is_asked_only_about_what_is_not_done(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = " [2026-01-01 10:00:00.0] iteration        5/      20 | consumed samples: 40 | lm loss: 3.141593E+00 |"
+    line = " [2026-01-01 10:00:00.0] iteration        5/      20 | consumed samples: 40 "
+    line += "| lm loss: 3.141593E+00 |"
     folder.ran("a", 11, "done", f"=== first\nold line\n=== second\n{line}\nlast words\n")
     folder.ran("b", 12, "failed", "=== x\nramoe: error: rows.jsonl:3: found no answer\n")
     folder.ran("c", 13, "done", "")
@@ -192,7 +196,7 @@ def test_a_result_of_before_is_not_shown_for_a_job_that_was_cancelled(
     monkeypatch.setattr(slurm, "queue", lambda jobs: {})
     folder.ran("b", 5, "done", "")
     assert folder.states()["b"] == "cancelled"
-    (folder.folder / "logs/b.slurm-12.out").write_text("[1/1] b stands\n")
+    (folder.folder / "logs/b.slurm-12.out").write_text("[1/1] b is up to date\n")
     assert folder.states()["b"] == "done"
 
 

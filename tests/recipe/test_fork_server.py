@@ -1,4 +1,4 @@
-"""A forked stage is what torchrun would have made of it: its environment, its end, what it leaves behind, and its bytes."""
+"""A forked stage equals one that torchrun starts: its environment, its end, its leftovers and its bytes."""
 
 import json
 import os
@@ -26,11 +26,14 @@ rank = int(os.environ["RANK"])
 def told():
     import random, resource, numpy, torch
     return {
-        "argv": sys.argv[1:], "name": __name__, "folder": os.getcwd(), "path": sys.path[0], "stdin": sys.stdin.read(),
-        "threads": torch.get_num_threads(), "variable": os.environ.get("OF_THIS_STAGE"), "ranks": os.environ["WORLD_SIZE"],
+        "argv": sys.argv[1:], "name": __name__, "folder": os.getcwd(), "path": sys.path[0],
+        "stdin": sys.stdin.read(), "threads": torch.get_num_threads(),
+        "variable": os.environ.get("OF_THIS_STAGE"), "ranks": os.environ["WORLD_SIZE"],
         "spawned as": sys.modules["__main__"].__spec__.name,
-        "term": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "int": signal.getsignal(signal.SIGINT) == signal.default_int_handler,
-        "compiler": "torch._inductor" in sys.modules, "child": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
+        "term": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
+        "int": signal.getsignal(signal.SIGINT) == signal.default_int_handler,
+        "child": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
+        "compiler": "torch._inductor" in sys.modules,
     }, {
         "draws": [random.random(), float(numpy.random.rand()), float(torch.rand(1))],
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -51,11 +54,12 @@ if __name__ == "__main__":
         child = multiprocessing.get_context("spawn").Process(target=spawned, args=(queue,))
         child.start()
         same, own = told()
-        (folder / f"told{rank}.json").write_text(json.dumps([same | {"rows": rows, "child's": queue.get()}, own]))
+        same |= {"rows": rows, "child's": queue.get()}
+        (folder / f"told{rank}.json").write_text(json.dumps([same, own]))
         atexit.register(print, "left in order")
         torch.distributed.destroy_process_group()
     elif manner == "fail" and rank == 1:
-        sys.exit("ramoe: error: rows.jsonl:3: no answer") if len(sys.argv) == 3 else sys.exit(int(sys.argv[3]))
+        sys.exit("ramoe: error: rows.jsonl:3: no answer" if len(sys.argv) == 3 else int(sys.argv[3]))
     elif manner == "raise" and rank == 0:
         raise ValueError("bad shape")
     elif manner == "kill" and rank == 1:
@@ -107,7 +111,7 @@ def server() -> Iterator[ForkServer]:
 def run(
     server: ForkServer | None, environment: dict[str, str], folder: Path, *words: str, **more: object
 ) -> Outcome:
-    """Two ranks of the job above, forked or, without a server, by torchrun."""
+    """Run the job above on two ranks: forked, or by torchrun without a server."""
     folder.mkdir(exist_ok=True)
     command = ("forked_job", str(folder), *words)
     fork = partial(server.start, command, 2) if server else None
@@ -135,7 +139,7 @@ def pids(folder: Path) -> list[int]:
 def test_a_forked_rank_finds_what_torchrun_gives_it(
     server: ForkServer, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """But for the threads, the first stage was another: the second one's number counts."""
+    """Except for the threads: a second stage asks for another number than the first, and gets it."""
     assert run(server, environment, tmp_path / "first", "tell").status == 0
     given = environment | {"OMP_NUM_THREADS": "2", "OF_THIS_STAGE": "here"}
     forked, fresh = tmp_path / "forked", tmp_path / "fresh"
@@ -194,7 +198,7 @@ def test_a_rank_that_fails_ends_the_others_and_gives_its_status(
 def test_what_outlives_its_ranks_is_ended(
     server: ForkServer, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """Its environment is that of the server, which has no mark; and it ignores TERM."""
+    """The process has the environment of the server, which has no mark, and ignores TERM."""
     assert run(server, environment, tmp_path, "leave").status == 0
     assert not any(map(alive, pids(tmp_path)))
 
@@ -252,7 +256,7 @@ time.sleep(100)
 def test_a_forked_training_ends_with_the_bytes_of_one_by_torchrun(
     server: ForkServer, environment: dict[str, str], tmp_path: Path, ranks: int, threads: int
 ) -> None:
-    """With dropout; on two data-parallel ranks, and with more threads than the server has: checkpoints, and what the log says."""
+    """Checkpoints and logs are equal, with dropout, on two data-parallel ranks, with other thread counts."""
     write_world(tmp_path)
     logs = []
     for made in (server, None):

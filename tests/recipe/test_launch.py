@@ -1,4 +1,4 @@
-"""Starting ranks, following them, and leaving none behind: with real processes."""
+"""Starting ranks, following them, and leaving none behind, with real processes."""
 
 import json
 import os
@@ -47,7 +47,8 @@ import os, signal, sys
 from pathlib import Path
 from ramoe_megatron.recipe.launcher import launch, python_command, rank_environment
 from ramoe_megatron.recipe.processes import stop_signals
-signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell runs in the background would inherit that it is ignored
+# A shell that runs the tests in the background would make them inherit an ignored SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with stop_signals():
     command = python_command(("ranks", sys.argv[1], sys.argv[2]), 2)
     launch(command, rank_environment(2, os.environ), Path(sys.argv[1]) / "log", grace=2)
@@ -72,7 +73,7 @@ def alive(process: int) -> bool:
 def test_an_interrupted_launch_leaves_no_rank_behind(
     tmp_path: Path, number: signal.Signals, manner: str
 ) -> None:
-    """torchrun's ranks lie in sessions of their own, so that the end of its process group is not theirs."""
+    """torchrun starts ranks in new sessions, so ending its process group does not end the ranks."""
     (tmp_path / "ranks.py").write_text(RANKS)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", DRIVER, str(tmp_path), manner]
@@ -137,7 +138,7 @@ launch.run_job(main)
 def test_an_error_that_one_rank_meets_alone_is_all_that_is_told_and_a_bug_is_told_in_full(
     tmp_path: Path,
 ) -> None:
-    """The other rank's collective fails with it, and torchrun would add a summary and end with 1."""
+    """The other rank's collective fails too, and torchrun alone would add a summary and exit with 1."""
     (tmp_path / "alone.py").write_text(ALONE)
     environment = {
         **os.environ,
@@ -240,10 +241,18 @@ def test_of_a_killed_rank_the_signal_is_told_but_not_that_of_those_which_torchru
     summary = [
         "E1122 13:36 site-packages/torch/distributed/elastic/multiprocessing/api.py:1002] failed "
         "(exitcode: -9)",
-        "Failures:", "[1]:", "  rank      : 0 (local_rank: 0)", "  exitcode  : -15 (pid: 8)",
-        "  traceback : Signal 15 (SIGTERM) received by PID 8", "-----", "Root Cause (first observed failure):", "[0]:",
-        "  rank      : 1 (local_rank: 1)", "  exitcode  : -9 (pid: 9)", "  traceback : Signal 9 (SIGKILL) received by PID 9",
-    ]  # fmt: skip
+        "Failures:",
+        "[1]:",
+        "  rank      : 0 (local_rank: 0)",
+        "  exitcode  : -15 (pid: 8)",
+        "  traceback : Signal 15 (SIGTERM) received by PID 8",
+        "-----",
+        "Root Cause (first observed failure):",
+        "[0]:",
+        "  rank      : 1 (local_rank: 1)",
+        "  exitcode  : -9 (pid: 9)",
+        "  traceback : Signal 9 (SIGKILL) received by PID 9",
+    ]
     told = ["RuntimeError: Connection closed by peer", "rank 1 was ended by SIGKILL"]
     assert relevant_lines(["[rank0]: RuntimeError: Connection closed by peer", *summary]) == (told, False)
 
@@ -311,7 +320,7 @@ def free_port_pair() -> int:
 
 
 def test_two_nodes_run_each_stage_together(tmp_path: Path) -> None:
-    """Two processes stand for two nodes; torchrun gives the ranks of both one numbering in every stage."""
+    """Two processes act as two nodes. torchrun numbers the ranks of both together in every stage."""
     (tmp_path / "job.py").write_text(JOB)
     port = free_port_pair()
     common = {**os.environ, "PYTHONPATH": str(tmp_path), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}

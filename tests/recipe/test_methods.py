@@ -1,4 +1,4 @@
-"""The named methods: what each is, how they combine, and the flags that a recipe makes of them."""
+"""The named methods: their meaning, their combinations, and the flags that a recipe makes of them."""
 
 import dataclasses
 from pathlib import Path
@@ -40,7 +40,7 @@ def stages(out: Path, *methods: Any, **changes: Any) -> dict[str, Stage]:
 
 
 def flags(stage: Stage) -> dict[str, list[str]]:
-    """Our flags of a command line."""
+    """Our flags in a command line."""
     words = stage.command
     return {word: option(stage, word) or [] for word in words if word.startswith("--ramoe-")}
 
@@ -52,8 +52,12 @@ def test_every_method_has_a_meaning_in_one_recipe(tmp_path: Path) -> None:
         assert (f"evaluate/{name}-seed2" in found) == (not entry.steering)
         assert (f"evaluate/{name}" in found) == bool(entry.steering)
     assert {path.name for path in found["profile"].outputs} == {
-        "experts.safetensors", "divergence.csv", "priors.safetensors", "priors-all.safetensors", "usage.safetensors",
-    }  # fmt: skip
+        "experts.safetensors",
+        "divergence.csv",
+        "priors.safetensors",
+        "priors-all.safetensors",
+        "usage.safetensors",
+    }
 
 
 def test_the_published_settings_are_not_the_recipes(tmp_path: Path) -> None:
@@ -122,9 +126,11 @@ def test_controls_differ_from_the_method_by_one_thing(tmp_path: Path) -> None:
     found = stages(tmp_path, "ra-moe", "random-experts", "all-layers", "outside-zone", "ra-moe-shuffled")
     method = flags(found["finetune/ra-moe-seed2"])
     for name, change in {
-        "random-experts": {"--ramoe-random-experts": ["2"]}, "all-layers": {"--ramoe-layers": ["all"]},
-        "outside-zone": {"--ramoe-layers": ["outside:1-2"]}, "ra-moe-shuffled": {"--ramoe-shuffle-targets": ["2"]},
-    }.items():  # fmt: skip
+        "random-experts": {"--ramoe-random-experts": ["2"]},
+        "all-layers": {"--ramoe-layers": ["all"]},
+        "outside-zone": {"--ramoe-layers": ["outside:1-2"]},
+        "ra-moe-shuffled": {"--ramoe-shuffle-targets": ["2"]},
+    }.items():
         assert flags(found[f"finetune/{name}-seed2"]) == method | change
 
 
@@ -204,7 +210,7 @@ def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
     ("methods", "changes", "told"),
     [
         ([{"name": "x", "preset": ["sara", "xlr"]}], {}, "do not combine"),
-        ([{"name": "x", "preset": ["ra-moe", "sara"]}], {}, "each is a loss of its own"),
+        ([{"name": "x", "preset": ["ra-moe", "sara"]}], {}, "each has its own loss"),
         ([{"name": "x", "preset": ["sft", "rise"]}], {}, "it combines with nothing"),
         (
             [{"name": "x", "alignment": {"coeff": 5}, "steering": {"steer": "soft"}}],
@@ -219,12 +225,12 @@ def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
         (
             [{"name": "x", "preset": ["steering-hard"], "steering": {"steer-strength": 1}}],
             {},
-            "steering.steer-strength is read by soft",
+            "only soft steering without a search reads steering.steer-strength",
         ),
         (
             [{"name": "x", "preset": ["steering-soft"], "steering": {"search": True, "steer-tau": 0.3}}],
             {},
-            "steering.steer-tau is read by",
+            "only steering without a search reads steering.steer-tau",
         ),
         (
             [{"name": "x", "preset": ["steering-soft"], "steering": {"zones": ["0-1"]}}],
@@ -303,7 +309,7 @@ def test_what_a_fine_tune_would_refuse_of_its_flags_is_refused_in_the_recipes_wo
 
 
 def test_a_section_is_the_options_of_its_job() -> None:
-    """Each flag of the three dataclasses is a key of the same name, type and default, but for the files that the plan names."""
+    """Each option of the dataclasses, except files, is a key with the same name, type and default."""
     files = {"experts", "taxonomy", "priors", "usage", "steering"}
     pairs = (
         (AlignmentSection, RoutingAlignmentConfig),

@@ -1,4 +1,4 @@
-"""examples/models: each file's flags through Megatron's own parser and validation, its layouts, sizes and memory table."""
+"""examples/models: each file's flags in Megatron's parser and validation, layouts, sizes, memory table."""
 
 import contextlib
 import functools
@@ -51,7 +51,7 @@ def parsed(name: str, gpus: int) -> Any:
 
 @contextlib.contextmanager
 def kernels_assumed() -> Iterator[None]:
-    """Megatron's model configuration asks for transformer-engine in one place: the fused rotary embedding has to be importable."""
+    """Megatron's model configuration needs transformer-engine once: to import the fused rotary embedding."""
     from megatron.core.models.common.embeddings import rope_utils
 
     with mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", "never called"):
@@ -112,7 +112,7 @@ def test_the_size_is_the_published_one(name: str) -> None:
 
 @every_file
 def test_the_flags_are_transformers_configuration(name: str) -> None:
-    """What both sides name alike; transformers' defaults are the published values, except where they are given here."""
+    """The values that both name. transformers' defaults are the published values, unless given here."""
     from transformers import GptOssConfig, OlmoeConfig, PhimoeConfig, Qwen3MoeConfig
 
     published = {
@@ -209,7 +209,7 @@ def test_gpt_oss_has_the_published_rotary_frequencies() -> None:
 
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "gpt-oss-20b", "olmoe-1b-7b"])
 def test_the_experts_are_weighted_as_in_transformers(name: str) -> None:
-    """Not Phi-3.5-MoE: its header says that SparseMixer is out of reach."""
+    """Except Phi-3.5-MoE, whose header says that Megatron has no SparseMixer."""
     import torch
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssTopKRouter
@@ -264,7 +264,8 @@ def test_another_number_of_gpus_is_refused(name: str, variables: dict[str, str])
 
 @every_file
 def test_nothing_but_the_two_arrays_is_left_behind(name: str) -> None:
-    script = f'before=$(compgen -v); source "{FILES[name]}"; comm -13 <(echo "$before" | sort) <(compgen -v | sort)'
+    script = f'before=$(compgen -v); source "{FILES[name]}"; '
+    script += 'comm -13 <(echo "$before" | sort) <(compgen -v | sort)'
     done = subprocess.run(
         ["bash", "-c", script],
         env={"PATH": os.environ["PATH"], "GPUS": "8"},

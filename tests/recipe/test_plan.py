@@ -1,4 +1,4 @@
-"""The plan: order, what each stage reads and writes, and which settings bear on which stage."""
+"""The plan: its order, the inputs and outputs of each stage, and which settings affect which stage."""
 
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def test_files_that_a_command_names_are_inputs_or_outputs(tmp_path: Path) -> Non
 def test_a_setting_outdates_the_stages_that_it_bears_on(
     tmp_path: Path, changes: dict[str, Any], outdated: set[str]
 ) -> None:
-    """Of the settings alone: what depends on a stage's result is told by the digests of its inputs."""
+    """Only through settings: effects through another stage's result are covered by the digests of inputs."""
     before, after = plan(tmp_path), plan(tmp_path, **changes)
     differing = {name for name in before if before[name].settings != after[name].settings}
     assert {name for name in differing if not any(name.startswith(prefix) for prefix in outdated)} == set()

@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, what is refused and how it is told, and which layouts can run."""
+"""Recipes: which are accepted, the errors of the others, and which layouts can run."""
 
 from pathlib import Path
 from typing import Any
@@ -94,14 +94,14 @@ def test_what_looks_like_a_date_is_text_and_what_is_said_to_be_one_is_checked(tm
     path.write_text(yaml.safe_dump(BASE))
     for text in ("2026-01-31", "2026-99-99", "12:00:00"):
         assert load_recipe(path, [f"evaluate.split={text}"]).evaluate.split == text
-    with pytest.raises(RamoeError, match="no valid YAML"):
+    with pytest.raises(RamoeError, match="invalid YAML"):
         load_recipe(path, ["name=!!timestamp 2026-99-99"])
 
 
 def test_broken_yaml_and_an_absent_file_are_told(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("name: x\nmodel: [1,\n")
-    with pytest.raises(RamoeError, match=r"r\.yaml:\d+: this is no valid YAML"):
+    with pytest.raises(RamoeError, match=r"r\.yaml:\d+: invalid YAML"):
         load_recipe(path)
     with pytest.raises(RamoeError, match="cannot be read"):
         load_recipe(tmp_path / "absent.yaml")
@@ -224,7 +224,8 @@ def test_an_unknown_megatron_flag_is_told_with_the_nearest() -> None:
     known += ["--global-batch-size", "--lr", "--weight-decay", "--ramoe-coeff"]
     with pytest.raises(RamoeError) as caught:
         check_names(found, "r.yaml", known)
-    told = "r.yaml: methods.0.train.weight-decai: Megatron has no flag --weight-decai; did you mean weight-decay?"
+    told = "r.yaml: methods.0.train.weight-decai: "
+    told += "Megatron has no flag --weight-decai; did you mean weight-decay?"
     assert str(caught.value) == told
 
 

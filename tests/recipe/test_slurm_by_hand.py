@@ -1,4 +1,4 @@
-"""The four scripts of slurm/, one after another on two nodes, as slurm/README.md writes them; an offline job is warned on its way."""
+"""The four scripts of slurm/ in order on two nodes, as in slurm/README.md. One offline job is warned."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slurm
 
 
 def test_the_stages_by_hand(cluster: SlurmCluster, slurm_world: Path, tmp_path: Path) -> None:
-    """taxonomy -> profile -> fine-tune -> evaluate by `afterok`; the taxonomy goes back into the queue before it has begun."""
+    """taxonomy -> profile -> fine-tune -> evaluate by `afterok`. The taxonomy is first requeued."""
     run = tmp_path / "run"
 
     def submit(stage: str, after: int | None, *words: str, **more: object) -> tuple[int, Path]:

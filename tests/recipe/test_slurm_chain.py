@@ -1,4 +1,4 @@
-"""`ramoe run --launcher slurm` on a real Slurm: the demo's recipe as a chain of jobs, tensor parallel across two nodes."""
+"""`ramoe run --launcher slurm` on a real Slurm: the demo's recipe, tensor parallel across two nodes."""
 
 import json
 import re
@@ -66,7 +66,10 @@ def rows(said: str) -> dict[str, str]:
 
 
 def test_the_demo_as_a_chain_across_two_nodes(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """One method fails: its chain stops and says where, the others end; once it is mended, only what is missing is submitted."""
+    """One method fails: its chain stops with a message, and the others end.
+
+    After the fault is corrected, only the missing stages are submitted.
+    """
     recipe, run = tmp_path / "demo.yaml", tmp_path / "run"
     write_recipe(recipe, BROKEN, "ra-moe")
 
@@ -129,7 +132,7 @@ def test_the_demo_as_a_chain_across_two_nodes(cluster: SlurmCluster, tmp_path: P
 
 
 def assert_side_by_side(cluster: SlurmCluster, run: Path, jobs: dict[str, int]) -> None:
-    """Some two jobs ran at the same time on the same nodes, each with a port of its own."""
+    """Check that two jobs ran at the same time on the same nodes, each with its own port."""
     spans, ports = {}, {}
     for stage, job in jobs.items():
         told = cluster.job(job)

@@ -1,8 +1,7 @@
-"""slurm/*.sbatch on a real two-node Slurm: the stages by hand, and trainings that are warned, killed and lose
-a node, and yet go on.
+"""slurm/*.sbatch on a real two-node Slurm: training jobs that are warned, killed or lose a node, and resume.
 
-The law: whatever happens to a training, each iteration's loss is that of one uninterrupted run, which one
-agent of torchrun started with as many ranks.
+The law: whatever happens to a training, each iteration's loss equals that of one uninterrupted run, which one
+agent of torchrun started with the same number of ranks.
 """
 
 import os
@@ -31,7 +30,7 @@ def reference(slurm_world: Path) -> Losses:
 
 
 def submit(cluster: SlurmCluster, world: Path, name: str, *options: str) -> tuple[int, Path]:
-    """A fine-tune on both nodes by the script; the job, and its output."""
+    """Submit a fine-tune on both nodes. Returns the job and its output file."""
     words = [
         "--nodes=2",
         "--output",
@@ -44,7 +43,10 @@ def submit(cluster: SlurmCluster, world: Path, name: str, *options: str) -> tupl
 
 
 def torchrun(world: Path, name: str, *agents: str) -> list[str]:
-    """What agents of plain torchrun print that train as `submit` does; each string of `agents` that starts with --nnodes is one agent."""
+    """Output of plain torchrun agents that train as `submit` does.
+
+    Each string of `agents` that starts with --nnodes is one agent.
+    """
     flags = aligned_flags(
         world, "--ramoe-layers", "1-2", "--train-iters", str(ITERATIONS), "--expert-model-parallel-size", "2"
     )
@@ -52,21 +54,24 @@ def torchrun(world: Path, name: str, *agents: str) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run"]
     started = [
         subprocess.Popen(
-            [*command, *words, "-m", "ramoe_megatron.jobs.finetune", *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*command, *words, "-m", "ramoe_megatron.jobs.finetune", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for words in each
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=300)[0] for process in started]
     assert not any(process.returncode for process in started), said[0][-3000:]
     return said
 
 
 def losses(text: str) -> Losses:
-    """Iteration -> what Megatron's line says of it. An iteration that was repeated must have said the same.
+    """Iteration -> the values in Megatron's line. A repeated iteration must have the same values.
 
-    A process's second line holds the mean losses of its first two iterations (Megatron keeps the first one's
-    sum): of a restart it is compared by the norm of the gradient alone.
+    The second line of a process holds the mean losses of its first two iterations, because Megatron keeps the
+    sum of the first one. After a restart, only the gradient norm of that line is compared.
     """
     found: Losses = {}
     for attempt in text.split(START):
@@ -84,7 +89,7 @@ def losses(text: str) -> Losses:
 
 
 def assert_same(found: Losses, reference: Losses) -> None:
-    """The same iterations, and of each the same norm of the gradient and, where they were told, losses."""
+    """Check for the same iterations, each with the same gradient norm and, where logged, the same losses."""
     assert found.keys() == reference.keys()
     for number, figures in found.items():
         assert figures.items() <= reference[number].items(), (
@@ -132,8 +137,12 @@ def test_two_agents_of_torchrun_train_as_one_does(slurm_world: Path, reference: 
 def test_slurm_warns_by_its_clock_and_status_75_goes_back_into_the_queue(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
-    """What the scripts build on: the warning reaches the tasks and not the batch script, before the limit; and only 75 is run again."""
-    task = 'trap "exit 75" USR1 TERM; if [[ ${SLURM_RESTART_COUNT:-0} == 1 ]]; then exit $THEN; fi; for _ in {1..600}; do sleep 0.1; done'
+    """What the scripts rely on: the warning reaches the tasks before the limit, but not the batch script.
+
+    Only status 75 is run again.
+    """
+    task = 'trap "exit 75" USR1 TERM; if [[ ${SLURM_RESTART_COUNT:-0} == 1 ]]; then exit $THEN; fi; '
+    task += "for _ in {1..600}; do sleep 0.1; done"
     script = tmp_path / "clock.sbatch"
     script.write_text(
         f"#!/bin/bash\nset -euo pipefail\nsource {ROOT}/slurm/common.sh\nramoe_run bash -c "
@@ -160,7 +169,7 @@ def test_slurm_warns_by_its_clock_and_status_75_goes_back_into_the_queue(
 
 @pytest.mark.slurm
 def test_nodes_that_end_at_once_with_75_end_their_step_with_75(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """The first to end has Slurm terminate the others, which must not turn their 75 into the 143 of a terminated process."""
+    """When the first node ends, Slurm terminates the others, and their 75 must not become 143."""
     code = """
 import os, pathlib, signal, sys, time
 import ramoe_megatron.recipe.job  # what makes leaving slow
@@ -189,7 +198,7 @@ except KeyboardInterrupt:
 def test_a_warned_training_saves_goes_back_into_the_queue_and_survives_a_lost_node(
     cluster: SlurmCluster, slurm_world: Path, reference: Losses
 ) -> None:
-    """The warning as Slurm sends it before a time limit; then a node dies with all it runs, and a spare one takes its place."""
+    """A warning as before a time limit; then a node dies with its processes, and a spare node replaces it."""
     job, out = submit(cluster, slurm_world, "warned")
     wait_for(at_iteration(out, 3), 900, "the first iterations", cluster.log)
     cluster.call("scancel", "--signal=USR1", str(job))

@@ -1,7 +1,6 @@
-"""The Slurm scripts as text: shellcheck, what they hand to srun, and their command lines in Megatron's own
-parser. Needs no Slurm.
+"""The Slurm scripts as text: shellcheck, their calls of srun, and their command lines in Megatron's parser.
 
-`srun` and `scontrol` are programs put first on PATH that write down what they were called with.
+Needs no Slurm: `srun` and `scontrol` are programs, first on PATH, that record their arguments.
 """
 
 import dataclasses
@@ -36,22 +35,31 @@ words = sys.argv[1:]
 sys.exit(int(os.environ.get("STATUS", 0)) if "doctor" not in words else 0)
 """
 GIVEN = {
-    "MODEL": str(ROOT / "examples/models/olmoe-1b-7b.sh"), "CHECKPOINT": "/my data/base", "DATA": "/my data/parallel.jsonl",
-    "GENERAL": "/my data/general.jsonl", "OUT": "/my data/run",
-}  # fmt: skip
+    "MODEL": str(ROOT / "examples/models/olmoe-1b-7b.sh"),
+    "CHECKPOINT": "/my data/base",
+    "DATA": "/my data/parallel.jsonl",
+    "GENERAL": "/my data/general.jsonl",
+    "OUT": "/my data/run",
+}
 
 
 def start(path: Path, folder: Path, *words: str, **settings: str) -> tuple[int, list[list[str]], str]:
-    """Run a batch script as Slurm would on the first of eight nodes with eight GPUs; status, recorded calls, output."""
+    """Run a batch script as Slurm would on the first of eight nodes. Returns status, calls and output."""
     calls = folder / "calls"
     calls.unlink(missing_ok=True)
     for name in ("srun", "scontrol", "sleep"):
         (folder / name).write_text(RECORD.format(python=sys.executable, calls=str(calls)))
         (folder / name).chmod(0o755)
     environment = {
-        "PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "1234567",
-        "SLURM_JOB_NODELIST": "node-[a-h]", "SLURM_NNODES": "8", "SLURM_GPUS_ON_NODE": "8", **settings,
-    }  # fmt: skip
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "HOME": str(folder),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": "1234567",
+        "SLURM_JOB_NODELIST": "node-[a-h]",
+        "SLURM_NNODES": "8",
+        "SLURM_GPUS_ON_NODE": "8",
+        **settings,
+    }
     done = subprocess.run(
         ["bash", str(path), *words],
         env=environment,
@@ -66,7 +74,7 @@ def start(path: Path, folder: Path, *words: str, **settings: str) -> tuple[int, 
 
 
 def recipe_stages(folder: Path, **slurm: object) -> list[tuple[Stage, str]]:
-    """Stages of a recipe with the script of each."""
+    """The stages of a recipe, each with its script."""
     raw = yaml.safe_load((ROOT / "examples/demo.yaml").read_text())
     raw["launch"] = {"nodes": 8, "ranks-per-node": 8, "launcher": "slurm", "slurm": slurm}
     recipe = validate(raw, "test")
@@ -166,9 +174,13 @@ def test_a_container_has_its_image_and_mounts_on_every_step(tmp_path: Path) -> N
 
 def test_a_recipes_scripts_ask_for_what_the_recipe_says_and_gpus_only_for_ranks(tmp_path: Path) -> None:
     found = recipe_stages(
-        tmp_path, sbatch={"partition": "gpu", "gpus-per-node": 8, "exclusive": True}, stages={"finetune": {"time": "12:00:00"}},
-        setup=["export FROM_SETUP=1"], python="/opt/python", **{"container-image": "img", "container-mounts": "/a:/a,/b:/b"},
-    )  # fmt: skip
+        tmp_path,
+        sbatch={"partition": "gpu", "gpus-per-node": 8, "exclusive": True},
+        stages={"finetune": {"time": "12:00:00"}},
+        setup=["export FROM_SETUP=1"],
+        python="/opt/python",
+        **{"container-image": "img", "container-mounts": "/a:/a,/b:/b"},
+    )
     for stage, text in found:
         assert "#SBATCH --partition=gpu" in text
         assert ("#SBATCH --gpus-per-node=8" in text) == ("#SBATCH --exclusive" in text) == (stage.ranks > 0)
@@ -212,15 +224,25 @@ def test_options_that_the_job_sets_itself_are_refused_by_name(key: str, tmp_path
 @pytest.mark.parametrize(
     ("time", "signal", "accepted"),
     [
-        ("5", 300, False), ("6", 300, True), ("05:00", 300, False), ("05:01", 300, True), ("00:05:00", 300, False), ("00:05:01", 300, True),
-        ("0-1", 3600, False), ("0-1:01", 3600, True), ("1-00:00:01", 86400, True), ("1-00", 86400, False), ("UNLIMITED", 10**9, True),
-        (5, 300, False), (None, 300, True),
+        ("5", 300, False),
+        ("6", 300, True),
+        ("05:00", 300, False),
+        ("05:01", 300, True),
+        ("00:05:00", 300, False),
+        ("00:05:01", 300, True),
+        ("0-1", 3600, False),
+        ("0-1:01", 3600, True),
+        ("1-00:00:01", 86400, True),
+        ("1-00", 86400, False),
+        ("UNLIMITED", 10**9, True),
+        (5, 300, False),
+        (None, 300, True),
     ],
-)  # fmt: skip
+)
 def test_a_time_limit_that_leaves_no_time_before_its_warning_is_refused(
     time: object, signal: int, accepted: bool
 ) -> None:
-    """sbatch's formats of time, at the border; for one kind of stage too."""
+    """Every time format of sbatch, on both sides of the limit, also for one kind of stage."""
     raw = yaml.safe_load((ROOT / "examples/demo.yaml").read_text())
     raw["launch"]["slurm"] = {"stages": {"finetune": {"time": time, "signal": f"USR1@{signal}"}}}
     if accepted:
@@ -233,7 +255,10 @@ def test_a_time_limit_that_leaves_no_time_before_its_warning_is_refused(
 
 
 def test_megatrons_parser_takes_the_command_lines_for_64_gpus(tmp_path: Path) -> None:
-    """From the scripts, for each published model: flags and layout. The tokenizers and data are not here, and are told as absent."""
+    """Flags and layout of each published model, from the scripts.
+
+    The tokenizers and data are absent here, and are reported as absent.
+    """
     lines = []
     for model in sorted((ROOT / "examples/models").glob("*.sh")):
         for path in SCRIPTS:

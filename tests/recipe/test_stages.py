@@ -1,4 +1,7 @@
-"""Stages side by side: what may run at once, what waits, and what a failure or Ctrl-C leaves. Stages are real processes."""
+"""Stages side by side: what may run at once, what waits, and what remains after a failure or Ctrl-C.
+
+Stages are real processes.
+"""
 
 import dataclasses
 import io
@@ -39,7 +42,7 @@ Path(output).write_text(name)
 
 
 def run(bench: Bench, at_once: int, partners: dict[str, list[str]] | None = None) -> Manifest:
-    """The plan of `Bench`, where given with stages that wait for partners in the place of the sums."""
+    """Run the plan of `Bench`. If given, stages that wait for partners replace the sums."""
     plan = bench.plan()
     if partners is not None:
         (bench.code / "partners.py").write_text(PARTNERS)
@@ -72,7 +75,7 @@ def test_the_results_are_those_of_one_after_another(bench: Bench, at_once: int) 
     }
     assert {entry.state for entry in manifest.stages.values()} == {"done"}
     run(bench, at_once)
-    assert bench.shown.count("stands") == 4
+    assert bench.shown.count("is up to date") == 4
 
 
 def test_stages_that_wait_for_no_other_run_at_once(bench: Bench) -> None:
@@ -127,7 +130,7 @@ def test_a_signal_ends_all_that_run(bench: Bench) -> None:
 def test_a_stage_with_ranks_is_forked_only_where_there_is_no_cuda_device(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, devices: int | None
 ) -> None:
-    """Else torchrun starts it, as it does where the server gives None."""
+    """Otherwise torchrun starts it, and also when the server returns None."""
     asked = []
 
     def start(server: ForkServer, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Methods over seeds and base models: pairs, intervals, corrections, verdicts and hits worked by hand; the documents that tell them."""
+"""Methods over seeds and base models: pairs, intervals, corrections, verdicts and hits, worked by hand."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def test_an_example_is_one_draw_in_every_language_seed_and_base_model(tmp_path: 
 
 
 def test_what_sets_base_models_apart_is_no_error_of_a_difference_between_methods(tmp_path: Path) -> None:
-    """Seeds that differ alike in both base models: a constant between the base models leaves the width as it is, and takes one degree."""
+    """A constant between two base models does not change the width, and costs one degree of freedom."""
     apart = {seed: {("a", "es"): 5 + seed, ("b", "tr"): 8} for seed in SEEDS}
     outcomes = {**rising(), **{("ra-moe", seed): right for seed, right in apart.items()}}
     folders = [write_run(tmp_path / "one", rising()), write_run(tmp_path / "two", outcomes)]
@@ -76,7 +76,7 @@ def test_parallel_rows_of_a_fact_do_not_narrow_an_accuracy(tmp_path: Path) -> No
 
 
 def test_change_from_the_base_model_is_over_the_examples_of_its_table(tmp_path: Path) -> None:
-    """Targets fall by 2 of 40 rows, English rises by 3 of 20: neither may be told of the other."""
+    """Targets fall by 2 of 40 rows, English rises by 3 of 20. Neither table shows the other's change."""
     right = {("a", "es"): 2, ("a", "en"): 7}
     c = compare([write_run(tmp_path / "one", {("sft", seed): right for seed in SEEDS})])
     assert row(c["headline"], method="sft")["from_base"]["change"] == pytest.approx(-2 / 40)
@@ -123,7 +123,8 @@ def test_no_figure_depends_on_the_order_of_files_lines_or_folders(tmp_path: Path
 
 
 def test_each_family_is_corrected_by_itself(tmp_path: Path) -> None:
-    """Three methods of p, p and 1: Holm gives 3p, 3p (no lower than the first), 1; Benjamini-Hochberg 3p/2, 3p/2, 1."""
+    """Three methods with p, p and 1. Holm: 3p, 3p (not below the first), 1. Benjamini-Hochberg: 3p/2, 3p/2,
+    1."""
     outcomes = {**plain("same"), **rising("ra-moe"), **rising("other", -1)}
     for seed in SEEDS:
         outcomes["same", seed] = {("a", "es"): 5}

@@ -1,4 +1,4 @@
-"""The documents of a comparison: what is said of which figures, what is marked, and that no hole shows."""
+"""The documents of a comparison: sentences for given figures, marks, and no gaps in the text."""
 
 import math
 import random
@@ -69,7 +69,7 @@ def test_it_is_said_when_the_method_does_not_win(tmp_path: Path, sign: int, told
 
 
 def test_the_loss_to_the_base_model_is_told_with_its_interval(tmp_path: Path) -> None:
-    """2 of 40 rows lost, standard error sqrt(0.5 / 5) with Student's 2.776, and then sqrt(4 / 3) with 4.303."""
+    """2 of 40 rows lost: standard error sqrt(0.5 / 5), Student's 2.776; then sqrt(4 / 3), 4.303."""
 
     def told(*right: int) -> str:
         outcomes = {("sft", seed): {("a", "es"): n} for seed, n in enumerate(right, start=1)}
@@ -137,7 +137,7 @@ def test_a_method_that_trains_nothing_is_marked_wherever_the_spread_is_the_refer
 
 
 def test_the_findings_are_a_short_list_that_holds_the_caveats(tmp_path: Path) -> None:
-    """Not in the count of methods that differ: one that trains nothing. Not a finding: what a table of many rows shows."""
+    """A method that trains nothing is not counted as different, and no finding repeats a long table."""
     methods = ("sft", "ra-moe", "reversed", "all-layers", "coeff-zero", "rise", "xlr")
     outcomes = {**plain(*methods), ("steering-soft", None): {("b", "tr"): 10}, **rising()}
     told = comparison_findings(compare([write_run(tmp_path / name, outcomes) for name in ("one", "two")]))
@@ -232,7 +232,7 @@ def test_further_methods_are_listed_with_what_they_change(tmp_path: Path) -> Non
 
 
 def test_what_alignment_adds_is_told_against_the_same_training_without_it(tmp_path: Path) -> None:
-    """Trained weights and Megatron's flags pair the methods; what concerns alignment and data does not. By hand: 9 - 5 of 40 rows."""
+    """Methods are paired by trained weights and Megatron's flags. By hand: 9 - 5 of 40 rows."""
     commands = {
         "sft": ["--lr", "0.1", "--ramoe-split", "train"],
         "ra-moe": ["--lr", "0.1", "--ramoe-coeff", "50"],
@@ -364,7 +364,7 @@ def test_page_and_json_are_written_and_shown(tmp_path: Path) -> None:
 
 
 def test_every_p_value_can_be_computed_again_from_the_json_beside_the_document(tmp_path: Path) -> None:
-    """The t-test within base models of the differences by seed, by scipy's own t, from `counts` alone."""
+    """The t-test within base models of the differences by seed, by scipy's t, only from `counts`."""
     draw = random.Random(1)
     runs = []
     for name, seeds in (("one", SEEDS), ("two", SEEDS[:3])):

@@ -1,4 +1,4 @@
-"""Which run folders `ramoe compare` takes: finished ones, alike in all that a mean over base models takes to be one thing."""
+"""The run folders that `ramoe compare` accepts: finished, and equal where a mean needs them equal."""
 
 import json
 import re
@@ -113,7 +113,7 @@ def test_folders_of_other_methods_tasks_or_split_are_refused(tmp_path: Path) -> 
 
 
 def drop(path: Path, language: str) -> None:
-    """Leave a language out of an evaluation, as one of fewer languages would."""
+    """Leave a language out of an evaluation, as a run with fewer languages would."""
     lines = path.with_suffix(".jsonl")
     lines.write_text(
         "".join(

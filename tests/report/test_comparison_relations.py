@@ -1,4 +1,4 @@
-"""What the outcome of a comparison goes with: the transplant test, ci share, routing mass, time and memory; worked by hand."""
+"""Relations of the outcome to transplant test, ci share, routing mass, time and memory, worked by hand."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def test_signs_that_are_nearly_all_up_are_no_evidence_that_they_go_together() ->
 
 
 def test_ci_share_stands_beside_the_headroom_of_the_reference(tmp_path: Path) -> None:
-    """Gains over base that lie on a line in ci share: r = 1 for both, and undefined for their constant difference."""
+    """Gains over base on a line in ci share: r = 1 for both, and undefined for their constant difference."""
     ci = {cell: place + 1 for place, cell in enumerate(TARGETS)}
     sft = {cell: 4 + share for cell, share in ci.items()}
     folder = write_run(
@@ -75,7 +75,7 @@ def test_ci_share_stands_beside_the_headroom_of_the_reference(tmp_path: Path) ->
 
 
 def test_r_is_within_base_models(tmp_path: Path) -> None:
-    """Two base models of different ci shares and gains, each without a relation of its own: together r would be near 1."""
+    """Two base models with other ci shares and gains, without a relation within each: pooled, r is near 1."""
     folders = []
     for name, more in (("low", 0), ("high", 4)):
         ci = {cell: 1 + more + step for cell, step in zip(TARGETS, (0, 0, 1, 1), strict=True)}
@@ -112,7 +112,7 @@ def test_mass_is_the_mean_over_the_zone(tmp_path: Path) -> None:
 
 
 def test_cost_is_a_ratio_over_paired_seeds(tmp_path: Path) -> None:
-    """Ratios 2 and 8 have the geometric mean 4; the first iteration is left out; no memory was told for SFT."""
+    """Ratios 2 and 8 have the geometric mean 4. The first iteration is left out. SFT has no memory record."""
 
     def log(*times: float) -> str:
         return "".join(
@@ -139,7 +139,7 @@ def test_cost_is_a_ratio_over_paired_seeds(tmp_path: Path) -> None:
 
 
 def test_a_cost_ratio_takes_its_spread_within_base_models(tmp_path: Path) -> None:
-    """Ratios 2, 8 in one base model and 200, 800 in the other: the deviation is log 2 in each, with 2 degrees of freedom."""
+    """Ratios 2, 8 and 200, 800 in two base models: deviation log 2 in each, with 2 degrees of freedom."""
     folders = []
     for name, slower in (("one", 1), ("two", 100)):
         times = {"sft-seed1": 10, "sft-seed2": 10, "ra-moe-seed1": 20 * slower, "ra-moe-seed2": 80 * slower}

@@ -1,4 +1,4 @@
-"""Every artefact of a run is shown readably, with its own numbers; anything else is refused."""
+"""Every artefact of a run is shown readably with its own numbers; any other file is an error."""
 
 import json
 from dataclasses import asdict

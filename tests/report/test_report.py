@@ -1,4 +1,4 @@
-"""The report of a run folder with known contents: counts and differences add up, the page is self-contained, bad input is told."""
+"""The report of a run folder with known contents: sums and differences agree, the page is self-contained."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Laws of paired differences between methods: what both answered counts, sides turn the sign, parallel rows add no certainty."""
+"""Laws of paired differences: shared examples, swapped sides, and parallel rows that add no certainty."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_swapping_the_methods_turns_the_difference_round(
 
 
 def test_parallel_rows_of_one_example_add_no_certainty() -> None:
-    """What clustering is for: the same answers in a second language, under the same ids, do not narrow the interval."""
+    """The same answers in a second language, with the same ids, do not narrow the interval."""
     right = {str(place): value for place, value in enumerate([1, 0, 0, 1, 0, 1, 1, 0])}
     one = {(key, "es"): bool(value) for key, value in right.items()}
     two = one | {(key, "tr"): bool(value) for key, value in right.items()}
