@@ -1,1 +1,1 @@
-"""What routing alignment and profiling cost beside stock Megatron: `make bench`, or `python -m benchmarks`."""
+"""What routing alignment and profiling cost relative to Megatron: `make bench` or `python -m benchmarks`."""

@@ -1,6 +1,6 @@
-"""Runs the benchmarks one after another, each in a process group of its own, and prints what they measured.
+"""Runs the benchmarks one after another, each in a new process group, and prints the measurements.
 
-    python -m benchmarks [--shape cpu|gpu|tiny] [--rounds N] [--ranks N] [--out FOLDER]
+python -m benchmarks [--shape cpu|gpu|tiny] [--rounds N] [--ranks N] [--out FOLDER]
 """
 
 import argparse
@@ -24,10 +24,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Measure every shape of a preset; the figures lie in OUT/NAME.json, the logs beside them."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0] if __doc__ else None)
+    """Measure every shape of a preset. The figures are in OUT/NAME.json, with the logs beside them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--shape", choices=PRESETS, default="cpu")
-    parser.add_argument("--rounds", type=int, default=21, help="measured steps of each arm (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=21, help="measured steps of each arm (default: %(default)s)"
+    )
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args()
@@ -43,17 +47,26 @@ def main() -> None:
             console.print(f"{shape.name}: {shape}")
             arguments = [options.shape, shape.name, str(folder)]
             trained.append(measured("training", shape.name, arguments, options))
-            if profiled is None:  # of the first shape, whose weights were saved
+            if profiled is None:  # only the first shape, whose weights were saved
                 profiled = measured("profiling", shape.name, arguments, options)
     assert profiled is not None
-    console.print("", machine_line(trained[0]["machine"]), training_table(trained), profiling_table(profiled), sep="\n")
+    console.print(
+        "", machine_line(trained[0]["machine"]), training_table(trained), profiling_table(profiled), sep="\n"
+    )
     console.print(f"figures and logs: {options.out}")
 
 
 def measured(module: str, shape: str, arguments: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Run one benchmark under torchrun; what it wrote."""
+    """Run one benchmark under torchrun, and return what it wrote."""
     out, log = (options.out / f"{module}-{shape}.{ending}" for ending in ("json", "log"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(options.ranks),
+    ]
     command += ["-m", f"benchmarks.{module}", *arguments, str(out.resolve()), str(options.rounds)]
     threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -62,22 +75,29 @@ def measured(module: str, shape: str, arguments: list[str], options: argparse.Na
     print(f"{module} of shape {shape}: starts (log: {log})", file=sys.stderr, flush=True)
     status = launch(command, environment, log, Shown(f"{module} of shape {shape}")).status
     if status:
-        told = log.read_text().split("torch/distributed/elastic")[0].splitlines()[-20:]  # torchrun's own account follows
-        raise SystemExit("\n".join([*told, f"benchmarks: {module} of shape {shape} ended with status {status}; the whole log: {log}"]))
+        # The report of torchrun, which follows, is left out.
+        told = log.read_text().split("torch/distributed/elastic")[0].splitlines()[-20:]
+        raise SystemExit(
+            "\n".join(
+                [
+                    *told,
+                    f"benchmarks: {module} of shape {shape} ended with status {status}; the whole log: {log}",
+                ]
+            )
+        )
     return json.loads(out.read_text())
 
 
 class Shown:
-    """Prints to stderr how far a benchmark is: what is measured, which round of how many, and about how long it
-    still takes."""
+    """Prints to stderr how far a benchmark is: what it measures, the round, and the estimated time left."""
 
     def __init__(self, what: str, interval: float = 5.0) -> None:
-        """`interval`: least seconds between two lines; the first and the last round always have a line."""
+        """`interval`: minimum seconds between two lines. The first and the last round always have a line."""
         self.what, self.interval = what, interval
         self.first = self.last = 0.0
 
     def __call__(self, told: Progress) -> None:
-        """A round has ended."""
+        """Report that a round has ended."""
         now = time.monotonic()
         if told.done == 1:
             self.first = now

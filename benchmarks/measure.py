@@ -27,7 +27,8 @@ class Ratio:
 
     @classmethod
     def of(cls, numerator: Sequence[float], denominator: Sequence[float]) -> "Ratio":
-        """Of measurements taken in the same rounds; the interval resamples rounds (percentile bootstrap)."""
+        """The ratio of measurements from the same rounds. The interval resamples rounds (percentile
+        bootstrap)."""
         pairs = np.array([numerator, denominator], dtype=np.float64)
         places = np.random.default_rng(0).integers(pairs.shape[1], size=(RESAMPLES, pairs.shape[1]))
         medians = np.median(pairs[:, places], axis=-1)
@@ -44,10 +45,10 @@ def alternate(
     warm_up: int = WARM_UP,
     after_round: Callable[[int], object] = lambda count: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every arm in every round after warm-up; the order within a round turns, so that no arm always
-    follows the same one.
+    """Seconds of every arm in every round after warm-up.
 
-    `after_round` is called with 1 after each round, also of the warm-up.
+    The order within a round rotates, so that no arm always follows the same one. `after_round` is called with
+    1 after each round, also during warm-up.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
@@ -62,7 +63,7 @@ def alternate(
 
 
 def timed(action: Callable[[], Any]) -> float:
-    """Wall-clock seconds of an action, from all ranks ready to this device done."""
+    """Wall-clock seconds of an action, from when all ranks are ready until this device is done."""
     torch.distributed.barrier()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -72,7 +73,7 @@ def timed(action: Callable[[], Any]) -> float:
 
 
 def peak_memory(action: Callable[[], Any], on_cpu: bool) -> int:
-    """Most bytes that an action held at once beyond what was held before it: the device's, or the CPU's tensors."""
+    """Peak bytes of the device, or of the CPU's tensors, during an action, beyond those held before it."""
     if on_cpu:
         return _cpu_peak(action)
     torch.cuda.synchronize()
@@ -85,7 +86,9 @@ def peak_memory(action: Callable[[], Any], on_cpu: bool) -> int:
 
 def _cpu_peak(action: Callable[[], Any]) -> int:
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         action()
     assert profile.profiler is not None
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -95,7 +98,7 @@ def _cpu_peak(action: Callable[[], Any]) -> int:
 
 
 def machine(on_cpu: bool) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Hardware and versions, on which the figures depend."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),

@@ -1,10 +1,11 @@
-"""One shape's forward passes: bare, with the routing that the profile job keeps, and with Megatron's routing trace, alternating.
+"""One shape's forward passes: bare, with the profile job's routing, and with Megatron's routing trace.
 
     torchrun --nproc-per-node N -m benchmarks.profiling PRESET SHAPE FOLDER OUT.json ROUNDS
 
-All three run `OfflineModel.run` over the same sequences, of the shape's length and of four times that. Megatron 0.19 starts the tracer of
-`--moe-routing-trace-path` in its training loop only, so it is started here as that flag starts it, in its own forward-only mode: one
-record per layer and forward pass, with the top-k indices of every token (neither the router's distribution nor its logits).
+The three passes alternate. All run `OfflineModel.run` over the same sequences, of the shape's length and of
+four times this length. Megatron 0.19 starts the tracer of `--moe-routing-trace-path` only in its training
+loop. This benchmark starts it in the same way, in its forward-only mode: one record for each layer and
+forward pass, with the top-k indices of every token, without the router's distribution and logits.
 """
 
 import json
@@ -39,7 +40,7 @@ class Passes:
         self.kept_bytes = {BARE: 0}
 
     def bare(self) -> float:
-        """Seconds of the forward passes alone."""
+        """Seconds of the bare forward passes."""
         return timed(self._forward)
 
     def ours(self) -> float:
@@ -54,7 +55,7 @@ class Passes:
         return timed(profile)
 
     def trace(self) -> float:
-        """Seconds with Megatron's tracer, its file written."""
+        """Seconds with Megatron's tracer, including writing its file."""
         with tracer(self.model.chunks, self.folder) as active:
 
             def forward_and_write() -> None:
@@ -72,7 +73,7 @@ class Passes:
 
 @contextmanager
 def tracer(chunks: Any, folder: Path) -> Iterator[Any]:
-    """Megatron's own tracer on the routers of a model."""
+    """Megatron's tracer on the routers of a model."""
     from megatron.core.transformer.moe.router_trace import RouterTracer
 
     with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -86,7 +87,13 @@ def tracer(chunks: Any, folder: Path) -> Iterator[Any]:
 
 def main() -> None:
     """Measure the shape that the command line names, and write OUT.json."""
-    preset, name, folder, out, rounds = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5])
+    preset, name, folder, out, rounds = (
+        sys.argv[1],
+        sys.argv[2],
+        Path(sys.argv[3]),
+        Path(sys.argv[4]),
+        int(sys.argv[5]),
+    )
     shape = next(shape for shape in PRESETS[preset] if shape.name == name)
     from ramoe_megatron.jobs.offline_job import offline_job
     from ramoe_megatron.mcore.cpu.backend import cuda_absent
@@ -96,15 +103,26 @@ def main() -> None:
         from ramoe_megatron.mcore.offline.model import OfflineModel
 
         model = OfflineModel(args, options.batch_tokens)
-        # The longer sequences show what is kept, and take four times as long: a third of the rounds.
-        lengths = {f"{factor}x": measure(model, shape, folder, factor, turns) for factor, turns in ((1, rounds), (4, -(-rounds // 3)))}
-        result = {"machine": machine(cuda_absent()), "description": str(shape), "rounds": rounds, "lengths": lengths}
+        # The longer sequences show the kept bytes. They take four times as long, so they get fewer rounds.
+        lengths = {
+            f"{factor}x": measure(model, shape, folder, factor, turns)
+            for factor, turns in ((1, rounds), (4, -(-rounds // 3)))
+        }
+        result = {
+            "machine": machine(cuda_absent()),
+            "description": str(shape),
+            "rounds": rounds,
+            "lengths": lengths,
+        }
         if torch.distributed.get_rank() == 0:
             out.write_text(json.dumps({**result, "shape": asdict(shape)}, indent=1))
 
 
 def measure(model: Any, shape: Shape, folder: Path, factor: int, rounds: int) -> dict[str, Any]:
-    """All three passes at `factor` times the shape's tokens per sequence: tokens per second, against bare, and bytes kept."""
+    """All three passes at `factor` times the shape's sequence length.
+
+    Returns tokens per second, speed relative to the bare pass, and the kept bytes.
+    """
     encoded = sequences(model.tokenizer, SEQUENCES * shape.samples * model.dp, factor * shape.sequence)
     tokens = sum(len(sequence.ids) - 1 for sequence in encoded)
     passes = Passes(model, encoded, folder)

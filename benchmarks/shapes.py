@@ -1,4 +1,4 @@
-"""The models and batches that are measured, as Megatron's flags."""
+"""The measured models and batches, as Megatron's flags."""
 
 import importlib.util
 from dataclasses import dataclass, replace
@@ -9,17 +9,17 @@ from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to align, measured against stock Megatron."""
+    """One way to align, compared with stock Megatron."""
 
     name: str
-    """Which layers are aligned, by which tokens."""
+    """The aligned layers and tokens, in words."""
     layers: str
     """Aligned layers, as `--ramoe-layers`."""
     tokens: str = "last"
     pooling: str = "sequence"
 
     def config(self, folder: Path) -> RoutingAlignmentConfig:
-        """The alignment, with the files that `world.write_world` made; the target is each example's own English routing."""
+        """The alignment with the files of `world.write_world`. Target: the example's English routing."""
         return RoutingAlignmentConfig(
             coeff=1.0,
             experts=str(folder / "experts.safetensors"),
@@ -37,7 +37,7 @@ HALF = Variant("half, last token", "1-2")
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and the micro-batch of one rank; a step is one micro-batch."""
+    """A model and the micro-batch of one rank. A step is one micro-batch."""
 
     name: str
     hidden: int = 512
@@ -63,8 +63,8 @@ class Shape:
     def __str__(self) -> str:
         precision = "bfloat16" if self.bf16 else "float32"
         return (
-            f"{self.layers} layers, hidden {self.hidden}, {self.experts} experts of {self.ffn}, top-{self.topk}, "
-            f"{self.samples} x {self.sequence} tokens, {precision}"
+            f"{self.layers} layers, hidden {self.hidden}, {self.experts} experts of {self.ffn}, "
+            f"top-{self.topk}, {self.samples} x {self.sequence} tokens, {precision}"
         )
 
 
@@ -78,12 +78,14 @@ BASE = Shape(
         Variant("all, last token", "0-3"),
     ),
 )
-TINY = replace(BASE, hidden=32, heads=2, ffn=32, experts=8, topk=2, sequence=32, samples=2, variants=BASE.variants[:3:2])
+TINY = replace(
+    BASE, hidden=32, heads=2, ffn=32, experts=8, topk=2, sequence=32, samples=2, variants=BASE.variants[:3:2]
+)
 LARGE = replace(BASE, hidden=2048, heads=16, ffn=512, experts=128, sequence=2048, bf16=True)
 
 
 def growth(base: Shape) -> tuple[Shape, ...]:
-    """The shape itself, then four times the tokens, then fewer and more experts."""
+    """The shape, then four times the tokens, then fewer and more experts."""
     alone = replace(base, variants=(HALF,), control=False)
     return (
         base,
@@ -98,18 +100,19 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
     "gpu": (LARGE,),
     "tiny": (TINY,),
 }
-"""`cpu` is the default anywhere; `gpu` needs a CUDA device with 80 GB; `tiny` is for the test of the benchmark."""
+"""`cpu` is the default. `gpu` needs a CUDA device with 80 GB. `tiny` is for the benchmark's test."""
 
 
 def model_flags(shape: Shape, folder: Path) -> list[str]:
     """Megatron's flags for the model and its tokenizer."""
     flags = (
-        f"--num-layers {shape.layers} --hidden-size {shape.hidden} --num-attention-heads {shape.heads} --seq-length {shape.sequence} "
-        f"--max-position-embeddings {4 * shape.sequence} --num-experts {shape.experts} --moe-router-topk {shape.topk} "
-        f"--moe-ffn-hidden-size {shape.ffn} --ffn-hidden-size {shape.ffn} --moe-router-load-balancing-type aux_loss "
-        "--moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --moe-token-dispatcher-type alltoall --position-embedding-type rope "
-        "--normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 "
-        "--tokenizer-type SentencePieceTokenizer"
+        f"--num-layers {shape.layers} --hidden-size {shape.hidden} --num-attention-heads {shape.heads} "
+        f"--seq-length {shape.sequence} --max-position-embeddings {4 * shape.sequence} --num-experts "
+        f"{shape.experts} --moe-router-topk {shape.topk} --moe-ffn-hidden-size {shape.ffn} --ffn-hidden-size "
+        f"{shape.ffn} --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 --moe-z-loss-coeff "
+        "0.001 --moe-token-dispatcher-type alltoall --position-embedding-type rope --normalization RMSNorm "
+        "--swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --tokenizer-type "
+        "SentencePieceTokenizer"
     ).split()
     return [*flags, "--tokenizer-model", str(folder / "tokenizer.model"), *_precision_flags(shape)]
 
@@ -120,21 +123,38 @@ def _precision_flags(shape: Shape) -> list[str]:
     flags = ["--bf16", "--moe-router-dtype", "fp32"]
     if importlib.util.find_spec("transformer_engine"):
         return [*flags, "--transformer-impl", "transformer_engine", "--moe-grouped-gemm"]
-    unfused = "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-rope-fusion --no-persist-layer-norm"
+    unfused = (
+        "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-rope-fusion "
+        "--no-persist-layer-norm"
+    )
     return [*flags, "--transformer-impl", "local", *unfused.split()]
 
 
 def training_flags(shape: Shape, folder: Path, ranks: int) -> list[str]:
-    """Flags of the training steps. The learning rate leaves the weights where they are, so that all arms route alike."""
+    """Flags of the training steps. The tiny learning rate leaves weights and routing unchanged."""
     flags = (
-        f"--micro-batch-size {shape.samples} --global-batch-size {shape.samples * ranks} --train-iters 1000 --lr 1e-12 "
-        "--lr-decay-style constant --eval-iters 0 --eval-interval 1000 --seed 7 --num-workers 0 --save-interval 1000 --no-save-optim "
-        "--no-save-rng"
+        f"--micro-batch-size {shape.samples} --global-batch-size {shape.samples * ranks} --train-iters 1000 "
+        "--lr 1e-12 --lr-decay-style constant --eval-iters 0 --eval-interval 1000 --seed 7 --num-workers 0 "
+        "--save-interval 1000 --no-save-optim --no-save-rng"
     ).split()
-    return [*model_flags(shape, folder), *flags, "--save", str(folder / "base"), "--ramoe-data", str(folder / "parallel.jsonl")]
+    return [
+        *model_flags(shape, folder),
+        *flags,
+        "--save",
+        str(folder / "base"),
+        "--ramoe-data",
+        str(folder / "parallel.jsonl"),
+    ]
 
 
 def profiling_flags(shape: Shape, folder: Path) -> list[str]:
-    """Flags of the forward passes over the checkpoint that the training steps of the same shape saved."""
-    own = ["--load", str(folder / "base"), "--ramoe-data", str(folder / "parallel.jsonl"), "--ramoe-output", str(folder)]
+    """Flags of forward passes over the checkpoint that the training benchmark of the shape saved."""
+    own = [
+        "--load",
+        str(folder / "base"),
+        "--ramoe-data",
+        str(folder / "parallel.jsonl"),
+        "--ramoe-output",
+        str(folder),
+    ]
     return [*model_flags(shape, folder), *own, "--ramoe-batch-tokens", str(4 * shape.tokens)]

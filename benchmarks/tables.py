@@ -9,13 +9,17 @@ from rich.table import Table
 from benchmarks.measure import Ratio
 
 TIME, MEMORY, SPEED = 1.02, 1.01, 0.97
-"""Targets: step time and peak memory of the base shape at most, profiling speed at least, so many times what it is compared with."""
+"""Target ratios: maximum step time and peak memory of the base shape, and minimum profiling speed."""
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """The machine in a line."""
+    """The machine on one line."""
     device = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "megatron-core", "transformer-engine") if machine[name])
+    versions = ", ".join(
+        f"{name} {machine[name]}"
+        for name in ("torch", "megatron-core", "transformer-engine")
+        if machine[name]
+    )
     return f"{device}; {machine['ranks']} rank(s) of {machine['threads']} thread(s); {versions}"
 
 
@@ -27,9 +31,22 @@ def verdict(ratio: Ratio, target: float, at_most: bool) -> str:
 
 
 def training_table(results: Sequence[dict[str, Any]]) -> Table:
-    """Step time and peak memory of each arm, and against stock Megatron."""
-    table = Table(title=f"Training, against stock Megatron (targets: time <= {TIME}, memory <= {MEMORY})", title_justify="left")
-    columns = ("layers aligned", "step, ms", "ratio [95 %]", f"<= {TIME}", "activations, MB", "ratio", "all, MB", "ratio", f"<= {MEMORY}")
+    """Step time and peak memory of each arm, and their ratios to stock Megatron."""
+    table = Table(
+        title=f"Training, against stock Megatron (targets: time <= {TIME}, memory <= {MEMORY})",
+        title_justify="left",
+    )
+    columns = (
+        "layers aligned",
+        "step, ms",
+        "ratio [95 %]",
+        f"<= {TIME}",
+        "activations, MB",
+        "ratio",
+        "all, MB",
+        "ratio",
+        f"<= {MEMORY}",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "layers aligned" else "right")
     for result in results:
@@ -37,7 +54,12 @@ def training_table(results: Sequence[dict[str, Any]]) -> Table:
         table.add_row(f"[bold]{result['shape']['name']}[/bold]")
         for number, (label, arm) in enumerate(result["arms"].items()):
             ratio, held = Ratio(**arm["time"]), arm["bytes"]
-            cells = [str(ratio), verdict(ratio, TIME, at_most=True), f"{held['activations'] / 1e6:.1f}", f"{arm['activations']:.4f}"]
+            cells = [
+                str(ratio),
+                verdict(ratio, TIME, at_most=True),
+                f"{held['activations'] / 1e6:.1f}",
+                f"{arm['activations']:.4f}",
+            ]
             cells += [f"{(held['step'] + held['between']) / 1e6:.1f}", f"{arm['whole']:.4f}"]
             cells += ["met" if max(arm["activations"], arm["whole"]) <= MEMORY else "missed"]
             if number == 0:
@@ -47,7 +69,7 @@ def training_table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def profiling_table(result: dict[str, Any]) -> Table:
-    """Speed of each pass against the bare one, and the bytes that it keeps, by tokens per sequence."""
+    """Speed of each pass relative to the bare one, and its kept bytes, by tokens per sequence."""
     title = f"Forward passes over a checkpoint, against a bare one (target: speed >= {SPEED})"
     table = Table(title=title, title_justify="left")
     for column in ("tokens", "pass", "tokens/s", "speed, ratio [95 %]", f">= {SPEED}", "kept, bytes"):

@@ -1,10 +1,11 @@
-"""One shape's training steps: stock Megatron against the same weights with alignment, alternating in one process group.
+"""One shape's training steps: stock Megatron and aligned training, alternating in one process group.
 
     torchrun --nproc-per-node N -m benchmarks.training PRESET SHAPE FOLDER OUT.json ROUNDS
 
-Every arm runs Megatron's own `train_step` (DDP, schedule, optimizer, load-balancing loss and z-loss) on the same samples, then the report
-of the routers' metrics as Megatron's training log does at every step. The control is the model with our routers, but with no routing
-context: it differs from stock in nothing but its place in memory, so its ratio shows what this machine can resolve.
+All arms have the same weights. Every arm runs Megatron's `train_step` (DDP, schedule, optimizer,
+load-balancing loss and z-loss) on the same samples, and then reports the routers' metrics, as Megatron's
+training log does at every step. The control is the model with our routers but without a routing context. It
+differs from stock Megatron only by its place in memory, so its ratio shows the resolution of this machine.
 """
 
 import json
@@ -29,7 +30,7 @@ STOCK, CONTROL = "stock Megatron", "control (our routers)"
 
 @dataclass
 class Trained:
-    """A model with its optimizer, as Megatron's `setup_model_and_optimizer` makes them."""
+    """A model with its optimizer, as Megatron's `setup_model_and_optimizer` returns them."""
 
     model: list[Any]
     optimizer: Any
@@ -38,50 +39,83 @@ class Trained:
 
     @property
     def static_bytes(self) -> int:
-        """Weights, gradient buffers and optimizer state."""
+        """Bytes of weights, gradient buffers and optimizer state."""
         parameters = list(self.model[0].parameters())
         tensors = [*parameters, *(parameter.main_grad for parameter in parameters)]
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):  # experts have one of their own
+        # The experts have a separate optimizer.
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             tensors += [parameter for group in part.param_groups for parameter in group["params"]]
-            tensors += [value for state in part.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+            tensors += [
+                value
+                for state in part.optimizer.state.values()
+                for value in state.values()
+                if torch.is_tensor(value)
+            ]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 class Arm:
-    """One way to train, with its own samples and its own metrics tracker."""
+    """One way to train, with its own samples and metrics tracker."""
 
-    def __init__(self, args: Any, trained: Trained, forward_step: Callable, samples: Iterator, before: Callable[[], Any]) -> None:
-        from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, get_moe_metrics_tracker, set_moe_metrics_tracker
+    def __init__(
+        self,
+        args: Any,
+        trained: Trained,
+        forward_step: Callable,
+        samples: Iterator,
+        before: Callable[[], Any],
+    ) -> None:
+        from megatron.core.transformer.moe.moe_logging import (
+            MoEMetricsTracker,
+            get_moe_metrics_tracker,
+            set_moe_metrics_tracker,
+        )
 
-        self.args, self.trained, self.forward_step, self.samples, self.before = args, trained, forward_step, samples, before
+        self.args, self.trained, self.forward_step, self.samples, self.before = (
+            args,
+            trained,
+            forward_step,
+            samples,
+            before,
+        )
         self.iteration = 0
         set_moe_metrics_tracker(MoEMetricsTracker())
-        before()  # attaching alignment puts its own tracker in the place of Megatron's
+        before()  # attaching alignment replaces Megatron's tracker
         self.tracker = get_moe_metrics_tracker()
 
     def prepare(self) -> None:
-        """What a run does once, and alternating arms at every turn: the process-wide tracker, and the alignment of the shared model."""
+        """Set the process-wide tracker and the shared model's alignment, before each turn of this arm."""
         from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 
         set_moe_metrics_tracker(self.tracker)
         self.before()
 
     def step(self, schedule: Callable | None = None) -> None:
-        """One step of Megatron's training loop; `schedule` stands for Megatron's forward-backward function."""
+        """One step of Megatron's training loop. `schedule` replaces Megatron's forward-backward function."""
         from megatron.core.num_microbatches_calculator import get_num_microbatches
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.training.training import train_step
 
         args, trained = self.args, self.trained
         losses = train_step(
-            self.forward_step, self.samples, trained.model, trained.optimizer, trained.scheduler, trained.config,
-            schedule or get_forward_backward_func(), iteration=self.iteration,
-        )[0]  # fmt: skip
+            self.forward_step,
+            self.samples,
+            trained.model,
+            trained.optimizer,
+            trained.scheduler,
+            trained.config,
+            schedule or get_forward_backward_func(),
+            iteration=self.iteration,
+        )[0]
         self.tracker.report(
-            loss_scale=1 / get_num_microbatches(), iteration=self.iteration, force_initialize=True,
-            track_names=["load_balancing_loss", "z_loss"], num_layers=args.num_layers, moe_layer_freq=args.moe_layer_freq,
+            loss_scale=1 / get_num_microbatches(),
+            iteration=self.iteration,
+            force_initialize=True,
+            track_names=["load_balancing_loss", "z_loss"],
+            num_layers=args.num_layers,
+            moe_layer_freq=args.moe_layer_freq,
             total_loss_dict=losses,
-        )  # fmt: skip
+        )
         self.losses, self.iteration = losses, self.iteration + 1
 
     def seconds(self) -> float:
@@ -90,7 +124,7 @@ class Arm:
         return timed(self.step)
 
     def memory(self, on_cpu: bool) -> dict[str, int]:
-        """Bytes: peaks beyond what is held between steps (of forward and backward, of a whole step), and what is held between them."""
+        """Bytes held between steps, and peaks beyond them: of forward and backward, and of a whole step."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         activations: list[int] = []
@@ -103,12 +137,22 @@ class Arm:
 
         self.prepare()
         self.step(measured_schedule)
-        return {"activations": activations[0], "step": peak_memory(self.step, on_cpu), "between": self.trained.static_bytes}
+        return {
+            "activations": activations[0],
+            "step": peak_memory(self.step, on_cpu),
+            "between": self.trained.static_bytes,
+        }
 
 
 def main() -> None:
     """Measure the shape that the command line names, and write OUT.json."""
-    preset, name, folder, out, rounds = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5])
+    preset, name, folder, out, rounds = (
+        sys.argv[1],
+        sys.argv[2],
+        Path(sys.argv[3]),
+        Path(sys.argv[4]),
+        int(sys.argv[5]),
+    )
     shape = next(shape for shape in PRESETS[preset] if shape.name == name)
     from ramoe_megatron.mcore.cpu.backend import cuda_absent
 
@@ -117,20 +161,29 @@ def main() -> None:
         arms = build_arms(args, shape, folder, rounds)
         progress = ProgressLines(WARM_UP + rounds, f"rounds of {len(arms)} arms")
         seconds = alternate({label: arm.seconds for label, arm in arms.items()}, rounds, after_round=progress)
-        losses = {label: {name: float(value) for name, value in arm.losses.items()} for label, arm in arms.items()}
-        # Torch's profiler counts the freeing of memory only where it saw it taken: a measured step of each model goes before.
+        losses = {
+            label: {name: float(value) for name, value in arm.losses.items()} for label, arm in arms.items()
+        }
+        # Torch's profiler counts freed memory only if it saw the allocation, so a measured step of each model
+        # comes first.
         for arm in {id(arm.trained): arm for arm in arms.values()}.values():
             arm.memory(cuda_absent())
         memory = {label: arm.memory(cuda_absent()) for label, arm in arms.items()}
         measured = {label: figures(label, seconds, memory) | {"losses": losses[label]} for label in arms}
-        result = {"machine": machine(cuda_absent()), "shape": asdict(shape), "description": str(shape), "rounds": rounds, "arms": measured}
+        result = {
+            "machine": machine(cuda_absent()),
+            "shape": asdict(shape),
+            "description": str(shape),
+            "rounds": rounds,
+            "arms": measured,
+        }
         if torch.distributed.get_rank() == 0:
             out.write_text(json.dumps(result, indent=1))
         save(arms[STOCK])
 
 
 def figures(label: str, seconds: dict[str, list[float]], memory: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """What is told of an arm: seconds and bytes, each against stock."""
+    """The figures of an arm: seconds and bytes, and their ratios to stock Megatron."""
     own, stock = memory[label], memory[STOCK]
     return {
         "seconds": seconds[label],
@@ -142,7 +195,7 @@ def figures(label: str, seconds: dict[str, list[float]], memory: dict[str, dict[
 
 
 def build_arms(args: Any, shape: Shape, folder: Path, rounds: int) -> dict[str, Arm]:
-    """Stock, control, and an arm for each variant; all but stock share a model, whose weights are stock's."""
+    """Stock, control, and an arm for each variant. All except stock share a model with stock's weights."""
     from megatron.training.initialize import initialize_megatron, set_jit_fusion_options
 
     from ramoe_megatron.mcore.align.attach import attach
@@ -161,12 +214,14 @@ def build_arms(args: Any, shape: Shape, folder: Path, rounds: int) -> dict[str, 
         arms[CONTROL] = Arm(args, ours, stock_forward_step, samples(args, rounds), lambda: None)
     for variant in shape.variants:
         config = variant.config(folder)
-        arms[variant.name] = Arm(args, ours, forward_step, samples(args, rounds, config), partial(attach, ours.model, config))
+        arms[variant.name] = Arm(
+            args, ours, forward_step, samples(args, rounds, config), partial(attach, ours.model, config)
+        )
     return arms
 
 
 def build(args: Any) -> Trained:
-    """A model and its optimizer, with what Megatron's `train` sets in the model's configuration."""
+    """A model and its optimizer, with the settings that Megatron's `train` makes in the configuration."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import get_model_config
@@ -178,16 +233,22 @@ def build(args: Any) -> Trained:
 
     container = pretrain_cfg_container_from_args(args, compat.model_config_from_args(args))
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model, optimizer, scheduler = setup_model_and_optimizer(compat.model_type(), cfg_container=container, pg_collection=groups)
+    model, optimizer, scheduler = setup_model_and_optimizer(
+        compat.model_type(), cfg_container=container, pg_collection=groups
+    )
     config = get_model_config(model[0])
-    config.grad_scale_func, config.timers, config.finalize_model_grads_func = optimizer.scale_loss, get_timers(), finalize_model_grads
+    config.grad_scale_func, config.timers, config.finalize_model_grads_func = (
+        optimizer.scale_loss,
+        get_timers(),
+        finalize_model_grads,
+    )
     for chunk in model:
         chunk.train()
     return Trained(model, optimizer, scheduler, config)
 
 
 def samples(args: Any, rounds: int, alignment: RoutingAlignmentConfig | None = None) -> Iterator:
-    """Micro-batches of Megatron's data loader over our data set, with labels when there is an alignment."""
+    """Micro-batches of Megatron's data loader over our data set, with labels if there is an alignment."""
     from megatron.core.rerun_state_machine import RerunDataIterator
     from megatron.training import get_tokenizer
     from megatron.training.datasets.data_samplers import build_pretraining_data_loader
@@ -196,9 +257,13 @@ def samples(args: Any, rounds: int, alignment: RoutingAlignmentConfig | None = N
     from ramoe_megatron.data.parallel import load_examples
     from ramoe_megatron.mcore.align.labels import AlignedDataset
 
-    steps = WARM_UP + rounds + 4  # the last ones are for memory
+    steps = WARM_UP + rounds + 4  # the last ones measure memory
     dataset: Any = SFTDataset(
-        load_examples(args.ramoe_data), get_tokenizer(), args.seq_length, steps * args.global_batch_size, args.seed
+        load_examples(args.ramoe_data),
+        get_tokenizer(),
+        args.seq_length,
+        steps * args.global_batch_size,
+        args.seed,
     )
     if alignment is not None:
         dataset = AlignedDataset(dataset, alignment, "en", args.global_batch_size)
@@ -206,16 +271,18 @@ def samples(args: Any, rounds: int, alignment: RoutingAlignmentConfig | None = N
 
 
 def stock_forward_step(data_iterator: Iterator, model: Any) -> tuple[torch.Tensor, Callable]:
-    """Our forward step without alignment."""
+    """Our forward step, without alignment."""
     from ramoe_megatron.mcore.train.step import masked_loss, next_batch
 
     batch = next_batch(data_iterator)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    output = model(
+        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
+    )
     return output, partial(masked_loss, batch["loss_mask"])
 
 
 def save(stock: Arm) -> None:
-    """Stock's weights as a checkpoint: what the profiling benchmark reads."""
+    """Save the stock weights as a checkpoint, which the profiling benchmark reads."""
     from megatron.training.checkpointing import save_checkpoint
 
     save_checkpoint(1, stock.trained.model, None, None, 0)

@@ -1,4 +1,4 @@
-"""Data and artefacts at the size of a shape, in the library's own formats: random content, real files.
+"""Data and artefacts of a shape's size, in the formats of the library: random content in real files.
 
 Shape suffixes: N examples, G tasks, L MoE layers, E experts.
 """
@@ -21,13 +21,16 @@ from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 LETTERS = "".join(chr(0x4E00 + number) for number in range(256))
 VOCABULARY = 4 + 256 + 1 + len(LETTERS)
-"""Special pieces, bytes, the space and the letters: each letter is one token."""
+"""Special pieces, bytes, the space and the letters. Each letter is one token."""
 TASKS = ("even", "odd")
 EXAMPLES = 64
 
 
 def write_world(folder: Path, shape: Shape) -> None:
-    """A tokenizer, parallel examples that nearly fill a sequence (three quarters prompt), and the files of stages 1 and 2."""
+    """Write a tokenizer, parallel examples that nearly fill a sequence, and the files of stages 1 and 2.
+
+    Three quarters of an example are its prompt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     generator = random.Random(0)
     torch.manual_seed(0)
@@ -38,7 +41,10 @@ def write_world(folder: Path, shape: Shape) -> None:
     for number in range(EXAMPLES):
         task = TASKS[number % 2]
         for language in ("en", "xx"):
-            prompt, response = text(generator, shape.sequence * 3 // 4 - 2), text(generator, shape.sequence // 4 - 4)
+            prompt, response = (
+                text(generator, shape.sequence * 3 // 4 - 2),
+                text(generator, shape.sequence // 4 - 4),
+            )
             fields = {"id": f"{task}/{number}", "language": language, "task": task, "split": "train"}
             rows.append(fields | {"prompt": prompt, "response": response, "answer": response})
         taxonomy.append(TaxonomyRow(f"{task}/{number}", task, "xx", "train", True, number % 4 >= 2))
@@ -51,19 +57,33 @@ def write_world(folder: Path, shape: Shape) -> None:
     mask_GLE = torch.zeros(size_GLE).scatter(-1, delta_GLE.topk(shape.topk).indices, 1.0).bool()
     frequency_GLE = torch.full(size_GLE, shape.topk / shape.experts)
     ExpertFile(
-        tasks=TASKS, shape=model, expert_mask=mask_GLE, delta=delta_GLE, task_frequency=frequency_GLE,
-        general_frequency=frequency_GLE[0], english_pattern={tokens: torch.randn(size_GLE).softmax(-1) for tokens in TOKENS},
-        layer_number=torch.arange(1, shape.layers + 1), rule={"name": "top-m", "m": shape.topk},
-        zone=Zone(0, shape.layers - 1, "given", "benchmark"), checkpoint="benchmark",
-    ).save(folder / "experts.safetensors")  # fmt: skip
+        tasks=TASKS,
+        shape=model,
+        expert_mask=mask_GLE,
+        delta=delta_GLE,
+        task_frequency=frequency_GLE,
+        general_frequency=frequency_GLE[0],
+        english_pattern={tokens: torch.randn(size_GLE).softmax(-1) for tokens in TOKENS},
+        layer_number=torch.arange(1, shape.layers + 1),
+        rule={"name": "top-m", "m": shape.topk},
+        zone=Zone(0, shape.layers - 1, "given", "benchmark"),
+        checkpoint="benchmark",
+    ).save(folder / "experts.safetensors")
     ids = [row.id for row in taxonomy]
     for tokens in TOKENS:
         priors_NLE = torch.randn(len(ids), shape.layers, shape.experts).softmax(-1)
-        Priors.save(folder / f"priors.{tokens}.safetensors", ids, priors_NLE, tokens=tokens, shape=model, checkpoint="benchmark")
+        Priors.save(
+            folder / f"priors.{tokens}.safetensors",
+            ids,
+            priors_NLE,
+            tokens=tokens,
+            shape=model,
+            checkpoint="benchmark",
+        )
 
 
 def text(generator: random.Random, tokens: int) -> str:
-    """A text of `tokens` letters, less up to an eighth, so that samples differ in length."""
+    """A text of `tokens` letters minus up to an eighth, so that samples differ in length."""
     return "".join(generator.choices(LETTERS, k=tokens - generator.randint(0, tokens // 8)))
 
 

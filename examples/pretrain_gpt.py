@@ -1,10 +1,12 @@
-"""A team's own pretrain_gpt.py on Megatron-Core 0.19 with routing alignment. The lines marked (1)-(10) are all that is added.
+"""A pretrain_gpt.py on Megatron-Core 0.19 with routing alignment, as a team may have it.
 
-    torchrun --nproc-per-node 8 examples/pretrain_gpt.py MEGATRON_FLAGS --ramoe-data train.jsonl --ramoe-coeff 1.0 \
-        --ramoe-experts experts.safetensors --ramoe-taxonomy taxonomy.jsonl
+    torchrun --nproc-per-node 8 examples/pretrain_gpt.py MEGATRON_FLAGS --ramoe-data train.jsonl \
+        --ramoe-coeff 1.0 --ramoe-experts experts.safetensors --ramoe-taxonomy taxonomy.jsonl
 
-Always needed: (1), (5), (7) and (9). (6) finds an error in the data before the model is built. The other lines each serve one case:
-(2) --ramoe-pack, (3) --ramoe-coeff-unit lm-loss, (4) megatron-core from a wheel, (8) --ramoe-train, (10) a machine without a GPU.
+Only the lines marked (1) to (10) are added to Megatron's script. (1), (5), (7) and (9) are always needed. (6)
+finds an error in the data before the model is built. The other lines serve one case each: (2) --ramoe-pack,
+(3) --ramoe-coeff-unit lm-loss, (4) megatron-core from a wheel, (8) --ramoe-train, (10) a machine without a
+GPU.
 """
 
 import sys
@@ -25,7 +27,7 @@ def loss_func(loss_mask, losses):
 
 
 def forward_step(data_iterator, model):
-    """One micro-batch. The model needs no padding mask: inside `routing_batch` the routers know which tokens are real."""
+    """One micro-batch, without a padding mask: `routing_batch` tells the routers which tokens are real."""
     batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
     with ramoe_megatron.routing_batch(model, batch):  # (1) the routers read the batch
         losses = model(
@@ -33,21 +35,21 @@ def forward_step(data_iterator, model):
             batch["position_ids"],
             None,
             labels=batch["labels"],
-            loss_mask=batch["loss_mask"],  # Megatron's own, for the loss of --mtp-num-layers
+            loss_mask=batch["loss_mask"],  # for Megatron's loss of --mtp-num-layers
             packed_seq_params=ramoe_megatron.packed_seq_params(batch),  # (2) None unless --ramoe-pack
         )
     return losses, partial(loss_func, batch["loss_mask"])
 
 
 def main():
-    """Megatron's own `pretrain()`."""
+    """Call Megatron's `pretrain()`."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
     ramoe_megatron.skip_helper_compilation()  # (4) the wheel lacks the Makefile that Megatron looks for
-    args = parse_and_validate_args(extra_args_provider=ramoe_megatron.add_arguments)  # (5) our flags beside Megatron's
+    args = parse_and_validate_args(extra_args_provider=ramoe_megatron.add_arguments)  # (5) our flags
     ramoe_megatron.check_data(args)  # (6) reads the data and the files of alignment
     model = gpt_config_from_args(args)
     alignment = ramoe_megatron.RoutingAlignmentConfig.from_args(args)  # (7) routing alignment on the model

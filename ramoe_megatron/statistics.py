@@ -1,4 +1,4 @@
-"""Intervals and tests for the numbers that the artefacts report. All intervals are two-sided, 95 %."""
+"""Intervals and tests for the numbers that the artefacts report. All intervals are two-sided at 95 %."""
 
 import math
 from collections import defaultdict
@@ -10,7 +10,7 @@ from typing import Any
 from ramoe_megatron.errors import RamoeError
 
 LEVEL = 0.975
-"""Of the upper end of every interval."""
+"""Quantile of the upper end of every interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +19,11 @@ class Correlation:
 
     r: float
     low: float
-    """Lower end of the Fisher-z interval; -1 where too few points are left for that interval to say
-    anything."""
+    """Lower end of the Fisher-z interval; -1 when there are too few points for an interval."""
     high: float
-    """Upper end; +1 likewise."""
+    """Upper end; +1 when there are too few points."""
     p: float
-    """Two-sided, against no correlation."""
+    """Two-sided p-value against no correlation."""
     n: int
 
 
@@ -35,11 +34,11 @@ class Difference:
     change: float
     """Mean of after - before."""
     low: float | None
-    """Lower end of the interval; None where the data cannot give one (too few pairs, or no spread)."""
+    """Lower end of the interval; None when the data have too few pairs or no spread."""
     high: float | None
-    """Upper end, None likewise."""
+    """Upper end; None in the same cases."""
     p: float | None
-    """Two-sided, against no difference, None likewise."""
+    """Two-sided p-value against no difference; None in the same cases."""
     n: int
     """Number of pairs."""
 
@@ -47,7 +46,7 @@ class Difference:
 def wilson(correct: float, n: float) -> tuple[float, float]:
     """Wilson score interval of a proportion (JASA 22, 1927); (0, 1) when nothing was counted.
 
-    The counts need not be whole: an effective sample size seldom is.
+    The counts need not be whole numbers, because effective sample sizes seldom are.
 
     Raises:
         RamoeError: unless 0 <= correct <= n.
@@ -59,20 +58,22 @@ def wilson(correct: float, n: float) -> tuple[float, float]:
     z, share = NormalDist().inv_cdf(LEVEL), correct / n
     centre, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     low, high = ((centre + side * half) / (1 + z**2 / n) for side in (-1, 1))
-    return (0.0 if correct == 0 else low), (1.0 if correct == n else high)  # free of rounding where the ends are known
+    # Without rounding where an end is known exactly.
+    return (0.0 if correct == 0 else low), (1.0 if correct == n else high)
 
 
 def effective_size(runs: Iterable[Mapping[str, Sequence[float]]]) -> float:
-    """Number of independent rows that say as much of a proportion as one run's rows do, which come in
-    clusters.
+    """Number of independent rows that determine a proportion as precisely as the clustered rows of one run.
 
-    p (1 - p) over the variance of p that is clustered by key, with p and variance of each run, both summed
-    over runs (Kott and Carr, Journal of Official Statistics 13, 1997; Korn and Graubard, Survey Methodology
-    24, 1998). So that one row a cluster gives the number of rows, the variance has no correction for few
-    clusters. It is the mean number of rows where the variance is 0, and never above.
+    It is p (1 - p) divided by the variance of p clustered by key. Both are computed with each run's p and
+    summed over runs (Kott and Carr, Journal of Official Statistics 13, 1997; Korn and Graubard, Survey
+    Methodology 24, 1998). The variance has no correction for few clusters, so that one row per cluster gives
+    the number of rows. The result is the mean number of rows when the variance is 0, and never above that
+    number.
 
     Args:
-        runs: for each run (a seed, say) its outcomes, 0 or 1, by cluster: one example in several languages.
+        runs: for each run (a seed, for example), its outcomes, 0 or 1, by cluster. A cluster is one example
+            in several languages.
     """
     sizes, variances, clustered_variances = [], [], []
     for clusters in runs:
@@ -80,22 +81,28 @@ def effective_size(runs: Iterable[Mapping[str, Sequence[float]]]) -> float:
         p = sum(map(sum, clusters.values())) / n
         sizes.append(n)
         variances.append(p * (1 - p) / n)
-        clustered_variances.append(math.fsum((sum(values) - len(values) * p) ** 2 for values in clusters.values()) / n**2)
+        clustered_variances.append(
+            math.fsum((sum(values) - len(values) * p) ** 2 for values in clusters.values()) / n**2
+        )
     rows = sum(sizes) / len(sizes) if sizes else 0.0
     independent, clustered = math.fsum(variances), math.fsum(clustered_variances)
     return rows * independent / clustered if clustered > independent else rows
 
 
-def pearson(x: Sequence[float], y: Sequence[float], groups: Sequence[str] | None = None) -> Correlation | None:
-    """Pearson correlation with its Fisher-z interval; None where a side is constant or fewer than three
-    points are left.
+def pearson(
+    x: Sequence[float], y: Sequence[float], groups: Sequence[str] | None = None
+) -> Correlation | None:
+    """Pearson correlation with its Fisher-z interval.
 
-    With `groups`, the correlation within groups: points are set off from their group's mean, and each group
-    but one costs a degree of freedom, as in the partial correlation given the group. A single group changes
+    With `groups`, it is the correlation within groups: each group's mean is subtracted, and each group except
+    one costs a degree of freedom, as in the partial correlation given the group. A single group changes
     nothing.
 
+    Returns:
+        None when a side is constant or fewer than three points are left.
+
     Raises:
-        RamoeError: when the sides differ in length.
+        RamoeError: the sides differ in length.
     """
     _same_length(x, y)
     places: dict[str, list[int]] = defaultdict(list)
@@ -105,29 +112,33 @@ def pearson(x: Sequence[float], y: Sequence[float], groups: Sequence[str] | None
     sides = [[[side[place] for place in own] for own in places.values()] for side in (x, y)]
     if degrees < 1 or any(_constant(side) for side in sides):
         return None
-    r = float(_stats().pearsonr(*([value for own in side for value in _centred(own)] for side in sides)).statistic)
+    r = float(
+        _stats().pearsonr(*([value for own in side for value in _centred(own)] for side in sides)).statistic
+    )
     r = min(1.0, max(-1.0, r))
     if abs(r) == 1:  # Fisher's z is infinite, and the interval shrinks to the point itself
-        return Correlation(r=r, low=r if degrees > 1 else -1.0, high=r if degrees > 1 else 1.0, p=0.0, n=len(x))
+        return Correlation(
+            r=r, low=r if degrees > 1 else -1.0, high=r if degrees > 1 else 1.0, p=0.0, n=len(x)
+        )
     half = NormalDist().inv_cdf(LEVEL) / math.sqrt(degrees - 1) if degrees > 1 else math.inf
     p = float(2 * _stats().t.sf(abs(r) * math.sqrt(degrees / (1 - r**2)), degrees))
-    return Correlation(r=r, low=math.tanh(math.atanh(r) - half), high=math.tanh(math.atanh(r) + half), p=p, n=len(x))
+    return Correlation(
+        r=r, low=math.tanh(math.atanh(r) - half), high=math.tanh(math.atanh(r) + half), p=p, n=len(x)
+    )
 
 
 def stratified_difference(strata: Mapping[str, Sequence[float]]) -> Difference:
-    """Mean over all paired differences, with Student's t by the spread within strata (seeds within a base
-    model, say).
+    """Mean of all paired differences, with Student's t from the spread within strata.
 
-    The strata are taken as fixed: that they differ from each other is no error of the mean. The deviation is
-    pooled over them, with as many degrees of freedom as there are pairs less strata. One stratum: the paired
-    t-test.
+    A stratum holds the seeds of a base model, for example. The strata are taken as fixed, so differences
+    between them do not count as an error of the mean. The deviation is pooled over the strata. The degrees of
+    freedom are the number of pairs minus the number of strata. With one stratum this is the paired t-test.
 
-    Pairs that differ equally within every stratum have no spread to judge by: no interval is given, rather
-    than one of width zero, and none where each stratum has a single pair. Pairs that do not differ at all
-    give (0, 0) and p = 1.
+    No interval is given when the pairs differ equally within every stratum, or when each stratum has a single
+    pair: there is no spread to estimate. Pairs that do not differ at all give (0, 0) and p = 1.
 
     Raises:
-        RamoeError: without pairs.
+        RamoeError: there are no pairs.
     """
     groups = [list(values) for values in strata.values() if values]
     values = [value for own in groups for value in own]
@@ -140,14 +151,14 @@ def stratified_difference(strata: Mapping[str, Sequence[float]]) -> Difference:
 
 
 def clustered_difference(clusters: Mapping[str, Sequence[float]]) -> Difference:
-    """Mean of paired differences that come in clusters (one example in several languages or seeds, say).
+    """Mean of paired differences in clusters, such as one example in several languages or seeds.
 
-    Student's t with the standard error clustered by key and one degree of freedom less than there are
-    clusters. With one value a cluster it is `stratified_difference` of one stratum, whose rules for data
-    without spread hold here too.
+    Student's t uses the standard error clustered by key, and one degree of freedom less than there are
+    clusters. With one value per cluster the result is `stratified_difference` of one stratum, whose rules for
+    data without spread apply here too.
 
     Raises:
-        RamoeError: without any difference.
+        RamoeError: there are no differences.
     """
     groups = [values for values in clusters.values() if values]
     n = sum(len(values) for values in groups)
@@ -163,11 +174,11 @@ def paired_proportions(after: Sequence[bool], before: Sequence[bool]) -> Differe
     """Difference of two proportions measured on the same examples.
 
     The interval adds half a count to each of the four outcomes (Agresti and Min, Statistics in Medicine 24,
-    2005), so that it keeps a width when no example changed; it is cut to [-1, 1]. p is the exact McNemar
+    2005). It therefore has a width when no example changed. It is cut to [-1, 1]. p is from the exact McNemar
     test.
 
     Raises:
-        RamoeError: without pairs, or when the two sides differ in length.
+        RamoeError: there are no pairs, or the two sides differ in length.
     """
     _same_length(after, before)
     n = len(after)
@@ -183,10 +194,10 @@ def paired_proportions(after: Sequence[bool], before: Sequence[bool]) -> Differe
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values (Scandinavian Journal of Statistics 6, 1979), in the order given.
+    """Holm's adjusted p-values (Scandinavian Journal of Statistics 6, 1979), in the given order.
 
-    Rejecting what lies at or below 0.05 keeps the chance of any false rejection in the family at 5 %,
-    whatever the dependence between the tests: methods that are all compared with the same runs are dependent.
+    Rejecting every value of at most 0.05 keeps the probability of any false rejection in the family at 5 %,
+    for any dependence between the tests. Methods that are all compared with the same runs are dependent.
     """
     adjusted, highest = [0.0] * len(p), 0.0
     for rank, place in enumerate(sorted(range(len(p)), key=lambda place: p[place])):
@@ -196,27 +207,30 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def false_discovery(p: Sequence[float]) -> list[float]:
-    """Benjamini and Hochberg's adjusted p-values, in the order given: the expected share of false rejections
-    among all."""
+    """Benjamini and Hochberg's adjusted p-values, in the given order. They bound the expected share of false
+    rejections among all rejections."""
     return [float(value) for value in _stats().false_discovery_control(p)] if p else []
 
 
 def fisher(table: Sequence[Sequence[int]]) -> float | None:
-    """Two-sided p of Fisher's exact test that rows and columns of a 2 x 2 table go together; None where a
-    margin is 0."""
+    """Two-sided p of Fisher's exact test of association in a 2 x 2 table; None when a margin is 0."""
     margins = [*map(sum, table), *map(sum, zip(*table, strict=True))]
     return float(_stats().fisher_exact(table).pvalue) if all(margins) else None
 
 
 def _student(change: float, error: float, degrees: int, n: int, scale: float) -> Difference:
-    """Student's interval and test; without an interval where there are no degrees of freedom, or no spread
-    beside `scale`."""
+    """Student's interval and test, without an interval when there are no degrees of freedom or no spread.
+
+    A spread below rounding, relative to `scale`, counts as none.
+    """
     if degrees and scale == error == 0:
         return Difference(0.0, 0.0, 0.0, 1.0, n)
     if not degrees or error <= 1e-9 * scale:
         return Difference(change, None, None, None, n)
     half = float(_stats().t.ppf(LEVEL, degrees)) * error
-    return Difference(change, change - half, change + half, float(2 * _stats().t.sf(abs(change) / error, degrees)), n)
+    return Difference(
+        change, change - half, change + half, float(2 * _stats().t.sf(abs(change) / error, degrees)), n
+    )
 
 
 def _centred(values: Sequence[float]) -> list[float]:
@@ -225,13 +239,12 @@ def _centred(values: Sequence[float]) -> list[float]:
 
 
 def _constant(groups: Sequence[Sequence[float]]) -> bool:
-    """Whether no group has a spread but that of rounding."""
+    """Whether no group has a spread beyond rounding."""
     return all(max(own) - min(own) <= 1e-12 * max(map(abs, own)) for own in groups)
 
 
 def _stats() -> Any:
-    """scipy.stats, imported when it is needed: every job reads artefacts, few compute an interval, and the
-    import costs a second."""
+    """scipy.stats, imported at the first use: the import costs a second, and few jobs compute an interval."""
     from scipy import stats
 
     return stats

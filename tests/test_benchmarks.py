@@ -1,4 +1,4 @@
-"""The benchmarks run from end to end at a tiny shape, and what they write holds what the tables and a reader need."""
+"""The benchmarks, run from end to end at a tiny shape, write what their tables and a reader need."""
 
 import json
 import subprocess
@@ -23,10 +23,22 @@ ROUNDS = 2
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "-m", "benchmarks", "--shape", "tiny", "--rounds", str(ROUNDS), "--out", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "--shape",
+        "tiny",
+        "--rounds",
+        str(ROUNDS),
+        "--out",
+        str(folder),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = {name: json.loads((folder / f"{name}-base.json").read_text()) for name in ("training", "profiling")}
+    found = {
+        name: json.loads((folder / f"{name}-base.json").read_text()) for name in ("training", "profiling")
+    }
     return found | {"printed": done.stdout, "progress": done.stderr}
 
 
@@ -37,7 +49,9 @@ def test_progress_names_what_is_measured_and_how_far_it_is(figures: dict[str, An
         ("profiling of shape base: {} of {} rounds of 3 passes", profiling.WARM_UP + ROUNDS),
     ):
         assert any(line.startswith(what.format(1, rounds)) for line in lines)
-        assert any(line.startswith(what.format(rounds, rounds)) and line.endswith("0 s left") for line in lines)
+        assert any(
+            line.startswith(what.format(rounds, rounds)) and line.endswith("0 s left") for line in lines
+        )
 
 
 def test_the_estimate_is_the_time_of_the_rounds_so_far(
@@ -59,7 +73,10 @@ def test_every_arm_takes_every_round(figures: dict[str, Any]) -> None:
     arms = figures["training"]["arms"]
     assert len(arms) == 4
     assert {len(arm["seconds"]) for arm in arms.values()} == {ROUNDS}
-    assert all(label in figures["printed"] for label in ("stock Megatron", "bare forward pass", "Megatron's routing trace"))
+    assert all(
+        label in figures["printed"]
+        for label in ("stock Megatron", "bare forward pass", "Megatron's routing trace")
+    )
 
 
 def test_arms_compute_the_same_step_but_for_the_alignment(figures: dict[str, Any]) -> None:
@@ -76,7 +93,8 @@ def test_weights_gradients_and_moments_are_counted_once(figures: dict[str, Any])
     expert, attention = 3 * hidden * ffn, 4 * hidden * hidden
     layer = shape["experts"] * (expert + hidden) + attention + 2 * hidden
     parameters = shape["layers"] * layer + vocabulary * hidden + hidden
-    for arm in arms.values():  # float32: the weight, its gradient, Adam's two moments, and a step counter for each tensor
+    # Float32: the weight, its gradient, Adam's two moments, and a step counter for each tensor.
+    for arm in arms.values():
         assert arm["bytes"]["between"] == pytest.approx(16 * parameters, rel=0.01)
 
 
@@ -93,7 +111,8 @@ def test_a_ratio_has_its_interval() -> None:
     generator = np.random.default_rng(0)
     stock = generator.normal(1.0, 0.01, 41)
     ratio = Ratio.of(list(stock * 1.05), list(stock))
-    assert [ratio.low, ratio.value, ratio.high] == pytest.approx([1.05] * 3)  # noise that a round shares cancels
+    # Noise that a round shares cancels.
+    assert [ratio.low, ratio.value, ratio.high] == pytest.approx([1.05] * 3)
     noisy = Ratio.of(list(stock * 1.05), list(generator.normal(1.0, 0.2, 41)))
     assert noisy.high - noisy.low > ratio.high - ratio.low
     assert [verdict(ratio, target, at_most=True) for target in (1.1, 1.02)] == ["met", "missed"]

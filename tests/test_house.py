@@ -1,4 +1,4 @@
-"""Laws of the source tree: which room may import which, no circles, one name for one thing, and the width of a line."""
+"""Laws of the source tree: allowed imports between rooms, no cycles, one name per thing, line width."""
 
 import ast
 from collections import defaultdict
@@ -9,7 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ramoe_megatron"
-FLOORS = ("errors", "statistics", "method", "artifacts", "data", "models", "mcore", "jobs", "report", "recipe", "cli")
+FLOORS = (
+    "errors",
+    "statistics",
+    "method",
+    "artifacts",
+    "data",
+    "models",
+    "mcore",
+    "jobs",
+    "report",
+    "recipe",
+    "cli",
+)
 """The rooms from the ground up. A room imports itself and the rooms below it."""
 MCORE_FLOORS = (("align",), ("train", "offline"), ("select", "steer"))
 """Rooms of `mcore/` above its own files: alignment does not know who else uses it."""
@@ -20,7 +32,7 @@ MODULES = {
 
 
 def imports(module: str) -> set[str]:
-    """The modules of this package that a module imports anywhere, also inside functions and for types alone."""
+    """The modules of this package that a module imports, also inside functions and only for types."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ramoe_megatron"):
@@ -38,7 +50,9 @@ def room(module: str) -> str:
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"ramoe_megatron"}))
 def test_imports_go_down(module: str) -> None:
     for other in imports(module) - {"ramoe_megatron"}:
-        assert FLOORS.index(room(other)) <= FLOORS.index(room(module)), f"{module} imports {other}, which is above it"
+        assert FLOORS.index(room(other)) <= FLOORS.index(room(module)), (
+            f"{module} imports {other}, which is above it"
+        )
 
 
 def test_the_rooms_of_mcore_import_down() -> None:
@@ -89,6 +103,10 @@ def test_no_two_public_names_mean_different_things() -> None:
         if room(module + ".") == "cli":  # a command's function has the command's name
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and node.name != "main":
+            if (
+                isinstance(node, ast.FunctionDef | ast.ClassDef)
+                and not node.name.startswith("_")
+                and node.name != "main"
+            ):
                 homes[node.name].append(module)
     assert not {name: found for name, found in homes.items() if len(found) > 1}

@@ -1,4 +1,4 @@
-"""What a clean machine installs: pinned versions, the Makefile's search for Python 3.12, the wheel's contents."""
+"""A clean installation: pinned versions, the Makefile's search for Python 3.12, the wheel's contents."""
 
 import importlib.metadata
 import os
@@ -19,7 +19,11 @@ MAKE = shutil.which("make")
 
 
 def constraints() -> dict[str, str]:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*==[0-9][0-9A-Za-z.]*", line) for line in lines), lines
     return dict(line.split("==") for line in lines)
 
@@ -48,7 +52,9 @@ def test_every_package_that_gets_installed_is_pinned() -> None:
         assert name in pins, f"{name} is installed but constraints.txt does not pin it"
         for line in importlib.metadata.requires(requirement.name) or []:
             child = Requirement(line)
-            if child.marker is None or any(child.marker.evaluate({"extra": extra}) for extra in extras | {""}):
+            if child.marker is None or any(
+                child.marker.evaluate({"extra": extra}) for extra in extras | {""}
+            ):
                 todo.append(child)
 
 
@@ -68,7 +74,7 @@ def script(path: Path, body: str) -> Path:
 
 
 def find_python(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`make find-python` where only `home` and `home/path` hold any Python."""
+    """Run `make find-python` where only `home` and `home/path` hold a Python."""
     (home / "path").mkdir(exist_ok=True)
     if not (home / "path/bash").exists():
         os.symlink(shutil.which("bash") or "/bin/bash", home / "path/bash")
@@ -115,10 +121,21 @@ def test_a_named_interpreter_is_used_and_a_wrong_one_refused(tmp_path: Path, rea
 
 def test_the_wheel_holds_the_package_data_and_the_licence(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    shutil.copytree(ROOT / "ramoe_megatron", source / "ramoe_megatron", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "ramoe_megatron", source / "ramoe_megatron", ignore=shutil.ignore_patterns("__pycache__")
+    )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+    ]
     subprocess.run([*pip, str(tmp_path), str(source)], check=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()

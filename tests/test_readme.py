@@ -1,4 +1,4 @@
-"""The documents against the code: their links, flags, keys, commands, recipes and rows exist."""
+"""The documents against the code: links, flags, keys, commands, recipes and rows that they name exist."""
 
 import ast
 import dataclasses

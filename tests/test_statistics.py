@@ -1,4 +1,4 @@
-"""Laws of intervals of a share, of effective sizes, and of tests and their corrections, with closed forms worked out by hand."""
+"""Laws of proportions' intervals, effective sizes, tests and corrections, with closed forms by hand."""
 
 import random
 
@@ -28,7 +28,9 @@ answers = st.lists(st.integers(0, 1), min_size=2, max_size=30)
 
 
 @given(answers, st.integers(2, 6), st.integers(1, 3))
-def test_facts_answered_alike_in_all_languages_are_as_many_as_in_one(right: list[int], languages: int, seeds: int) -> None:
+def test_facts_answered_alike_in_all_languages_are_as_many_as_in_one(
+    right: list[int], languages: int, seeds: int
+) -> None:
     one = effective_size([{str(i): [value] for i, value in enumerate(right)}] * seeds)
     alike = effective_size([{str(i): [value] * languages for i, value in enumerate(right)}] * seeds)
     assert one == pytest.approx(len(right))
@@ -43,13 +45,14 @@ def test_independent_answers_leave_an_interval_close_to_wilsons_and_never_narrow
         sizes.append(effective_size([run]))
     assert max(sizes) <= 1800
     assert sum(sizes) / len(sizes) > 0.93 * 1800
-    opposed = {str(i): [0, 1] for i in range(10)}  # each fact right in one language of two: no variance is left, and still 20 rows
+    # Each fact right in one language of two: no variance is left, and still 20 rows.
+    opposed = {str(i): [0, 1] for i in range(10)}
     assert effective_size([opposed]) == 20
     assert effective_size([]) == 0
 
 
 def test_effective_size_worked_by_hand() -> None:
-    """Facts right in (2, 1, 0) of 2 languages: p = 1/2; clustered variance (1 + 0 + 1) / 36, independent (1/4) / 6."""
+    """Facts right in (2, 1, 0) of 2 languages: p = 1/2, variance (1 + 0 + 1) / 36, or (1/4) / 6 for rows."""
     assert effective_size([{"a": [1, 1], "b": [1, 0], "c": [0, 0]}]) == pytest.approx(6 * (1 / 24) / (2 / 36))
 
 
@@ -70,7 +73,10 @@ def test_fisher_worked_by_hand_and_none_without_a_margin() -> None:
 
 
 def test_corrections_worked_by_hand() -> None:
-    """Sorted 0.005, 0.01, 0.03, 0.04: Holm 4, 3, 2, 1 times with a running maximum; Benjamini-Hochberg n / rank with a running minimum."""
+    """Sorted: 0.005, 0.01, 0.03, 0.04. Holm: times 4, 3, 2, 1 with a running maximum.
+
+    Benjamini-Hochberg: times n / rank with a running minimum.
+    """
     p = [0.01, 0.04, 0.03, 0.005]
     assert holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert false_discovery(p) == pytest.approx([0.02, 0.04, 0.04, 0.02])
@@ -86,5 +92,7 @@ def test_corrections_follow_their_tests_and_only_raise_p(p: list[float], draw: r
         assert correct([p[place] for place in order]) == pytest.approx([found[place] for place in order])
         assert all(own - 1e-12 <= adjusted <= 1 for own, adjusted in zip(p, found, strict=True))
         assert [found[place] for place in sorted(range(len(p)), key=p.__getitem__)] == sorted(found)
-    assert all(strict >= discovery - 1e-12 for strict, discovery in zip(holm(p), false_discovery(p), strict=True))
+    assert all(
+        strict >= discovery - 1e-12 for strict, discovery in zip(holm(p), false_discovery(p), strict=True)
+    )
     assert holm(p[:1]) == false_discovery(p[:1]) == p[:1]

@@ -1,4 +1,4 @@
-"""Laws of what pairs of values tell, correlations and differences, with closed forms worked out by hand."""
+"""Laws of correlations and differences of paired values, with closed forms worked out by hand."""
 
 import math
 import random
@@ -51,14 +51,20 @@ def test_pearson_of_a_line_is_one_and_of_too_little_is_none() -> None:
 
 
 def test_pearson_within_groups_worked_by_hand_and_blind_to_what_sets_groups_apart() -> None:
-    """Set off from the groups' means: x -1 0 1 -1 0 1, y -1 1 0 -1 0 1: r = 3 / 4; six points less two groups leave z a 1 / sqrt(2)."""
+    """Minus the groups' means: x -1 0 1 -1 0 1, y -1 1 0 -1 0 1, so r = 3 / 4.
+
+    Six points minus two groups give z the deviation 1 / sqrt(2).
+    """
     x, y, groups = [1.0, 2.0, 3.0, 11.0, 12.0, 13.0], [0.0, 2.0, 1.0, 40.0, 41.0, 42.0], ["a"] * 3 + ["b"] * 3
     found = pearson(x, y, groups)
     assert found is not None
     half = Z / math.sqrt(2)
     assert (found.r, found.n) == (pytest.approx(0.75), 6)
-    assert (found.low, found.high) == pytest.approx((math.tanh(math.atanh(0.75) - half), math.tanh(math.atanh(0.75) + half)))
-    assert found.p == pytest.approx(0.144, abs=1e-3)  # t = 0.75 sqrt(3 / (1 - 0.75^2)) = 1.964 with 3 degrees of freedom
+    assert (found.low, found.high) == pytest.approx(
+        (math.tanh(math.atanh(0.75) - half), math.tanh(math.atanh(0.75) + half))
+    )
+    # T = 0.75 sqrt(3 / (1 - 0.75^2)) = 1.964 with 3 degrees of freedom.
+    assert found.p == pytest.approx(0.144, abs=1e-3)
     moved = pearson([v + 100 * (g == "b") for v, g in zip(x, groups, strict=True)], y, groups)
     assert moved is not None
     assert (moved.r, moved.low, moved.p) == pytest.approx((found.r, found.low, found.p))
@@ -107,11 +113,15 @@ def test_one_stratum_is_the_paired_t_test(x: list[float]) -> None:
         return
     expected = stats.ttest_1samp(x, 0.0)
     interval = expected.confidence_interval()
-    assert (found.p, found.low, found.high) == pytest.approx((expected.pvalue, interval.low, interval.high), abs=1e-9)
+    assert (found.p, found.low, found.high) == pytest.approx(
+        (expected.pvalue, interval.low, interval.high), abs=1e-9
+    )
 
 
 @given(values, values, st.integers(-50, 50))
-def test_what_strata_differ_by_moves_the_mean_and_not_its_width(x: list[float], y: list[float], apart: int) -> None:
+def test_what_strata_differ_by_moves_the_mean_and_not_its_width(
+    x: list[float], y: list[float], apart: int
+) -> None:
     found = stratified_difference({"one": x, "two": y})
     moved = stratified_difference({"one": x, "two": [value + apart for value in y]})
     assert moved.change == pytest.approx(found.change + apart * len(y) / (len(x) + len(y)), abs=1e-9)
@@ -122,10 +132,12 @@ def test_what_strata_differ_by_moves_the_mean_and_not_its_width(x: list[float], 
 
 
 def test_two_strata_worked_by_hand() -> None:
-    """Deviations -1 1 and -2 0 2 about the strata's own means: squares 10, 5 - 2 degrees of freedom, Student's 3.182."""
+    """Deviations -1 1 and -2 0 2 from the strata's means: squares 10, 5 - 2 degrees, Student's 3.182."""
     found = stratified_difference({"one": [0.0, 2.0], "two": [8.0, 10.0, 12.0]})
     half = 3.182446 * math.sqrt(10 / 3 / 5)
-    assert (found.change, found.low, found.high, found.n) == pytest.approx((6.4, 6.4 - half, 6.4 + half, 5), abs=1e-5)
+    assert (found.change, found.low, found.high, found.n) == pytest.approx(
+        (6.4, 6.4 - half, 6.4 + half, 5), abs=1e-5
+    )
 
 
 def test_too_little_to_judge_gives_no_interval_and_equality_gives_zero() -> None:
@@ -144,7 +156,9 @@ def test_too_little_to_judge_gives_no_interval_and_equality_gives_zero() -> None
 
 
 @given(values, st.data())
-def test_clusters_of_one_are_plain_pairs_and_copies_add_no_certainty(x: list[float], data: st.DataObject) -> None:
+def test_clusters_of_one_are_plain_pairs_and_copies_add_no_certainty(
+    x: list[float], data: st.DataObject
+) -> None:
     y = data.draw(st.lists(st.integers(-50, 50).map(float), min_size=len(x), max_size=len(x)))
     plain = stratified_difference(pairs(x, y))
     single = clustered_difference({str(i): [a - b] for i, (a, b) in enumerate(zip(x, y, strict=True))})
@@ -153,7 +167,9 @@ def test_clusters_of_one_are_plain_pairs_and_copies_add_no_certainty(x: list[flo
     for found in (single, tripled):
         for name in ("change", "low", "high", "p"):
             expected = getattr(plain, name)
-            assert getattr(found, name) == (expected if expected is None else pytest.approx(expected, abs=1e-9))
+            assert getattr(found, name) == (
+                expected if expected is None else pytest.approx(expected, abs=1e-9)
+            )
 
 
 @given(outcomes)

@@ -1,4 +1,4 @@
-"""The `ramoe` command. Heavy imports stand inside the commands, so that `ramoe --help` answers at once."""
+"""The `ramoe` command. Heavy imports are inside the commands, so that `ramoe --help` is fast."""
 
 import sys
 from pathlib import Path
@@ -15,10 +15,10 @@ PASS_THROUGH = {"ignore_unknown_options": True, "help_option_names": ["--help", 
 
 
 class RamoeGroup(click.Group):
-    """Commands whose user-facing errors are a red text on stderr and exit status 2, without a traceback."""
+    """Commands that print a user's error as red text on stderr, with exit status 2 and no traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command that was named."""
+        """Run the named command."""
         try:
             refuse_unwritable(sys.argv[1:], "command line")
             return super().invoke(ctx)
@@ -35,7 +35,8 @@ class RamoeGroup(click.Group):
 def main() -> None:
     """Routing-aligned fine-tuning (RA-MoE) of Mixture-of-Experts models on Megatron-Core.
 
-    `ramoe run RECIPE.yaml` goes from data to report. The stages are commands of their own, which take Megatron's flags.
+    `ramoe run RECIPE.yaml` runs an experiment from data to report. Each stage is also a separate command,
+    which takes Megatron's flags.
     """
 
 
@@ -46,25 +47,38 @@ def main() -> None:
     "changes",
     multiple=True,
     metavar="KEY.PATH=VALUE",
-    help="Change a value of the recipe; the value is YAML. Repeatable.",
+    help="Change a value of the recipe. The value is YAML. Repeatable.",
 )
 @click.option(
     "--from",
     "first",
     metavar="STAGE",
-    help="Begin here: leave earlier stages as they are, and run this one in any case.",
+    help="Begin with this stage: it runs in any case, and earlier stages are left as they are.",
 )
 @click.option("--until", "last", metavar="STAGE", help="End after this stage.")
 @click.option("--out", type=FOLDER, help="Run folder.  [default: runs/NAME]")
-@click.option("--launcher", type=click.Choice(["local", "slurm"]), help="Run here, or submit a Slurm job a stage.  [default: the recipe's]")
-@click.option("--dry-run", is_flag=True, help="Tell what would run, why, and with which command lines and scripts.")
+@click.option(
+    "--launcher",
+    type=click.Choice(["local", "slurm"]),
+    help="Run here, or submit one Slurm job for each stage.  [default: the recipe's]",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Only print what would run and why, with the command lines and scripts."
+)
 def run(
-    recipe: Path, changes: tuple[str, ...], first: str | None, last: str | None, out: Path | None, launcher: str | None, dry_run: bool
+    recipe: Path,
+    changes: tuple[str, ...],
+    first: str | None,
+    last: str | None,
+    out: Path | None,
+    launcher: str | None,
+    dry_run: bool,
 ) -> None:
-    """Run a recipe: data, base model, taxonomy, profile, fine-tuning, evaluation, report.
+    """Run a recipe.
 
-    A second run skips what stands; a changed setting reruns what depends on it. STAGE is data, pretrain, taxonomy,
-    profile, priors, anchors, predict, finetune, steer, evaluate, results or report, or one such as finetune/sft-seed1.
+    The stages are data, pretrain, taxonomy, profile, priors, anchors, predict, finetune, steer, evaluate,
+    results and report. A second run skips stages with an up-to-date result; a changed setting reruns the
+    stages that depend on it. STAGE is a stage from this list, or a single one, such as finetune/sft-seed1.
     """
     from ramoe_megatron.recipe.runner import run_recipe
     from ramoe_megatron.recipe.stages import StageFailed
@@ -78,49 +92,76 @@ def run(
 
 
 @main.command(context_settings=PASS_THROUGH)
-@click.option("--set", "changes", multiple=True, metavar="KEY.PATH=VALUE", help="RECIPE: change a value, as `ramoe run` does.")
-@click.option("--out", type=FILE, help="RECIPE: run folder.  [default: runs/NAME]")
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY.PATH=VALUE",
+    help="RECIPE: change a value of it, as in `ramoe run`.",
+)
+@click.option("--out", type=FILE, help="RECIPE: its run folder.  [default: runs/NAME]")
 @click.option("--ranks", type=click.IntRange(1), help="JOB: ranks per node.  [default: 1]")
 @click.option("--nodes", type=click.IntRange(1), help="JOB: nodes.  [default: 1]")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE | JOB FLAGS...]")
-def doctor(changes: tuple[str, ...], out: Path | None, ranks: int | None, nodes: int | None, words: tuple[str, ...]) -> None:
-    """Tell what would stop a job or a recipe, before it starts.
+def doctor(
+    changes: tuple[str, ...], out: Path | None, ranks: int | None, nodes: int | None, words: tuple[str, ...]
+) -> None:
+    """Check a node, a job or a recipe before it starts.
 
-    Without arguments: this node (versions, GPUs, ports, Slurm, the folder to write to). RECIPE: also its stages. JOB
-    (taxonomy, profile, finetune, evaluate, steer or predict) with the FLAGS that it would get: also that job. The exit status
-    is 1 when anything is fatal.
+    Without arguments: check this node (versions, GPUs, ports, Slurm, output folder). With RECIPE: check its
+    stages too. With JOB (taxonomy, profile, finetune, evaluate, steer or predict) and its FLAGS: check that
+    job too. The exit status is 1 when a finding is fatal.
     """
     import os
 
-    from ramoe_megatron.recipe.doctor import JOB_NAMES, environment_findings, findings_table, healthy, job_findings, recipe_findings
+    from ramoe_megatron.recipe.doctor import (
+        JOB_NAMES,
+        environment_findings,
+        findings_table,
+        healthy,
+        job_findings,
+        recipe_findings,
+    )
 
     target = words[0] if words else None
     if target in JOB_NAMES:
         if changes or out:
-            raise RamoeError(f"doctor {target}: --set and --out belong to a recipe; a job's folder is among its flags")
+            raise RamoeError(
+                f"doctor {target}: --set and --out belong to a recipe; give a job's folder among its flags"
+            )
         found = job_findings(target, words[1:], ranks or 1, nodes or 1, os.environ)
     elif target is None:
         if changes:
-            raise RamoeError("doctor: --set without a recipe: name the recipe")
+            raise RamoeError("doctor: --set needs a recipe: name the recipe")
         found = environment_findings(ranks or 1, nodes or 1, out or Path("runs"), os.environ)
     elif target.startswith("-") or not Path(target).is_file() or len(words) > 1:
-        raise RamoeError(f"doctor {' '.join(words)}: expected one recipe file, or a job ({', '.join(JOB_NAMES)}) followed by its flags")
+        raise RamoeError(
+            f"doctor {' '.join(words)}: expected one recipe file, or a job ({', '.join(JOB_NAMES)}) followed "
+            "by its flags"
+        )
     elif ranks or nodes:
-        raise RamoeError("doctor: --ranks and --nodes belong to a job; a recipe's stand under launch")
+        raise RamoeError("doctor: --ranks and --nodes belong to a job; a recipe sets them under launch")
     else:
         found = recipe_findings(Path(target), changes, out, os.environ)
     sound = healthy(found)
-    if not sound or os.environ.get("SLURM_NODEID", "0") == "0":  # of many nodes, the first speaks for those that are well
+    # On several nodes, only the first reports that everything is well.
+    if not sound or os.environ.get("SLURM_NODEID", "0") == "0":
         wide_console().print(findings_table(found))
     sys.exit(0 if sound else 1)
 
 
 def _job(name: str, summary: str) -> None:
-    """Add a command that starts a job's ranks with the flags it is given."""
+    """Add a command that starts a job's ranks with the given flags."""
 
     @main.command(name, context_settings=PASS_THROUGH, short_help=summary, help=_job_help(name, summary))
     @click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Ranks per node.")
-    @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Nodes; start the same command on each.")
+    @click.option(
+        "--nodes",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Number of nodes. Start the same command on each node.",
+    )
     @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
     def command(ranks: int, nodes: int, flags: tuple[str, ...]) -> None:
         import os
@@ -143,36 +184,41 @@ def _job(name: str, summary: str) -> None:
 
 def _job_help(name: str, summary: str) -> str:
     return (
-        f"{summary}\n\nFLAGS are Megatron's own and ours (--ramoe-...), passed to `torchrun -m "
-        f"ramoe_megatron.jobs.{name}`; "
-        f"`ramoe {name} -- --help` lists them. With several nodes, NODE_RANK (or SLURM_NODEID), MASTER_ADDR and "
-        f"MASTER_PORT "
-        "say where this one stands."
+        f"{summary}\n\nFLAGS are Megatron's flags and ours (--ramoe-...), "
+        f"passed to `torchrun -m ramoe_megatron.jobs.{name}`; `ramoe {name} -- --help` lists them. "
+        "On several nodes, NODE_RANK (or SLURM_NODEID), MASTER_ADDR and MASTER_PORT identify this node."
     )
 
 
-_job("taxonomy", "Score parallel examples in English and target languages: cc, ci, ic, ii.")
-_job("profile", "Find the task experts, the English routing and the alignment zone.")
+_job("taxonomy", "Score parallel examples in each language: cc, ci, ic, ii.")
+_job("profile", "Find the task experts, English routing and alignment zone.")
 _job("finetune", "Fine-tune with Megatron's training loop and the alignment loss.")
-_job("evaluate", "Accuracy and routing mass of a checkpoint, per task and language.")
-_job("steer", "Search the setting of routing steering that answers best on a validation split.")
+_job("evaluate", "Measure accuracy and routing mass of a checkpoint.")
+_job("steer", "Search, on a validation split, for the best steering setting.")
 
 
 @main.command()
 @click.option("--out", type=FOLDER, required=True, help="Folder for the data and the tokenizer.")
-@click.option("--config", default="{}", help="JSON object, or a file of one: the fields of WorldConfig.")
+@click.option("--config", default="{}", help="JSON object, or a JSON file: the fields of WorldConfig.")
 def world(out: Path, config: str) -> None:
-    """Write the embedded world: parallel, pretraining and general text from CLDR, and a tokenizer. Needs no
-    download."""
+    """Write the embedded world, which needs no download.
+
+    It holds parallel, pretraining and general text from CLDR, and a tokenizer.
+    """
     _plain_job("jobs.generate", "world", "--config", config, "--out", str(out))
 
 
 @main.command()
-@click.option("--source", type=EXISTING, help="Folder of the languages, as downloaded; instead of `source` in --config.")
+@click.option(
+    "--source", type=EXISTING, help="Folder that holds a folder per language. Replaces `source` in --config."
+)
 @click.option("--out", type=FOLDER, required=True, help="Folder for the data and the tokenizer.")
-@click.option("--config", default="{}", help="JSON object, or a file of one: the fields of SibConfig.")
+@click.option("--config", default="{}", help="JSON object, or a JSON file: the fields of SibConfig.")
 def sib200(source: Path | None, out: Path, config: str) -> None:
-    """Convert SIB-200 to parallel, pretraining and general text, and train a tokenizer on it."""
+    """Convert SIB-200 and train a tokenizer on it.
+
+    Writes parallel, pretraining and general text.
+    """
     import json
 
     if source is not None:
@@ -189,7 +235,7 @@ def sib200(source: Path | None, out: Path, config: str) -> None:
 @main.command()
 @click.argument("run_folder", metavar="RUN", type=EXISTING)
 def report(run_folder: Path) -> None:
-    """Write RUN's report.html and plots anew."""
+    """Write RUN's report.html and plots again."""
     _plain_job("report.write", "report", "--run", str(run_folder))
 
 
@@ -207,7 +253,9 @@ def _numbers(_context: click.Context, parameter: click.Parameter, value: str | N
     try:
         found = [int(part) for part in value.split(",")] if value else []
     except ValueError as error:
-        raise click.BadParameter(f"{value!r}: expected whole numbers, such as 1,2", param=parameter) from error
+        raise click.BadParameter(
+            f"{value!r}: expected whole numbers, such as 1,2", param=parameter
+        ) from error
     if len(set(found)) < len(found):
         raise click.BadParameter(f"{value!r}: names one twice; give each once", param=parameter)
     return found
@@ -215,18 +263,43 @@ def _numbers(_context: click.Context, parameter: click.Parameter, value: str | N
 
 @main.command()
 @click.argument("recipe", type=FILE)
-@click.option("--seeds", type=click.IntRange(1), help="Fine-tuning seeds 1 to N of every method.  [default: the recipe's]")
-@click.option("--bases", callback=_numbers, metavar="SEED,...", help="Seeds of the data and the base model, one run each.  [default: seed]")
-@click.option("--set", "changes", multiple=True, metavar="KEY.PATH=VALUE", help="Change a value of the recipe, as `ramoe run` does.")
-@click.option("--out", type=FOLDER, help="Folder of the runs and of what they come to.  [default: runs/NAME]")
-@click.option("--document", type=FILE, help="Also write the Markdown document here, its data beside it as .json.")
-@click.option("--dry-run", is_flag=True, help="Tell what would run, and why.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    help="Fine-tuning seeds 1 to N of every method.  [default: the recipe's]",
+)
+@click.option(
+    "--bases",
+    callback=_numbers,
+    metavar="SEED,...",
+    help="Seeds of the data and the base model, with one run for each.  [default: the recipe's seed]",
+)
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY.PATH=VALUE",
+    help="Change a value of the recipe, as in `ramoe run`.",
+)
+@click.option("--out", type=FOLDER, help="Folder of the runs and of the comparison.  [default: runs/NAME]")
+@click.option(
+    "--document", type=FILE, help="Also write the Markdown document here, and its data beside it as .json."
+)
+@click.option("--dry-run", is_flag=True, help="Only print what would run and why.")
 def compare(
-    recipe: Path, seeds: int | None, bases: list[int], changes: tuple[str, ...], out: Path | None, document: Path | None, dry_run: bool
+    recipe: Path,
+    seeds: int | None,
+    bases: list[int],
+    changes: tuple[str, ...],
+    out: Path | None,
+    document: Path | None,
+    dry_run: bool,
 ) -> None:
-    """Run a recipe's methods over seeds and base models, and compare all with sft: comparison.json, .html and experiment.md.
+    """Compare a recipe's methods with sft, over seeds and base models.
 
-    The same data, seeds and layout for each; the same steps unless a method says otherwise. A second call goes on where the first stopped.
+    Writes comparison.json, comparison.html and experiment.md. All methods have the same data, seeds and
+    layout, and the same number of steps unless a method changes it. A second call resumes where the first one
+    stopped.
     """
     from ramoe_megatron.recipe.compare import compare_recipe
     from ramoe_megatron.recipe.stages import StageFailed
@@ -240,14 +313,23 @@ def compare(
 
 @main.command()
 def methods() -> None:
-    """What each method trains and adds to the loss, its source, and what of it is our reading."""
+    """List the methods.
+
+    For each: what it trains, what it adds to the loss, its source, and our reading where the source is open.
+    """
     from rich.table import Table
 
     from ramoe_megatron.recipe.methods import METHODS
 
     table = Table("method", "trains", "adds to the loss", "source", "our reading", show_lines=True)
     for name, entry in METHODS.items():
-        table.add_row(name if entry.kind == "method" else f"{name} (control)", entry.trains, entry.adds, entry.source, entry.reading)
+        table.add_row(
+            name if entry.kind == "method" else f"{name} (control)",
+            entry.trains,
+            entry.adds,
+            entry.source,
+            entry.reading,
+        )
     wide_console().print(table)
 
 

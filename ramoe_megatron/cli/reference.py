@@ -1,6 +1,6 @@
-"""The generated documentation: `docs/flags.md`, and the keys of a recipe at the end of `docs/recipes.md`.
+"""Writes the generated documentation: `docs/flags.md`, and the recipe keys at the end of `docs/recipes.md`.
 
-    python -m ramoe_megatron.cli.reference docs
+python -m ramoe_megatron.cli.reference docs
 """
 
 import ast
@@ -51,7 +51,7 @@ FLAGS: tuple[tuple[str, type, tuple[str, ...]], ...] = (
     ("Search for a steering setting", SteerOptions, ("steer",)),
     ("Prediction", PredictOptions, ("predict",)),
 )
-"""Heading, option dataclass, and the jobs that take its flags."""
+"""Heading, option dataclass, and the jobs that accept its flags."""
 KEYS: tuple[tuple[str, type], ...] = (
     ("", Recipe),
     ("data", Data),
@@ -67,13 +67,13 @@ KEYS: tuple[tuple[str, type], ...] = (
     ("launch", Launch),
     ("launch.slurm", Slurm),
 )
-"""The place of a section in a recipe, and the class that declares its keys."""
+"""Key path of a section in a recipe, and the class that declares its keys."""
 KEYS_HEADING = "## Every key\n"
 GENERATED = "`make docs` writes this {what} from the docstrings in the code. Edit the docstrings.\n"
 
 
 def docstrings(declared: type) -> dict[str, str]:
-    """The string below each field in the body of a class, on one line; empty where there is none."""
+    """Field -> the docstring below it in the body of a class, on one line; empty where there is none."""
     made: Any = ast.parse(textwrap.dedent(inspect.getsource(declared))).body[0]
     found = {}
     for node, below in itertools.pairwise([*made.body, ast.Pass()]):
@@ -121,7 +121,7 @@ def recipe_keys() -> str:
 
 
 def _flags_of(section: type[OptionsSection]) -> str:
-    """Where the flags are that are keys of a section too."""
+    """A pointer to the flags that are also keys of a section."""
     options: Any = section.made_of
     heading = next(heading for heading, declared, _ in FLAGS if declared is options)
     files = sorted({field.name for field in dataclasses.fields(options)} - set(section.model_fields))
@@ -132,7 +132,7 @@ def _flags_of(section: type[OptionsSection]) -> str:
 
 
 def _fields(declared: type) -> Iterator[tuple[str, str, str, str]]:
-    """Name, values to choose from, default and docstring of each field in the body of a class."""
+    """Name, choices, default and docstring of each field in the body of a class."""
     hints = get_type_hints(declared)
     for name, text in docstrings(declared).items():
         yield name, _values(hints[name]), _default(declared, name), text
@@ -144,7 +144,7 @@ def _summary(declared: type) -> str:
 
 
 def _values(hint: Any) -> str:
-    """` {a,b}` for a choice, ` ...` for several values."""
+    """` {a,b}` for a choice, ` ...` for a list of values."""
     kinds = [get_args(part)[0] if get_origin(part) is Annotated else part for part in [hint, *get_args(hint)]]
     for kind in kinds:
         if get_origin(kind) is Literal:
@@ -181,7 +181,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def main(folder: Path) -> None:
-    """Write the pages into the folder of the documentation."""
+    """Write the pages into the documentation folder."""
     atomic_write_text(folder / "flags.md", flags_page())
     recipes = (folder / "recipes.md").read_text(encoding="utf-8").partition(KEYS_HEADING)[0]
     atomic_write_text(folder / "recipes.md", recipes + recipe_keys())

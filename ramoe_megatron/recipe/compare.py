@@ -1,4 +1,4 @@
-"""`ramoe compare`: a recipe's methods over seeds and base models, and what they come to."""
+"""`ramoe compare`: run a recipe's methods over seeds and base models, and compare the results."""
 
 import shlex
 from collections.abc import Sequence
@@ -24,30 +24,35 @@ def compare_recipe(
     dry_run: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Run the recipe once for each base model into OUT/baseSEED, each as `ramoe run` does, and compare all of them.
+    """Run the recipe once for each base model into OUT/baseSEED, as `ramoe run` does, and compare all runs.
 
-    Every method has the same data, seeds and layout, and the recipe's training flags (steps, batch, learning rate) unless the method's
-    `train` says otherwise, which the documents tell. A second call goes on where the first stopped.
+    Every method has the same data, seeds and layout. It also has the recipe's training flags (steps, batch,
+    learning rate), unless the method's `train` changes them; the documents report such changes. A second call
+    resumes where the first one stopped.
 
     Args:
-        changes: of the recipe, as `--set` gives them.
-        seeds: fine-tuning seeds 1 to N; the recipe's when left out.
-        bases: seeds of the data and the base model; the recipe's one when left out.
-        out: folder of the runs, comparison.json and comparison.html; runs/NAME by default.
-        document: where to write the Markdown document too, with its data beside it as .json; that folder
-            has both, as experiment.md and comparison.json.
+        changes: changes to the recipe, as `--set` gives them.
+        seeds: fine-tuning seeds 1 to N. Default: the recipe's seeds.
+        bases: seeds of the data and the base model. Default: the recipe's seed.
+        out: folder of the runs, comparison.json, comparison.html and experiment.md. Default: runs/NAME.
+        document: a second place for the Markdown document. Its data is written beside it, with the suffix
+            .json.
 
     Raises:
-        RamoeError: as `run_recipe`; no method `sft` to compare with; several bases of a recipe that trains none.
+        RamoeError: as `run_recipe`; the recipe has no method `sft` to compare with; several base models are
+            asked of a recipe that trains none.
         StageFailed: a stage failed.
     """
     console = console or Console()
     given, changes = changes, [*changes, *([f"seeds={seeds}"] if seeds is not None else [])]
     recipe = load_recipe(path, changes)
     if "sft" not in [method.name for method in recipe.methods]:
-        raise RamoeError(f"{path}: methods has no sft, which all others are compared with: add it")
+        raise RamoeError(f"{path}: methods has no sft, which every other method is compared with: add it")
     if len(bases) > 1 and recipe.pretrain is None:
-        raise RamoeError(f"{path}: checkpoint gives one base model, but --bases asks for {len(bases)}: give one, or none")
+        raise RamoeError(
+            f"{path}: checkpoint gives one base model, but --bases asks for {len(bases)}: "
+            "give --bases one seed, or leave it out"
+        )
     root = (out or Path("runs") / recipe.name).resolve()
     folders = {root / f"base{base}": [*changes, f"seed={base}"] for base in bases or [recipe.seed]}
     for folder, own in folders.items():
@@ -56,13 +61,21 @@ def compare_recipe(
     if dry_run:
         return
     if waiting := [folder.name for folder, own in folders.items() if not _done(path, own, folder)]:
-        console.print(f"{', '.join(waiting)}: submitted; give the same command again when its jobs have ended", highlight=False)
+        console.print(
+            f"{', '.join(waiting)}: submitted; repeat this command when its jobs have ended",
+            highlight=False,
+        )
         return
     from ramoe_megatron.recipe.methods import METHODS
     from ramoe_megatron.report.comparison.assemble import write_comparison  # matplotlib
     from ramoe_megatron.report.comparison.document import write_document
 
-    words = ["ramoe", "compare", path.name if path.is_absolute() else str(path), *(["--seeds", str(seeds)] if seeds else [])]
+    words = [
+        "ramoe",
+        "compare",
+        path.name if path.is_absolute() else str(path),
+        *(["--seeds", str(seeds)] if seeds else []),
+    ]
     words += ["--bases", ",".join(map(str, bases))] if bases else []
     words += [word for change in given for word in ("--set", change)]
     page = write_comparison(list(folders), root, presets=tuple(METHODS), command=shlex.join(words))
@@ -71,7 +84,7 @@ def compare_recipe(
     console.print(f"comparison: {page}", soft_wrap=True, highlight=False)
     written = document or root / "experiment.md"
     data = document.with_suffix(".json") if document else root / "comparison.json"
-    console.print(f"document: {written}, its data: {data}", soft_wrap=True, highlight=False)
+    console.print(f"document: {written}, data: {data}", soft_wrap=True, highlight=False)
 
 
 def _done(path: Path, changes: Sequence[str], folder: Path) -> bool:

@@ -1,5 +1,4 @@
-"""What the console shows of a run: stages and progress live on a terminal, plain lines elsewhere; the final table on
-both."""
+"""Progress of a run on the console: live on a terminal, plain lines elsewhere; the final table on both."""
 
 import time
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ PLAIN_INTERVAL = 30.0  # seconds between two progress lines of a stage, where th
 
 @dataclass
 class _Shown:
-    """A running stage: its bar on a terminal, or when its last line was printed."""
+    """A running stage, with its bar on a terminal or the time of its last printed line."""
 
     name: str
     last: float
@@ -26,7 +25,7 @@ class _Shown:
 
 
 class RunConsole:
-    """Shows one run. A context manager, so that the live display ends whatever happens."""
+    """Shows one run. As a context manager, it ends the live display also after an error."""
 
     def __init__(self, console: Console, stages: int) -> None:
         self.console, self.stages = console, stages
@@ -48,18 +47,20 @@ class RunConsole:
             self.live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.live:
             self.live.stop()
 
     def skipped(self, place: int, name: str) -> None:
-        """A stage whose result stands."""
-        self._say(f"[dim]{self._head(place, name)} stands[/dim]")
+        """Report a stage that is skipped because its result is up to date."""
+        self._say(f"[dim]{self._head(place, name)} is up to date[/dim]")
 
     def started(self, place: int, name: str, reason: str, resumes: bool) -> None:
-        """A stage that begins, and why."""
+        """Report that a stage starts, and why."""
         self._running[place] = _Shown(name, time.monotonic())
-        why = f"{reason}; goes on where it stopped" if resumes else reason
+        why = f"{reason}; resumes where it stopped" if resumes else reason
         if self.live:
             text = f"{self._head(place, name)} [dim]{escape(why)}[/dim]"
             self._running[place].task = self.live.add_task(text, total=None, told="")
@@ -67,8 +68,11 @@ class RunConsole:
             self._say(f"{self._head(place, name)} runs ({escape(why)})")
 
     def progress(self, place: int, told: JobProgress) -> None:
-        """How far a running stage is."""
-        text, shown = f"{told.done}/{told.total} {told.unit}{f' · {told.note}' if told.note else ''}", self._running[place]
+        """Report how far a running stage is."""
+        text, shown = (
+            f"{told.done}/{told.total} {told.unit}{f' · {told.note}' if told.note else ''}",
+            self._running[place],
+        )
         if self.live and shown.task is not None:
             self.live.update(shown.task, completed=told.done, total=told.total, told=escape(text))
         elif time.monotonic() - shown.last >= PLAIN_INTERVAL:
@@ -76,7 +80,7 @@ class RunConsole:
             self._say(f"{self._head(place, shown.name)} {escape(text)}")
 
     def finished(self, place: int, name: str, seconds: float) -> None:
-        """A stage that is done."""
+        """Report that a stage is done."""
         shown = self._running.pop(place)
         if self.live and shown.task is not None:
             self.live.remove_task(shown.task)
@@ -90,7 +94,7 @@ class RunConsole:
 
 
 def tell_results(console: Console, results: dict[str, Any]) -> None:
-    """The final table of a run."""
+    """Print the final table of a run."""
     from ramoe_megatron.report import rendering
     from ramoe_megatron.report.artefact_tables import summary_table
 
@@ -99,10 +103,12 @@ def tell_results(console: Console, results: dict[str, Any]) -> None:
 
 
 def tell_report(console: Console, folder: Path) -> None:
-    """Where the report and the curves are."""
+    """Print where the report and the training curves are."""
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     if (folder / "tensorboard").is_dir():
-        console.print(f"curves: tensorboard --logdir {folder / 'tensorboard'}", soft_wrap=True, highlight=False)
+        console.print(
+            f"curves: tensorboard --logdir {folder / 'tensorboard'}", soft_wrap=True, highlight=False
+        )
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Digests by which a stage knows whether what it read has changed."""
+"""Digests of a stage's inputs and settings. They show whether a stage has to run again."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 from ramoe_megatron.artifacts.files import sha256
 
-SAMPLE = 1 << 16  # bytes read at either end of a checkpoint's files
+SAMPLE = 1 << 16  # bytes read at the start and at the end of each file of a checkpoint
 CHECKPOINT_MARK = "latest_checkpointed_iteration.txt"
 
 
@@ -18,10 +18,10 @@ def digest_value(value: Any) -> str:
 
 
 def digest_path(path: Path, maker: str | None = None) -> str | None:
-    """Digest of a file, a folder or a checkpoint; None when it does not exist.
+    """Digest of a file, a folder or a checkpoint; None when the path does not exist.
 
-    A file: its bytes. A folder: the names and digests of its files. A checkpoint folder: see `digest_checkpoint`, with
-    `maker`, the identity of the stage that made it.
+    The digest of a file covers its bytes. That of a folder covers the names and digests of its files. That of
+    a checkpoint folder is `digest_checkpoint`, where `maker` is the identity of the stage that wrote it.
     """
     if path.is_file():
         return sha256(path)
@@ -33,12 +33,12 @@ def digest_path(path: Path, maker: str | None = None) -> str | None:
 
 
 def digest_checkpoint(path: Path, maker: str | None = None) -> str:
-    """Cheap digest of a Megatron checkpoint folder, whatever its size.
+    """Digest of a Megatron checkpoint folder that is cheap at any size.
 
-    Covers latest_checkpointed_iteration.txt and, of the iteration that it names, each file's name, size and first and
-    last 64 KiB (small files, such as metadata.json and .metadata, are thereby read whole). Weights may differ between
-    the samples only, so a checkpoint made by a stage also carries `maker`, the digest of that stage's settings and
-    inputs.
+    It covers latest_checkpointed_iteration.txt and the files of the iteration named there: name, size, and
+    the first and last 64 KiB. Small files, such as metadata.json and .metadata, are read whole by this.
+    Weights that differ only between the two ends would not change the digest. A checkpoint written by a stage
+    therefore also carries `maker`, the digest of that stage's settings and inputs.
     """
     mark, folder = latest_checkpoint(path)
     files = [[str(file.relative_to(path)), file.stat().st_size, _sample(file)] for file in _files(folder)]
@@ -46,7 +46,7 @@ def digest_checkpoint(path: Path, maker: str | None = None) -> str:
 
 
 def latest_checkpoint(path: Path) -> tuple[str, Path]:
-    """What a checkpoint folder's tracker file says, and the folder of that iteration."""
+    """Content of a checkpoint folder's tracker file, and the folder of the iteration that it names."""
     mark = (path / CHECKPOINT_MARK).read_text(encoding="utf-8").strip()
     return mark, path / (mark if mark == "release" else f"iter_{int(mark):07d}" if mark.isdigit() else ".")
 

@@ -1,8 +1,10 @@
-"""Stages on this machine, each forked from one process that has imported torch and Megatron: imports are paid once.
+"""Starts stages by forking one process that has imported torch and Megatron.
 
-`ForkServer` starts that process (`python -m ramoe_megatron.recipe.fork_server`) when the first stage needs it. For each
-stage the process forks a leader, in a session of its own; the leader forks the ranks, keeps their store, and ends the
-others when a rank fails, as torchrun does. Only without a CUDA device: a fork must not inherit what the driver has set up.
+The imports are thereby paid once. `ForkServer` starts that process (`python -m
+ramoe_megatron.recipe.fork_server`) when the first stage needs it. For each stage the process forks a leader
+in a new session. The leader forks the ranks, keeps their store, and ends the other ranks when one fails, as
+torchrun does. Stages are forked only without a CUDA device, because a fork must not inherit the state of the
+driver.
 """
 
 import contextlib
@@ -25,8 +27,8 @@ from typing import IO, Any, Self
 
 from ramoe_megatron.recipe.processes import MARK, ignore_warning
 
-END_SECONDS = 30.0  # between TERM and KILL for the ranks beside one that failed, as torchrun's
-IMPORTED = (  # what most stages need; not the jobs themselves, which run as __main__
+END_SECONDS = 30.0  # between TERM and KILL for the other ranks after a failure, as in torchrun
+IMPORTED = (  # what most stages need, without the jobs: those run as __main__
     "ramoe_megatron.mcore.router",
     "ramoe_megatron.mcore.align.labels",
     "ramoe_megatron.mcore.offline.model",
@@ -43,7 +45,8 @@ IMPORTED = (  # what most stages need; not the jobs themselves, which run as __m
 
 
 class Forked:
-    """A forked stage's leader, asked as `subprocess.Popen` is. Its process id is its session's too."""
+    """The leader of a forked stage, with the interface of `subprocess.Popen`. Its process id is also its
+    session's."""
 
     def __init__(self, pid: int, status: IO[bytes], stdout: IO[bytes]) -> None:
         self.pid, self.stdout = pid, stdout
@@ -51,7 +54,7 @@ class Forked:
         self._status = status
 
     def poll(self) -> int | None:
-        """The status once it has ended; -N when signal N ended it."""
+        """The exit status once the leader has ended, -N when signal N ended it; None while it runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.wait(0)
         return self.returncode
@@ -63,18 +66,19 @@ class Forked:
                 raise subprocess.TimeoutExpired("forked stage", timeout or 0)
             told = self._status.readline()
             self._status.close()
-            self.returncode = int(told) if told else -signal.SIGKILL  # its end was not its own doing
+            # The leader was killed before it could report a status.
+            self.returncode = int(told) if told else -signal.SIGKILL
         return self.returncode
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Ask the leader to end."""
         if self.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
 
 
 class ForkServer:
-    """Starts jobs by forking. As a context: the process ends with it."""
+    """Starts jobs by forking. A context manager: the forking process ends with it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -88,21 +92,27 @@ class ForkServer:
         if self._link:
             self._link.close()
         if self._process:
-            self._process.kill()  # it may still import
+            self._process.kill()  # it may still be importing
             self._process.wait()
 
     def start(self, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> Forked | None:
-        """Start `ranks` ranks of a module, or a script's path, with its arguments; its output goes to the `stdout` of what is returned.
+        """Start `ranks` ranks of a command: a module or the path of a script, and its arguments.
 
         Returns:
-            None where a stage cannot be forked: there is a CUDA device after all, the imports failed, or the process has ended.
+            The leader, whose `stdout` receives the output. None where a stage cannot be forked: a CUDA device
+                is present, the imports failed, or the forking process has ended.
         """
         with self._lock, tempfile.TemporaryFile() as request, contextlib.ExitStack() as ends:
             if self._process is None:
                 self._start(environment)
             if self._link is None:
                 return None
-            asked = {"command": list(command), "ranks": ranks, "environment": dict(environment), "folder": os.getcwd()}
+            asked = {
+                "command": list(command),
+                "ranks": ranks,
+                "environment": dict(environment),
+                "folder": os.getcwd(),
+            }
             request.write(json.dumps(asked).encode())
             request.seek(0)
             out, out_end = os.pipe()
@@ -123,7 +133,8 @@ class ForkServer:
         with other:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(other.fileno())],
-                env={name: value for name, value in environment.items() if name != MARK},  # it is of no launch
+                # The process belongs to no launch.
+                env={name: value for name, value in environment.items() if name != MARK},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -138,14 +149,17 @@ class ForkServer:
 
 
 def main(link: socket.socket) -> Sequence[str] | None:
-    """Import, then fork for each request. Returns in each rank that was forked: the command to run. None at the end."""
+    """Import, then fork for each request.
+
+    Returns the command to run in each forked rank, and None at the end.
+    """
     from ramoe_megatron.mcore.cpu.backend import cuda_absent
 
     if not cuda_absent():
         return None
     for module in IMPORTED:
         importlib.import_module(module)
-    sys.stdout.flush()  # else each fork would print what an import has
+    sys.stdout.flush()  # otherwise each fork would print what the imports left in the buffer
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the leaders
     link.send(b".")
     while True:
@@ -160,13 +174,14 @@ def main(link: socket.socket) -> Sequence[str] | None:
 
 
 def _lead(request: int, output: int, status: int) -> Sequence[str]:
-    """Fork the ranks and follow them. Returns in the ranks alone."""
+    """Fork the ranks and wait for them. Returns in the ranks only."""
     import torch
 
     os.setsid()
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell has it ignored, as torchrun does
+    # Also where a shell ignores SIGINT, as in torchrun.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with os.fdopen(request) as file:
         asked = json.load(file)
     for place in (1, 2):
@@ -184,9 +199,14 @@ def _lead(request: int, output: int, status: int) -> Sequence[str]:
                 os.close(status)
                 return _as_rank(asked, rank, port)
             ranks[child] = rank
-        # The ranks meet at it. Made after the forks, for it has a thread.
+        # The rendezvous of the ranks. Made after the forks, because the store has a thread.
         store = torch.distributed.TCPStore(
-            "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5), master_listen_fd=server.detach()
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(minutes=5),
+            master_listen_fd=server.detach(),
         )
     ended = _follow(ranks)
     del store
@@ -195,7 +215,7 @@ def _lead(request: int, output: int, status: int) -> Sequence[str]:
 
 
 def _as_rank(asked: Mapping[str, Any], rank: int, port: int) -> Sequence[str]:
-    """Make this process what torchrun would have started."""
+    """Give this process the environment of a rank that torchrun started."""
     import numpy
     import torch
 
@@ -203,14 +223,20 @@ def _as_rank(asked: Mapping[str, Any], rank: int, port: int) -> Sequence[str]:
     os.environ |= {
         **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank)),
         **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), ranks),
-        **{"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "ROLE_NAME": "default", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        **{
+            "GROUP_RANK": "0",
+            "GROUP_WORLD_SIZE": "1",
+            "ROLE_NAME": "default",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        },
         **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": str(port)},
         **{"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"},
     }
     threads = int(os.environ["OMP_NUM_THREADS"])
-    if torch.get_num_threads() != threads:  # read when torch was imported
+    if torch.get_num_threads() != threads:  # torch read the variable at its import
         torch.set_num_threads(threads)
-    numpy.random.seed()  # as a new process seeds its generators; Python's own does so at a fork
+    numpy.random.seed()  # as a new process does; Python reseeds its own generator at a fork
     torch.default_generator.seed()
     return asked["command"]
 
@@ -220,7 +246,10 @@ class _Terminated(Exception):
 
 
 def _follow(ranks: dict[int, int]) -> int:
-    """Wait for the ranks (process id -> rank); 0, or the status of the first that failed, -N when signal N ended it."""
+    """Wait for the ranks (process id -> rank).
+
+    Returns 0, or the status of the first rank that failed, -N when signal N ended it.
+    """
 
     def stop(*_: object) -> None:
         raise _Terminated
@@ -232,7 +261,11 @@ def _follow(ranks: dict[int, int]) -> int:
             child, how = os.waitpid(-1, 0)
             rank, failed = ranks.pop(child), os.waitstatus_to_exitcode(how)
             if failed < 0:
-                print(f"ramoe: rank {rank} was ended by {signal.Signals(-failed).name}", file=sys.stderr, flush=True)
+                print(
+                    f"ramoe: rank {rank} was ended by {signal.Signals(-failed).name}",
+                    file=sys.stderr,
+                    flush=True,
+                )
     except _Terminated:
         failed = -signal.SIGTERM
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -252,7 +285,7 @@ def _end(ranks: dict[int, int]) -> None:
 
 
 def _run(command: Sequence[str]) -> None:
-    """What `python -m MODULE ARGUMENTS`, or `python SCRIPT ARGUMENTS`, does."""
+    """Do what `python -m MODULE ARGUMENTS` or `python SCRIPT ARGUMENTS` does."""
     name, *words = command
     script = name.endswith(".py")
     sys.path[0] = str(Path(name).resolve().parent) if script else os.getcwd()

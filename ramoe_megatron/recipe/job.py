@@ -1,7 +1,9 @@
 """`python -m ramoe_megatron.recipe.job RUN STAGE`: what each node of a stage's Slurm job runs.
 
-Each node first looks for what would stop the stage (`recipe.doctor`). Node 0 looks whether the stage's result stands, and leads; the
-others start their ranks of it (`recipe.nodes`). Exit status 75: stopped before the time limit, to be started again; 2: the user's to mend.
+Each node first runs the checks of `recipe.doctor`. Node 0 then checks whether the stage's result is up to
+date, and leads the stage; the other nodes start their ranks when node 0 asks (`recipe.nodes`). Exit status 75
+means that the stage stopped before the time limit and has to be started again. Exit status 2 means an error
+that the user has to correct.
 """
 
 import os
@@ -21,11 +23,11 @@ from ramoe_megatron.recipe.processes import Stopped, stop_signals
 from ramoe_megatron.recipe.stage import Stage
 from ramoe_megatron.recipe.stages import StageFailed, run_stages
 
-LOCK_SECONDS = 120.0  # of a requeued job, for the processes of its first attempt that a lost node may still hold
+LOCK_SECONDS = 120.0  # how long a requeued job waits for its first attempt, which may still hold the lock
 
 
 def main(arguments: list[str]) -> int:
-    """Run the stage on this node; the exit status."""
+    """Run the stage on this node. Returns the exit status."""
     folder, name = Path(arguments[0]), arguments[1]
     try:
         with stop_signals():
@@ -58,7 +60,10 @@ def _run(folder: Path, name: str) -> int:
 
 
 def _examine(stage: Stage, place: Place, folder: Path, console: Console) -> None:
-    """Print what `ramoe doctor` finds (on other nodes than the first: if it is fatal). Raises RamoeError when something is."""
+    """Run the checks of `ramoe doctor`, and raise RamoeError when one is fatal.
+
+    Node 0 prints the findings; other nodes print them only when one is fatal.
+    """
     module, *words = stage.arguments()
     try:
         if stage.ranks and place.node == 0:
@@ -66,15 +71,21 @@ def _examine(stage: Stage, place: Place, folder: Path, console: Console) -> None
         else:
             found = environment_findings(max(1, stage.ranks), place.nodes, folder, os.environ)
     except Stopped as stop:
-        if stop.resumes:  # again and again, if it went back into the queue
-            raise RamoeError("warned before the stage began: raise time, or lower signal, under launch.slurm.sbatch") from stop
+        if stop.resumes:  # requeued, the job would be warned at its start every time
+            raise RamoeError(
+                "the job was warned of its time limit before the stage began: "
+                "raise time, or lower signal, under launch.slurm.sbatch"
+            ) from stop
         raise
     fatal = [finding for finding in found if finding.state == "fatal"]
     if place.node == 0 or fatal:
         console.print(findings_table(found))
     if fatal:
         first = f"{fatal[0].check}: {fatal[0].found}"
-        raise RamoeError(f"{first} ({stage.name} was not started on node {place.node}; the table above has all)")
+        raise RamoeError(
+            f"{first} ({stage.name} was not started on node {place.node}; "
+            "the table above lists every finding)"
+        )
 
 
 if __name__ == "__main__":

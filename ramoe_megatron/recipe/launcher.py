@@ -1,7 +1,7 @@
-"""Starting a job's ranks, following its output, and leaving none of its processes behind.
+"""Starts the ranks of a job, follows their output, and leaves no process behind.
 
-One node: torchrun with a rendezvous of its own on this machine. Several nodes: `ramoe` runs once on each node, and
-the environment says which one it is and where the first one is (`Place.from_environment`).
+On one node, torchrun makes its own local rendezvous. On several nodes, `ramoe` runs once on each node, and
+the environment gives the number of this node and the address of node 0 (`Place.from_environment`).
 """
 
 import contextlib
@@ -22,14 +22,21 @@ from typing import IO
 from ramoe_megatron.errors import NOTE_VARIABLE, RamoeError
 from ramoe_megatron.mcore.unfinished import STATUS, VARIABLE
 from ramoe_megatron.recipe.output import Progress, parse_progress
-from ramoe_megatron.recipe.processes import MARK, SaveRequest, Started, end_early, end_processes, ignore_warning
+from ramoe_megatron.recipe.processes import (
+    MARK,
+    SaveRequest,
+    Started,
+    end_early,
+    end_processes,
+    ignore_warning,
+)
 
 GRACE_SECONDS = 15.0  # between TERM and KILL
 
 
 @dataclass(frozen=True)
 class Place:
-    """This node among the nodes of a launch."""
+    """The place of this node among the nodes of a launch."""
 
     node: int = 0
     nodes: int = 1
@@ -38,50 +45,63 @@ class Place:
 
     @classmethod
     def from_environment(cls, nodes: int, environment: Mapping[str, str]) -> "Place":
-        """NODE_RANK (or SLURM_NODEID, or GROUP_RANK), MASTER_ADDR and MASTER_PORT (29500 by default).
+        """The place that NODE_RANK (or SLURM_NODEID, or GROUP_RANK), MASTER_ADDR and MASTER_PORT give.
 
-        Raises RamoeError when several nodes are asked for and the environment does not say which one this is.
+        MASTER_PORT is 29500 by default. Raises RamoeError when several nodes are asked for and the
+        environment does not say which one this is.
         """
         if nodes == 1:
             return cls()
-        node = next((environment[name] for name in ("NODE_RANK", "SLURM_NODEID", "GROUP_RANK") if environment.get(name)), None)
+        node = next(
+            (
+                environment[name]
+                for name in ("NODE_RANK", "SLURM_NODEID", "GROUP_RANK")
+                if environment.get(name)
+            ),
+            None,
+        )
         address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", "29500")
         if node is None or not address:
             raise RamoeError(
-                f"{nodes} nodes, but the environment does not say which one this is: start the same command once on "
-                f"each node, with "
-                "NODE_RANK (Slurm sets SLURM_NODEID) and MASTER_ADDR, the name of node 0, set"
+                f"{nodes} nodes, but the environment does not say which one this is: "
+                "start the same command once on each node, with NODE_RANK (Slurm sets SLURM_NODEID) and "
+                "with MASTER_ADDR, the name of node 0"
             )
         if not node.isdigit() or int(node) >= nodes or not port.isdigit():
-            raise RamoeError(f"node rank {node} of {nodes} nodes and MASTER_PORT {port}: expected a rank below {nodes} and a number")
+            raise RamoeError(
+                f"node rank {node} of {nodes} nodes and MASTER_PORT {port}: "
+                f"expected a rank below {nodes} and a number"
+            )
         return cls(int(node), nodes, address, int(port))
 
     def refuse_taken(self, *offsets: int) -> None:
-        """Raise RamoeError if this is node 0 of several and a port (MASTER_PORT + offset) cannot be listened at.
+        """Raise RamoeError if this is node 0 of several and cannot listen at a port MASTER_PORT + offset.
 
-        The ranks meet at MASTER_PORT itself, the nodes of a recipe at the next port.
+        The ranks meet at MASTER_PORT, the nodes of a recipe at the next port.
         """
         for port in (self.port + offset for offset in offsets if self.nodes > 1 and self.node == 0):
             try:
-                with socket.socket() as probe:  # bound, not listening: another node may try to connect already
+                # Only bound, not listening: another node may already try to connect.
+                with socket.socket() as probe:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     probe.bind(("", port))
             except (OSError, OverflowError) as error:
                 raise self.taken(port, error) from error
 
     def taken(self, port: int, error: Exception) -> RamoeError:
-        """The error about a port of node 0, and what to do."""
+        """The error about a port of node 0, with what to do."""
         which = "MASTER_PORT"
         if port != self.port:
             which += f" + 1, where the nodes of a recipe meet (MASTER_PORT is {self.port})"
         return RamoeError(
             f"port {port} of {self.address}, node 0, cannot be listened at ({error}). The port is {which}. "
-            "Set MASTER_PORT to another number, the same on every node; `ramoe run` needs the port after it too"
+            "Set MASTER_PORT to another number, the same on every node; "
+            "`ramoe run` needs the port after it too"
         )
 
 
 def python_command(command: Sequence[str], ranks: int, place: Place = Place()) -> list[str]:
-    """The full command line: `command` is a module and its arguments, ranks 0 is one plain process."""
+    """The full command line of `command`, a module and its arguments. 0 ranks: one plain process."""
     if ranks == 0:
         return [sys.executable, "-m", *command]
     if place.nodes == 1:
@@ -94,14 +114,18 @@ def python_command(command: Sequence[str], ranks: int, place: Place = Place()) -
 
 
 def rank_environment(ranks: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Environment of a launch: the cores shared out among the ranks, lines written as they come; what the user set
-    stays."""
+    """Environment of a launch: the cores are divided among the ranks, and output is not buffered.
+
+    Variables that the user has set are kept.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if (given := environment.get("SLURM_CPUS_ON_NODE", "")).isdigit():  # what the job was given, where Slurm does not bind
+    if (
+        given := environment.get("SLURM_CPUS_ON_NODE", "")
+    ).isdigit():  # the job's share, where Slurm does not bind processes to it
         cores = min(cores, int(given))
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cores // max(1, ranks))),
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's need with tensor or context parallelism before Blackwell
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron needs it for TP or CP on GPUs before Blackwell
         "PYTHONUNBUFFERED": "1",
     }
     return {**defaults, **environment}
@@ -109,7 +133,10 @@ def rank_environment(ranks: int, environment: Mapping[str, str]) -> dict[str, st
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a launch ended. `unfinished`: why a training ended early and on purpose (the status is then 75), else None."""
+    """How a launch ended.
+
+    `unfinished` is the reason when a training ended early on purpose, else None. The status is then 75.
+    """
 
     status: int
     """Exit status; 128 + N when signal N ended it."""
@@ -127,16 +154,21 @@ def launch(
     grace: float = GRACE_SECONDS,
     fork: Callable[[Mapping[str, str]], Started | None] | None = None,
 ) -> Outcome:
-    """Run a full command line to its end, its output appended to `log` (or passed to the terminal without one).
+    """Run a full command line to its end.
 
-    On any exception, Ctrl-C included, and also after an ordinary end, every process that descends from the command is
-    ended: TERM, then KILL after `grace` seconds; a second Ctrl-C kills at once. `while_running` is called about twice
-    a second. `fork` starts the same with an environment and without the cost of imports, or gives None where it cannot; it needs a log.
+    The output goes to the end of `log`, or to the terminal without
+    one.
 
-    The status is 2 when a rank has told the user an error (`RamoeError`); torchrun and the other ranks add
-    nothing to it.
+    Every process that descends from the command is ended after an exception, after Ctrl-C and after an
+    ordinary end: TERM, then KILL after `grace` seconds. A second Ctrl-C kills at once. `while_running` is
+    called about twice a second. `fork` starts the same command in the given environment without the cost of
+    the imports, or returns None where it cannot; it needs a log.
 
-    A command with Megatron's --exit-signal-handler is not ended by SIGTERM or SIGUSR1: its ranks are asked to save (`SaveRequest`).
+    The status is 2 when a rank has reported an error to the user (`RamoeError`); torchrun and the other ranks
+    then print nothing more.
+
+    A command with Megatron's --exit-signal-handler is not ended by SIGTERM or SIGUSR1: its ranks are asked to
+    save (`SaveRequest`).
     """
     mark = uuid.uuid4().hex
     started = time.monotonic()
@@ -146,11 +178,15 @@ def launch(
 
     def watch() -> None:
         if saving.pass_on() and process.poll() is None:
-            process.terminate()  # torchrun would wait minutes for the agents of other nodes
+            process.terminate()  # torchrun would wait for minutes for the agents of other nodes
         if while_running and not saving.asked:
             while_running()
 
-    with _opened(log) as sink, tempfile.TemporaryDirectory() as scratch, saving.listening() if saves else contextlib.nullcontext():
+    with (
+        _opened(log) as sink,
+        tempfile.TemporaryDirectory() as scratch,
+        saving.listening() if saves else contextlib.nullcontext(),
+    ):
         note = Path(scratch) / "unfinished"
         if sink:
             sink.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(command)}\n".encode())
@@ -171,7 +207,7 @@ def launch(
                 if on_progress and (progress := parse_progress(line)):
                     on_progress(progress)
             status = process.wait()
-            status = 128 - status if status < 0 else status  # as a shell tells of a signal
+            status = 128 - status if status < 0 else status  # as a shell reports a signal
         finally:
             end_processes(process, mark, grace)
             if process.stdout:
@@ -180,7 +216,10 @@ def launch(
         if unfinished:
             end_early()
     if saving.warned and not unfinished and status:
-        lines.append("ramoe: asked to save before an iteration was done: give the job more time than its start and the warning take")
+        lines.append(
+            "ramoe: asked to save before an iteration was done: raise the time limit; "
+            "it must leave time between the start and the warning"
+        )
         print(lines[-1], file=sys.stderr, flush=True)
     return Outcome(STATUS if unfinished else status, list(lines), time.monotonic() - started, unfinished)
 
@@ -196,7 +235,7 @@ def _opened(log: Path | None) -> Iterator[IO[bytes] | None]:
 
 
 def _lines(process: Started, sink: IO[bytes] | None, while_running: Callable[[], None]) -> Iterator[str]:
-    """Lines of output until the process has ended; a grandchild that keeps the pipe open does not hold this up."""
+    """Lines of output until the process has ended, even if a grandchild keeps the pipe open."""
     with selectors.DefaultSelector() as selector:
         if process.stdout:
             os.set_blocking(process.stdout.fileno(), False)

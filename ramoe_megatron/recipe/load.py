@@ -1,5 +1,4 @@
-"""Reading a recipe: YAML, `--set` changes, and errors that name the file, the line, the key and the nearest valid
-key."""
+"""Reads a recipe from YAML and `--set`. Errors name the file, the line, the key and the nearest valid key."""
 
 import difflib
 import re
@@ -20,14 +19,23 @@ SCALAR = (str, int, float)
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML without its surprises: 12:00:00 and 2026-01-31 are texts, not 43200 and a date; only true and
-    false are booleans, so that the key `on` and the language `no` are themselves."""
+    """YAML with fewer implicit types, so that values are read as written.
+
+    12:00:00 and 2026-01-31 are strings, not the number 43200 and a date. Only true and false are booleans, so
+    the key `on` and the language `no` remain strings.
+    """
 
 
 _INTEGER = r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)"
-_FLOAT = r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
+_FLOAT = (
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|\.(?:inf|Inf|INF))"
+    r"|\.(?:nan|NaN|NAN)"
+)
 _BOOLEAN = "true|True|TRUE|false|False|FALSE"
-_READ = {f"tag:yaml.org,2002:{kind}": pattern for kind, pattern in (("int", _INTEGER), ("float", _FLOAT), ("bool", _BOOLEAN))}
+_READ = {
+    f"tag:yaml.org,2002:{kind}": pattern
+    for kind, pattern in (("int", _INTEGER), ("float", _FLOAT), ("bool", _BOOLEAN))
+}
 _NOT_READ = {*_READ, "tag:yaml.org,2002:timestamp"}
 RecipeLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NOT_READ]
@@ -38,26 +46,33 @@ for _tag, _pattern in _READ.items():
 
 
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file with `key.path=value` changes applied.
+    """The recipe in a YAML file, with `key.path=value` changes applied.
 
-    Raises RamoeError when the file is absent or no YAML in UTF-8, or when a key or value is not valid.
+    Raises RamoeError when the file is absent, is not YAML in UTF-8, or has an invalid key or value.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise RamoeError(f"{path}: the recipe cannot be read ({error.strerror}); give the path of a YAML recipe") from error
+        raise RamoeError(
+            f"{path}: the recipe cannot be read ({error.strerror}); give the path of a YAML recipe"
+        ) from error
     except UnicodeDecodeError as error:
         raise RamoeError(f"{path}: not UTF-8 text at byte {error.start}; save the recipe as UTF-8") from error
     try:
         tree = yaml.compose(text, Loader=RecipeLoader)
         lines = dict(_lines(tree, (), path)) if tree is not None else {}
         raw = yaml.load(text, Loader=RecipeLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: its tag, such as !!timestamp, does not fit
+    except (
+        yaml.YAMLError,
+        ValueError,
+    ) as error:  # ValueError: a tag, such as !!timestamp, that does not fit its value
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RamoeError(f"{where}: this is no valid YAML: {getattr(error, 'problem', error)}") from error
+        raise RamoeError(f"{where}: invalid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(raw, dict):
-        raise RamoeError(f"{path}: expected a mapping with keys such as name, model and data, found {type(raw).__name__}")
+        raise RamoeError(
+            f"{path}: expected a mapping with keys such as name, model and data, found {type(raw).__name__}"
+        )
     for change in changes:
         refuse_unwritable(change, "--set")
         raw = set_value(raw, change)
@@ -66,7 +81,10 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def validate(raw: dict[str, Any], source: str, lines: dict[Location, int] | None = None) -> Recipe:
-    """A recipe from plain data. Raises RamoeError naming `source`, the line where known, and each wrong key."""
+    """A recipe from plain data.
+
+    Raises RamoeError that names `source`, the line where it is known, and each wrong key.
+    """
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -75,9 +93,10 @@ def validate(raw: dict[str, Any], source: str, lines: dict[Location, int] | None
 
 
 def set_value(raw: dict[str, Any], change: str) -> dict[str, Any]:
-    """A copy of `raw` with `key.path=value` applied; the value is YAML, a number in the path indexes a list.
+    """A copy of `raw` with `key.path=value` applied. The value is YAML; a number in the path indexes a list.
 
-    Raises RamoeError when there is no `=`, the value is no YAML, or the path runs through something that is no mapping.
+    Raises RamoeError when there is no `=`, when the value is not YAML, or when the path leads through a value
+    that is no mapping.
     """
     path, equals, text = change.partition("=")
     if not equals or not all(path.split(".")):
@@ -85,7 +104,9 @@ def set_value(raw: dict[str, Any], change: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, Loader=RecipeLoader)
     except (yaml.YAMLError, ValueError) as error:
-        raise RamoeError(f"--set {change}: the value is no valid YAML ({error.__class__.__name__}); quote it") from error
+        raise RamoeError(
+            f"--set {change}: the value is invalid YAML ({error.__class__.__name__}); quote it"
+        ) from error
     return _set(raw, path.split("."), value, change)
 
 
@@ -97,15 +118,22 @@ def _set(node: Any, keys: list[str], value: Any, change: str) -> Any:
         node = {}
     if isinstance(node, list):
         if not key.isdigit() or int(key) >= len(node):
-            raise RamoeError(f"--set {change}: {key} is no place in a list of {len(node)}; places count from 0")
-        return [_set(item, rest, value, change) if place == int(key) else item for place, item in enumerate(node)]
+            raise RamoeError(
+                f"--set {change}: {key} is no place in a list of {len(node)} items; places count from 0"
+            )
+        return [
+            _set(item, rest, value, change) if place == int(key) else item for place, item in enumerate(node)
+        ]
     if not isinstance(node, dict):
-        raise RamoeError(f"--set {change}: {key} lies under {node!r}, which holds no keys")
+        raise RamoeError(f"--set {change}: {key} lies under {node!r}, which is not a mapping")
     return {**node, key: _set(node.get(key), rest, value, change)}
 
 
 def _lines(node: yaml.Node, at: Location, path: Path) -> Iterable[tuple[Location, int]]:
-    """Each key's place and 1-based line; PyYAML would let a repeated key silently replace the first."""
+    """Location and 1-based line of each key.
+
+    Raises RamoeError for a repeated key, of which PyYAML would silently keep the last.
+    """
     yield at, node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
@@ -137,7 +165,7 @@ def _explain(item: Any, source: str, lines: dict[Location, int]) -> str:
 
 
 def nearest(found: str, valid: Iterable[str]) -> str:
-    """`; did you mean X?` with the nearest valid name, or the whole list when nothing is near."""
+    """`; did you mean X?` with the nearest valid name, or the list of valid names when none is near."""
     valid = sorted(valid)
     close = difflib.get_close_matches(found, valid, n=1, cutoff=0.6) or difflib.get_close_matches(
         found.replace("_", "-"), valid, n=1, cutoff=0.6

@@ -1,4 +1,5 @@
-"""manifest.json: what each stage of a run folder was made from, so that a later run knows what still stands."""
+"""manifest.json: the settings and inputs of each stage of a run folder. A later run reads which results are
+up to date."""
 
 import contextlib
 import datetime
@@ -16,18 +17,18 @@ from ramoe_megatron.recipe.digests import digest_path, digest_value
 from ramoe_megatron.recipe.stage import Stage
 
 FORMAT, VERSION = "ramoe-manifest", 1
-LOCK_SECONDS = 60.0  # reading and writing manifest.json takes milliseconds; a network file system may be slow
+LOCK_SECONDS = 60.0  # milliseconds are usual; a network file system may be slow
 
 
 @dataclass
 class Entry:
-    """One stage's record."""
+    """The record of one stage."""
 
     state: Literal["started", "done", "failed"]
     settings: str
-    """Digest of the settings that bear on the result."""
+    """Digest of the settings that affect the result."""
     inputs: dict[str, str | None]
-    """Path (relative to the run folder where it lies inside) -> digest."""
+    """Path -> digest. A path inside the run folder is relative to it."""
     outputs: dict[str, str] = field(default_factory=dict)
     package_version: str = ""
     started: str = ""
@@ -35,23 +36,28 @@ class Entry:
     command: list[str] = field(default_factory=list)
     ranks: int = 1
     job: str | None = None
-    """Slurm's job id, where the stage ran in one."""
+    """Slurm's job id, if the stage ran in a job."""
     nodes: str | None = None
-    """That job's node list."""
+    """Node list of that job."""
 
     @property
     def identity(self) -> str:
-        """Digest of settings and inputs: equal identities promise equal results."""
+        """Digest of settings and inputs. Equal identities give equal results."""
         return digest_value({"settings": self.settings, "inputs": self.inputs})
 
 
 class Manifest:
-    """The record of one run folder, read on opening and written atomically at every change.
+    """The record of one run folder, read when it is opened and written atomically at each change.
 
-    Several jobs of one recipe may each run a stage at the same time: a stage's entry is put into what the file holds by then.
+    Several jobs of one recipe may run a stage each at the same time. A stage's entry is therefore merged into
+    the current content of the file.
 
-    `recipe`: its name; None takes the one that the file holds. Raises RamoeError when the folder holds another recipe's results, something
-    that is no run, or a damaged manifest.
+    Args:
+        recipe: name of the recipe. None takes the name in the file.
+
+    Raises:
+        RamoeError: the folder holds the results of another recipe, is not a run folder, or has a damaged
+            manifest.
     """
 
     def __init__(self, folder: Path, recipe: str | None) -> None:
@@ -60,9 +66,12 @@ class Manifest:
         self.flags: dict[str, Any] = {}
         if self.path.is_file():
             self._read()
-        elif folder.is_dir() and (found := sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))):
+        elif folder.is_dir() and (
+            found := sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        ):
             raise RamoeError(
-                f"{folder} is not empty ({', '.join(found[:5])}) and holds no manifest.json, so it is no run folder: give another --out"
+                f"{folder} is not empty ({', '.join(found[:5])}) and holds no manifest.json, "
+                "so it is no run folder: give another --out"
             )
 
     def _read(self) -> None:
@@ -70,27 +79,28 @@ class Manifest:
             raw = json.loads(self.path.read_text(encoding="utf-8"))
             if raw["format"] != FORMAT or raw["version"] != VERSION:
                 raise RamoeError(
-                    f"{self.path}: format {raw['format']} version {raw['version']}; this version reads {FORMAT} "
-                    f"version {VERSION}: "
-                    "give another --out"
+                    f"{self.path}: found format {raw['format']} version {raw['version']}, "
+                    f"expected {FORMAT} version {VERSION}: give another --out"
                 )
             recipe, self.flags = raw["recipe"], raw["megatron_flags"]
             self.stages = {name: Entry(**entry) for name, entry in raw["stages"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, RamoeError):
                 raise
-            raise RamoeError(f"{self.path} is damaged ({error}): restore it, or move the folder aside and start anew") from error
+            raise RamoeError(
+                f"{self.path} is damaged ({error}): restore the file, or move the folder aside and start "
+                "again"
+            ) from error
         if self.recipe is None:
             self.recipe = recipe
         if recipe != self.recipe:
             raise RamoeError(
-                f"{self.folder} holds the results of the recipe {recipe!r}, not of {self.recipe!r}: give another "
-                f"--out, or move the "
-                "folder aside"
+                f"{self.folder} holds the results of the recipe {recipe!r}, not of {self.recipe!r}: "
+                "give another --out, or move the folder aside"
             )
 
     def write(self) -> None:
-        """Write manifest.json in one step."""
+        """Write manifest.json atomically."""
         value = {
             "format": FORMAT,
             "version": VERSION,
@@ -102,11 +112,13 @@ class Manifest:
         atomic_write_text(self.path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def name(self, path: Path) -> str:
-        """A path as the manifest writes it, so that a run folder may be moved."""
+        """A path as the manifest writes it. Paths inside the run folder are relative, so that the folder may
+        be moved."""
         return str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else str(path)
 
     def digest(self, path: Path) -> str | None:
-        """Digest of an input or output; a checkpoint's carries the identity of the stage that made it."""
+        """Digest of an input or output. A checkpoint's digest includes the identity of the stage that wrote
+        it."""
         name = self.name(path)
         maker = next((entry.identity for entry in self.stages.values() if name in entry.outputs), None)
         return digest_path(path, maker)
@@ -126,7 +138,7 @@ class Manifest:
         )
 
     def reason_to_run(self, stage: Stage) -> str | None:
-        """Why the stage has to run, in words; None when its result stands."""
+        """Why the stage has to run, as text; None when its result is up to date."""
         entry = self.stages.get(stage.name)
         if entry is None:
             return "not run yet"
@@ -137,7 +149,11 @@ class Manifest:
         fresh = self.current(stage)
         if fresh.settings != entry.settings:
             return "its settings changed"
-        changed = [name for name in fresh.inputs.keys() | entry.inputs.keys() if fresh.inputs.get(name) != entry.inputs.get(name)]
+        changed = [
+            name
+            for name in fresh.inputs.keys() | entry.inputs.keys()
+            if fresh.inputs.get(name) != entry.inputs.get(name)
+        ]
         if changed:
             return f"{sorted(changed)[0]} changed"
         for path in stage.outputs:
@@ -149,9 +165,9 @@ class Manifest:
         return None
 
     def start(self, stage: Stage) -> bool:
-        """Record that the stage starts; True when it goes on with its own unfinished result.
+        """Record that the stage starts. Returns True when the stage resumes its own unfinished result.
 
-        A result of other settings is moved to superseded/, never deleted.
+        A result of other settings is moved to superseded/ and never deleted.
         """
         entry, old = self.current(stage), self.stages.get(stage.name)
         resumes = old is not None and old.state != "done" and old.identity == entry.identity
@@ -165,8 +181,12 @@ class Manifest:
         entry = self.stages[stage.name]
         if missing := [self.name(path) for path in stage.outputs if not path.exists()]:
             self.fail(stage)
-            raise RamoeError(f"{stage.name} ended without an error, but {missing[0]} is missing; see {self.folder / stage.log}")
-        entry.outputs = {self.name(path): "" for path in stage.outputs}  # the maker's mark is found through the names
+            raise RamoeError(
+                f"{stage.name} ended without an error, but {missing[0]} is missing; "
+                f"see {self.folder / stage.log}"
+            )
+        # `digest` finds a checkpoint's maker by these names.
+        entry.outputs = {self.name(path): "" for path in stage.outputs}
         entry.outputs = {self.name(path): self.digest(path) or "" for path in stage.outputs}
         entry.state, entry.ended = "done", now()
         self._record(stage, entry)
@@ -185,7 +205,7 @@ class Manifest:
             self.write()
 
     def supersede(self, paths: tuple[Path, ...], why: str) -> None:
-        """Move what exists of `paths` to superseded/TIME-STAGE/, keeping its place in the run folder."""
+        """Move the existing `paths` to superseded/TIME-STAGE/, where they keep their relative paths."""
         existing = [path for path in paths if path.exists() and path.is_relative_to(self.folder)]
         if not existing:
             return
@@ -198,8 +218,11 @@ class Manifest:
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str = ".lock", patience: float = 0) -> Iterator[None]:
-    """Hold the run folder (or, by another `name`, a part of it). Raises RamoeError when another run still holds it after
-    `patience` seconds."""
+    """Hold a lock of the run folder: the whole folder, or the part that `name` guards.
+
+    Raises RamoeError when another run still holds the lock after `patience` seconds, or the folder is not
+    writable.
+    """
     import filelock
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,9 +230,13 @@ def locked(folder: Path, name: str = ".lock", patience: float = 0) -> Iterator[N
     try:
         lock.acquire(timeout=patience)
     except filelock.Timeout:
-        raise RamoeError(f"another run is at work in {folder}: wait for it to end, stop it, or give another --out") from None
+        raise RamoeError(
+            f"another run is at work in {folder}: wait for it to end, stop it, or give another --out"
+        ) from None
     except OSError as error:
-        raise RamoeError(f"{folder / name} cannot be locked ({error.strerror}): give an --out that you may write to") from error
+        raise RamoeError(
+            f"{folder / name} cannot be locked ({error.strerror}): give an --out that you may write to"
+        ) from error
     try:
         yield
     finally:
@@ -217,5 +244,5 @@ def locked(folder: Path, name: str = ".lock", patience: float = 0) -> Iterator[N
 
 
 def now() -> str:
-    """Local time with its offset, to the second."""
+    """Local time with its UTC offset, to the second."""
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,5 +1,5 @@
-"""Megatron's flags as a recipe writes them: rendering, checking against Megatron's own parser, and what the layout
-allows."""
+"""Megatron's flags in a recipe: rendering, checks by Megatron's own parser, and checks of the parallel
+layout."""
 
 import json
 import subprocess
@@ -15,7 +15,8 @@ from ramoe_megatron.recipe.sections import FlagValue
 
 _LAYOUT = """
     tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size expert-model-parallel-size
-    expert-tensor-parallel-size sequence-parallel num-layers-per-virtual-pipeline-stage use-distributed-optimizer
+    expert-tensor-parallel-size sequence-parallel num-layers-per-virtual-pipeline-stage
+    use-distributed-optimizer
     micro-batch-size recompute-granularity recompute-method recompute-num-layers moe-token-dispatcher-type
 """
 _INCIDENTAL = """
@@ -24,14 +25,15 @@ _INCIDENTAL = """
     tensorboard-log-interval async-save logging-level log-num-zeros-in-grad log-params-norm
 """
 LAYOUT, INCIDENTAL = frozenset(_LAYOUT.split()), frozenset(_INCIDENTAL.split())
-# Of `train`, what decides how a checkpoint is read and scored; the rest concerns training alone.
+# The flags of `train` that affect how a checkpoint is read and scored. The others affect training only.
 SCORING = ("seq-length", "max-position-embeddings", "micro-batch-size", "bf16", "fp16")
 
 
 def render(flags: Mapping[str, FlagValue]) -> list[str]:
-    """Command line words of flags: true is a bare flag, false and None are left out, a list is several values.
+    """Command-line words of flags.
 
-    A single value that starts with a dash is joined by `=`, since argparse would take it for a flag.
+    true is a bare flag, false and None are left out, and a list is several values. A single value that starts
+    with a dash is joined by `=`, because argparse would take it for a flag.
     """
     words: list[str] = []
     for name, value in flags.items():
@@ -49,14 +51,17 @@ def _text(value: Any) -> str:
 
 
 def relevant(flags: Mapping[str, FlagValue]) -> dict[str, FlagValue]:
-    """The flags that bear on a result.
+    """The flags that affect a result.
 
-    Left out: flags that render to nothing; logging, saving and time limits; and the parallel layout. By the law that
-    the alignment loss keeps, results do not depend on the layout (up to rounding): what was run on one stands on
-    another.
+    Left out are flags that render to nothing, flags for logging, saving and time limits, and the parallel
+    layout. Results do not depend on the layout (up to rounding), so a change of the layout reruns nothing.
     """
     left_out = LAYOUT | INCIDENTAL
-    return {name: value for name, value in flags.items() if name not in left_out and value is not None and value is not False}
+    return {
+        name: value
+        for name, value in flags.items()
+        if name not in left_out and value is not None and value is not False
+    }
 
 
 def sections(recipe: Recipe) -> dict[str, Mapping[str, FlagValue]]:
@@ -71,7 +76,7 @@ def sections(recipe: Recipe) -> dict[str, Mapping[str, FlagValue]]:
 
 
 def check_names(recipe: Recipe, source: str, known: Iterable[str]) -> None:
-    """Raise RamoeError for flags that Megatron's parser does not have, each with the nearest one that it has."""
+    """Raise RamoeError for flags that Megatron's parser does not know, each with the nearest known flag."""
     names = {flag.removeprefix("--") for flag in known}
     public = [name for name in names if not name.startswith("ramoe-")]
     problems = [
@@ -85,16 +90,22 @@ def check_names(recipe: Recipe, source: str, known: Iterable[str]) -> None:
 
 
 def megatron_flags() -> list[str]:
-    """Megatron's and our own flags, asked in a process of its own: importing Megatron takes seconds and prints much."""
+    """The flags of Megatron and of this package.
+
+    A new process lists them, because importing Megatron takes seconds and prints much.
+    """
     code = (
-        "import json; from ramoe_megatron.mcore.arguments import known_flags; print('\\nRAMOE-FLAGS ' + json.dumps(sorted(known_flags())))"
+        "import json; from ramoe_megatron.mcore.arguments import known_flags; "
+        "print('\\nRAMOE-FLAGS ' + json.dumps(sorted(known_flags())))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
         if line.startswith("RAMOE-FLAGS "):
             return json.loads(line.removeprefix("RAMOE-FLAGS "))
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    raise RamoeError(f"Megatron's flags cannot be listed ({last}): check the installation of megatron-core and torch")
+    raise RamoeError(
+        f"Megatron's flags cannot be listed ({last}): check the installation of megatron-core and torch"
+    )
 
 
 def _size(flags: Mapping[str, FlagValue], name: str, default: int = 1) -> int:
@@ -111,22 +122,30 @@ def _size(flags: Mapping[str, FlagValue], name: str, default: int = 1) -> int:
 
 
 def check_layout(recipe: Recipe, devices: int | None) -> None:
-    """Raise RamoeError when the launch, the parallel sizes, the model and the batch sizes do not fit together.
+    """Raise RamoeError when launch, parallel sizes, model and batch sizes do not fit together.
 
-    `devices`: CUDA devices of this node, None when there are none (the CPU backend takes any number of ranks).
+    Args:
+        devices: CUDA devices of this node. None without any; the CPU backend takes any number of ranks.
     """
     flags = {**recipe.model, **recipe.train, **recipe.parallel}
     ranks, nodes = recipe.launch.ranks_per_node, recipe.launch.nodes
     world = ranks * nodes
-    tp, pp, cp, ep = (_size(flags, f"{name}-parallel-size") for name in ("tensor-model", "pipeline-model", "context", "expert-model"))
+    tp, pp, cp, ep = (
+        _size(flags, f"{name}-parallel-size")
+        for name in ("tensor-model", "pipeline-model", "context", "expert-model")
+    )
     etp = _size(flags, "expert-tensor-parallel-size", tp)
     launched = f"launch gives {nodes} x {ranks} = {world} ranks"
     layout = f"TP {tp} x PP {pp} x CP {cp}"
     if devices is not None and ranks > devices:
-        raise RamoeError(f"launch.ranks-per-node is {ranks}, but this node has {devices} CUDA devices: lower it to at most {devices}")
+        raise RamoeError(
+            f"launch.ranks-per-node is {ranks}, but this node has {devices} CUDA devices: "
+            f"lower it to at most {devices}"
+        )
     if world % (tp * pp * cp):
         raise RamoeError(
-            f"{launched}, but {layout} needs a multiple of {tp * pp * cp}: change launch.ranks-per-node, launch.nodes or parallel"
+            f"{launched}, but {layout} needs a multiple of {tp * pp * cp}: "
+            "change launch.ranks-per-node, launch.nodes or parallel"
         )
     if world % (ep * etp * pp):
         raise RamoeError(
@@ -134,16 +153,30 @@ def check_layout(recipe: Recipe, devices: int | None) -> None:
             "parallel.expert-model-parallel-size or raise launch.ranks-per-node"
         )
     if (experts := _size(flags, "num-experts", ep)) % ep:
-        raise RamoeError(f"parallel.expert-model-parallel-size {ep} does not divide model.num-experts {experts}")
-    uneven = any(name.startswith(("decoder-", "num-layers-in-", "pipeline-model-parallel-layout", "hybrid-")) for name in flags)
+        raise RamoeError(
+            f"parallel.expert-model-parallel-size {ep} does not divide model.num-experts {experts}"
+        )
+    uneven = any(
+        name.startswith(("decoder-", "num-layers-in-", "pipeline-model-parallel-layout", "hybrid-"))
+        for name in flags
+    )
     if (layers := _size(flags, "num-layers", pp)) % pp and not uneven:
-        raise RamoeError(f"parallel.pipeline-model-parallel-size {pp} does not divide model.num-layers {layers}")
+        raise RamoeError(
+            f"parallel.pipeline-model-parallel-size {pp} does not divide model.num-layers {layers}"
+        )
     if (heads := _size(flags, "num-attention-heads", tp)) % tp:
-        raise RamoeError(f"parallel.tensor-model-parallel-size {tp} does not divide model.num-attention-heads {heads}")
+        raise RamoeError(
+            f"parallel.tensor-model-parallel-size {tp} does not divide model.num-attention-heads {heads}"
+        )
     if tp > 1 and "num-experts" in flags and flags.get("sequence-parallel") is not True:
-        raise RamoeError("tensor parallelism with experts needs sequence parallelism: set parallel.sequence-parallel to true")
+        raise RamoeError(
+            "tensor parallelism with experts needs sequence parallelism: "
+            "set parallel.sequence-parallel to true"
+        )
     replicas = world // (tp * pp * cp)
-    trainings = {"train": recipe.train} | {f"methods.{i}.train": recipe.train_of(m) for i, m in enumerate(recipe.methods)}
+    trainings = {"train": recipe.train} | {
+        f"methods.{i}.train": recipe.train_of(m) for i, m in enumerate(recipe.methods)
+    }
     if recipe.pretrain is not None:
         trainings["pretrain"] = recipe.pretrain_flags()
     for path, training in trainings.items():
@@ -151,15 +184,16 @@ def check_layout(recipe: Recipe, devices: int | None) -> None:
         batch = _size(training, "global-batch-size", micro * replicas)
         if batch % (micro * replicas):
             raise RamoeError(
-                f"{path}: {launched} and {layout} make {replicas} data-parallel replicas, so that global-batch-size "
-                f"{batch} would have "
-                f"to be a multiple of micro-batch-size {micro} x {replicas} = {micro * replicas}: change one of "
-                f"them, or use fewer ranks"
+                f"{path}: {launched} and {layout} make {replicas} data-parallel replicas, "
+                f"so global-batch-size {batch} would have to be a multiple of micro-batch-size {micro} x "
+                f"{replicas} = {micro * replicas}: change one of them, or use fewer ranks"
             )
 
 
-def cuda_devices(environment: Mapping[str, str], driver: Path = Path("/proc/driver/nvidia/gpus")) -> int | None:
-    """CUDA devices that processes started here may use, without importing torch; None when there are none."""
+def cuda_devices(
+    environment: Mapping[str, str], driver: Path = Path("/proc/driver/nvidia/gpus")
+) -> int | None:
+    """Number of CUDA devices that processes started here may use, found without torch. None without any."""
     present = len(list(driver.iterdir())) if driver.is_dir() else 0
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and present:

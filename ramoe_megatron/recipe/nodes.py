@@ -1,8 +1,8 @@
-"""A recipe on several nodes: node 0 decides which stages run, the others start their ranks of each.
+"""A recipe on several nodes: node 0 decides which stages run, and the others start their ranks of each stage.
 
-`ramoe run` is started once on every node. Node 0 listens on MASTER_PORT + 1; the others connect and are told each
-stage's command. A closed connection ends them, so that nothing waits for a node that has gone. All nodes see the run
-folder under one path.
+`ramoe run` is started once on every node. Node 0 listens on MASTER_PORT + 1. The other nodes connect and
+receive each stage's command. A closed connection ends them, so that nothing waits for a lost node. All nodes
+see the run folder under the same path.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from ramoe_megatron.recipe.launcher import Place, launch, python_command, rank_e
 from ramoe_megatron.recipe.output import relevant_lines
 from ramoe_megatron.recipe.stage import Stage
 
-CONNECT_SECONDS = 600.0  # nodes of one allocation may start minutes apart
+CONNECT_SECONDS = 600.0  # the nodes of an allocation may start minutes apart
 
 
 class Leader:
-    """Node 0's side. With one node it does nothing.
+    """The side of node 0. With one node it does nothing.
 
-    Raises RamoeError when the port is taken, or not every node has connected in time.
+    Raises RamoeError when the port is taken, or when not every node has connected in time.
     """
 
     def __init__(self, place: Place, patience: float = CONNECT_SECONDS) -> None:
@@ -46,14 +46,17 @@ class Leader:
                 except TimeoutError:
                     self._close()
                     raise RamoeError(
-                        f"{len(self._followers) + 1} of {self.place.nodes} nodes came within {self.patience:.0f} s: "
-                        f"start the same "
-                        f"command on every node, and let port {self.place.port + 1} of {self.place.address} be reached"
+                        f"{len(self._followers) + 1} of {self.place.nodes} nodes came within "
+                        f"{self.patience:.0f} s: start the same command on every node, "
+                        f"and make sure that port {self.place.port + 1} of {self.place.address} can be "
+                        "reached"
                     ) from None
                 self._followers.append(follower)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self._send(b"null\n")
         self._close()
@@ -65,14 +68,14 @@ class Leader:
             raise self.place.taken(self.place.port + 1, error) from error
 
     def announce(self, stage: Stage) -> None:
-        """Tell the other nodes to start their ranks of a stage; one without ranks concerns node 0 alone."""
+        """Tell the other nodes to start their ranks of a stage. A stage without ranks runs on node 0 only."""
         if stage.ranks == 0:
             return
         order = {"arguments": stage.arguments(), "ranks": stage.ranks, "log": str(stage.log)}
         self._send(json.dumps(order).encode() + b"\n")
 
     def watch(self) -> None:
-        """Raises RamoeError when another node has gone, so that node 0 does not wait for its ranks."""
+        """Raise RamoeError when another node is lost, so that node 0 does not wait for its ranks."""
         for follower in self._followers:
             _look(follower, "another node")
 
@@ -89,9 +92,10 @@ class Leader:
 
 
 def follow(place: Place, folder: Path, patience: float = CONNECT_SECONDS) -> int:
-    """The other nodes' side: run what node 0 tells until it closes the connection. Logs go to logs/STAGE.node-K.log.
+    """The side of the other nodes: run what node 0 asks until it closes the connection.
 
-    Returns 0, or 75 when a training stopped early to go on later. Raises RamoeError when a stage fails here, or node 0 has gone.
+    Logs go to logs/STAGE.node-K.log. Returns 0, or 75 when a training stopped early and has to be resumed.
+    Raises RamoeError when a stage fails on this node, or node 0 is lost.
     """
     with _connected(place, patience) as link:
         for order in _orders(link, place):
@@ -101,11 +105,14 @@ def follow(place: Place, folder: Path, patience: float = CONNECT_SECONDS) -> int
             own_log = log.with_suffix(f".node-{place.node}.log")
             outcome = launch(command, environment, own_log, while_running=lambda: _look(link, "node 0"))
             if outcome.unfinished:
-                _await_end(link)  # this node's ranks may end first, and node 0 takes a closed connection for a lost node
+                # If this node's ranks end first, node 0 would take the closed connection for a lost node.
+                _await_end(link)
                 return outcome.status
             if outcome.status:
                 text, _ = relevant_lines(outcome.last_lines)
-                raise RamoeError("\n  ".join([f"{log.stem} failed on node {place.node}:", *text, f"log: {own_log}"]))
+                raise RamoeError(
+                    "\n  ".join([f"{log.stem} failed on node {place.node}:", *text, f"log: {own_log}"])
+                )
     return 0
 
 
@@ -125,7 +132,8 @@ def _connected(place: Place, patience: float) -> Iterator[socket.socket]:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise RamoeError(
-                    f"node 0 ({place.address}, port {place.port + 1}) does not answer ({error}): start the same command there"
+                    f"node 0 ({place.address}, port {place.port + 1}) does not answer ({error}): "
+                    "start the same command there"
                 ) from error
             time.sleep(0.2)
     with link:

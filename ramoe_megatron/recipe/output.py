@@ -1,4 +1,4 @@
-"""What a job's output tells: how far it is, and why it failed."""
+"""Reads the output of a job: how far the job is, and why it failed."""
 
 import json
 import re
@@ -9,15 +9,15 @@ ERROR_PREFIX = "ramoe: error: "
 _ITERATION = re.compile(r" iteration\s+(\d+)/\s*(\d+) \|(.*)")
 _LOSS = re.compile(r"(lm loss|routing_alignment_loss): ([-+.\dEe]+)")
 _RANK = re.compile(r"^\[rank\d+\]: ?")
-# An exception's last line, with the rank that torch may put before it; argparse's refusal of a flag; which ranks did not answer;
-# or what ended one.
+# The last line of an exception, with the rank that torch may put before it; argparse's error about a flag;
+# the ranks that did not respond; or the signal that ended a rank.
 _EXCEPTION = re.compile(
     r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*|\S+: error: .*"
     r"|ramoe: (?:\w+: a collective|rank \d+ was ended by ).*)"
 )
-# torchrun's summary, of the rank that ended first: it was killed.
+# torchrun's summary of the rank that ended first, if a signal killed it.
 _KILLED = re.compile(r"Root Cause.*?rank\s*: (\d+) .*?Signal \d+ \((SIG\w+)\) received", re.DOTALL)
-# torchrun on a rank that failed: from here on it speaks of itself.
+# The start of torchrun's own summary after a rank has failed.
 _SUMMARY = re.compile(r"torch/distributed/elastic/.*(failed \(exitcode|closing signal)|ChildFailedError")
 
 
@@ -32,13 +32,15 @@ class Progress:
 
 
 def parse_progress(line: str) -> Progress | None:
-    """Progress told by a line of output: our jobs' RAMOE-PROGRESS, or Megatron's iteration line."""
+    """Progress in a line of output: RAMOE-PROGRESS of our jobs, or Megatron's iteration line."""
     if (start := line.find("RAMOE-PROGRESS ")) >= 0:
         try:
             told = json.loads(line[start + len("RAMOE-PROGRESS ") :])
-            return Progress(int(told["done"]), int(told["total"]), str(told["unit"]), str(told.get("note") or ""))
+            return Progress(
+                int(told["done"]), int(told["total"]), str(told["unit"]), str(told.get("note") or "")
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
-            return None  # a line torn by another rank's output
+            return None  # another rank's output is mixed into the line
     if match := _ITERATION.search(line):
         losses = [f"{name.replace('_', ' ')} {float(value):.4g}" for name, value in _LOSS.findall(match[3])]
         return Progress(int(match[1]), int(match[2]), "iterations", ", ".join(losses))
@@ -46,10 +48,10 @@ def parse_progress(line: str) -> Progress | None:
 
 
 def relevant_lines(lines: Sequence[str]) -> tuple[list[str], bool]:
-    """What of a failed job's last lines tells why, and whether it is a RamoeError (the user's to mend).
+    """The lines that say why a job failed, and whether the user can correct the reason (a RamoeError).
 
-    The text of the first RamoeError with its indented lines; or the exceptions that ranks raised; or the last lines,
-    without torchrun's own summary.
+    The lines are the text of the first RamoeError with its indented lines, or else the exceptions that ranks
+    raised, or else the last lines without torchrun's own summary.
     """
     for place, line in enumerate(lines):
         if (start := line.find(ERROR_PREFIX)) >= 0:
@@ -61,11 +63,17 @@ def relevant_lines(lines: Sequence[str]) -> tuple[list[str], bool]:
             return text, True
     summary = next((place for place, line in enumerate(lines) if _SUMMARY.search(line)), len(lines))
     plain = [line for line in lines[:summary] if line.strip() and parse_progress(line) is None]
-    raised = [_with_source(match[1], plain[:place]) for place, line in enumerate(plain) if (match := _EXCEPTION.match(line))]
-    raised += [f"rank {rank} was ended by {name}" for rank, name in _KILLED.findall("\n".join(lines[summary:]))]
+    raised = [
+        _with_source(match[1], plain[:place])
+        for place, line in enumerate(plain)
+        if (match := _EXCEPTION.match(line))
+    ]
+    raised += [
+        f"rank {rank} was ended by {name}" for rank, name in _KILLED.findall("\n".join(lines[summary:]))
+    ]
     return (list(dict.fromkeys(raised))[-3:] or plain[-12:]), False
 
 
 def _with_source(raised: str, before: Sequence[str]) -> str:
-    """An exception's last line; one without a text, such as a bare AssertionError, with the line of code that raised it."""
+    """The last line of an exception. If it has no text, the line of code that raised it is added."""
     return raised if ":" in raised or not before else f"{raised} at: {_RANK.sub('', before[-1]).strip()}"

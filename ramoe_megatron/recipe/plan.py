@@ -1,8 +1,10 @@
-"""From a recipe to its ordered stages: which command, what it reads, what it writes.
+"""The plan of a recipe: its stages in order, each with its command, its inputs and its outputs.
 
-Order: data, pretrain, taxonomy, profile, with several anchors priors/LANGUAGE and anchors/LANGUAGES-TOKENS, evaluate/base,
-predict, finetune/METHOD-seedK, evaluate/METHOD-seedK, results, report: what the base model can do, and whether alignment
-has anything to gain, is known before anything is fine-tuned. Methods that steer at inference have an evaluation and no fine-tune.
+The order is data, pretrain, taxonomy, profile, evaluate/base, predict, finetune/METHOD-seedK,
+evaluate/METHOD-seedK, results, report. With several anchors, priors/LANGUAGE and anchors/LANGUAGES-TOKENS
+follow the profile. By this order, the accuracy of the base model and the prediction whether alignment can
+help are known before anything is fine-tuned. Methods that steer at inference have an evaluation and no
+fine-tuning run.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from ramoe_megatron.recipe.stage import JOBS, Stage
 
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".model", ".tsv")
 ANCHOR_SPLIT = "train"
-"""The split that fine-tunes draw from: of the others there need be no priors of further anchors."""
+"""The split that fine-tuning draws from. Only this split needs priors of further anchors."""
 Files = dict[str, Sequence[str | Path]]
 
 
@@ -40,11 +42,20 @@ def make_plan(recipe: Recipe, out: Path, recipe_folder: Path) -> list[Stage]:
     offline = [*profiling, evaluate_stage(plan, "base", None, plan.base), predict_stage(plan)]
     tunings = [finetune_stage(plan, method, seed) for method, seed in fine_tunings(plan)]
     evaluations = [evaluate_stage(plan, *run) for run in evaluated(plan)]
-    return [*generated, *pretraining, *offline, *tunings, *searches(plan), *evaluations, _results(plan), _report(plan)]
+    return [
+        *generated,
+        *pretraining,
+        *offline,
+        *tunings,
+        *searches(plan),
+        *evaluations,
+        _results(plan),
+        _report(plan),
+    ]
 
 
 class PlanContext:
-    """A recipe and its run folder, as the makers of stages see them."""
+    """A recipe and its run folder, as the functions below need them to make stages."""
 
     def __init__(self, recipe: Recipe, out: Path, recipe_folder: Path) -> None:
         self.recipe, self.out, self.recipe_folder = recipe, out, recipe_folder
@@ -60,7 +71,11 @@ class PlanContext:
             )
         self.tokenizer, self.tokenizer_files = self._tokenizer(generated / "tokenizer.model")
         self.base = self._base()
-        given = find_path(recipe.profile.experts, recipe_folder, "profile.experts") if recipe.profile.experts else None
+        given = (
+            find_path(recipe.profile.experts, recipe_folder, "profile.experts")
+            if recipe.profile.experts
+            else None
+        )
         self.expert_files = _expert_files(recipe, out)
         self.experts = given or self.expert_files["all"]
         self.priors = _priors(recipe, out)
@@ -74,25 +89,30 @@ class PlanContext:
         folder = find_path(self.recipe.checkpoint, self.recipe_folder, "checkpoint")
         if folder is None or not (folder / CHECKPOINT_MARK).is_file():
             raise RamoeError(
-                f"checkpoint: {self.recipe.checkpoint} holds no {CHECKPOINT_MARK}, so it is no Megatron checkpoint "
-                f"folder: "
-                "give the folder that Megatron's --save wrote"
+                f"checkpoint: {self.recipe.checkpoint} holds no {CHECKPOINT_MARK}, "
+                "so it is no Megatron checkpoint folder: give the folder that Megatron's --save wrote"
             )
         return folder
 
     def _tokenizer(self, generated: Path) -> tuple[dict[str, FlagValue], list[Path]]:
         if self.recipe.tokenizer is None:
-            return {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": str(generated)}, [generated]
+            return {"tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": str(generated)}, [
+                generated
+            ]
         flags, files = dict(self.recipe.tokenizer), []
         for name in ("tokenizer-model", "vocab-file", "merge-file"):
-            if isinstance(value := flags.get(name), str) and (path := find_path(value, self.recipe_folder, f"tokenizer.{name}")):
+            if isinstance(value := flags.get(name), str) and (
+                path := find_path(value, self.recipe_folder, f"tokenizer.{name}")
+            ):
                 flags[name] = str(path)
                 files.append(path)
         return flags, files
 
     def experts_of(self, alignment: AlignmentSection) -> Path:
-        """The expert file that a method aligns by."""
-        return self.experts if alignment.select_tokens == "all" else self.expert_files[alignment.select_tokens]
+        """The expert file that a method is aligned by."""
+        return (
+            self.experts if alignment.select_tokens == "all" else self.expert_files[alignment.select_tokens]
+        )
 
     def checkpoint(self, name: str) -> Path:
         return self.out / "checkpoints" / name
@@ -112,7 +132,10 @@ class PlanContext:
         checkpoint: Path | None = None,
         traces: Sequence[Path] = (),
     ) -> Stage:
-        """A Megatron job. `places` (folders, mostly) and the paths of `files` are no settings."""
+        """A stage that runs a Megatron job.
+
+        `places` (mostly folders) and the paths of `files` are inputs or outputs, but not settings.
+        """
         merged = {**self.recipe.model, **flags, **self.tokenizer, **self.recipe.parallel}
         columns = [f"{field}={column}" for field, column in sorted(self.recipe.data.columns.items())]
         settings: dict[str, FlagValue] = {
@@ -120,7 +143,9 @@ class PlanContext:
             "columns": [*columns] or None,
             **options,
         }
-        paths: dict[str, list[Scalar]] = {f"ramoe-{key}": [str(path) for path in group] for key, group in files.items() if group}
+        paths: dict[str, list[Scalar]] = {
+            f"ramoe-{key}": [str(path) for path in group] for key, group in files.items() if group
+        }
         words = [
             *render(merged),
             *render(places),
@@ -146,8 +171,10 @@ class PlanContext:
     def scoring(self) -> dict[str, FlagValue]:
         return {name: value for name, value in self.recipe.train.items() if name in SCORING}
 
-    def training(self, name: str, flags: Mapping[str, FlagValue], seed: int) -> tuple[dict[str, FlagValue], dict[str, FlagValue]]:
-        # Megatron saves at the end only when an interval is set.
+    def training(
+        self, name: str, flags: Mapping[str, FlagValue], seed: int
+    ) -> tuple[dict[str, FlagValue], dict[str, FlagValue]]:
+        # Megatron saves at the end only when a save interval is set.
         interval = {"save-interval": flags.get("train-iters")} if "save-interval" not in flags else {}
         places: dict[str, FlagValue] = {
             "save": str(self.checkpoint(name)),
@@ -155,7 +182,9 @@ class PlanContext:
             "tensorboard-dir": str(self.curves(name)),
         }
         # A job near its time limit saves and goes back into the queue.
-        handler: dict[str, FlagValue] = {"exit-signal-handler": True} if self.recipe.launch.launcher == "slurm" else {}
+        handler: dict[str, FlagValue] = (
+            {"exit-signal-handler": True} if self.recipe.launch.launcher == "slurm" else {}
+        )
         return {**flags, **interval, **handler, "seed": seed}, places
 
     def languages(self) -> FlagValue:
@@ -163,7 +192,10 @@ class PlanContext:
 
     def offline(self, checkpoint: Path | None = None, folder: str = ".") -> dict[str, FlagValue]:
         batch = self.recipe.launch.batch_tokens
-        places: dict[str, FlagValue] = {"load": str(checkpoint or self.base), "ramoe-output": str(self.out / folder)}
+        places: dict[str, FlagValue] = {
+            "load": str(checkpoint or self.base),
+            "ramoe-output": str(self.out / folder),
+        }
         return {**places, "ramoe-batch-tokens": batch}
 
     def answer_tokens(self) -> int | None:
@@ -171,18 +203,23 @@ class PlanContext:
 
 
 def _priors(recipe: Recipe, out: Path) -> dict[str, Path]:
-    """By token choice, the file of the priors that pool it: those that the methods need, or that the recipe asks for."""
+    """Token choice -> file of the priors pooled over it, for the choices of the methods and of the recipe."""
     needed = [a.tokens for a in map(recipe.alignment_of, recipe.methods) if a.target == "example"]
     if recipe.profile.save_priors is False:
         return {}
-    tokens = list(dict.fromkeys([*([recipe.profile.tokens or "last"] if recipe.profile.save_priors else []), *needed]))
+    tokens = list(
+        dict.fromkeys([*([recipe.profile.tokens or "last"] if recipe.profile.save_priors else []), *needed])
+    )
     return {choice: out / name for choice, name in files_by_tokens("priors", tokens).items()}
 
 
 def _expert_files(recipe: Recipe, out: Path) -> dict[str, Path]:
-    """By token choice, the expert file of that choice: of all tokens, and those that the methods need."""
+    """Token choice -> expert file of that choice, for all tokens and the choices of the methods."""
     needed = [recipe.alignment_of(method).select_tokens for method in recipe.methods]
-    return {choice: out / name for choice, name in files_by_tokens("experts", list(dict.fromkeys(["all", *needed]))).items()}
+    return {
+        choice: out / name
+        for choice, name in files_by_tokens("experts", list(dict.fromkeys(["all", *needed]))).items()
+    }
 
 
 def weights_option(weights: Mapping[str, float]) -> FlagValue:
@@ -193,39 +230,54 @@ def weights_option(weights: Mapping[str, float]) -> FlagValue:
 
 
 def find_path(name: str, recipe_folder: Path, key: str) -> Path | None:
-    """A path in a recipe: relative to the recipe's folder, or else to the working directory; None for a hub name.
+    """A path of a recipe, looked up in the recipe's folder and then in the working directory.
 
-    Raises RamoeError when it is absent and can be no hub name.
+    Returns None for the name of a data set on the hub. Raises RamoeError when the path is absent and cannot
+    be such a name.
     """
     for candidate in (recipe_folder / name, Path(name)):
         if candidate.exists():
             return candidate.resolve()
     if name.endswith(LOCAL_SUFFIXES) or name.startswith((".", "/", "~")) or "/" not in name:
-        raise RamoeError(f"{key}: {name} exists neither in {recipe_folder.resolve()} nor in {Path.cwd()}: correct the path")
+        raise RamoeError(
+            f"{key}: {name} exists neither in {recipe_folder.resolve()} nor in {Path.cwd()}: correct the path"
+        )
     return None
 
 
 def data_stage(recipe: Recipe, out: Path, recipe_folder: Path) -> Stage:
     """The stage that writes the generated data and their tokenizer to `out`/data.
 
-    Raises RamoeError for a wrong setting of the embedded world or of SIB-200, or an absent source folder.
+    Raises RamoeError for a wrong setting of the embedded world or of SIB-200, and for an absent source
+    folder.
     """
     data, out = recipe.data, out / "data"
-    job, config = ("world", _world(recipe)) if data.world is not None else ("sib200", _sib200(recipe, recipe_folder))
+    job, config = (
+        ("world", _world(recipe)) if data.world is not None else ("sib200", _sib200(recipe, recipe_folder))
+    )
     told = {key: value for key, value in config.items() if key != "source"}
     return Stage(
         name="data",
-        command=(f"{JOBS}.generate", job, "--config", json.dumps(config, ensure_ascii=False), "--out", str(out)),
+        command=(
+            f"{JOBS}.generate",
+            job,
+            "--config",
+            json.dumps(config, ensure_ascii=False),
+            "--out",
+            str(out),
+        ),
         settings={"job": job, "config": told},
         inputs=(Path(config["source"]),) if job == "sib200" else (),
-        outputs=tuple(out / name for name in ("parallel.jsonl", "pretrain.jsonl", "general.jsonl", "tokenizer.model")),
+        outputs=tuple(
+            out / name for name in ("parallel.jsonl", "pretrain.jsonl", "general.jsonl", "tokenizer.model")
+        ),
         traces=(out / "weights.json",),
         ranks=0,
     )
 
 
 def generated_languages(recipe: Recipe) -> list[str] | None:
-    """The target languages that generated data will hold; None where that shows in the data alone."""
+    """The target languages of generated data; None when only the data themselves show them."""
     if recipe.data.world is not None:
         return [*_world(recipe)["target_shares"]]
     return [*(recipe.data.sib200 or {}).get("languages", [])] or None
@@ -245,18 +297,19 @@ def _sib200(recipe: Recipe, recipe_folder: Path) -> dict[str, Any]:
     if source is None or not source.is_dir():
         raise RamoeError(
             f"data.sib200.source: {given['source']} is a folder neither in {recipe_folder.resolve()} nor "
-            f"in {Path.cwd()}: "
-            "give the folder of the languages"
+            f"in {Path.cwd()}: give the folder of the languages"
         )
     return _config("data.sib200", SibConfig, {**given, "source": str(source)})
 
 
 def _config(key: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole configuration of a data job, defaults included, from the keys that the recipe gives."""
+    """The whole configuration of a data job, with defaults, from the keys that the recipe gives."""
     from ramoe_megatron.data.config import config_from_mapping
 
     try:
-        return dataclasses.asdict(config_from_mapping(kind, {name.replace("-", "_"): value for name, value in values.items()}))
+        return dataclasses.asdict(
+            config_from_mapping(kind, {name.replace("-", "_"): value for name, value in values.items()})
+        )
     except RamoeError as error:
         raise RamoeError(f"{key}: {error}") from None
 
@@ -266,9 +319,14 @@ def _config(key: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def pretrain_stage(plan: PlanContext) -> Stage:
     flags, places = plan.training("base", plan.recipe.pretrain_flags(), plan.recipe.seed)
-    options: dict[str, FlagValue] = {"split": "train", "weights": weights_option(plan.recipe.data.pretrain_weights)}
+    options: dict[str, FlagValue] = {
+        "split": "train",
+        "weights": weights_option(plan.recipe.data.pretrain_weights),
+    }
     traces = [plan.curves("base")]
-    stage = plan.job("pretrain", "finetune", flags, options, {"data": plan.pretraining}, [plan.base], places, traces=traces)
+    stage = plan.job(
+        "pretrain", "finetune", flags, options, {"data": plan.pretraining}, [plan.base], places, traces=traces
+    )
     if plan.recipe.data.pretrain_weights or plan.recipe.data.files is not None:
         return stage
     return dataclasses.replace(stage, weights=plan.weights, inputs=(*stage.inputs, plan.weights))
@@ -295,7 +353,10 @@ def taxonomy_stage(plan: PlanContext) -> Stage:
 
 
 def profile_stage(plan: PlanContext) -> Stage:
-    settings, usage = plan.recipe.profile, any(plan.recipe.selection_of(method).train in READS_USAGE for method in plan.recipe.methods)
+    settings, usage = (
+        plan.recipe.profile,
+        any(plan.recipe.selection_of(method).train in READS_USAGE for method in plan.recipe.methods),
+    )
     options: dict[str, FlagValue] = {
         "split": settings.split,
         "languages": plan.languages(),
@@ -334,24 +395,34 @@ def predict_stage(plan: PlanContext) -> Stage:
     return plan.job("predict", "predict", plan.scoring(), options, files, outputs, plan.offline(), plan.base)
 
 
-# ---- several anchors: the routing of each further anchor, and for each example the anchor that it is pulled to ----
+# ---- several anchors: each further anchor's routing, and the choice of an anchor for each example ----
 
 
 def anchors_stages(plan: PlanContext) -> list[Stage]:
-    """First the profiles of the further anchors, then the choices between them. Raises RamoeError for one that the data will not hold."""
-    asked = [alignment for alignment in map(plan.recipe.alignment_of, plan.recipe.methods) if alignment.anchors]
+    """The profiles of the further anchors, then the choices between the anchors.
+
+    Raises RamoeError for an anchor that the data will not contain.
+    """
+    asked = [
+        alignment for alignment in map(plan.recipe.alignment_of, plan.recipe.methods) if alignment.anchors
+    ]
     tokens: dict[str, dict[str, None]] = {}
     for alignment in asked:
         for language in alignment.anchors:
             tokens.setdefault(language, {})[alignment.tokens] = None
     _check_languages(plan, list(tokens))
     files = {language: _anchor_priors(plan, language, list(choices)) for language, choices in tokens.items()}
-    stages = {folder: _choice(plan, alignment, folder, files) for alignment in asked for folder in [_anchor_folder(plan, alignment)]}
+    stages = {
+        folder: _choice(plan, alignment, folder, files)
+        for alignment in asked
+        for folder in [_anchor_folder(plan, alignment)]
+    }
     return [*(_anchor_profile(plan, language, found) for language, found in files.items()), *stages.values()]
 
 
 def labels_of(plan: PlanContext, alignment: AlignmentSection) -> Files:
-    """The taxonomy and, for the target example, the priors that a fine-tune aligns by."""
+    """The files that label the examples of a fine-tuning run: the taxonomy and, for target example, the
+    priors."""
     if alignment.anchors:
         folder = _anchor_folder(plan, alignment)
         return {"taxonomy": [folder / "taxonomy.jsonl"], "priors": [folder / "priors.safetensors"]}
@@ -364,7 +435,10 @@ def _check_languages(plan: PlanContext, anchors: list[str]) -> None:
     absent = [language for language in anchors if known is not None and language not in known]
     if absent:
         held = ", ".join(known or [])
-        raise RamoeError(f"alignment.anchors: {', '.join(absent)} will not be in the data, which will have {held}: name some of these")
+        raise RamoeError(
+            f"alignment.anchors: the data will not contain {', '.join(absent)}, only {held}: "
+            "name some of these"
+        )
 
 
 def _anchor_folder(plan: PlanContext, alignment: AlignmentSection) -> Path:
@@ -372,11 +446,14 @@ def _anchor_folder(plan: PlanContext, alignment: AlignmentSection) -> Path:
 
 
 def _anchor_priors(plan: PlanContext, language: str, tokens: list[str]) -> dict[str, Path]:
-    return {choice: plan.out / "priors" / language / name for choice, name in files_by_tokens("priors", tokens).items()}
+    return {
+        choice: plan.out / "priors" / language / name
+        for choice, name in files_by_tokens("priors", tokens).items()
+    }
 
 
 def _anchor_profile(plan: PlanContext, language: str, files: dict[str, Path]) -> Stage:
-    """Priors alone, since neither general text nor taxonomy is given."""
+    """The stage that writes only priors, because it gets neither general text nor a taxonomy."""
     name = f"priors/{language}"
     options: dict[str, FlagValue] = {
         "anchor": language,
@@ -385,19 +462,44 @@ def _anchor_profile(plan: PlanContext, language: str, files: dict[str, Path]) ->
         "save-priors": True,
     }
     places = plan.offline(folder=name)
-    return plan.job(name, "profile", plan.scoring(), options, {"data": plan.parallel}, list(files.values()), places, plan.base)
+    return plan.job(
+        name,
+        "profile",
+        plan.scoring(),
+        options,
+        {"data": plan.parallel},
+        list(files.values()),
+        places,
+        plan.base,
+    )
 
 
-def _choice(plan: PlanContext, alignment: AlignmentSection, folder: Path, files: dict[str, dict[str, Path]]) -> Stage:
-    """`ramoe anchors`."""
+def _choice(
+    plan: PlanContext, alignment: AlignmentSection, folder: Path, files: dict[str, dict[str, Path]]
+) -> Stage:
+    """The stage that runs `ramoe anchors`."""
     anchor = plan.recipe.data.anchor_language
-    priors = {anchor: plan.priors[alignment.tokens], **{language: files[language][alignment.tokens] for language in alignment.anchors}}
+    priors = {
+        anchor: plan.priors[alignment.tokens],
+        **{language: files[language][alignment.tokens] for language in alignment.anchors},
+    }
     taxonomy = plan.out / "taxonomy.jsonl"
     named = [word for language, path in priors.items() for word in ("--priors", f"{language}={path}")]
-    words = ["--taxonomy", str(taxonomy), "--anchor", anchor, "--split", ANCHOR_SPLIT, *named, "--out", str(folder)]
+    words = [
+        "--taxonomy",
+        str(taxonomy),
+        "--anchor",
+        anchor,
+        "--split",
+        ANCHOR_SPLIT,
+        *named,
+        "--out",
+        str(folder),
+    ]
     return Stage(
         name=f"anchors/{folder.name}",
-        command=("ramoe_megatron.cli", "anchors", *words, "--replace"),  # its own files, when it was interrupted
+        # --replace: an interrupted run may have left files.
+        command=("ramoe_megatron.cli", "anchors", *words, "--replace"),
         settings={"anchors": list(priors), "split": ANCHOR_SPLIT},
         inputs=(taxonomy, taxonomy.with_suffix(".json"), *priors.values()),
         outputs=tuple(folder / name for name in ANCHOR_FILES),
@@ -409,20 +511,26 @@ def _choice(plan: PlanContext, alignment: AlignmentSection, folder: Path, files:
 
 
 def fine_tunings(plan: PlanContext) -> list[tuple[Method, int]]:
-    """Method and seed of each fine-tune, seed by seed."""
-    return [(method, seed) for seed in plan.recipe.seeds for method in plan.recipe.methods if not method.steered]
+    """Method and seed of each fine-tuning run, ordered by seed."""
+    return [
+        (method, seed) for seed in plan.recipe.seeds for method in plan.recipe.methods if not method.steered
+    ]
 
 
 def evaluated(plan: PlanContext) -> list[tuple[str, int | None, Path, Method | None]]:
-    """Name, seed, checkpoint and, of steering, the method of each evaluation but the base model's."""
+    """Name, seed, checkpoint and, for steering, method of each evaluation except the base model's."""
     found: list[tuple[str, int | None, Path, Method | None]] = [
-        (method.name, seed, plan.checkpoint(f"{method.name}-seed{seed}"), None) for method, seed in fine_tunings(plan)
+        (method.name, seed, plan.checkpoint(f"{method.name}-seed{seed}"), None)
+        for method, seed in fine_tunings(plan)
     ]
     for method in plan.recipe.methods:
         if method.steered and method.on is None:
             found.append((method.name, None, plan.base, method))
         elif method.steered:
-            found += [(method.name, seed, plan.checkpoint(f"{method.on}-seed{seed}"), method) for seed in plan.recipe.seeds]
+            found += [
+                (method.name, seed, plan.checkpoint(f"{method.on}-seed{seed}"), method)
+                for seed in plan.recipe.seeds
+            ]
     return found
 
 
@@ -438,7 +546,11 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
     selection = plan.recipe.selection_of(method)
     if method.aligns:
         files |= {"experts": [plan.experts_of(alignment)], **labels_of(plan, alignment)}
-        files |= {"layer-weights": [plan.out / "divergence.csv"]} if alignment.layer_weights == "divergence" else {}
+        files |= (
+            {"layer-weights": [plan.out / "divergence.csv"]}
+            if alignment.layer_weights == "divergence"
+            else {}
+        )
         options |= alignment.model_dump(by_alias=True, exclude={"anchors", "select", "select_tokens"})
         options["layer-weights"] = None  # the flag's value is the curve's file
     if selection.train != "all":
@@ -460,7 +572,7 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
 
 
 def searches(plan: PlanContext) -> list[Stage]:
-    """A search for each checkpoint that a searching method acts on."""
+    """One search for each checkpoint that a method with a search steers."""
     return [
         steer_stage(plan, method, seed, checkpoint)
         for _, seed, checkpoint, method in evaluated(plan)
@@ -499,7 +611,8 @@ def evaluate_stage(
         "seed": seed,
         "max-new-tokens": plan.answer_tokens(),
     }
-    if any("coeff-zero" in other.presets for other in plan.recipe.methods):  # which has to end with the weights of sft
+    # coeff-zero has to end with the same weights as sft.
+    if any("coeff-zero" in other.presets for other in plan.recipe.methods):
         options["weights-digest"] = method == "sft" or "coeff-zero" in plan.recipe.presets_of(method)
     files: Files = {"data": plan.parallel, "experts": [plan.experts]}
     if steered is not None:
@@ -511,7 +624,9 @@ def evaluate_stage(
             options |= {"steer-strength": steering.steer_strength} if steering.steer == "soft" else {}
     outputs = [plan.out / "evaluations" / f"{name}{suffix}" for suffix in (".json", ".jsonl")]
     places = plan.offline(checkpoint, "evaluations")
-    return plan.job(f"evaluate/{name}", "evaluate", plan.scoring(), options, files, outputs, places, checkpoint)
+    return plan.job(
+        f"evaluate/{name}", "evaluate", plan.scoring(), options, files, outputs, places, checkpoint
+    )
 
 
 # ---- the results ----
@@ -534,7 +649,14 @@ def _results(plan: PlanContext) -> Stage:
 
 
 def _report(plan: PlanContext) -> Stage:
-    read = ("results.json", "taxonomy.json", "experts.safetensors", "divergence.csv", "predict.json", "recipe.yaml")
+    read = (
+        "results.json",
+        "taxonomy.json",
+        "experts.safetensors",
+        "divergence.csv",
+        "predict.json",
+        "recipe.yaml",
+    )
     return Stage(
         name="report",
         command=("ramoe_megatron.report.write", "report", "--run", str(plan.out)),

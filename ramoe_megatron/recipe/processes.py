@@ -1,4 +1,4 @@
-"""Ending processes: signals that stop a run, ranks that are asked to save first, and leaving nothing behind."""
+"""Ends processes: signals that stop a run, requests to save first, and the end of a launch's processes."""
 
 import contextlib
 import os
@@ -9,28 +9,26 @@ from pathlib import Path
 from typing import IO, Protocol
 
 MARK = "RAMOE_LAUNCH"  # environment variable that all processes of a launch inherit
+WARNING = signal.SIGUSR1  # the Slurm scripts ask for it some minutes before the time limit
 
-
-WARNING = signal.SIGUSR1  # what the Slurm scripts ask for some minutes before the time limit
-
-
-_came: list[str] = []  # what has asked this process to end, the first first
+_came: list[str] = []  # signals that asked this process to end, in order
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that stops a run: handled as Ctrl-C is. `args[0]` is its name."""
+    """A signal that stops a run, handled as Ctrl-C is. `args[0]` is its name."""
 
     @property
     def resumes(self) -> bool:
-        """Whether it was the warning before a time limit: the same command is to go on."""
+        """Whether the signal was the warning before a time limit. The same command should then resume."""
         return self.args == (WARNING.name,)
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """SIGTERM, SIGHUP and SIGUSR1 raise `Stopped`, so that the processes started here are ended on the way out.
+    """Make SIGTERM, SIGHUP and SIGUSR1 raise `Stopped`, so that every started process is ended.
 
-    It names the first signal that came: after the warning, Slurm ends the nodes that are not done yet by a SIGTERM.
+    `Stopped` names the first signal. After the warning, Slurm also sends SIGTERM to the nodes that are not
+    done.
     """
 
     def stop(number: int, _frame: object) -> None:
@@ -42,21 +40,21 @@ def stop_signals() -> Iterator[None]:
 
 
 class SaveRequest:
-    """SIGTERM and SIGUSR1, passed on to ranks that save a checkpoint and end by themselves (`--exit-signal-handler`).
+    """Passes SIGTERM and SIGUSR1 on to ranks that save a checkpoint and end (`--exit-signal-handler`).
 
-    They go to the ranks, not to torchrun, which would give them 30 seconds and then kill them. Each rank is asked once, also one that
-    starts only later: a second signal could meet it on its way out, its handler gone. A rank that has not set Megatron's handler yet just
-    ends.
+    The signals go to the ranks and not to torchrun, which would kill the ranks after 30 seconds. Each rank is
+    asked once, also a rank that starts later: a second signal could reach it while it exits, when its handler
+    is gone. A rank that has not yet set Megatron's handler just ends.
     """
 
     def __init__(self, mark: str) -> None:
         self.mark, self.asked, self.warned = mark, False, False
-        self.leader = 0  # process id of what starts the ranks
+        self.leader = 0  # process id of the process that starts the ranks
         self._told: set[int] = set()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """While the ranks run."""
+        """Handle the signals while the ranks run."""
 
         def ask(number: int, _frame: object) -> None:
             self.asked, self.warned = True, self.warned or number == WARNING
@@ -66,7 +64,10 @@ class SaveRequest:
             yield
 
     def pass_on(self) -> bool:
-        """Called now and then: sends SIGTERM to the ranks if a signal has come. True once all that were asked have ended."""
+        """Send SIGTERM to the ranks if a signal has come; the launcher calls this regularly.
+
+        Returns True once all ranks that were asked have ended.
+        """
         if not self.asked:
             return False
         ranks = set(_ranks(self.mark, self.leader))
@@ -82,23 +83,26 @@ def _handling(numbers: Sequence[signal.Signals], handler: Callable[[int, object]
         yield
     finally:
         for number, old in zip(numbers, before, strict=True):
-            # A process that is asked to end does so with its own status: the node that ends first has Slurm send SIGTERM to the others,
-            # also while Python, which takes its handlers back early, leaves.
+            # After the first node has ended, Slurm sends SIGTERM to the others. This process must still end
+            # with its own status, also during its exit, when Python has already removed its handlers.
             signal.signal(number, signal.SIG_IGN if _came else old)
 
 
 def end_early() -> None:
-    """Keep this process's own exit status from here on, whatever signal comes: a training ended early and on purpose."""
+    """Keep this process's exit status whatever signal comes now: a training ended early on purpose."""
     _came.append("unfinished")
 
 
 def ignore_warning() -> None:
-    """In a child before it runs its program: Slurm signals every process of a step, and torchrun would die of SIGUSR1."""
+    """Ignore the warning in a child before it runs its program.
+
+    Slurm signals every process of a step, and SIGUSR1 would end torchrun.
+    """
     signal.signal(WARNING, signal.SIG_IGN)
 
 
 class Started(Protocol):
-    """A process that was started in a session of its own: `subprocess.Popen`, or the leader of a forked stage."""
+    """A process in a session that it leads: `subprocess.Popen`, or the leader of a forked stage."""
 
     @property
     def pid(self) -> int: ...
@@ -114,11 +118,11 @@ class Started(Protocol):
 
 
 def end_processes(process: Started, mark: str, grace: float) -> None:
-    """End the command and all that descends from it.
+    """End the command and all its descendants.
 
-    torchrun starts each rank in a session of its own, so killing its process group would miss them: they are known by the
-    mark that they inherit in their environment (Linux). What a forked stage forks has the environment of the process that
-    it was forked from, and is known by its session.
+    torchrun starts each rank in a new session, so killing its process group would miss the ranks. They are
+    found by the mark that they inherit in their environment (Linux). Forked ranks have the environment of the
+    forking process instead, and are found by their session.
     """
     if process.poll() is None:
         _signal_group(process.pid, signal.SIGTERM)
@@ -131,7 +135,8 @@ def end_processes(process: Started, mark: str, grace: float) -> None:
         while time.monotonic() < deadline and (process.poll() is None or _family(mark, process.pid)):
             time.sleep(0.1)
     finally:  # also on a second Ctrl-C
-        for _ in range(200):  # again, for a process that was forking while the first round was read; a busy machine is slow to end one
+        # Repeated, because a process may fork while the list is read, and a busy machine ends one slowly.
+        for _ in range(200):
             if process.poll() is None:
                 _signal_group(process.pid, signal.SIGKILL)
             left = _family(mark, process.pid)
@@ -158,9 +163,13 @@ def _family(mark: str, session: int) -> list[int]:
 
 
 def _ranks(mark: str, leader: int) -> list[int]:
-    """Of those, the ranks that torchrun or a forked leader started, without what they started (loaders, the checkpoint's writers)."""
+    """The processes of a family that are ranks, without those that ranks start, such as data loaders."""
     family = _family_with_variables(mark, leader)
-    inside = {n for n, variables in family if any(v.startswith(b"LOCAL_RANK=") for v in variables) or _parent(n) == leader}
+    inside = {
+        n
+        for n, variables in family
+        if any(v.startswith(b"LOCAL_RANK=") for v in variables) or _parent(n) == leader
+    }
     return [number for number in inside if _parent(number) not in inside]
 
 
@@ -184,5 +193,5 @@ def _parent(process: int) -> int:
 
 
 def _stat(process: int) -> list[str]:
-    """State, parent and what follows in /proc/PID/stat."""
+    """State, parent and the following fields of /proc/PID/stat."""
     return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""`ramoe run`: the stages of a recipe, each run only when its result does not stand."""
+"""`ramoe run`: run the stages of a recipe whose results are absent or out of date."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.stage import Stage
 from ramoe_megatron.recipe.stages import StageFailed, check_inputs, run_stages
 
-LOCK_SECONDS = 2.0  # `ramoe status` holds the lock for a moment
+LOCK_SECONDS = 2.0  # `ramoe status` holds the lock for a short time
 
 
 def run_recipe(
@@ -34,25 +34,39 @@ def run_recipe(
     dry_run: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Run a recipe's stages into `out` (runs/NAME by default), or submit them where `launch.launcher` is slurm.
+    """Run a recipe's stages, or submit them when `launch.launcher` is slurm.
 
-    `first`: leave the stages before it as they are, and run it even if its result stands. `last`: end after it. Both
-    name a stage ("finetune/sft-seed1") or a kind ("finetune": its first or last stage). `dry_run` only tells what
-    would run.
+    Args:
+        changes: changes to the recipe, as `--set` gives them.
+        out: run folder. Default: runs/NAME.
+        first: stage to begin with. It runs even if its result is up to date; the stages before it are left as
+            they are.
+        last: stage to end with. `first` and `last` name a stage ("finetune/sft-seed1") or a kind ("finetune":
+            its first or last stage).
+        dry_run: only print what would run.
 
-    Raises RamoeError for what the user can mend before anything starts, StageFailed when a stage fails.
+    Raises:
+        RamoeError: an error that the user can correct was found before anything started.
+        StageFailed: a stage failed.
     """
     console = console or Console()
     recipe = load_recipe(path, changes)
     folder = (out or Path("runs") / recipe.name).resolve()
     submits = recipe.launch.launcher == "slurm"
-    flags.check_layout(recipe, None if submits else flags.cuda_devices(os.environ))  # a login node's devices say nothing
+    # The devices of a login node do not matter.
+    flags.check_layout(recipe, None if submits else flags.cuda_devices(os.environ))
     plan = make_plan(recipe, folder, path.parent)
     begin, end = select_stages(plan, first, last)
     if submits:
         if dry_run:
             manifest = Manifest(folder, recipe.name)
-            chain.tell(plan[begin:end], chain.links(plan[begin:end], manifest, first is not None), recipe, manifest, console)
+            chain.tell(
+                plan[begin:end],
+                chain.links(plan[begin:end], manifest, first is not None),
+                recipe,
+                manifest,
+                console,
+            )
         else:
             _submit(recipe, path, plan, plan[begin:end], folder, first is not None, console)
         return
@@ -70,11 +84,19 @@ def run_recipe(
             chain.refuse_live(folder, manifest)
             chain.forget(folder)
             _prepare(recipe, path, plan, manifest)
-            run_stages(plan, begin, end, manifest, console, first is not None, place, leader, recipe.launch.at_once)
+            run_stages(
+                plan, begin, end, manifest, console, first is not None, place, leader, recipe.launch.at_once
+            )
 
 
 def _submit(
-    recipe: Recipe, path: Path, plan: Sequence[Stage], stages: Sequence[Stage], folder: Path, force: bool, console: Console
+    recipe: Recipe,
+    path: Path,
+    plan: Sequence[Stage],
+    stages: Sequence[Stage],
+    folder: Path,
+    force: bool,
+    console: Console,
 ) -> None:
     """Submit the stages as a chain of Slurm jobs."""
     with locked(folder, patience=LOCK_SECONDS):
@@ -88,11 +110,13 @@ def _submit(
 
 
 def select_stages(plan: Sequence[Stage], first: str | None, last: str | None) -> tuple[int, int]:
-    """[begin, end) of the stages to run. Raises RamoeError for a name that is neither stage nor kind."""
+    """[begin, end) of the stages to run. Raises RamoeError for a name that is neither a stage nor a kind."""
     begin = _places(plan, first)[0] if first else 0
     end = _places(plan, last)[-1] + 1 if last else len(plan)
     if begin >= end:
-        raise RamoeError(f"--from {first} comes after --until {last}: nothing is left to run")
+        raise RamoeError(
+            f"--from {first} comes after --until {last}, so nothing is left to run: correct one of them"
+        )
     return begin, end
 
 
@@ -105,19 +129,24 @@ def _places(plan: Sequence[Stage], name: str) -> list[int]:
 
 
 def _prepare(recipe: Recipe, path: Path, plan: Iterable[Stage], manifest: Manifest) -> None:
-    """Check Megatron's flags, move aside what the recipe no longer holds, write manifest.json and the resolved
-    recipe.yaml."""
+    """Check Megatron's flags and prepare the run folder.
+
+    Evaluations that the recipe no longer plans are moved aside; manifest.json and the resolved recipe.yaml
+    are written.
+    """
     names = digest_value({key: sorted(group) for key, group in flags.sections(recipe).items()})
     if manifest.flags != {"checked": names, "megatron": _megatron_version()}:
         flags.check_names(recipe, str(path), flags.megatron_flags())
         manifest.flags = {"checked": names, "megatron": _megatron_version()}
     planned = {stage.name for stage in plan}
     for name in [name for name in manifest.stages if name not in planned and name.startswith("evaluate/")]:
-        # results.json is made of all that lies in evaluations/: only this recipe's may.
+        # results.json is made of all files in evaluations/, so only this recipe's may remain there.
         manifest.supersede(tuple(manifest.folder / output for output in manifest.stages[name].outputs), name)
         del manifest.stages[name]
     manifest.write()
-    resolved = yaml.safe_dump(recipe.model_dump(by_alias=True, exclude_none=True), sort_keys=False, allow_unicode=True)
+    resolved = yaml.safe_dump(
+        recipe.model_dump(by_alias=True, exclude_none=True), sort_keys=False, allow_unicode=True
+    )
     atomic_write_text(
         manifest.folder / "recipe.yaml",
         f"# Written by `ramoe run {path}`: the recipe with every default and --set.\n{resolved}",
@@ -130,8 +159,10 @@ def _megatron_version() -> str:
     return importlib.metadata.version("megatron-core")
 
 
-def _tell(stages: Sequence[Stage], manifest: Manifest, force_first: bool, console: Console, place: Place) -> None:
-    """The dry run: each stage, whether it would run and why, and its command line."""
+def _tell(
+    stages: Sequence[Stage], manifest: Manifest, force_first: bool, console: Console, place: Place
+) -> None:
+    """The dry run: print each stage, whether and why it would run, and its command line."""
     import shlex
 
     pending: dict[Path, str] = {}
@@ -143,7 +174,7 @@ def _tell(stages: Sequence[Stage], manifest: Manifest, force_first: bool, consol
         if reason is None and upstream:
             reason = f"if {', '.join(upstream)} gives another result"
         pending |= {path: stage.name for path in stage.outputs} if reason else {}
-        console.print(f"[bold]{stage.name}[/bold]: {reason or 'stands'}", soft_wrap=True, highlight=False)
+        console.print(f"[bold]{stage.name}[/bold]: {reason or 'up to date'}", soft_wrap=True, highlight=False)
         if reason:
             command = shlex.join(python_command(stage.arguments(), stage.ranks, place))
             console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)

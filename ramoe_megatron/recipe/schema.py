@@ -1,7 +1,8 @@
-"""What a recipe may say: one pydantic model a section, its keys written as in YAML (`max-new-tokens`).
+"""The keys of a recipe: one pydantic model for each section, with the keys as in YAML (`max-new-tokens`).
 
-`model`, `train`, `parallel`, `pretrain` and `tokenizer` hold Megatron's flags under Megatron's own names without the
-leading dashes: `true` is a bare flag, `false` or `null` leaves the flag out, a list is several values.
+`model`, `train`, `parallel`, `pretrain` and `tokenizer` hold Megatron's flags under Megatron's names without
+the leading dashes. `true` is a bare flag, `false` or `null` leaves the flag out, and a list is several
+values.
 """
 
 import re
@@ -29,54 +30,69 @@ from ramoe_megatron.recipe.sections import (
 RULE = r"^(tau=-?[0-9.]+|top-m=[0-9]+)$"
 KEYS = {
     f"--ramoe-{key.alias}": f"{section}.{key.alias}"
-    for section, kind in (("alignment", AlignmentSection), ("selection", SelectionSection), ("steering", SteeringSection))
+    for section, kind in (
+        ("alignment", AlignmentSection),
+        ("selection", SelectionSection),
+        ("steering", SteeringSection),
+    )
     for key in kind.model_fields.values()
 }
-"""By flag, the key of a recipe that is the same."""
+"""Flag -> key of a recipe with the same meaning."""
 
 
 def _count_to_seeds(value: Any) -> Any:
-    return list(range(1, value + 1)) or [value] if isinstance(value, int) and not isinstance(value, bool) else value
+    return (
+        list(range(1, value + 1)) or [value]
+        if isinstance(value, int) and not isinstance(value, bool)
+        else value
+    )
 
 
 class Taxonomy(Section):
-    """Scoring of every parallel example in the anchor and the target language."""
+    """Scoring of every parallel example in the anchor and the target languages."""
 
     max_new_tokens: PositiveInt | None = None
-    """Longest generated answer in tokens, its end included; 16, or as many as the longest gold answer needs, when left out."""
+    """Maximum length of a generated answer in tokens, its end token included. Default: 16, or the length of
+    the longest gold answer if that is larger."""
     splits: Names = ["train", "test"]
     """Splits to score."""
 
 
 class Profile(Section):
-    """Task experts, English patterns and the divergence curve."""
+    """Task experts, English routing patterns and the divergence curve."""
 
     select: Annotated[str, Field(pattern=RULE)] = "tau=0.3"
-    """Rule of the task experts: tau=NUMBER or top-m=COUNT."""
+    """Rule that selects the task experts: tau=NUMBER or top-m=COUNT."""
     split: str = "train"
-    """Split that the profile is measured on."""
+    """Split on which the profile is measured."""
     tokens: Literal["prompt", "response", "all", "last"] | None = None
-    """Tokens that the saved priors pool; those of the methods that need them when left out. (The divergence curve always pools all of a
-    sequence.)"""
+    """Tokens over which the saved priors are pooled. Default: those that the methods need. The divergence
+    curve always pools over all tokens of a sequence."""
     layers: str = "auto"
-    """Alignment zone: auto (read off the divergence curve), FIRST-LAST or FRACTION-FRACTION."""
+    """Alignment zone: auto (from the divergence curve), FIRST-LAST or FRACTION-FRACTION."""
     experts: str | None = None
-    """Expert file of another run, to align by (and to steer by) in the place of this run's own: transfer between sets of languages."""
+    """Expert file of another run. Alignment and steering use it instead of this run's own file, to test
+    transfer between sets of languages."""
     save_priors: bool | None = None
-    """Keep each example's English routing; by default exactly when a method's target is `example`."""
+    """Save each example's English routing. Default: only if a method's target is `example`."""
 
 
 class Evaluate(Section):
-    """Accuracy before and after."""
+    """Accuracy before and after fine-tuning."""
 
     split: str = "test"
-    """Split that accuracy is measured on."""
+    """Split on which accuracy is measured."""
     max_new_tokens: PositiveInt | None = None
-    """Longest generated answer in tokens, its end included; the taxonomy's when left out."""
+    """Maximum length of a generated answer in tokens, its end token included. Default: the taxonomy's value.
+    """
 
 
 def _named(value: Any) -> Any:
-    return [{"name": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+    return (
+        [{"name": item} if isinstance(item, str) else item for item in value]
+        if isinstance(value, list)
+        else value
+    )
 
 
 class Recipe(Section):
@@ -87,48 +103,55 @@ class Recipe(Section):
     seed: int = 1
     """Seed of the generated data and of the base model's training."""
     checkpoint: str | None = None
-    """Megatron checkpoint of the base model; or give `pretrain`."""
+    """Megatron checkpoint of the base model. Give either this key or `pretrain`."""
     model: Flags
-    """Megatron's flags of the model: for `checkpoint`, those that it was trained with."""
+    """Megatron's flags of the model. With `checkpoint`, the flags that it was trained with."""
     train: Flags
-    """Flags of the fine-tuning runs."""
+    """Megatron's flags of the fine-tuning runs."""
     parallel: Flags = {}
     """Megatron's flags of the parallel layout. A change of the layout reruns nothing."""
     pretrain: Flags | None = None
-    """Flags of the base model's training, on top of `train`; or give `checkpoint`."""
+    """Megatron's flags of the base model's training, in addition to `train`. Give either this key or
+    `checkpoint`."""
     tokenizer: Flags | None = None
-    """Tokenizer flags; by default the SentencePiece model of the generated data."""
+    """Megatron's flags of the tokenizer. Default: the SentencePiece model of the generated data."""
     data: Data
     """Where the examples come from."""
     taxonomy: Taxonomy = Taxonomy()
-    """What is scored before anything is trained."""
+    """How the base model is scored before fine-tuning."""
     profile: Profile = Profile()
     """How task experts, English routing and the zone are found."""
     alignment: AlignmentSection = AlignmentSection()
     """The alignment loss of the methods that align."""
     selection: SelectionSection = SelectionSection()
-    """Budget and share for the methods that train chosen experts alone."""
+    """Budget and share for the methods that train only selected experts."""
     steering: SteeringSection = SteeringSection()
-    """How the methods that steer do so."""
+    """Settings of the methods that steer."""
     methods: Annotated[list[Method], BeforeValidator(_named), Field(min_length=1)]
-    """What is compared: names of `ramoe methods`, or sections with a `name` and changes."""
+    """Methods to compare: names that `ramoe methods` lists, or sections with a `name` and changes."""
     seeds: Annotated[list[int], BeforeValidator(_count_to_seeds), Field(min_length=1)] = [1]
-    """Seeds of the fine-tuning runs; a single number n means 1 to n."""
+    """Seeds of the fine-tuning runs. A single number n means 1 to n."""
     evaluate: Evaluate = Evaluate()
     """How the results are measured."""
     launch: Launch = Launch()
-    """Nodes, ranks, and who starts them."""
+    """Nodes, ranks, and how they are started."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if (self.checkpoint is None) == (self.pretrain is None):
             found = "neither" if self.checkpoint is None else "both"
-            raise ValueError(f"give one of checkpoint (a base model) and pretrain (flags to train one); found {found}")
+            raise ValueError(
+                f"give one of checkpoint (a base model) and pretrain (flags to train one); found {found}"
+            )
         if self.data.files is not None:
             if self.tokenizer is None:
-                raise ValueError("data.files needs tokenizer: Megatron's flags, such as tokenizer-type and tokenizer-model")
+                raise ValueError(
+                    "data.files needs tokenizer: Megatron's flags, such as tokenizer-type and tokenizer-model"
+                )
             if self.pretrain is not None and not self.data.pretrain:
-                raise ValueError("pretrain with data.files needs data.pretrain: the files to train the base model on")
+                raise ValueError(
+                    "pretrain with data.files needs data.pretrain: the files to train the base model on"
+                )
         for what, values in (("methods", [method.name for method in self.methods]), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{what} names one twice: {', '.join(map(str, values))}")
@@ -136,48 +159,68 @@ class Recipe(Section):
             raise ValueError("launch.at-once is for one node, and without exit-signal-handler: set it to 1")
         if self.selection.train != "all" or self.steering.steer is not None:
             raise ValueError(
-                "selection.train and steering.steer belong to a method: name one that has them (router-only, steering-soft), or give them "
-                "in its own section"
+                "selection.train and steering.steer belong to a method: "
+                "name a method that has them (router-only, steering-soft), "
+                "or give them in the method's own section"
             )
         if low := [seed for seed in self.seeds if seed < 1]:
-            raise ValueError(f"seeds: found {low[0]}, expected whole numbers from 1: Megatron takes no others")
+            raise ValueError(f"seeds: found {low[0]}, expected whole numbers from 1, as Megatron requires")
         names = [method.name for method in self.methods]
         for method in self.methods:
             self._check_method(method, names)
         return self
 
     def _check_method(self, method: Method, names: Sequence[str]) -> None:
-        alignment, selection, told = self.alignment_of(method), self.selection_of(method), f"method {method.name}"
+        alignment, selection, told = (
+            self.alignment_of(method),
+            self.selection_of(method),
+            f"method {method.name}",
+        )
         if method.presets and method.aligns and alignment.coeff == 0 and "coeff-zero" not in method.presets:
-            raise ValueError(f"{told} needs a coefficient: set alignment.coeff above 0 (0 is the method sft)")
-        if method.aligns and alignment.coeff and alignment.target == "example" and self.profile.tokens not in (None, alignment.tokens):
             raise ValueError(
-                f"{told} aligns the tokens {alignment.tokens!r} to priors that pool {self.profile.tokens!r}: leave profile.tokens out, or "
-                "set it to the same"
+                f"{told} needs a coefficient: set alignment.coeff above 0 (a coefficient of 0 is the "
+                "method sft)"
+            )
+        if (
+            method.aligns
+            and alignment.coeff
+            and alignment.target == "example"
+            and self.profile.tokens not in (None, alignment.tokens)
+        ):
+            raise ValueError(
+                f"{told} aligns the tokens {alignment.tokens!r} to priors that pool "
+                f"{self.profile.tokens!r}: leave profile.tokens out, or give it the same value"
             )
         if alignment.target == "example" and self.profile.save_priors is False:
-            raise ValueError(f"{told} aligns to per-example targets, which are the priors: leave profile.save-priors out")
+            raise ValueError(
+                f"{told} aligns to per-example targets, which are the priors, "
+                "but profile.save-priors is false: leave it out"
+            )
         if alignment.select_tokens != "all" and self.profile.experts is not None:
             raise ValueError(
-                f"{told} asks for experts of the tokens {alignment.select_tokens!r}, which this run's profile finds, but "
-                "profile.experts gives another run's: leave out one of the two"
+                f"{told} asks for experts of the tokens {alignment.select_tokens!r}, "
+                "which this run's profile finds, but profile.experts gives the file of another run: "
+                "leave out one of the two"
             )
         if alignment.anchors:
             self._check_anchors(alignment, told)
         if alignment.layers.startswith(("outside:all", "outside:outside")):
             raise ValueError(
-                f"{told} takes the layers outside alignment.layers, which is {alignment.layers.removeprefix('outside:')!r}: give auto or a "
-                "range there"
+                f"{told} takes the layers outside alignment.layers, which is "
+                f"{alignment.layers.removeprefix('outside:')!r}: set alignment.layers to auto or to a range"
             )
         try:
             self._check_options(alignment, selection)
         except RamoeError as error:
             raise ValueError(f"{told}: {in_keys(str(error))}") from error
         if method.on is not None and (method.on not in names or self.method(method.on).steered):
-            raise ValueError(f"{told} acts on {method.on!r}, which is no method of this recipe that trains")
+            raise ValueError(
+                f"{told} acts on {method.on!r}, which is no method of this recipe that trains: "
+                "name one that is"
+            )
 
     def _check_options(self, alignment: AlignmentSection, selection: SelectionSection) -> None:
-        """Raise RamoeError for what the fine-tune itself would refuse of its flags."""
+        """Raise RamoeError for an alignment or selection that the fine-tune itself would reject."""
         files = {name: f"{name} of the run" for name in ("experts", "taxonomy", "priors")}
         usage = "usage of the run" if selection.train in READS_USAGE else None
         alignment.options(**files).refuse_unread_rule(selection.options(usage=usage).train)
@@ -185,27 +228,36 @@ class Recipe(Section):
     def _check_anchors(self, alignment: AlignmentSection, told: str) -> None:
         anchor, names = self.data.anchor_language, ", ".join(alignment.anchors)
         if alignment.target != "example":
-            one = {"profile": "the profile has one pattern a task", "paired": "a sample has one view beside it"}[alignment.target]
+            one = {
+                "profile": "the profile has one pattern a task",
+                "paired": "a sample has one view beside it",
+            }[alignment.target]
             raise ValueError(
-                f"{told} aligns to several anchors ({names}), but {one}, that of {anchor!r}: set alignment.target to example, or give "
-                "alignment.anchors in the sections of other methods"
+                f"{told} aligns to several anchors ({names}), but {one}, that of {anchor!r}: "
+                "set alignment.target to example, or give alignment.anchors only in the sections of other "
+                "methods"
             )
         if alignment.refresh_interval is not None:
             raise ValueError(
-                f"{told} aligns to several anchors ({names}), but a refresh scores {anchor!r} alone: leave out alignment.anchors or "
-                "alignment.refresh-interval"
+                f"{told} aligns to several anchors ({names}), but a refresh scores {anchor!r} alone: "
+                "leave out alignment.anchors or alignment.refresh-interval"
             )
         if anchor in alignment.anchors:
-            raise ValueError(f"{told}: alignment.anchors follow data.anchor, which is {anchor!r}: leave it out of them")
-        absent = [name for name in alignment.anchors if self.data.languages and name not in self.data.languages]
+            raise ValueError(
+                f"{told}: alignment.anchors follow data.anchor, which is {anchor!r}: "
+                f"remove {anchor!r} from alignment.anchors"
+            )
+        absent = [
+            name for name in alignment.anchors if self.data.languages and name not in self.data.languages
+        ]
         if absent:
             raise ValueError(
-                f"{told}: alignment.anchors {', '.join(absent)} not in data.languages ({', '.join(self.data.languages or [])}), so no "
-                "example is scored in them: add them there"
+                f"{told}: alignment.anchors {', '.join(absent)} not in data.languages "
+                f"({', '.join(self.data.languages or [])}), so no example is scored in them: add them there"
             )
 
     def method(self, name: str) -> Method:
-        """The method of this name."""
+        """The method with this name."""
         return next(method for method in self.methods if method.name == name)
 
     def presets_of(self, name: str) -> list[str]:
@@ -213,7 +265,7 @@ class Recipe(Section):
         return next((method.presets for method in self.methods if method.name == name), [])
 
     def alignment_of(self, method: Method, seed: int = 1) -> AlignmentSection:
-        """The recipe's alignment with the method's own changes, for the fine-tune of a seed."""
+        """The recipe's alignment with the method's own changes, for the fine-tuning run with this seed."""
         return method.alignment_of(self.alignment, seed)
 
     def selection_of(self, method: Method) -> SelectionSection:
@@ -221,14 +273,14 @@ class Recipe(Section):
         return method.selection_of(self.selection)
 
     def steering_of(self, method: Method) -> SteeringSection:
-        """How the method steers, at inference."""
+        """How the method steers at inference."""
         return method.steering_of(self.steering)
 
     def train_of(self, method: Method) -> dict[str, FlagValue]:
         """The recipe's training flags with the method's own changes.
 
-        For the target paired both batch sizes are doubled: half of the places are views, so every method trains on the same samples.
-        With coefficient 0 nothing is paired.
+        Target paired doubles both batch sizes: half of the places are views, so every method trains on the
+        same samples. With coefficient 0 nothing is paired, and nothing is doubled.
         """
         flags = {**self.train, **method.train}
         alignment = self.alignment_of(method)
@@ -239,10 +291,10 @@ class Recipe(Section):
         return flags
 
     def pretrain_flags(self) -> dict[str, FlagValue]:
-        """Flags of the base model's training: `train` with `pretrain` on top."""
+        """Flags of the base model's training: `train`, overridden by `pretrain`."""
         return {**self.train, **(self.pretrain or {})}
 
 
 def in_keys(text: str) -> str:
-    """An error of a job's options in the words of a recipe: its keys in the place of the flags."""
+    """An error about a job's options with the flags replaced by the recipe's keys."""
     return re.sub(r"--ramoe-[a-z-]+", lambda flag: KEYS.get(flag[0], flag[0]), text)

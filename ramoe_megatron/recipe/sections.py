@@ -1,7 +1,7 @@
-"""The sections of a recipe, their keys written as in YAML (`max-new-tokens`).
+"""The sections of a recipe, with the keys as in YAML (`max-new-tokens`).
 
-`alignment`, `selection` and `steering` are the options of the jobs: the flags `--ramoe-NAME` under the same names, with the same types,
-defaults and rules.
+`alignment`, `selection` and `steering` are the options of the jobs: the flags `--ramoe-NAME` with the same
+names, types, defaults and rules.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ Names = Annotated[list[str], BeforeValidator(_as_list)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
-# Flags that the plan itself gives; each with the recipe key that is meant instead.
+# Flags that the plan itself sets, each with the recipe key to use instead.
 RESERVED_FLAGS = {
     "load": "checkpoint (a base model), or --out (the run folder)",
     "save": "--out (the run folder)",
@@ -56,11 +56,17 @@ RESERVED_FLAGS = {
 def _flags(flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
     for name, value in flags.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            raise ValueError(f"{name!r} is no flag name: write Megatron's flag without the leading dashes, such as num-layers")
+            raise ValueError(
+                f"{name!r} is not a flag name: write Megatron's flag without the leading dashes, "
+                "such as num-layers"
+            )
         if name in RESERVED_FLAGS:
             raise ValueError(f"{name} is set by the plan itself; use {RESERVED_FLAGS[name]}")
         if name.startswith("ramoe-"):
-            raise ValueError(f"{name} is set by the plan itself; use the recipe's data, taxonomy, profile or alignment section")
+            raise ValueError(
+                f"{name} is set by the plan itself; use the recipe's data, taxonomy, "
+                "profile or alignment section"
+            )
         if value == []:
             raise ValueError(f"{name} is an empty list; use null to leave the flag out")
         if str(value).lower() in ("yes", "no", "on", "off"):
@@ -72,82 +78,101 @@ Flags = Annotated[dict[str, FlagValue], AfterValidator(_flags)]
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, keys are written with dashes."""
+    """A part of a recipe. Unknown keys are errors; keys are written with dashes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=_kebab, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, alias_generator=_kebab, use_attribute_docstrings=True
+    )
 
 
 class Data(Section):
     """Where the examples come from: exactly one of `world`, `sib200` and `files`."""
 
     world: dict[str, Any] | None = None
-    """Settings of the embedded world (the fields of `ramoe_megatron.data.world.WorldConfig`); `{}` takes them all as
-    they are."""
+    """Settings of the embedded world: the fields of `ramoe_megatron.data.world.WorldConfig`. `{}` keeps every
+    default."""
     sib200: dict[str, Any] | None = None
-    """SIB-200 (the fields of `ramoe_megatron.data.benchmarks.sib200.SibConfig`): `source` is the folder of the languages."""
+    """Settings of SIB-200: the fields of `ramoe_megatron.data.benchmarks.sib200.SibConfig`. `source` is the
+    folder that holds a folder per language."""
     files: Names | None = None
-    """Parallel JSONL: files, folders, or a hub name."""
+    """Parallel JSONL: files, folders, or the name of a data set on the Hugging Face hub."""
     general: Names | None = None
-    """General English text for the expert profile (needed with `files`; the generated data bring their own)."""
+    """General English text for the expert profile. Required with `files`; generated data include it."""
     pretrain: Names | None = None
-    """What the base model is trained on (with `files` and `pretrain`; the generated data bring their own)."""
+    """Text to train the base model on. Required with `files` and `pretrain`; generated data include it."""
     columns: dict[str, str] = {}
-    """Field of the parallel format -> the files' own column."""
+    """Field of the parallel format -> column in the files."""
     weights: dict[str, NonNegativeFloat] = {}
-    """Pattern TASK/LANGUAGE -> share of the fine-tuning samples; without it, seeded epochs over all examples."""
+    """Pattern TASK/LANGUAGE -> share of the fine-tuning samples. Default: seeded epochs over all examples."""
     pretrain_weights: dict[str, NonNegativeFloat] = {}
-    """The same for the base model's training; without it, those that the generated data bring along."""
+    """Pattern TASK/LANGUAGE -> share of the base model's training samples. Default: the shares of the
+    generated data."""
     anchor: str | None = None
-    """The language whose routing is the target; "en" when left out ("eng_Latn" for SIB-200)."""
+    """The language whose routing is the target. Default: "en", or "eng_Latn" with `sib200`."""
     languages: Names | None = None
-    """Target languages; all that the data hold when left out."""
+    """Target languages. Default: all that the data contain."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         given = [name for name in ("world", "sib200", "files") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of world, sib200 and files; found {', '.join(given) or 'none of them'}")
+            raise ValueError(
+                f"give exactly one of world, sib200 and files; found {', '.join(given) or 'none of them'}"
+            )
         if self.files is not None and not self.general:
-            raise ValueError("files needs general: English text that the task experts are told apart from")
+            raise ValueError(
+                "files needs general: general English text, against which the task experts are found"
+            )
         if self.files is None and (self.general or self.pretrain):
             raise ValueError(f"general and pretrain belong to files; {given[0]} brings its own")
         if self.sib200 is not None and not isinstance(self.sib200.get("source"), str):
-            raise ValueError("sib200 needs source: the folder of the languages, as downloaded")
+            raise ValueError("sib200 needs source: the folder that holds a folder per language")
         return self
 
     @property
     def anchor_language(self) -> str:
-        """The anchor, resolved."""
-        return self.anchor or str((self.sib200 or {}).get("anchor") or ("en" if self.sib200 is None else "eng_Latn"))
+        """The anchor, with its default filled in."""
+        return self.anchor or str(
+            (self.sib200 or {}).get("anchor") or ("en" if self.sib200 is None else "eng_Latn")
+        )
 
 
 class OptionsSection(Section):
-    """A section whose keys are the fields of an options' dataclass."""
+    """A section whose keys are the fields of an option dataclass."""
 
     made_of: ClassVar[type]
 
     def options(self, **files: str | None) -> Any:
-        """The dataclass of these keys and of the files that the plan names. Raises RamoeError by its own rules."""
+        """The option dataclass of these keys and of the files that the plan names.
+
+        Raises RamoeError by the dataclass's own rules.
+        """
         names = {field.name for field in dataclasses.fields(self.made_of)}  # type: ignore[arg-type]
-        return self.made_of(**{**{name: getattr(self, name) for name in type(self).model_fields if name in names}, **files})
+        return self.made_of(
+            **{**{name: getattr(self, name) for name in type(self).model_fields if name in names}, **files}
+        )
 
 
 def _no_boolean(value: Any) -> Any:
-    """Without this, true would be the number 1."""
+    """Reject booleans, because true would pass as the number 1."""
     if isinstance(value, bool):
         raise ValueError("expected a number or a word")
     return value
 
 
 def section_of(options: type, without: Collection[str] = ()) -> Any:
-    """The section of an options' dataclass: a key for each field, but for those that name files of the run folder."""
+    """The section of an option dataclass, with a key for each field except those `without` a key, which name
+    files."""
     hints = get_type_hints(options)
     keys: dict[str, Any] = {}
     for field in dataclasses.fields(options):
         if field.name not in without:
             hint = hints[field.name]
             plain = hint is bool or bool in get_args(hint)
-            keys[field.name] = (hint if plain else Annotated[hint, BeforeValidator(_no_boolean)], field.default)
+            keys[field.name] = (
+                hint if plain else Annotated[hint, BeforeValidator(_no_boolean)],
+                field.default,
+            )
     made = create_model(f"{options.__name__}Section", __base__=OptionsSection, **keys)
     made.made_of = options  # type: ignore[attr-defined]
     return made
@@ -159,15 +184,17 @@ SteeringKeys: Any = section_of(SteeringOptions, without=("steering",))
 
 
 class AlignmentSection(AlignmentKeys):
-    """The alignment loss: `--ramoe-NAME`; the plan names the files. `layers: outside` alone means outside the recipe's own layers."""
+    """The alignment loss (`--ramoe-NAME`). The plan names the files. `layers: outside`, without a range,
+    means the layers outside the recipe's own `layers`."""
 
     layer_weights: Literal["equal", "divergence"] = "equal"
-    """divergence: weigh the layers by the profile's divergence curve (`--ramoe-layer-weights`)."""
+    """divergence: weight the layers by the divergence curve of the profile (`--ramoe-layer-weights`)."""
     select_tokens: Literal["all", "prompt", "response", "last"] = "all"
-    """Tokens of the task data whose counts choose the task experts; all is the paper's, the others are our own."""
+    """Tokens of the task data that are counted to select the task experts. all is the paper's choice; the
+    others are ours."""
     anchors: Names = []
-    """Further anchor languages after data.anchor, in this order: each example is pulled to the first that the model answers it
-    correctly in (target: example; our own)."""
+    """Further anchor languages, in order of preference after data.anchor. Each example is pulled to the first
+    one in which the model answers it correctly. Needs `target: example` (our own option)."""
 
     @field_validator("anchors")
     @classmethod
@@ -175,7 +202,9 @@ class AlignmentSection(AlignmentKeys):
         if len(set(anchors)) < len(anchors):
             raise ValueError(f"names one twice: {', '.join(anchors)}")
         if odd := [name for name in anchors if not re.fullmatch(r"\w[\w.-]*", name)]:
-            raise ValueError(f"{odd[0]!r} would name a folder of the run: expected letters, digits, _, . and -")
+            raise ValueError(
+                f"{odd[0]!r} names a folder of the run: expected only letters, digits, _, . and -"
+            )
         return anchors
 
     def options(self, **files: str | None) -> RoutingAlignmentConfig:
@@ -184,32 +213,58 @@ class AlignmentSection(AlignmentKeys):
 
 
 class SelectionSection(SelectionKeys):
-    """Which weights train (`--ramoe-NAME`); the rest is frozen."""
+    """Which weights are trained (`--ramoe-NAME`). All others are frozen."""
 
 
 class SteeringSection(SteeringKeys):
     """Routing steering at inference (`--ramoe-NAME`; arXiv 2510.04694)."""
 
     search: bool = False
-    """Search tau, strength and the layers (those of `zones`) on the validation split instead."""
+    """Search tau, strength and layers (the ranges in `zones`) on the validation split, instead of fixing
+    them."""
     zones: Names | None = None
-    """search: ranges of layers to try, such as [auto, 0.25-0.75]; `steer-layers` alone when left out."""
+    """With `search`: ranges of layers to try, such as [auto, 0.25-0.75]. Default: only `steer-layers`."""
 
     @model_validator(mode="after")
     def _searched(self) -> Self:
         if self.zones and not self.search:
-            raise ValueError("steering.zones are what a search tries: set steering.search, or give steer-layers")
+            raise ValueError(
+                "steering.zones is a list for the search: set steering.search, or give steer-layers instead"
+            )
         return self
 
 
-WARNING_SECONDS = 300  # between the warning signal and the time limit: time for a checkpoint
+WARNING_SECONDS = 300  # between the warning and the time limit, for saving a checkpoint
 KINDS = (
-    "data", "pretrain", "taxonomy", "profile", "priors", "anchors", "predict", "steer", "finetune", "evaluate", "results", "report",
-)  # fmt: skip
-# Options of sbatch that a stage's job sets itself; each with what is meant instead.
+    "data",
+    "pretrain",
+    "taxonomy",
+    "profile",
+    "priors",
+    "anchors",
+    "predict",
+    "steer",
+    "finetune",
+    "evaluate",
+    "results",
+    "report",
+)
+# Options of sbatch that a stage's job sets itself, each with what to do instead.
 _OWN = "leave it out"
 RESERVED_SBATCH = {
-    **dict.fromkeys(("dependency", "kill-on-invalid-dep", "parsable", "output", "open-mode", "requeue", "no-requeue", "job-name"), _OWN),
+    **dict.fromkeys(
+        (
+            "dependency",
+            "kill-on-invalid-dep",
+            "parsable",
+            "output",
+            "open-mode",
+            "requeue",
+            "no-requeue",
+            "job-name",
+        ),
+        _OWN,
+    ),
     **dict.fromkeys(("array", "wrap", "chdir", "hold", "clusters"), _OWN),
     "nodes": "use launch.nodes",
     "ntasks-per-node": "one task a node starts launch.ranks-per-node ranks",
@@ -220,24 +275,35 @@ RESERVED_SBATCH = {
 def _sbatch(options: dict[str, FlagValue]) -> dict[str, FlagValue]:
     for name, value in options.items():
         if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-            raise ValueError(f"{name!r} is no option of sbatch: write its long name without the leading dashes, such as partition")
+            raise ValueError(
+                f"{name!r} is not an option of sbatch: write its long name without the leading dashes, "
+                "such as partition"
+            )
         if name in RESERVED_SBATCH:
             raise ValueError(f"{name} is set by the job itself; {RESERVED_SBATCH[name]}")
         if name == "signal" and not re.fullmatch(r"USR1@[0-9]+", str(value)):
-            raise ValueError(f"signal: expected USR1@SECONDS, the warning that makes a job save before its time limit; found {value!r}")
+            raise ValueError(
+                "signal: expected USR1@SECONDS, the warning that makes a job save before its time limit; "
+                f"found {value!r}"
+            )
         if isinstance(value, list):
             raise ValueError(f"{name}: expected one value, as sbatch takes it; found a list")
     return options
 
 
 def _seconds(time: FlagValue) -> int | None:
-    """A time limit as sbatch takes it (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S), in seconds; None for what is no number, such as UNLIMITED."""
+    """A time limit in seconds, from sbatch's formats M, M:S, H:M:S, D-H, D-H:M and D-H:M:S.
+
+    None for a value that is no number, such as UNLIMITED.
+    """
     days, _, rest = str(time).rpartition("-")
     if not re.fullmatch(r"\d*", days) or not re.fullmatch(r"\d+(:\d+){0,2}", rest):
         return None
     parts = [int(part) for part in rest.split(":")]
-    # after days, hours come first; without, a single number is minutes, and two are minutes and seconds
-    hours, minutes, seconds = [*parts, 0, 0][:3] if days else {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    # After days, hours come first. Without days, one number is minutes, and two are minutes and seconds.
+    hours, minutes, seconds = (
+        [*parts, 0, 0][:3] if days else {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    )
     return (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds
 
 
@@ -245,55 +311,59 @@ SbatchOptions = Annotated[dict[str, FlagValue], AfterValidator(_sbatch)]
 
 
 class Slurm(Section):
-    """What `--launcher slurm` asks Slurm for, one job a stage."""
+    """Resources that `--launcher slurm` requests. Each stage is one job."""
 
     sbatch: SbatchOptions = {}
-    """Options of sbatch by their long names without the dashes, such as partition, account, time, gpus-per-node."""
+    """Options of sbatch by their long names without dashes, such as partition, account, time, gpus-per-node.
+    """
     stages: dict[str, SbatchOptions] = {}
-    """Kind of stage (`finetune`) -> options that differ for it."""
+    """Kind of stage, such as `finetune` -> options that differ for it."""
 
     @field_validator("stages")
     @classmethod
     def _kinds(cls, stages: dict[str, Any]) -> dict[str, Any]:
         if unknown := sorted(set(stages) - set(KINDS)):
-            raise ValueError(f"{unknown[0]!r} is no kind of stage; expected one of {', '.join(KINDS)}")
+            raise ValueError(f"{unknown[0]!r} is not a kind of stage; expected one of {', '.join(KINDS)}")
         return stages
 
     @model_validator(mode="after")
     def _time_to_work(self) -> Self:
         for kind in KINDS:
             options = {**self.sbatch, **self.stages.get(kind, {})}
-            limit, warning = _seconds(options.get("time")), int(str(options.get("signal", f"USR1@{WARNING_SECONDS}")).partition("@")[2])
+            limit, warning = (
+                _seconds(options.get("time")),
+                int(str(options.get("signal", f"USR1@{WARNING_SECONDS}")).partition("@")[2]),
+            )
             if limit is not None and limit <= warning:
                 raise ValueError(
-                    f"a {kind} job with the time limit {options['time']} would be warned at its start: signal is USR1@{warning}, "
-                    f"{warning} s before the limit; raise time, or lower signal"
+                    f"a {kind} job with the time limit {options['time']} would be warned at its start: "
+                    f"signal is USR1@{warning}, {warning} s before the limit; raise time, or lower signal"
                 )
         return self
 
     setup: list[str] = []
-    """Shell lines at the start of each job, such as `module load cuda`."""
+    """Shell lines that each job runs first, such as `module load cuda`."""
     python: str | None = None
-    """Python on the nodes (in the container); by default the one that submits."""
+    """Python on the nodes, or in the container. Default: the Python that submits."""
     container_image: str | None = None
     """Image for pyxis/enroot (`srun --container-image`)."""
     container_mounts: Names = []
-    """HOST:INSIDE pairs; the run folder and the data need their host paths inside too."""
+    """HOST:INSIDE pairs. The run folder and the data must have the same paths inside as on the host."""
 
 
 class Launch(Section):
-    """The processes that every Megatron stage is started with."""
+    """The processes of every Megatron stage."""
 
     ranks_per_node: PositiveInt = 1
     """Ranks on each node."""
     nodes: PositiveInt = 1
-    """Nodes."""
+    """Number of nodes."""
     launcher: Literal["local", "slurm"] = "local"
-    """local: here, one stage after another; slurm: one job a stage, submitted as a chain."""
+    """local: run the stages here, one after another. slurm: submit a chain of jobs, one for each stage."""
     at_once: PositiveInt = 1
-    """local: stages that run side by side where none waits for another, such as the fine-tunes. They share the cores (GPUs are not dealt
-    out: with GPUs, leave it at 1)."""
+    """With `launcher: local`, how many independent stages, such as fine-tuning runs, run side by side. They
+    share the cores. GPUs are not divided among them: with GPUs, leave it at 1."""
     slurm: Slurm = Slurm()
-    """What `launcher: slurm` asks for."""
+    """Settings of `launcher: slurm`."""
     batch_tokens: PositiveInt | None = None
-    """Tokens of a micro-batch on one rank, in the stages that score; the jobs' own default when left out."""
+    """Tokens of a micro-batch on one rank in the stages that score. Default: the jobs' own default."""

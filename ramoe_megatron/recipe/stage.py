@@ -1,4 +1,4 @@
-"""A stage of a recipe: a command, what it reads, what it writes."""
+"""A stage of a recipe: a command, its inputs and its outputs."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ JOBS = "ramoe_megatron.jobs"
 
 
 def log_of(name: str) -> Path:
-    """Place of a stage's log in the run folder."""
+    """Path of a stage's log in the run folder."""
     return Path("logs") / f"{name.replace('/', '-')}.log"
 
 
@@ -18,29 +18,30 @@ def log_of(name: str) -> Path:
 class Stage:
     """One step of a run.
 
-    `settings` is what, of the command, bears on the result: a change in it outdates the stage. Paths inside the run
-    folder and the parallel layout do not belong to it.
+    `settings` are the parts of the command that affect the result. When they change, the stage has to run
+    again. Paths inside the run folder and the parallel layout are no settings.
     """
 
     name: str
     """Such as "taxonomy" or "finetune/sft-seed1"."""
     command: tuple[str, ...]
-    """Module and arguments: what follows `python -m`."""
+    """Module and arguments, as after `python -m`."""
     settings: Any
     inputs: tuple[Path, ...] = ()
     outputs: tuple[Path, ...] = ()
     traces: tuple[Path, ...] = ()
-    """What it also writes (TensorBoard curves): moved aside with the outputs, but neither required nor read by other
-    stages."""
+    """Further outputs, such as TensorBoard curves. They are moved aside with the outputs, but no stage
+    requires or reads them."""
     weights: Path | None = None
-    """JSON file of sampling weights (PATTERN -> share) that the generated data bring along; given as --ramoe-weights
-    when it exists."""
+    """JSON file of sampling weights (PATTERN -> share) that the generated data include. It is passed as
+    --ramoe-weights if it exists."""
     ranks: int = 1
-    """Ranks per node; 0 for a stage that runs as one plain process, without torchrun."""
+    """Ranks per node. 0: the stage runs as one plain process, without torchrun."""
     nodes: int = 1
 
     def arguments(self) -> tuple[str, ...]:
-        """`command` with the weights of the generated data, which exist only once the stage before has run."""
+        """`command` with the weights of the generated data, a file that exists only once the data stage has
+        run."""
         if self.weights is None or not self.weights.is_file():
             return self.command
         pairs = read_json(self.weights)
@@ -48,12 +49,12 @@ class Stage:
 
     @property
     def kind(self) -> str:
-        """The part of the name before the slash: what `--from` and `--until` name."""
+        """The part of the name before the slash, which `--from` and `--until` may name."""
         return self.name.partition("/")[0]
 
     @property
     def log(self) -> Path:
-        """Place of the log in the run folder."""
+        """Path of the log in the run folder."""
         return log_of(self.name)
 
     def document(self) -> dict[str, Any]:
@@ -66,7 +67,7 @@ class Stage:
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> Self:
-        """The stage that `document` was made of."""
+        """The stage from the result of `document`."""
         paths = {name: tuple(map(Path, document[name])) for name in _PATHS}
         weights = Path(document["weights"]) if document["weights"] else None
         return cls(**document | paths | {"command": tuple(document["command"]), "weights": weights})

@@ -1,4 +1,4 @@
-"""Running the stages of a plan on this machine: in order, or several at once where none waits for another."""
+"""Runs the stages of a plan on this machine, in order or side by side where they are independent."""
 
 import os
 import threading
@@ -21,7 +21,7 @@ from ramoe_megatron.recipe.stage import Stage
 
 
 class StageFailed(Exception):
-    """A stage that ended with an error: `text` for the console, `status` for the shell."""
+    """A stage ended with an error. `text` is for the console, `status` for the shell."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -39,12 +39,13 @@ def run_stages(
     leader: Leader | None = None,
     at_once: int = 1,
 ) -> None:
-    """Run plan[begin:end], each stage unless its result stands; `force_first` runs the first one in any case.
+    """Run plan[begin:end], skipping each stage whose result is up to date.
 
-    With `at_once` above 1 (one node), that many stages run side by side where none reads what another of them writes; they share the cores.
-    A stage that fails lets those that run beside it end, and starts no other.
+    With `force_first`, the first stage runs in any case. With `at_once` above 1 (one node only), that many
+    stages run side by side if none reads what another one writes; they share the cores. When a stage fails,
+    the stages beside it finish and no other stage starts.
 
-    Raises RamoeError when a stage's input is missing, StageFailed when a stage fails.
+    Raises RamoeError when a stage's input is missing, and StageFailed when a stage fails.
     """
     forks = place.nodes == 1 and cuda_devices(os.environ) is None
     with RunConsole(console, len(plan)) as shown, ForkServer() as server:
@@ -62,29 +63,37 @@ def run_stages(
 
 
 class _Runner:
-    """What the stages of one run share. Its lock guards the manifest and the console; the stages themselves run outside it."""
+    """The state that the stages of a run share. Its lock guards manifest and console, not the stages."""
 
     def __init__(
-        self, plan: Sequence[Stage], manifest: Manifest, shown: RunConsole, place: Place, leader: Leader | None, forced: str | None,
-        at_once: int, server: ForkServer | None,
-    ) -> None:  # fmt: skip
+        self,
+        plan: Sequence[Stage],
+        manifest: Manifest,
+        shown: RunConsole,
+        place: Place,
+        leader: Leader | None,
+        forced: str | None,
+        at_once: int,
+        server: ForkServer | None,
+    ) -> None:
         self.plan, self.manifest, self.shown, self.place = plan, manifest, shown, place
         self.leader, self.forced, self.at_once, self.server = leader, forced, at_once, server
         self.lock, self.stop = threading.RLock(), threading.Event()
 
     def run(self, number: int, stage: Stage, beside: int = 1) -> None:
-        """Run one stage unless its result stands. `beside`: stages that share the cores, itself included."""
+        """Run one stage unless its result is up to date. `beside`: stages that share the cores, itself
+        included."""
         with self.lock:
             if not self._begins(number, stage):
                 return
         try:
             outcome = self._launch(number, stage, beside)
-        except Exception:  # Ctrl-C leaves it as started: "interrupted before"
+        except Exception:  # not for Ctrl-C: the record stays at "started", which means interrupted
             with self.lock:
                 self.manifest.fail(stage)
             raise
         with self.lock:
-            if outcome.unfinished:  # stays as started: "interrupted before"
+            if outcome.unfinished:  # the record stays at "started", which means interrupted
                 raise StageFailed(f"stage {stage.name} is unfinished: {outcome.unfinished}", outcome.status)
             if outcome.status:
                 self.manifest.fail(stage)
@@ -130,7 +139,7 @@ class _Runner:
 
 
 def _run_at_once(runner: _Runner, stages: list[tuple[int, Stage]], at_once: int) -> None:
-    """Start each stage, in the plan's order, once no stage that has not ended makes what it reads."""
+    """Start each stage, in the plan's order, once no waiting or running stage writes what it reads."""
     waiting, running = list(stages), dict[Future[None], Stage]()
     with ThreadPoolExecutor(at_once) as pool:
         try:
@@ -143,7 +152,8 @@ def _run_at_once(runner: _Runner, stages: list[tuple[int, Stage]], at_once: int)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[future]
                     future.result()
-        except KeyboardInterrupt:  # a stage that failed is not one: what runs beside it ends by itself as the pool is left
+        except KeyboardInterrupt:
+            # Not after a failure: leaving the pool waits for the stages that run beside the failed one.
             runner.stop.set()
             raise
 
@@ -159,7 +169,7 @@ def _ready(waiting: Sequence[tuple[int, Stage]], running: Iterable[Stage]) -> li
 
 
 def check_inputs(stage: Stage, plan: Sequence[Stage], manifest: Manifest, made: Sequence[Stage] = ()) -> None:
-    """Raises RamoeError for an input that does not exist. `made`: stages that will have run before it."""
+    """Raise RamoeError for an input that does not exist. `made`: stages that will have run before."""
     for path in stage.inputs:
         if path.exists() or path == stage.weights or any(path in other.outputs for other in made):
             continue
@@ -172,4 +182,7 @@ def _failure(stage: Stage, folder: Path, lines: Sequence[str], status: int) -> S
     text, mendable = relevant_lines(lines)
     body = "\n".join(f"  {line}" for line in text)
     where = f"  log: {folder / stage.log}"
-    return StageFailed(f"stage {stage.name} failed (exit status {status}):\n{body}\n{where}", 2 if status == 2 or mendable else 1)
+    return StageFailed(
+        f"stage {stage.name} failed (exit status {status}):\n{body}\n{where}",
+        2 if status == 2 or mendable else 1,
+    )

@@ -1,4 +1,4 @@
-"""`ramoe status RUN`: each stage's state, job, nodes, last iteration and last log line, from the run folder and Slurm's queue."""
+"""`ramoe status RUN`: the state of each stage, from the run folder and from Slurm's queue."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -15,8 +15,14 @@ from ramoe_megatron.recipe.manifest import Entry, Manifest
 from ramoe_megatron.recipe.output import parse_progress, relevant_lines
 from ramoe_megatron.recipe.stage import log_of
 
-TAIL = 1 << 16  # bytes of a log that are read
-COLOURS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow", "cancelled": "yellow"}
+TAIL = 1 << 16  # bytes read at the end of a log
+COLOURS = {
+    "done": "green",
+    "running": "cyan",
+    "failed": "red",
+    "interrupted": "yellow",
+    "cancelled": "yellow",
+}
 
 
 @dataclass(frozen=True)
@@ -25,22 +31,26 @@ class StageStatus:
 
     name: str
     state: str
-    """done, running, waiting, requeued, failed, interrupted, cancelled, not run, unknown, or one of Slurm's own, such as suspended."""
+    """done, running, waiting, requeued, failed, interrupted, cancelled, not run, unknown, or a state of
+    Slurm's, such as suspended."""
     job: str = ""
     nodes: str = ""
     progress: str = ""
     """Such as "37/72 iterations"."""
     line: str = ""
-    """The last line of its log, or why it waits."""
+    """The last line of the log, or why the stage waits."""
 
 
 def run_status(folder: Path) -> list[StageStatus]:
-    """The stages that ran or were submitted, in the order of the chain and then of their start.
+    """The stages that ran or were submitted: first those of the chain in its order, then the others.
 
-    Raises RamoeError when `folder` is no run folder. Where Slurm cannot be asked, a job that has not ended well is "unknown".
+    Raises RamoeError when `folder` is no run folder. Where Slurm cannot be asked, a job is "unknown" unless
+    it is recorded as done.
     """
     if not (folder / "manifest.json").is_file():
-        raise RamoeError(f"{folder} holds no manifest.json, so it is no run folder: give the --out of `ramoe run`")
+        raise RamoeError(
+            f"{folder} holds no manifest.json, so it is no run folder: give the --out of `ramoe run`"
+        )
     entries = Manifest(folder, None).stages
     jobs = chain.submitted(folder)
     try:
@@ -53,41 +63,57 @@ def run_status(folder: Path) -> list[StageStatus]:
 
 
 def _held(folder: Path) -> bool:
-    """Whether a local `ramoe run` is at work in the folder."""
+    """Whether a local `ramoe run` is running in the folder."""
     lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         return True
-    except OSError:  # somebody else's folder
+    except OSError:  # a folder of another user
         return False
     lock.release()
     return False
 
 
 def _stage(
-    folder: Path, name: str, entry: Entry | None, job: int | None, queue: Mapping[int, slurm.Queued] | None, held: bool
+    folder: Path,
+    name: str,
+    entry: Entry | None,
+    job: int | None,
+    queue: Mapping[int, slurm.Queued] | None,
+    held: bool,
 ) -> StageStatus:
     queued = queue.get(job) if job is not None and queue is not None else None
-    ours = entry is not None and (job is None or entry.job == str(job))  # not the record of an attempt before this job
+    # A record from before this job does not describe it.
+    ours = entry is not None and (job is None or entry.job == str(job))
     lines = _tail(folder / log_of(name)) if entry else []
     progress, line = _told(lines)
-    if entry and not progress:  # Megatron's last rank tells the iterations, on another node where there are several
+    # Megatron prints the iterations on its last rank, which may be on another node.
+    if entry and not progress:
         logs = (folder / "logs").glob(f"{log_of(name).stem}.node-*.log")
         progress = next((told for log in sorted(logs, reverse=True) if (told := _told(_tail(log))[0])), "")
     number = str(job) if job is not None else (entry.job if entry and entry.job else "")
     nodes = queued.nodes if queued and queued.nodes else (entry.nodes if entry and entry.nodes else "")
     if queued and queued.state == "PENDING":
         state = "requeued" if ours and entry and entry.state == "started" else "waiting"
-        return StageStatus(name, state, number, "", progress if state == "requeued" else "", _WHY.get(queued.why, queued.why))
+        return StageStatus(
+            name, state, number, "", progress if state == "requeued" else "", _WHY.get(queued.why, queued.why)
+        )
     if queued and not (ours and entry and entry.state == "done"):
         running = queued.state in ("RUNNING", "COMPLETING", "CONFIGURING")
-        return StageStatus(name, "running" if running else queued.state.lower(), number, nodes, progress, line)
+        return StageStatus(
+            name, "running" if running else queued.state.lower(), number, nodes, progress, line
+        )
     if queue is None and not (ours and entry and entry.state == "done"):
         return StageStatus(name, "unknown", number, nodes, progress, "Slurm cannot be asked from here")
     if entry is None or not ours:
-        if entry and entry.state == "done" and (folder / log_of(name).with_suffix(f".slurm-{job}.out")).exists():
-            return StageStatus(name, "done", number, nodes, progress, line)  # the job found that the result stands
+        if (
+            entry
+            and entry.state == "done"
+            and (folder / log_of(name).with_suffix(f".slurm-{job}.out")).exists()
+        ):
+            # The job found the result up to date.
+            return StageStatus(name, "done", number, nodes, progress, line)
         return _without_record(folder, name, job)
     if entry.state == "started":
         return StageStatus(name, "running" if held else "interrupted", number, nodes, progress, line)
@@ -107,18 +133,25 @@ _WHY = {
 
 
 def _without_record(folder: Path, name: str, job: int | None) -> StageStatus:
-    """A stage that never began: its job ended before (doctor found something), or never started."""
+    """A stage that never began: its job ended before (`ramoe doctor` found a fault), or never started."""
     if job is None:
         return StageStatus(name, "not run")
     path = folder / log_of(name).with_suffix(f".slurm-{job}.out")
     said = [line for line in _tail(path) if line.strip()]
     if said:
-        return StageStatus(name, "failed", str(job), line=next((line for line in said if "ramoe: error" in line), said[-1]))
-    return StageStatus(name, "cancelled", str(job), line="never started: a stage before it failed, or it was taken out of the queue")
+        return StageStatus(
+            name, "failed", str(job), line=next((line for line in said if "ramoe: error" in line), said[-1])
+        )
+    return StageStatus(
+        name,
+        "cancelled",
+        str(job),
+        line="never started: a stage before it failed, or the job was taken out of the queue",
+    )
 
 
 def _told(lines: list[str]) -> tuple[str, str]:
-    """The last progress and the last other line of a log's end."""
+    """The last progress and the last other line in the end of a log."""
     progress, other = "", ""
     for line in lines:
         if told := parse_progress(line):
@@ -134,7 +167,8 @@ def _tail(path: Path) -> list[str]:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
         lines = deque(file.read().decode(errors="replace").splitlines(), 400)
-    start = max((place for place, line in enumerate(lines) if line.startswith("=== ")), default=-1)  # the last attempt's header
+    # The header of the last attempt.
+    start = max((place for place, line in enumerate(lines) if line.startswith("=== ")), default=-1)
     return list(lines)[start + 1 :]
 
 
@@ -147,5 +181,7 @@ def status_table(stages: list[StageStatus]) -> Table:
     table.add_column("last line", no_wrap=True, overflow="ellipsis", ratio=1)
     for s in stages:
         colour = COLOURS.get(s.state, "dim")
-        table.add_row(s.name, f"[{colour}]{s.state}[/{colour}]", s.job, s.nodes, escape(s.progress), escape(s.line))
+        table.add_row(
+            s.name, f"[{colour}]{s.state}[/{colour}]", s.job, s.nodes, escape(s.progress), escape(s.line)
+        )
     return table

@@ -1,10 +1,10 @@
-"""torchrun, silent where a rank has told the user its error.
+"""torchrun, but without its own report after an error that a rank has reported to the user.
 
     python -m ramoe_megatron.recipe.torchrun ARGUMENTS OF TORCHRUN
 
-torchrun adds thirty lines about the rank that failed, and ends with status 1 whatever the rank's own status
-was. After a `RamoeError`, which the rank has printed, nothing is added and the status is 2. In every other
-case this is torchrun.
+torchrun prints thirty lines about the rank that failed, and ends with status 1 whatever the rank's status
+was. After a `RamoeError`, which the rank has printed, this program prints nothing and ends with status 2.
+Otherwise it is torchrun.
 """
 
 import logging

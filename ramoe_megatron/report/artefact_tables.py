@@ -1,4 +1,4 @@
-"""The tables of each artefact: the console, `ramoe inspect` and the pages all show the same ones."""
+"""The tables of each artefact, shared by the console, `ramoe inspect` and the pages."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ from ramoe_megatron.report.vocabulary import (
 
 
 def summary_table(results: Record) -> Table:
-    """The table that `ramoe run` ends with; it fits eighty columns."""
+    """The table at the end of `ramoe run`; it fits eighty columns."""
     groups = {(row["method"], row["group"]): row for row in results["summary"]}
     shown = [row for row in differences(results) if (row["reference"], row["group"]) == ("sft", "target")]
     against = {row["method"]: row for row in shown}
@@ -49,8 +49,8 @@ def summary_table(results: Record) -> Table:
 
 
 def differences(results: Record) -> list[dict[str, Any]]:
-    """Every paired difference of results.json, one form for all: method, reference, group, change, low, high,
-    p, ..."""
+    """Every paired difference in results.json in one form: method, reference, group, change, low, high, p,
+    ..."""
     rows = []
     for row in results["summary"]:
         names = {"method": row["method"], "group": row["group"]}
@@ -67,8 +67,7 @@ def differences(results: Record) -> list[dict[str, Any]]:
 
 
 def differences_table(results: Record) -> Table:
-    """Methods against sft, against the model before fine-tuning, and the first method against its
-    controls."""
+    """Methods against sft and against the base model, and the first method against its controls."""
     rows = []
     for row in differences(results):
         seeds = (seeds_higher(row), f"{row['seeds_lower']} of {row['n']}") if "n" in row else (None, None)
@@ -121,13 +120,13 @@ def runs_table(results: Record) -> Table:
 
 
 def evaluation_table(title: str, rows: Iterable[tuple[str, str, int, int]]) -> Table:
-    """Of task, language, right answers and examples."""
+    """Accuracy from rows of task, language, number of right answers and number of examples."""
     shown = [(task, language, n, share(right, n)) for task, language, right, n in rows]
     return Table(("task", "language", "n", "right, %"), shown, title, (0, 1))
 
 
 def mass_tables(entries: Sequence[Record], keys: tuple[str, ...]) -> list[Table]:
-    """Routing mass by MoE layer, one row an entry; no table without entries."""
+    """Routing mass by MoE layer, with one row for each entry; no table without entries."""
     if not entries:
         return []
     heads = (*keys, *(str(layer) for layer in range(len(entries[0]["mass"]))))
@@ -148,7 +147,7 @@ def taxonomy_table(title: str, pairs: Iterable[Record]) -> Table:
 
 
 def anchors_table(document: Record) -> Table:
-    """Which anchor language the examples of each task are pulled to, and what more than one brings."""
+    """The anchor language of the examples of each task, and the gain from using several anchors."""
     names, keys = document["anchors"], ("none_right", "ci_first", "ci", "ci_gained")
     rows = [
         (row["task"], row["examples"], *(row["chosen"][name] for name in names), *(row[key] for key in keys))
@@ -160,7 +159,7 @@ def anchors_table(document: Record) -> Table:
 
 
 def prediction_parts(document: Record) -> list[Part]:
-    """The verdict in sentences, the table with a last row for all pairs together, and the limits."""
+    """The verdict in sentences, the table with a last row for all pairs, and the limits."""
     verdict, change = document["verdict"], ("transplant_change", "transplant_low", "transplant_high")
     sentences = [f"Verdict: {verdict['word']}. {verdict.get('reading', '')}"] if verdict else []
     if verdict.get("tasks"):
@@ -193,7 +192,7 @@ def prediction_parts(document: Record) -> list[Part]:
 
 
 def steering_table(path: Path, document: Record) -> Table:
-    """The settings of steering that were tried."""
+    """The steering settings that a search tried."""
     rows = [
         (
             steering_setting(path, row),
@@ -211,7 +210,7 @@ def steering_table(path: Path, document: Record) -> Table:
 
 
 def steering_setting(path: Path, entry: Record) -> str:
-    """A setting of steering in a line."""
+    """A steering setting on one line."""
     found = Steering.from_document(entry, path)
     return str(found) if found else "no steering"
 
@@ -220,7 +219,7 @@ def steering_setting(path: Path, entry: Record) -> str:
 
 
 def shape_text(shape: ModelShape) -> str:
-    """The model's shape in a line."""
+    """The model's shape on one line."""
     return (
         f"{shape.num_moe_layers} MoE layers, {shape.num_experts} experts, top-{shape.topk}, "
         f"{shape.score_function} scores, hidden size {shape.hidden_size}"
@@ -228,7 +227,7 @@ def shape_text(shape: ModelShape) -> str:
 
 
 def zone_text(zone: Zone | NoZone, layer_numbers: Sequence[int]) -> str:
-    """The zone in both numberings, or why there is none."""
+    """The zone in both layer numberings, or why there is none."""
     if isinstance(zone, NoZone):
         return f"none ({zone.reason})"
     return (
@@ -238,7 +237,7 @@ def zone_text(zone: Zone | NoZone, layer_numbers: Sequence[int]) -> str:
 
 
 def data_text(entries: Iterable[Mapping[str, str]]) -> str:
-    """The files read, with the start of their digests."""
+    """The files that were read, with the start of their digests."""
     return "\n".join(f"{entry['path']} (sha256 {entry['sha256'][:12]}...)" for entry in entries) or NONE
 
 

@@ -1,4 +1,4 @@
-"""All that the report is made from: what no stage has written yet is None, what is malformed is an error."""
+"""The inputs of a report. An input that no stage has written yet is None; a malformed input is an error."""
 
 import json
 from dataclasses import dataclass, field
@@ -29,12 +29,12 @@ class Evaluation:
     mass: list[dict[str, Any]]
     """{"task", "language", "mass": [one share per MoE layer]}"""
     examples: dict[ExampleKey, bool]
-    """Right or wrong, per example and language."""
+    """Whether the answer is right, by example and language."""
     tasks: dict[ExampleKey, str] = field(default_factory=dict)
     weights_sha256: str | None = None
-    """Digest of the evaluated weights, where the job recorded one."""
+    """Digest of the evaluated weights, if the job recorded one."""
     base: str = ""
-    """Which base model, where several run folders are compared."""
+    """The base model, when several run folders are compared."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class RunInputs:
 
     @property
     def anchor(self) -> str:
-        """The language that the others are aligned with."""
+        """The language with which the others are aligned."""
         data = self.recipe.get("data")
         asked = data.get("anchor") if isinstance(data, dict) else None
         return str((self.taxonomy or {}).get("anchor") or asked or "en")
@@ -73,8 +73,7 @@ class RunInputs:
 
     @property
     def methods(self) -> list[str]:
-        """base first, then SFT, then the recipe's own order; methods that the recipe does not name last, by
-        name."""
+        """The evaluated methods: base, SFT, those of the recipe in its order, then any others by name."""
         found = {evaluation.method for evaluation in self.evaluations}
         order = dict.fromkeys(["base", "sft", *_methods(self.recipe), *sorted(found)])
         return [method for method in order if method in found]
@@ -91,15 +90,25 @@ def load_run(root: Path) -> RunInputs:
     """
     root = Path(root)
     if not root.is_dir():
-        raise RamoeError(f"{root}: no such run folder. Give --run the folder that `ramoe run ... --out` wrote.")
+        raise RamoeError(
+            f"{root}: no such run folder. Give --run the folder that `ramoe run ... --out` wrote."
+        )
     recipe_text = _text(root / "recipe.yaml")
     try:
         recipe = yaml.safe_load(recipe_text) or {}
     except yaml.YAMLError as error:
-        raise RamoeError(f"{root / 'recipe.yaml'}: not readable as YAML ({error}). Run the recipe again.") from error
+        raise RamoeError(
+            f"{root / 'recipe.yaml'}: not readable as YAML ({error}). Run the recipe again."
+        ) from error
     if not isinstance(recipe, dict):
-        raise RamoeError(f"{root / 'recipe.yaml'}: found {type(recipe).__name__}, expected a mapping. Run it again.")
-    experts, divergence, manifest = root / "experts.safetensors", root / "divergence.csv", root / "manifest.json"
+        raise RamoeError(
+            f"{root / 'recipe.yaml'}: found {type(recipe).__name__}, expected a mapping. Run it again."
+        )
+    experts, divergence, manifest = (
+        root / "experts.safetensors",
+        root / "divergence.csv",
+        root / "manifest.json",
+    )
     return RunInputs(
         root=root,
         recipe=recipe,
@@ -150,10 +159,14 @@ def _evaluation(path: Path) -> Evaluation:
                 key = str(row["id"]), str(row["language"])
                 examples[key], tasks[key] = bool(row["correct"]), str(row["task"])
             except (ValueError, KeyError, TypeError) as error:
-                raise RamoeError(f"{lines}:{number}: {error!r}; expected id, task, language, correct.") from error
+                raise RamoeError(
+                    f"{lines}:{number}: {error!r}; expected id, task, language, correct."
+                ) from error
         counted = sum(int(row["n"]) for row in value["rows"])
         if len(examples) != counted:
-            raise RamoeError(f"{lines}: found {len(examples)} examples, {path.name} counts {counted}. Evaluate again.")
+            raise RamoeError(
+                f"{lines}: found {len(examples)} examples, {path.name} counts {counted}. Evaluate again."
+            )
         seed = value["seed"]
         return Evaluation(
             method=str(value["method"]),

@@ -1,7 +1,6 @@
 """Any artefact of a run as tables for the console: ``ramoe inspect FILE``.
 
-Layers are shown by their 0-based place among the MoE layers, with Megatron's own 1-based ``layer_number``
-beside it.
+Layers are shown by their 0-based place among the MoE layers, beside Megatron's 1-based ``layer_number``.
 """
 
 import os
@@ -33,13 +32,11 @@ SHOWN_EXPERTS = 8
 """Experts listed per layer: the chosen ones of largest delta, or those used most."""
 
 
-
-
 def describe(path: str | os.PathLike[str]) -> RenderableType:
-    """Readable tables of an artefact, chosen by its ending and by the format that it names.
+    """Readable tables of an artefact, chosen by its file name suffix and its format entry.
 
     Raises:
-        RamoeError: when the file is missing, malformed, or no artefact of this project.
+        RamoeError: the file is missing, malformed, or not an artefact of this project.
     """
     path = Path(path)
     if path.suffix == ".csv":
@@ -73,7 +70,7 @@ def _head(
     data: Iterable[Mapping[str, str]],
     version: str = "",
 ) -> Table:
-    """What an artefact says of itself, the files that it was made of, and the version that wrote it."""
+    """The artefact's own entries, the files that it was made from, and the version that wrote it."""
     written = {"written by": f"ramoe-megatron {version}"} if version else {}
     return facts_table(f"{path}: {kind}", {**entries, "data": tables.data_text(data), **written})
 

@@ -108,10 +108,10 @@ REPORT_LIMITS = (
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write results.json, plots/*.png and report.html under `run_dir`; returns the page's path.
+    """Write results.json, plots/*.png and report.html to `run_dir`. Returns the page's path.
 
     Raises:
-        RamoeError: no such folder, or a file in it is malformed.
+        RamoeError: the folder does not exist, or a file in it is malformed.
     """
     results = collect(run_dir)
     run = load_run(run_dir)
@@ -121,8 +121,10 @@ def write_report(run_dir: Path) -> Path:
     return page
 
 
-def report_sections(run: RunInputs, results: Mapping[str, Any], plots: Mapping[str, Path]) -> list[PageSection]:
-    """What the page shows; a part whose inputs are missing names the stage that makes them."""
+def report_sections(
+    run: RunInputs, results: Mapping[str, Any], plots: Mapping[str, Path]
+) -> list[PageSection]:
+    """The sections of the page. A part whose inputs are missing names the stage that writes them."""
     figures = {name: _figure(name, run, results, plots.get(name)) for name in FIGURES}
     stages = (run.manifest or {}).get("stages", {})
     missing = "Not there yet: the {} stage makes it."
@@ -143,13 +145,15 @@ def report_sections(run: RunInputs, results: Mapping[str, Any], plots: Mapping[s
             tables.prediction_parts(run.prediction) if run.prediction else [missing.format("predict")],
         ),
         PageSection("limits", "Limits", [Bullets(REPORT_LIMITS)]),
-        PageSection("settings", "Settings", [settings, Table((), list(_versions().items()), "Versions", (0, 1))]),
+        PageSection(
+            "settings", "Settings", [settings, Table((), list(_versions().items()), "Versions", (0, 1))]
+        ),
         PageSection("files", "Stages and files", [_stages_table(stages), files]),
     ]
 
 
 def figure_caption(name: str, run: RunInputs, results: Mapping[str, Any]) -> str:
-    """How to read one figure, with this run's zone, rule and layer numbers filled in."""
+    """How to read one figure, with this run's zone, rule and layer numbers."""
     zone = "No zone is shaded: none was found, or no profile was made."
     rule, layers, numbers = "", "of the model", ""
     if run.experts is not None:
@@ -188,7 +192,7 @@ def _layer_numbers(numbers: list[int]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """What is installed where the report is made; `ramoe run` makes it with the same Python as the stages."""
+    """Installed versions. `ramoe run` makes the report with the Python of the stages."""
     versions = {"ramoe-megatron": package_version(), "Python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -205,8 +209,7 @@ def _stages_table(stages: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _files(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Each file that a stage read or wrote, with its digest; the digest at writing wins over that at
-    reading."""
+    """Each file that a stage read or wrote, with its digest: the one at writing, or else at reading."""
     read = {path: digest for s in stages.values() for path, digest in s.get("inputs", {}).items() if digest}
     return read | {path: digest for s in stages.values() for path, digest in s.get("outputs", {}).items()}
 
@@ -215,7 +218,7 @@ def _files(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def run_findings(run: RunInputs, results: Mapping[str, Any]) -> list[str]:
-    """What came out, in a few sentences made from the tables."""
+    """The results in a few sentences, made from the tables."""
     if not results["summary"]:
         return ["Nothing has been evaluated in this run folder yet, so there are no results to sum up."]
     found = tables.differences(results)
@@ -239,7 +242,7 @@ def run_findings(run: RunInputs, results: Mapping[str, Any]) -> list[str]:
 
 
 def _correlations(results: Mapping[str, Any], over: str) -> list[str]:
-    """r of ci share with the gain over this method, of each method for which r is defined."""
+    """Correlation of ci share with the gain over this method, for each method where it is defined."""
     found = [row for row in results["ci_gain"]["correlations"] if row["over"] == over]
     return [f"{row['method']} {correlation(row)}" for row in found if row["r"] is not None]
 
@@ -260,7 +263,7 @@ def _run_setting(run: RunInputs, results: Mapping[str, Any]) -> str:
 
 
 def _run_difference(row: Record) -> str:
-    """One paired difference, with the number of seeds that agree and what the interval allows to say."""
+    """One paired difference, with the number of seeds that agree and a reading of the interval."""
     told = (
         f"{compared(row['method'], row['reference'], row)}, "
         f"higher with {row['seeds_higher']} of {count(row['n'], 'seed')}."

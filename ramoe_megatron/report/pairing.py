@@ -60,8 +60,14 @@ def pair_up(method: Sequence[Evaluation], reference: Sequence[Evaluation]) -> li
             if own.base == other.base and (own.seed == other.seed or None in (own.seed, other.seed)):
                 found[own.base, other.seed if own.seed is None else own.seed] = own, other
     return [
-        Pair(base, seed, {k: int(own.examples[k]) - int(other.examples[k]) for k in own.examples if k in other.examples})
-        for (base, seed), (own, other) in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0))
+        Pair(
+            base,
+            seed,
+            {k: int(own.examples[k]) - int(other.examples[k]) for k in own.examples if k in other.examples},
+        )
+        for (base, seed), (own, other) in sorted(
+            found.items(), key=lambda item: (item[0][0], item[0][1] or 0)
+        )
     ]
 
 

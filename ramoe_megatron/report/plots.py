@@ -1,6 +1,7 @@
-"""The figures of a run, each a PNG under RUN/plots/, and what all figures share.
+"""The figures of a run, each a PNG in RUN/plots/, and what all figures share.
 
-Colours are Okabe and Ito's; a marker, line style or hatch tells apart what a colour does.
+The colours are those of Okabe and Ito. A marker, line style or hatch repeats each distinction that a colour
+makes.
 """
 
 import functools
@@ -49,15 +50,24 @@ def pyplot() -> Iterator[None]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    settings: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.axisbelow": True, "hatch.linewidth": 0.5}
-    plain_frame: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    settings: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.axisbelow": True,
+        "hatch.linewidth": 0.5,
+    }
+    plain_frame: dict[Any, Any] = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+    }
     with plt.rc_context(settings | plain_frame):
         yield
     plt.close("all")
 
 
 def panels(count: int, width: float, height: float, **options: Any) -> "tuple[Figure, list[Axes]]":
-    """A grid of `count` panels of that size in inches, two in a row (three when there are three)."""
+    """A grid of `count` panels of this size in inches: two in a row, or three when there are three."""
     import matplotlib.pyplot as plt
 
     columns = 3 if count == 3 else min(2, count)
@@ -69,17 +79,20 @@ def panels(count: int, width: float, height: float, **options: Any) -> "tuple[Fi
     for spare in flat[count:]:
         spare.set_visible(False)
     for axis in flat[:count]:
-        axis.tick_params(labelbottom=True, labelleft=True)  # panels that share an axis are read on their own as well
+        # Each panel shows its axis labels, so that it can be read alone.
+        axis.tick_params(labelbottom=True, labelleft=True)
     return figure, flat[:count]
 
 
 def plain(text: str) -> str:
-    """matplotlib reads text between dollar signs as mathematics; names from data are shown as they are."""
+    """Escape dollar signs, between which matplotlib would read text as mathematics."""
     return str(text).replace("$", r"\$")
 
 
 def method_style(method: str, place: int) -> tuple[str, str]:
-    return METHOD_STYLE.get(method, (COLOURS[(place + 3) % len(COLOURS)], MARKERS[(place + 3) % len(MARKERS)]))
+    return METHOD_STYLE.get(
+        method, (COLOURS[(place + 3) % len(COLOURS)], MARKERS[(place + 3) % len(MARKERS)])
+    )
 
 
 def shade_zone(axis: "Axes", run: RunInputs) -> None:
@@ -89,9 +102,10 @@ def shade_zone(axis: "Axes", run: RunInputs) -> None:
 
 
 def from_zero(axes: "Sequence[Axes]") -> None:
-    """Axes that share their scale, from zero to a little above the highest line: called once all lines are
-    drawn, since a limit set
-    earlier would cut off what comes after."""
+    """Let axes that share a scale reach from zero to a little above the highest line.
+
+    Call this after all lines are drawn: an earlier limit would cut off later lines.
+    """
     heights = [np.asarray(line.get_ydata(), dtype=float) for axis in axes for line in axis.get_lines()]
     highest = max((float(height.max()) for height in heights if height.size), default=1.0)
     axes[0].set_ylim(0, 1.08 * highest)
@@ -124,9 +138,13 @@ def language_axis(axis: "Axes", languages: Sequence[str]) -> None:
 
 
 def legend_below(figure: "Figure", axes: "Sequence[Axes]") -> None:
-    handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = {
+        name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     columns = min(4, len(handles))
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8
+    )
 
 
 # --- after training ---
@@ -139,7 +157,9 @@ def accuracy_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | Non
     tasks = unique(row["task"] for row in results["by_pair"])
     languages = language_order(run, (row["language"] for row in rows))
     figure, axes = panels(1 + len(tasks) if len(tasks) > 1 else 1, max(4.4, 1.2 + 0.5 * len(languages)), 2.7)
-    groups = [("all tasks", rows)] + [(task, [r for r in results["by_pair"] if r["task"] == task]) for task in tasks]
+    groups = [("all tasks", rows)] + [
+        (task, [r for r in results["by_pair"] if r["task"] == task]) for task in tasks
+    ]
     for axis, (title, own) in zip(axes, groups, strict=False):
         for place, method in enumerate(results["methods"]):
             found = {row["language"]: row for row in own if row["method"] == method}
@@ -148,7 +168,9 @@ def accuracy_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | Non
             below = [max(0.0, 100 * (row["accuracy"] - row["low"])) for row in found.values()]
             above = [max(0.0, 100 * (row["high"] - row["accuracy"])) for row in found.values()]
             colour, marker = method_style(method, place)
-            axis.errorbar(x, y, yerr=[below, above], fmt=marker, color=colour, ms=4, lw=1, label=plain(method))
+            axis.errorbar(
+                x, y, yerr=[below, above], fmt=marker, color=colour, ms=4, lw=1, label=plain(method)
+            )
         language_axis(axis, languages)
         axis.set(ylim=(-2, 102), ylabel="right answers, %", title=plain(title))
         axis.grid(axis="y", alpha=0.3)
@@ -167,7 +189,9 @@ def mass_layers_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | 
         english = [row["mass"] for row in own if row["method"] == "base" and row["language"] == run.anchor]
         if english:
             curve = [fmean(layer) for layer in zip(*english, strict=True)]
-            axis.plot(range(len(curve)), curve, color="black", ls="--", lw=1.5, label=f"{plain(run.anchor)}, base")
+            axis.plot(
+                range(len(curve)), curve, color="black", ls="--", lw=1.5, label=f"{plain(run.anchor)}, base"
+            )
         for place, method in enumerate(results["methods"]):
             rows = [row["mass"] for row in own if row["method"] == method and row["language"] != run.anchor]
             if rows:
@@ -205,7 +229,7 @@ def mass_languages_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure
 
 
 def in_zone(run: RunInputs, mass: Sequence[float]) -> Sequence[float]:
-    """The layers of the alignment zone; all layers when there is none."""
+    """The mass in the layers of the alignment zone; in all layers when there is none."""
     return mass if run.zone is None else mass[run.zone.first : run.zone.last + 1]
 
 
@@ -245,7 +269,8 @@ def transplant_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | N
 def scatter(
     shown: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], y: str, x: str, x_label: str, y_label: str
 ) -> "Figure":
-    """One panel a method; a point a task-language pair, coloured by task, named by language."""
+    """One panel for each method and one point for each task-language pair, coloured by task, named by
+    language."""
     figure, axes = panels(len(shown), 4.4, 3.2, sharex=True, sharey=True)
     tasks = unique(point["task"] for _, points in shown for point in points)
     for axis, (title, points) in zip(axes, shown, strict=True):
@@ -259,7 +284,7 @@ def scatter(
         axis.margins(0.08)  # room for the names
         axis.grid(alpha=0.3)
     legend_below(figure, axes)
-    figure.draw_without_rendering()  # sets the panels' common scale and size
+    figure.draw_without_rendering()  # sets the common scale and size of the panels
     for axis, (_, points) in zip(axes, shown, strict=True):
         if len(points) <= 30:  # more names would cover each other
             name_points(axis, [(100 * p[x], 100 * p[y], plain(p["language"])) for p in points])
@@ -274,7 +299,9 @@ def name_points(axis: "Axes", points: Sequence[tuple[float, float, str]]) -> Non
     for (across, up), (x, y, name) in zip(marks, points, strict=True):
         width = 4.8 * len(name)
         places = [(right, above) for right in (3, -3 - width) for above in (3, -9)]
-        boxes = [(across + right, up + above, across + right + width, up + above + 7) for right, above in places]
+        boxes = [
+            (across + right, up + above, across + right + width, up + above + 7) for right, above in places
+        ]
         free = [
             all(a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3] for b in taken) for a in boxes
         ]
@@ -333,8 +360,10 @@ def taxonomy_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | Non
 
 
 def shown_pairs(run: RunInputs) -> list[dict[str, Any]]:
-    """The taxonomy of the evaluated split; of the first split when that one was not scored."""
-    pairs = [pair for pair in (run.taxonomy or {}).get("pairs", []) if pair["language"] != run.anchor and pair["n"]]
+    """The taxonomy of the evaluated split, or of the first split when that split was not scored."""
+    pairs = [
+        pair for pair in (run.taxonomy or {}).get("pairs", []) if pair["language"] != run.anchor and pair["n"]
+    ]
     split = run.evaluated_split()
     if pairs and split not in {pair["split"] for pair in pairs}:
         split = pairs[0]["split"]
@@ -349,7 +378,9 @@ def experts_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None
     figure, axes = panels(len(run.experts.tasks), min(7.0, 2.2 + 0.14 * count), min(6.0, 1.5 + 0.2 * layers))
     limit = max(float(abs(delta).max()), 1e-6)
     for task, axis in enumerate(axes):
-        image = axis.imshow(delta[task], cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+        image = axis.imshow(
+            delta[task], cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+        )
         rows, columns = chosen[task].nonzero()
         size = max(4.0, 900 / max(count, 4 * layers))
         axis.scatter(columns, rows, s=size, marker="o", color="black", edgecolor="white", lw=0.6)
@@ -377,13 +408,14 @@ FIGURES: "dict[str, Callable[[RunInputs, Mapping[str, Any]], Figure | None]]" = 
 
 
 def plot_all(run: RunInputs, results: Mapping[str, Any]) -> dict[str, Path]:
-    """Draw every figure whose inputs are there: name -> PNG. An older PNG of a figure without inputs is
-    removed."""
-    return save_all(run.root / "plots", {name: functools.partial(draw, run, results) for name, draw in FIGURES.items()})
+    """Draw every figure with inputs: name -> PNG. The old PNG of a figure without inputs is removed."""
+    return save_all(
+        run.root / "plots", {name: functools.partial(draw, run, results) for name, draw in FIGURES.items()}
+    )
 
 
 def save_all(folder: Path, figures: "Mapping[str, Callable[[], Figure | None]]") -> dict[str, Path]:
-    """Draw and write each: name -> PNG. An older PNG of a figure that has nothing to show is removed."""
+    """Draw and write each figure: name -> PNG. The old PNG of a figure without content is removed."""
     drawn: dict[str, Path] = {}
     for name, draw in figures.items():
         path = folder / f"{name}.png"
@@ -394,6 +426,8 @@ def save_all(folder: Path, figures: "Mapping[str, Callable[[], Figure | None]]")
                 continue
             with atomic_write(path) as temporary:
                 # The format is named because the temporary file's ending is not .png.
-                figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+                figure.savefig(
+                    temporary, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None}
+                )
             drawn[name] = path
     return drawn

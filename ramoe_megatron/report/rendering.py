@@ -1,7 +1,6 @@
-"""What a report is made of (text, tables, figures, code), and the three ways to show it: console, page,
-Markdown.
+"""The parts of a report (text, tables, figures, code), and three ways to show them: console, page, Markdown.
 
-A text from the data is shown as it is, never read as markup.
+Text from the data is shown literally and never read as markup.
 """
 
 import base64
@@ -26,24 +25,24 @@ CellValue = str | int | float | None
 DPI = 144
 """Dots per inch of the figures."""
 NAME_WIDTH = 32
-"""A column of names up to this many characters is not folded: a folded name cannot be read."""
+"""Columns of names up to this many characters are not folded, because folded names are hard to read."""
 
 
 @dataclass(frozen=True)
 class Table:
     kind: ClassVar[str] = "table"
     heads: Sequence[str]
-    """Empty for a table of names and values, which needs no heads."""
+    """Empty for a table of names and values."""
     rows: Sequence[Sequence[CellValue]]
     title: str = ""
     left: Sequence[int] = (0,)
     """Columns of words, left-justified. The others hold numbers."""
     note: str = ""
-    """How to read the table; shown below it."""
+    """How to read the table, shown below it."""
     absent: str = ""
-    """What is shown in place of a table without rows."""
+    """Text shown instead of a table without rows."""
     folded: bool = False
-    """On a page: the table is shown when its title is clicked."""
+    """On a page, the table is shown when its title is clicked."""
 
     @property
     def cells(self) -> list[list[str]]:
@@ -70,7 +69,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG; pages alone show it."""
+    """A PNG, shown only on pages."""
 
     kind: ClassVar[str] = "figure"
     caption: str
@@ -88,14 +87,16 @@ class Figure:
 
     @property
     def width(self) -> int:
-        """In CSS pixels, 96 an inch: the size that the figure was drawn for. Bytes 16 to 20 of a PNG are its
-        width."""
+        """Width in CSS pixels (96 per inch) at the size that the figure was drawn for.
+
+        Bytes 16 to 20 of a PNG hold its width.
+        """
         return int(struct.unpack(">I", self.data[16:20])[0] * 96 // DPI)
 
 
 @dataclass(frozen=True)
 class Links:
-    """Other pages; pages alone show them."""
+    """Links to other pages, shown only on pages."""
 
     kind: ClassVar[str] = "links"
     text: str
@@ -115,7 +116,7 @@ class PageSection:
 
 
 def facts_table(title: str, entries: Mapping[str, CellValue]) -> Table:
-    """Names and values, one a row."""
+    """Names and values, one pair in each row."""
     return Table((), list(entries.items()), title, left=(0, 1))
 
 
@@ -127,7 +128,7 @@ def _cell_text(value: CellValue) -> str:
 
 
 def console(parts: Iterable[Part]) -> RenderableType:
-    """Everything that a console can show, one below the other."""
+    """The parts that a console can show, one below the other."""
     shown: list[RenderableType] = []
     for part in parts:
         if isinstance(part, str):
@@ -165,7 +166,7 @@ def _console_table(table: Table) -> RenderableType:
 
 
 def markdown(title: str, sections: Iterable[PageSection]) -> str:
-    """A document in GitHub's form."""
+    """A document in GitHub's Markdown."""
     blocks = [f"# {_escaped(title)}"]
     for section in sections:
         blocks += [f"## {_escaped(section.title)}", *map(_markdown_part, section.parts)]
@@ -192,7 +193,7 @@ def _markdown_part(part: Part) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Neither markup nor another column."""
+    """Escape text so that it is neither markup nor a new column."""
     return re.sub(r"([\\|<*`])", r"\\\1", " ".join(str(text).split()))
 
 
@@ -200,9 +201,9 @@ def _escaped(text: str) -> str:
 
 
 def html_page(title: str, kind: str, summary: Sequence[str], sections: Sequence[PageSection]) -> str:
-    """One self-contained page: figures are embedded, nothing is loaded from elsewhere, text is escaped.
+    """One self-contained page: figures are embedded, nothing is loaded from elsewhere, and text is escaped.
 
-    `kind`: what the page is, such as "report". `summary`: sentences set off at the top.
+    `kind` is the kind of page, such as "report". `summary` holds sentences set apart at the top.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),

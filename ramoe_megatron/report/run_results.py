@@ -1,5 +1,4 @@
-"""results.json: accuracies with intervals, paired differences, English retention, and ci share against
-gain."""
+"""results.json: accuracies with intervals, paired differences, English retention, ci share against gain."""
 
 import dataclasses
 from collections import defaultdict
@@ -14,7 +13,7 @@ from ramoe_megatron.statistics import pearson, wilson
 
 
 def results_of(run: RunInputs) -> dict[str, Any]:
-    """The contents of results.json from what `run` holds."""
+    """The contents of results.json for `run`."""
     anchor = run.anchor
     by_method = {m: [e for e in run.evaluations if e.method == m] for m in run.methods}
     rows = []
@@ -51,7 +50,7 @@ def results_of(run: RunInputs) -> dict[str, Any]:
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
-    """Build results.json from the run folder's evaluations and taxonomy, write it, and return it."""
+    """Make results.json from the evaluations and the taxonomy of a run folder, write it, and return it."""
     results = results_of(load_run(run_dir))
     save_document(Path(run_dir) / "results.json", "ramoe-results", results)
     return results
@@ -66,7 +65,9 @@ def _summary(by_method: Mapping[str, list[Evaluation]], anchor: str) -> list[dic
             counts = pooled(evaluations, language=languages)
             if counts is None:
                 continue
-            sft, base = (paired_change(evaluations, by_method.get(name, []), languages) for name in ("sft", "base"))
+            sft, base = (
+                paired_change(evaluations, by_method.get(name, []), languages) for name in ("sft", "base")
+            )
             sft = None if method == "base" else sft
             summary.append(
                 {
@@ -89,7 +90,7 @@ def _summary(by_method: Mapping[str, list[Evaluation]], anchor: str) -> list[dic
 
 
 def _comparisons(by_method: Mapping[str, list[Evaluation]], anchor: str) -> list[dict[str, Any]]:
-    """The first method that is not SFT against every later one (its controls), on the target languages."""
+    """The first method that is not SFT against every later method (its controls), on the target languages."""
     first, *others = [method for method in by_method if method not in ("base", "sft")] or [""]
     rows = []
     for other in others:
@@ -100,8 +101,10 @@ def _comparisons(by_method: Mapping[str, list[Evaluation]], anchor: str) -> list
 
 
 def ci_counts(run: RunInputs) -> dict[tuple[str, str], tuple[int, int]]:
-    """ci examples and all examples of each (task, target language) on the evaluated split; on all splits when
-    that one was not scored."""
+    """(task, target language) -> number of ci examples and of all examples, on the evaluated split.
+
+    All splits are counted when the evaluated split was not scored.
+    """
     pairs = [p for p in (run.taxonomy or {}).get("pairs", []) if p["language"] != run.anchor]
     chosen = [p for p in pairs if p["split"] == run.evaluated_split()] or pairs
     counts: dict[tuple[str, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
@@ -112,13 +115,12 @@ def ci_counts(run: RunInputs) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 def ci_shares(run: RunInputs) -> dict[tuple[str, str], float]:
-    """ci share of each (task, target language), of the same examples."""
+    """(task, target language) -> ci share of the same examples."""
     return {key: ci / n for key, (ci, n) in ci_counts(run).items()}
 
 
 def _ci_gain(by_pair: list[dict[str, Any]], run: RunInputs) -> dict[str, Any]:
-    """Pearson's r of ci share with the gain over base, and over SFT, of each method, over task-language
-    pairs."""
+    """Pearson's r of ci share with each method's gain over base and over SFT, over task-language pairs."""
     shares = ci_shares(run)
     accuracy = {(row["method"], row["task"], row["language"]): row["accuracy"] for row in by_pair}
     points, correlations = [], []
@@ -127,13 +129,21 @@ def _ci_gain(by_pair: list[dict[str, Any]], run: RunInputs) -> dict[str, Any]:
             own, base, sft = (accuracy.get((m, task, language)) for m in (method, "base", "sft"))
             if own is None or base is None:
                 continue
-            point = {"task": task, "language": language, "method": method, "ci_share": share, "gain": own - base}
+            point = {
+                "task": task,
+                "language": language,
+                "method": method,
+                "ci_share": share,
+                "gain": own - base,
+            }
             points.append({**point, "gain_over_sft": None if sft is None else own - sft})
         own_points = [p for p in points if p["method"] == method]
         for over, key in (("base", "gain"), ("sft", "gain_over_sft")):
             if not (method == "sft" and over == "sft"):
                 usable = [(p["ci_share"], p[key]) for p in own_points if p[key] is not None]
-                correlations.append({"method": method, "over": over, "n": len(usable), **_correlation(usable)})
+                correlations.append(
+                    {"method": method, "over": over, "n": len(usable), **_correlation(usable)}
+                )
     first = next((c for c in correlations if c["method"] != "sft"), next(iter(correlations), {}))
     return {
         "method": first.get("method"),
@@ -144,6 +154,6 @@ def _ci_gain(by_pair: list[dict[str, Any]], run: RunInputs) -> dict[str, Any]:
 
 
 def _correlation(pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
-    """All None where r is undefined: fewer than three points, or one side constant."""
+    """r with its interval and p; all None for fewer than three points or a constant side."""
     found = pearson([x for x, _ in pairs], [y for _, y in pairs])
     return {name: getattr(found, name, None) for name in ("r", "low", "high", "p")}

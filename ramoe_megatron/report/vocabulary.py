@@ -1,5 +1,5 @@
-"""How a number, a share, an interval, a p-value and "no value" are written, in every table, figure and
-sentence."""
+"""How a number, a share, an interval, a p-value and "no value" are written in all tables, figures and
+sentences."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ Record = Mapping[str, Any]
 NONE = "–"
 """No value."""
 UNTRAINED = "‡"
-"""Set beside a difference between a method that trains nothing and one that trains."""
+"""Mark beside a difference between a method that trains nothing and a method that trains."""
 MEANINGS = {
     "base": "the model before fine-tuning",
     "sft": "plain fine-tuning",
@@ -20,7 +20,7 @@ MEANINGS = {
 
 
 def number(value: float | None, form: str = ".3g") -> str:
-    """The number in this format, with a true minus sign: a hyphen could end a line."""
+    """The number in this format, with a minus sign instead of a hyphen, at which a line could break."""
     return NONE if value is None else f"{value:{form}}".replace("-", "−")
 
 
@@ -32,7 +32,7 @@ def interval(
     form: str = ".1f",
     scale: float = 100,
 ) -> str:
-    """``46.2 [43.1, 49.3]`` from the named entries of `row`; without brackets where an end is missing."""
+    """``46.2 [43.1, 49.3]`` from the named entries of `row`, without brackets when an end is missing."""
     if row is None or row.get(value) is None:
         return NONE
     middle, ends = number(scale * row[value], form), [row.get(low), row.get(high)]
@@ -80,7 +80,7 @@ def correlation(row: Record) -> str:
 
 
 def p_value(p: float | None) -> str:
-    """A p-value in a cell."""
+    """A p-value in a table cell."""
     return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
@@ -90,7 +90,7 @@ def p_phrase(p: float) -> str:
 
 
 def seeds_higher(row: Record | None) -> str:
-    """``9 of 10``: in how many paired runs the difference lies above zero."""
+    """``9 of 10``: the number of paired runs with a difference above zero."""
     return NONE if row is None else f"{row['seeds_higher']} of {row['n']}"
 
 
@@ -106,22 +106,20 @@ def listed(names: Iterable[str]) -> str:
 
 
 def legend(methods: Sequence[str]) -> str:
-    """What the methods with a fixed meaning are, as a sentence; empty without any of them."""
+    """The meaning of the methods that have a fixed one, as a sentence; empty without such methods."""
     known = [f"{method} is {MEANINGS[method]}" for method in methods if method in MEANINGS]
     return f"{'; '.join(known)}." if known else ""
 
 
 def direction(row: Record | None) -> str:
-    """``above``, ``below`` or ``holds zero``, from a difference's interval; ``unknown`` without an
-    interval."""
+    """A difference's interval: ``above``, ``below`` or ``holds zero``; ``unknown`` without an interval."""
     if row is None or row["low"] is None or row["high"] is None:
         return "unknown"
     return "above" if row["low"] > 0 else "below" if row["high"] < 0 else "holds zero"
 
 
 def compared(method: str, other: str, row: Record, where: str = "in the target languages") -> str:
-    """``ra-moe scored 2.0 points higher than sft in the target languages``, with the interval and p in
-    brackets."""
+    """``ra-moe scored 2.0 points higher than sft in the target languages``, then interval and p."""
     size = number(100 * abs(row["change"]), ".1f")
     word = "higher" if row["change"] > 0 else "lower"
     how = "the same as" if size == "0.0" else f"{size} points {word} than"

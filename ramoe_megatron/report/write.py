@@ -1,6 +1,7 @@
 """The last stages of a recipe: `python -m ramoe_megatron.report.write results|report --run DIR`.
 
-`results` makes results.json of the evaluations; `report` makes plots/ and report.html of the whole run folder.
+`results` makes results.json of the evaluations; `report` makes plots/ and report.html of the whole run
+folder.
 """
 
 import argparse
@@ -12,14 +13,16 @@ from ramoe_megatron.errors import RamoeError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the files and print where the report is.
+    """Write the files, and print where the report is.
 
     Returns:
-        The exit status: 2 after a fault in the run folder, which is printed without a traceback.
+        The exit status: 2 after an error in the run folder, which is printed without a traceback.
     """
     parser = argparse.ArgumentParser(prog="ramoe_megatron.report.write", description=__doc__)
     parser.add_argument("what", choices=("results", "report"))
-    parser.add_argument("--run", type=Path, required=True, help="run folder, as written by `ramoe run ... --out DIR`")
+    parser.add_argument(
+        "--run", type=Path, required=True, help="run folder, as written by `ramoe run ... --out DIR`"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.what == "results":

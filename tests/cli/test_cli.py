@@ -1,4 +1,4 @@
-"""The `ramoe` command: what it refuses and how, what a dry run tells, and what `--help` costs."""
+"""The `ramoe` command: its errors, its dry run, and the cost of `--help`."""
 
 import json
 import subprocess
@@ -41,20 +41,29 @@ from click.testing import CliRunner
 from ramoe_megatron.cli import main
 for words in ("", "run", "finetune", "doctor", "anchors"):
     assert CliRunner().invoke(main, [*words.split(), "--help"]).exit_code == 0
-print([name for name in ("torch", "megatron", "datasets", "pydantic", "scipy", "numpy", "rich") if name in sys.modules])
+heavy = ("torch", "megatron", "datasets", "pydantic", "scipy", "numpy", "rich")
+print([name for name in heavy if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_what_the_checkpoint_writer_imports_again_is_light() -> None:
-    code = "import sys, ramoe_megatron.jobs.finetune; print([name for name in ('torch', 'megatron', 'numpy') if name in sys.modules])"
+    code = (
+        "import sys, ramoe_megatron.jobs.finetune; "
+        "print([name for name in ('torch', 'megatron', 'numpy') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_an_error_is_a_text_on_stderr_and_status_2() -> None:
-    done = subprocess.run([sys.executable, "-m", "ramoe_megatron.cli", "run", "absent.yaml"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "ramoe_megatron.cli", "run", "absent.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("ramoe: error: absent.yaml: the recipe cannot be read")
@@ -63,7 +72,9 @@ def test_an_error_is_a_text_on_stderr_and_status_2() -> None:
 
 def test_a_dry_run_tells_each_stage_and_leaves_no_trace(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = ramoe("run", str(recipe), "--out", str(out), "--dry-run", "--set", "seeds=2", "--until", "finetune")
+    result = ramoe(
+        "run", str(recipe), "--out", str(out), "--dry-run", "--set", "seeds=2", "--until", "finetune"
+    )
     assert result.exit_code == 0, result.output
     told = [line.split(":")[0] for line in result.output.splitlines() if not line.startswith(" ")]
     offline = ["data", "pretrain", "taxonomy", "profile", "evaluate/base", "predict"]
@@ -105,10 +116,21 @@ def test_a_run_folder_of_another_recipe_is_refused(recipe: Path, tmp_path: Path)
     assert "holds the results of the recipe 'big', not of 'small'" in result.stderr
 
 
-def test_a_run_checks_flags_once_resolves_the_recipe_and_moves_foreign_evaluations_aside(recipe: Path, tmp_path: Path) -> None:
-    """Real: Megatron's parser is asked, and the data stage builds a small world."""
+def test_a_run_checks_flags_once_resolves_the_recipe_and_moves_foreign_evaluations_aside(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """Runs Megatron's parser, and builds a small world in the data stage."""
     out = tmp_path / "out"
-    words = ["run", str(recipe), "--out", str(out), "--until", "data", "--set", "data.world={max-tokens: 60, vocab-size: 1200}"]
+    words = [
+        "run",
+        str(recipe),
+        "--out",
+        str(out),
+        "--until",
+        "data",
+        "--set",
+        "data.world={max-tokens: 60, vocab-size: 1200}",
+    ]
     first = ramoe(*words)
     assert first.exit_code == 0, first.output
     assert "data runs (not run yet)" in first.output
@@ -123,7 +145,7 @@ def test_a_run_checks_flags_once_resolves_the_recipe_and_moves_foreign_evaluatio
     (out / "evaluations" / "gone-seed1.json").write_text("{}")
     again = ramoe("run", str(out / "recipe.yaml"), "--out", str(out), "--until", "data")
     assert again.exit_code == 0, again.output
-    assert "data stands" in again.output, "the resolved recipe is the same recipe"
+    assert "data is up to date" in again.output, "the resolved recipe is the same recipe"
     assert not list((out / "evaluations").iterdir())
     assert len(list((out / "superseded").rglob("gone-seed1.json"))) == 1
 
@@ -138,7 +160,16 @@ def test_jobs_get_their_flags_as_given() -> None:
 
 def test_a_jobs_refusal_and_status_come_through() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "ramoe_megatron.cli", "sib200", "--out", "x", "--config", '{"no_such_key": 1}'],
+        [
+            sys.executable,
+            "-m",
+            "ramoe_megatron.cli",
+            "sib200",
+            "--out",
+            "x",
+            "--config",
+            '{"no_such_key": 1}',
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -19,7 +19,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 @pytest.fixture(autouse=True)
 def _signals_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A run that was asked to end ignores further signals, and so would all that the tests after it start."""
+    """Reset signals: after a request to end, a run and all later child processes would ignore them."""
     monkeypatch.setattr(processes, "_came", [])
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     yield

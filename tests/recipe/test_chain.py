@@ -1,4 +1,4 @@
-"""A recipe as a chain of jobs: who waits for whom, what is recorded by several jobs at once, and what `ramoe status` makes of it."""
+"""A recipe as a chain of jobs: which job waits for which, concurrent records, and `ramoe status`."""
 
 import json
 import multiprocessing
@@ -18,14 +18,29 @@ from ramoe_megatron.recipe.status import run_status
 
 
 def stage(folder: Path, name: str, *sources: str) -> Stage:
-    return Stage(name, ("job", name), {}, tuple(folder / f"{source}.txt" for source in sources), (folder / f"{name}.txt",), ranks=0)
+    return Stage(
+        name,
+        ("job", name),
+        {},
+        tuple(folder / f"{source}.txt" for source in sources),
+        (folder / f"{name}.txt",),
+        ranks=0,
+    )
 
 
 @given(st.data())
-def test_each_stage_waits_for_those_that_it_reads_from_and_only_what_has_to_run_is_submitted(data: st.DataObject) -> None:
-    """By the definition: submitted = has to run, or reads from a submitted one; waits for = the submitted ones that it reads from."""
+def test_each_stage_waits_for_those_that_it_reads_from_and_only_what_has_to_run_is_submitted(
+    data: st.DataObject,
+) -> None:
+    """Checked against the definition: a stage is submitted if it has to run or reads from a submitted stage.
+
+    It waits for the submitted stages that it reads from.
+    """
     names = [f"s{number}" for number in range(data.draw(st.integers(1, 7)))]
-    reads = {name: data.draw(st.sets(st.sampled_from(names[:place]))) if place else set() for place, name in enumerate(names)}
+    reads = {
+        name: data.draw(st.sets(st.sampled_from(names[:place]))) if place else set()
+        for place, name in enumerate(names)
+    }
     stands = data.draw(st.sets(st.sampled_from(names)))
 
     class Told:
@@ -66,15 +81,24 @@ def test_jobs_that_record_their_stages_at_once_lose_none(tmp_path: Path) -> None
         job.join(60)
         assert job.exitcode == 0
     entries = Manifest(tmp_path, "bench").stages
-    assert {name: entry.state for name, entry in entries.items()} == {f"s{number}": "done" for number in range(6)}
+    assert {name: entry.state for name, entry in entries.items()} == {
+        f"s{number}": "done" for number in range(6)
+    }
 
 
 def test_a_stages_file_that_is_absent_foreign_or_cut_short_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "slurm" / "finetune-x.json"
-    save_document(path, "ramoe-stage", {"recipe": "r", "stage": stage(tmp_path, "finetune/x", "a").document()})
+    save_document(
+        path, "ramoe-stage", {"recipe": "r", "stage": stage(tmp_path, "finetune/x", "a").document()}
+    )
     assert read_stage(tmp_path, "finetune/x")[0] == stage(tmp_path, "finetune/x", "a")
     whole = path.read_text()
-    for text in (whole[: len(whole) // 2], "{}", whole.replace("ramoe-stage", "ramoe-results"), whole.replace('"outputs"', '"other"')):
+    for text in (
+        whole[: len(whole) // 2],
+        "{}",
+        whole.replace("ramoe-stage", "ramoe-results"),
+        whole.replace('"outputs"', '"other"'),
+    ):
         path.write_text(text)
         with pytest.raises(RamoeError, match=r"finetune-x\.json"):
             read_stage(tmp_path, "finetune/x")
@@ -91,7 +115,9 @@ class Folder:
         self.manifest = Manifest(folder, "bench")
         self.manifest.write()
         (folder / "logs").mkdir()
-        save_document(folder / "slurm.json", "ramoe-slurm", {"recipe": "bench", "jobs": {"a": 11, "b": 12, "c": 13}})
+        save_document(
+            folder / "slurm.json", "ramoe-slurm", {"recipe": "bench", "jobs": {"a": 11, "b": 12, "c": 13}}
+        )
 
     def ran(self, name: str, job: int, state: str, log: str) -> None:
         self.manifest.start(stage(self.folder, name))
@@ -109,12 +135,17 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
 
 
-def test_each_stage_is_told_and_slurm_is_asked_only_about_what_is_not_done(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = " [2026-01-01 10:00:00.0] iteration        5/      20 | consumed samples: 40 | lm loss: 3.141593E+00 |"
+def test_each_stage_is_told_and_slurm_is_asked_only_about_what_is_not_done(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = " [2026-01-01 10:00:00.0] iteration        5/      20 | consumed samples: 40 "
+    line += "| lm loss: 3.141593E+00 |"
     folder.ran("a", 11, "done", f"=== first\nold line\n=== second\n{line}\nlast words\n")
     folder.ran("b", 12, "failed", "=== x\nramoe: error: rows.jsonl:3: found no answer\n")
     folder.ran("c", 13, "done", "")
-    monkeypatch.setattr(slurm, "queue", lambda jobs: {} if list(jobs) == [12] else pytest.fail("Slurm was asked about more"))
+    monkeypatch.setattr(
+        slurm, "queue", lambda jobs: {} if list(jobs) == [12] else pytest.fail("Slurm was asked about more")
+    )
     found = {status.name: status for status in run_status(folder.folder)}
     assert {name: status.state for name, status in found.items()} == {"a": "done", "b": "failed", "c": "done"}
     assert (found["a"].progress, found["a"].line) == ("5/20 iterations, lm loss 3.142", "last words")
@@ -123,7 +154,9 @@ def test_each_stage_is_told_and_slurm_is_asked_only_about_what_is_not_done(folde
     refuse_live(folder.folder, folder.manifest)
 
 
-def test_what_the_queue_says_comes_before_the_record_of_an_older_attempt(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_queue_says_comes_before_the_record_of_an_older_attempt(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue = {12: slurm.Queued("RUNNING", "n3", "None"), 13: slurm.Queued("PENDING", "", "Dependency")}
     monkeypatch.setattr(slurm, "queue", lambda jobs: {job: queue[job] for job in jobs if job in queue})
     folder.ran("a", 11, "done", "")
@@ -144,7 +177,9 @@ def test_what_the_queue_says_comes_before_the_record_of_an_older_attempt(folder:
     assert (told.state, told.line) == ("failed", "ramoe: error: c was not started on node 0: see the table")
 
 
-def test_where_slurm_cannot_be_asked_status_says_so_and_a_run_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_slurm_cannot_be_asked_status_says_so_and_a_run_is_refused(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     folder.ran("a", 11, "done", "")
     assert folder.states() == {"a": "done", "b": "unknown", "c": "unknown"}
@@ -155,15 +190,19 @@ def test_where_slurm_cannot_be_asked_status_says_so_and_a_run_is_refused(folder:
     assert folder.states() == {"a": "done"}
 
 
-def test_a_result_of_before_is_not_shown_for_a_job_that_was_cancelled(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_of_before_is_not_shown_for_a_job_that_was_cancelled(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(slurm, "queue", lambda jobs: {})
     folder.ran("b", 5, "done", "")
     assert folder.states()["b"] == "cancelled"
-    (folder.folder / "logs/b.slurm-12.out").write_text("[1/1] b stands\n")
+    (folder.folder / "logs/b.slurm-12.out").write_text("[1/1] b is up to date\n")
     assert folder.states()["b"] == "done"
 
 
-def test_status_refuses_what_is_no_run_folder_and_a_damaged_chain(folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_status_refuses_what_is_no_run_folder_and_a_damaged_chain(
+    folder: Folder, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     with pytest.raises(RamoeError, match=r"holds no manifest\.json"):
         run_status(tmp_path_factory.mktemp("empty"))
     text = (folder.folder / "slurm.json").read_text()

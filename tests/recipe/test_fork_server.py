@@ -1,4 +1,4 @@
-"""A forked stage is what torchrun would have made of it: its environment, its end, what it leaves behind, and its bytes."""
+"""A forked stage equals one that torchrun starts: its environment, its end, its leftovers and its bytes."""
 
 import json
 import os
@@ -26,11 +26,14 @@ rank = int(os.environ["RANK"])
 def told():
     import random, resource, numpy, torch
     return {
-        "argv": sys.argv[1:], "name": __name__, "folder": os.getcwd(), "path": sys.path[0], "stdin": sys.stdin.read(),
-        "threads": torch.get_num_threads(), "variable": os.environ.get("OF_THIS_STAGE"), "ranks": os.environ["WORLD_SIZE"],
+        "argv": sys.argv[1:], "name": __name__, "folder": os.getcwd(), "path": sys.path[0],
+        "stdin": sys.stdin.read(), "threads": torch.get_num_threads(),
+        "variable": os.environ.get("OF_THIS_STAGE"), "ranks": os.environ["WORLD_SIZE"],
         "spawned as": sys.modules["__main__"].__spec__.name,
-        "term": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "int": signal.getsignal(signal.SIGINT) == signal.default_int_handler,
-        "compiler": "torch._inductor" in sys.modules, "child": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
+        "term": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
+        "int": signal.getsignal(signal.SIGINT) == signal.default_int_handler,
+        "child": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
+        "compiler": "torch._inductor" in sys.modules,
     }, {
         "draws": [random.random(), float(numpy.random.rand()), float(torch.rand(1))],
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -51,11 +54,12 @@ if __name__ == "__main__":
         child = multiprocessing.get_context("spawn").Process(target=spawned, args=(queue,))
         child.start()
         same, own = told()
-        (folder / f"told{rank}.json").write_text(json.dumps([same | {"rows": rows, "child's": queue.get()}, own]))
+        same |= {"rows": rows, "child's": queue.get()}
+        (folder / f"told{rank}.json").write_text(json.dumps([same, own]))
         atexit.register(print, "left in order")
         torch.distributed.destroy_process_group()
     elif manner == "fail" and rank == 1:
-        sys.exit("ramoe: error: rows.jsonl:3: no answer") if len(sys.argv) == 3 else sys.exit(int(sys.argv[3]))
+        sys.exit("ramoe: error: rows.jsonl:3: no answer" if len(sys.argv) == 3 else int(sys.argv[3]))
     elif manner == "raise" and rank == 0:
         raise ValueError("bad shape")
     elif manner == "kill" and rank == 1:
@@ -91,7 +95,11 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(code: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +108,21 @@ def server() -> Iterator[ForkServer]:
         yield server
 
 
-def run(server: ForkServer | None, environment: dict[str, str], folder: Path, *words: str, **more: object) -> Outcome:
-    """Two ranks of the job above, forked or, without a server, by torchrun."""
+def run(
+    server: ForkServer | None, environment: dict[str, str], folder: Path, *words: str, **more: object
+) -> Outcome:
+    """Run the job above on two ranks: forked, or by torchrun without a server."""
     folder.mkdir(exist_ok=True)
     command = ("forked_job", str(folder), *words)
     fork = partial(server.start, command, 2) if server else None
-    return launch(python_command(command, 2), rank_environment(2, environment), folder / "log", fork=fork, grace=2, **more)  # type: ignore[arg-type]
+    return launch(
+        python_command(command, 2),
+        rank_environment(2, environment),
+        folder / "log",
+        fork=fork,
+        grace=2,
+        **more,
+    )  # type: ignore[arg-type]
 
 
 def alive(process: int) -> bool:
@@ -119,15 +136,19 @@ def pids(folder: Path) -> list[int]:
     return [int((folder / f"pid{rank}").read_text()) for rank in (0, 1)]
 
 
-def test_a_forked_rank_finds_what_torchrun_gives_it(server: ForkServer, environment: dict[str, str], tmp_path: Path) -> None:
-    """But for the threads, the first stage was another: the second one's number counts."""
+def test_a_forked_rank_finds_what_torchrun_gives_it(
+    server: ForkServer, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Except for the threads: a second stage asks for another number than the first, and gets it."""
     assert run(server, environment, tmp_path / "first", "tell").status == 0
     given = environment | {"OMP_NUM_THREADS": "2", "OF_THIS_STAGE": "here"}
     forked, fresh = tmp_path / "forked", tmp_path / "fresh"
     outcomes = [run(made, given, folder, "tell") for made, folder in ((server, forked), (None, fresh))]
     assert [outcome.status for outcome in outcomes] == [0, 0], outcomes
     for rank in (0, 1):
-        (same, own), (expected, others) = (json.loads((folder / f"told{rank}.json").read_text()) for folder in (forked, fresh))
+        (same, own), (expected, others) = (
+            json.loads((folder / f"told{rank}.json").read_text()) for folder in (forked, fresh)
+        )
         assert same.pop("argv") == [str(forked), "tell"]
         assert expected.pop("argv") == [str(fresh), "tell"]
         assert same == expected
@@ -136,11 +157,16 @@ def test_a_forked_rank_finds_what_torchrun_gives_it(server: ForkServer, environm
         assert own["memory"] < 1.5 * others["memory"]
     first = json.loads((tmp_path / "first/told0.json").read_text())
     assert first[0]["threads"] == 1
-    assert not set(first[1]["draws"]) & set(json.loads((forked / "told0.json").read_text())[1]["draws"]), "each has its own seeds"
+    assert not set(first[1]["draws"]) & set(json.loads((forked / "told0.json").read_text())[1]["draws"]), (
+        "each has its own seeds"
+    )
     for folder, outcome in zip((forked, fresh), outcomes, strict=True):
         assert outcome.last_lines.count("left in order") == 2
         header = (folder / "log").read_text().splitlines()[0]
-        assert f"-m torch.distributed.run --standalone --nnodes 1 --nproc-per-node 2 -m forked_job {folder} tell" in header
+        assert (
+            f"-m torch.distributed.run --standalone --nnodes 1 --nproc-per-node 2 -m forked_job {folder} tell"
+            in header
+        )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +179,13 @@ def test_a_forked_rank_finds_what_torchrun_gives_it(server: ForkServer, environm
     ],
 )
 def test_a_rank_that_fails_ends_the_others_and_gives_its_status(
-    server: ForkServer, environment: dict[str, str], tmp_path: Path, words: tuple[str, ...], status: int, told: str, mendable: bool
+    server: ForkServer,
+    environment: dict[str, str],
+    tmp_path: Path,
+    words: tuple[str, ...],
+    status: int,
+    told: str,
+    mendable: bool,
 ) -> None:
     outcome = run(server, environment, tmp_path, *words)
     assert outcome.status == status
@@ -163,13 +195,17 @@ def test_a_rank_that_fails_ends_the_others_and_gives_its_status(
     assert not any(map(alive, pids(tmp_path)))
 
 
-def test_what_outlives_its_ranks_is_ended(server: ForkServer, environment: dict[str, str], tmp_path: Path) -> None:
-    """Its environment is that of the server, which has no mark; and it ignores TERM."""
+def test_what_outlives_its_ranks_is_ended(
+    server: ForkServer, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The process has the environment of the server, which has no mark, and ignores TERM."""
     assert run(server, environment, tmp_path, "leave").status == 0
     assert not any(map(alive, pids(tmp_path)))
 
 
-def test_an_interruption_ends_the_ranks_and_not_the_server(server: ForkServer, environment: dict[str, str], tmp_path: Path) -> None:
+def test_an_interruption_ends_the_ranks_and_not_the_server(
+    server: ForkServer, environment: dict[str, str], tmp_path: Path
+) -> None:
     def interrupt() -> None:
         if (tmp_path / "log").read_text().count("waits") == 2:
             raise KeyboardInterrupt
@@ -180,7 +216,9 @@ def test_an_interruption_ends_the_ranks_and_not_the_server(server: ForkServer, e
     assert run(server, environment, tmp_path / "after", "tell").status == 0
 
 
-def test_forked_ranks_are_asked_to_save(server: ForkServer, environment: dict[str, str], tmp_path: Path) -> None:
+def test_forked_ranks_are_asked_to_save(
+    server: ForkServer, environment: dict[str, str], tmp_path: Path
+) -> None:
     asked = []
 
     def ask() -> None:
@@ -218,22 +256,36 @@ time.sleep(100)
 def test_a_forked_training_ends_with_the_bytes_of_one_by_torchrun(
     server: ForkServer, environment: dict[str, str], tmp_path: Path, ranks: int, threads: int
 ) -> None:
-    """With dropout; on two data-parallel ranks, and with more threads than the server has: checkpoints, and what the log says."""
+    """Checkpoints and logs are equal, with dropout, on two data-parallel ranks, with other thread counts."""
     write_world(tmp_path)
     logs = []
     for made in (server, None):
         name = "forked" if made else "fresh"
-        more = ["--hidden-dropout", "0.1", "--save", str(tmp_path / "saved"), "--save-interval", "2", "--train-iters", "2"]
+        more = [
+            "--hidden-dropout",
+            "0.1",
+            "--save",
+            str(tmp_path / "saved"),
+            "--save-interval",
+            "2",
+            "--train-iters",
+            "2",
+        ]
         command = ("ramoe_megatron.jobs.finetune", *training_flags(tmp_path, *more))
         fork = partial(made.start, command, ranks) if made else None
         given = rank_environment(ranks, environment | {"OMP_NUM_THREADS": str(threads)})
         outcome = launch(python_command(command, ranks), given, tmp_path / f"{name}.log", fork=fork)
         assert outcome.status == 0, outcome.last_lines[-20:]
         (tmp_path / "saved").rename(tmp_path / name)  # its path is in it
-        logs.append(re.findall(r" iteration +\d.*?(learning rate:.*?grad norm: \S+)", "\n".join(outcome.last_lines)))
+        logs.append(
+            re.findall(r" iteration +\d.*?(learning rate:.*?grad norm: \S+)", "\n".join(outcome.last_lines))
+        )
     assert logs[0] == logs[1]
     assert len(logs[0]) == 2
-    files = [sorted(path.relative_to(folder) for path in folder.rglob("*.distcp")) for folder in (tmp_path / "forked", tmp_path / "fresh")]
+    files = [
+        sorted(path.relative_to(folder) for path in folder.rglob("*.distcp"))
+        for folder in (tmp_path / "forked", tmp_path / "fresh")
+    ]
     assert files[0] == files[1] != []
     for name in files[0]:
         assert (tmp_path / "forked" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes(), name

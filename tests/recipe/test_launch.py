@@ -1,4 +1,4 @@
-"""Starting ranks, following them, and leaving none behind: with real processes."""
+"""Starting ranks, following them, and leaving none behind, with real processes."""
 
 import json
 import os
@@ -27,7 +27,8 @@ from ramoe_megatron.recipe.output import Progress, parse_progress, relevant_line
 from ramoe_megatron.recipe.stage import Stage
 from ramoe_megatron.recipe.stages import _Runner
 
-# "gloo": a real process group; "deaf": ranks that ignore TERM and have to be killed (no torch needed for that).
+# "gloo": a real process group; "deaf": ranks that ignore TERM and have to be killed (no torch needed for
+# that).
 RANKS = """
 import os, signal, sys, time
 rank, folder, manner = os.environ["RANK"], sys.argv[1], sys.argv[2]
@@ -46,7 +47,8 @@ import os, signal, sys
 from pathlib import Path
 from ramoe_megatron.recipe.launcher import launch, python_command, rank_environment
 from ramoe_megatron.recipe.processes import stop_signals
-signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell runs in the background would inherit that it is ignored
+# A shell that runs the tests in the background would make them inherit an ignored SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with stop_signals():
     command = python_command(("ranks", sys.argv[1], sys.argv[2]), 2)
     launch(command, rank_environment(2, os.environ), Path(sys.argv[1]) / "log", grace=2)
@@ -68,8 +70,10 @@ def alive(process: int) -> bool:
 
 
 @pytest.mark.parametrize(("number", "manner"), [(signal.SIGINT, "gloo"), (signal.SIGTERM, "deaf")])
-def test_an_interrupted_launch_leaves_no_rank_behind(tmp_path: Path, number: signal.Signals, manner: str) -> None:
-    """torchrun's ranks lie in sessions of their own, so that the end of its process group is not theirs."""
+def test_an_interrupted_launch_leaves_no_rank_behind(
+    tmp_path: Path, number: signal.Signals, manner: str
+) -> None:
+    """torchrun starts ranks in new sessions, so ending its process group does not end the ranks."""
     (tmp_path / "ranks.py").write_text(RANKS)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", DRIVER, str(tmp_path), manner]
@@ -86,9 +90,8 @@ def test_an_interrupted_launch_leaves_no_rank_behind(tmp_path: Path, number: sig
 
 def test_processes_that_outlive_an_ordinary_end_are_ended(tmp_path: Path) -> None:
     code = (
-        "import subprocess, sys; "
-        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True); "
-        "print(p.pid, flush=True)"
+        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; "
+        "time.sleep(60)'], start_new_session=True); print(p.pid, flush=True)"
     )
     outcome = launch([sys.executable, "-c", code], os.environ, tmp_path / "log", grace=5)
     assert outcome.status == 0
@@ -135,7 +138,7 @@ launch.run_job(main)
 def test_an_error_that_one_rank_meets_alone_is_all_that_is_told_and_a_bug_is_told_in_full(
     tmp_path: Path,
 ) -> None:
-    """The other rank's collective fails with it, and torchrun would add a summary and end with 1."""
+    """The other rank's collective fails too, and torchrun alone would add a summary and exit with 1."""
     (tmp_path / "alone.py").write_text(ALONE)
     environment = {
         **os.environ,
@@ -183,16 +186,19 @@ def test_an_example_that_does_not_fit_ends_a_fine_tune_in_one_line(tmp_path: Pat
     st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), max_size=8),
 )
 def test_progress_lines_are_read_wherever_they_stand(done: int, total: int, note: str) -> None:
-    line = "[default0]: RAMOE-PROGRESS " + json.dumps({"done": done, "total": total, "unit": "rows", "note": note})
+    line = "[default0]: RAMOE-PROGRESS " + json.dumps(
+        {"done": done, "total": total, "unit": "rows", "note": note}
+    )
     assert parse_progress(line) == Progress(done, total, "rows", note)
     assert parse_progress(line[:-1]) is None
 
 
 def test_megatrons_iteration_line_is_progress() -> None:
     line = (
-        " [2026-01-01 10:00:00.000000] iteration        5/     200 | consumed samples:           40 | elapsed time per "
-        "iteration (ms): 311.2 | learning rate: 1.000000E-03 | global batch size:     8 | lm loss: 3.141593E+00 | "
-        "routing_alignment_loss: 2.500000E-02 | loss scale: 1.0 | number of skipped iterations:   0 |"
+        " [2026-01-01 10:00:00.000000] iteration        5/     200 | consumed samples: "
+        "          40 | elapsed time per iteration (ms): 311.2 | learning rate: "
+        "1.000000E-03 | global batch size:     8 | lm loss: 3.141593E+00 | routing_alignment_loss: "
+        "2.500000E-02 | loss scale: 1.0 | number of skipped iterations:   0 |"
     )
     expected = Progress(5, 200, "iterations", "lm loss 3.142, routing alignment loss 0.025")
     assert parse_progress(line) == expected
@@ -212,7 +218,8 @@ def test_a_ramoe_error_is_what_is_told_of_a_failure() -> None:
 
 def test_without_one_it_is_the_exceptions_or_else_the_last_lines() -> None:
     noise = [
-        "E1122 13:36 site-packages/torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1)",
+        "E1122 13:36 site-packages/torch/distributed/elastic/multiprocessing/api.py:1002] failed "
+        "(exitcode: 1)",
         "Traceback (most recent call last):",
         "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
         "  exitcode  : 1 (pid: 3)",
@@ -224,16 +231,28 @@ def test_without_one_it_is_the_exceptions_or_else_the_last_lines() -> None:
     assert relevant_lines(["start", *bare, *noise]) == ([told], False)
     refused = "predict.py: error: unrecognized arguments: --x"
     assert relevant_lines(["usage: predict.py [-h]", refused, *noise]) == ([refused], False)
-    assert relevant_lines(["start", "killed by the kernel", *noise]) == (["start", "killed by the kernel"], False)
+    assert relevant_lines(["start", "killed by the kernel", *noise]) == (
+        ["start", "killed by the kernel"],
+        False,
+    )
 
 
 def test_of_a_killed_rank_the_signal_is_told_but_not_that_of_those_which_torchrun_ended_after_it() -> None:
     summary = [
-        "E1122 13:36 site-packages/torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9)",
-        "Failures:", "[1]:", "  rank      : 0 (local_rank: 0)", "  exitcode  : -15 (pid: 8)",
-        "  traceback : Signal 15 (SIGTERM) received by PID 8", "-----", "Root Cause (first observed failure):", "[0]:",
-        "  rank      : 1 (local_rank: 1)", "  exitcode  : -9 (pid: 9)", "  traceback : Signal 9 (SIGKILL) received by PID 9",
-    ]  # fmt: skip
+        "E1122 13:36 site-packages/torch/distributed/elastic/multiprocessing/api.py:1002] failed "
+        "(exitcode: -9)",
+        "Failures:",
+        "[1]:",
+        "  rank      : 0 (local_rank: 0)",
+        "  exitcode  : -15 (pid: 8)",
+        "  traceback : Signal 15 (SIGTERM) received by PID 8",
+        "-----",
+        "Root Cause (first observed failure):",
+        "[0]:",
+        "  rank      : 1 (local_rank: 1)",
+        "  exitcode  : -9 (pid: 9)",
+        "  traceback : Signal 9 (SIGKILL) received by PID 9",
+    ]
     told = ["RuntimeError: Connection closed by peer", "rank 1 was ended by SIGKILL"]
     assert relevant_lines(["[rank0]: RuntimeError: Connection closed by peer", *summary]) == (told, False)
 
@@ -255,7 +274,12 @@ def test_a_node_is_known_by_its_environment_and_its_absence_is_told() -> None:
     command = python_command(("module", "--x"), 4, found)
     assert "--standalone" not in command
     assert command[command.index("--node-rank") + 1] == "1"
-    for environment in ({}, {"NODE_RANK": "1"}, {"NODE_RANK": "2", "MASTER_ADDR": "n1"}, {"MASTER_ADDR": "n1"}):
+    for environment in (
+        {},
+        {"NODE_RANK": "1"},
+        {"NODE_RANK": "2", "MASTER_ADDR": "n1"},
+        {"MASTER_ADDR": "n1"},
+    ):
         with pytest.raises(RamoeError, match="node"):
             Place.from_environment(2, environment)
 
@@ -296,7 +320,7 @@ def free_port_pair() -> int:
 
 
 def test_two_nodes_run_each_stage_together(tmp_path: Path) -> None:
-    """Two processes stand for two nodes; torchrun gives the ranks of both one numbering in every stage."""
+    """Two processes act as two nodes. torchrun numbers the ranks of both together in every stage."""
     (tmp_path / "job.py").write_text(JOB)
     port = free_port_pair()
     common = {**os.environ, "PYTHONPATH": str(tmp_path), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -327,7 +351,9 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path: Path, off
             pass
         if offset == 0:
             environment = {"NODE_RANK": "0", "MASTER_ADDR": "n0", "MASTER_PORT": str(port)}
-            result = CliRunner(env=environment).invoke(main, ["finetune", "--nodes", "2", "--", "--num-layers", "2"])
+            result = CliRunner(env=environment).invoke(
+                main, ["finetune", "--nodes", "2", "--", "--num-layers", "2"]
+            )
             assert result.exit_code == 2
             assert re.match(f"ramoe: error: {told}", result.stderr)
             stage = Stage("a", ("job", "--x"), {}, ranks=1)

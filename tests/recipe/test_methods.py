@@ -1,4 +1,4 @@
-"""The named methods: what each is, how they combine, and the flags that a recipe makes of them."""
+"""The named methods: their meaning, their combinations, and the flags that a recipe makes of them."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,10 @@ from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.sections import AlignmentSection, SelectionSection, SteeringSection
 from ramoe_megatron.recipe.stage import Stage
 
-GIVEN = {"selection": {"train-budget": 5, "train-top-p": 0.4}, "alignment": {"coeff": 10, "target": "example", "layers": "1-2"}}
+GIVEN = {
+    "selection": {"train-budget": 5, "train-top-p": 0.4},
+    "alignment": {"coeff": 10, "target": "example", "layers": "1-2"},
+}
 
 
 def recipe(*methods: Any, **changes: Any) -> Recipe:
@@ -37,7 +40,7 @@ def stages(out: Path, *methods: Any, **changes: Any) -> dict[str, Stage]:
 
 
 def flags(stage: Stage) -> dict[str, list[str]]:
-    """Our flags of a command line."""
+    """Our flags in a command line."""
     words = stage.command
     return {word: option(stage, word) or [] for word in words if word.startswith("--ramoe-")}
 
@@ -49,20 +52,37 @@ def test_every_method_has_a_meaning_in_one_recipe(tmp_path: Path) -> None:
         assert (f"evaluate/{name}-seed2" in found) == (not entry.steering)
         assert (f"evaluate/{name}" in found) == bool(entry.steering)
     assert {path.name for path in found["profile"].outputs} == {
-        "experts.safetensors", "divergence.csv", "priors.safetensors", "priors-all.safetensors", "usage.safetensors",
-    }  # fmt: skip
+        "experts.safetensors",
+        "divergence.csv",
+        "priors.safetensors",
+        "priors-all.safetensors",
+        "usage.safetensors",
+    }
 
 
 def test_the_published_settings_are_not_the_recipes(tmp_path: Path) -> None:
     given = {"coeff": 50, "divergence": "mass", "target": "example", "tokens": "prompt", "layers": "0-1"}
     found = stages(tmp_path, "ra-moe", "sara", "xlr", alignment=given)
     sara, xlr = flags(found["finetune/sara-seed1"]), flags(found["finetune/xlr-seed1"])
-    assert (sara["--ramoe-coeff"], sara["--ramoe-divergence"], sara["--ramoe-tokens"]) == (["1.5"], ["js"], ["all"])
+    assert (sara["--ramoe-coeff"], sara["--ramoe-divergence"], sara["--ramoe-tokens"]) == (
+        ["1.5"],
+        ["js"],
+        ["all"],
+    )
     assert (sara["--ramoe-examples"], sara["--ramoe-missing-priors"]) == (["ci+cc"], ["skip"])
-    assert (xlr["--ramoe-coeff"], xlr["--ramoe-coeff-unit"], xlr["--ramoe-target"]) == (["1.0"], ["lm-loss"], ["paired"])
+    assert (xlr["--ramoe-coeff"], xlr["--ramoe-coeff-unit"], xlr["--ramoe-target"]) == (
+        ["1.0"],
+        ["lm-loss"],
+        ["paired"],
+    )
     assert "--ramoe-priors" not in xlr
     assert sara["--ramoe-layers"] == xlr["--ramoe-layers"] == ["0-1"]
-    scheduled = {"coeff-unit": "lm-loss", "coeff-decay": "cosine", "coeff-warmup-iters": 3, "layer-weights": "divergence"}
+    scheduled = {
+        "coeff-unit": "lm-loss",
+        "coeff-decay": "cosine",
+        "coeff-warmup-iters": 3,
+        "layer-weights": "divergence",
+    }
     scheduled |= {"missing-priors": "skip", "refresh-interval": 4}
     again = stages(tmp_path, "ra-moe", "sara", "xlr", alignment={**given, **scheduled})
     assert flags(again["finetune/ra-moe-seed1"])["--ramoe-coeff-unit"] == ["lm-loss"]
@@ -72,14 +92,20 @@ def test_the_published_settings_are_not_the_recipes(tmp_path: Path) -> None:
 
 def test_paired_views_double_the_batch_and_nothing_else_does(tmp_path: Path) -> None:
     found = stages(tmp_path, "ra-moe", "xlr", "reversed")
-    sizes = {name: option(found[f"finetune/{name}-seed1"], "--global-batch-size") for name in ("sft", "ra-moe", "xlr", "reversed")}
+    sizes = {
+        name: option(found[f"finetune/{name}-seed1"], "--global-batch-size")
+        for name in ("sft", "ra-moe", "xlr", "reversed")
+    }
     assert sizes == {"sft": ["8"], "ra-moe": ["8"], "xlr": ["16"], "reversed": ["16"]}
     assert option(found["finetune/xlr-seed1"], "--micro-batch-size") == ["4"]
 
 
 def test_coefficient_zero_has_the_batch_of_sft_whatever_the_target(tmp_path: Path) -> None:
     found = stages(tmp_path, "ra-moe", "coeff-zero", alignment={"coeff": 1, "target": "paired"})
-    sizes = [option(found[f"finetune/{name}-seed1"], "--global-batch-size") for name in ("sft", "coeff-zero", "ra-moe")]
+    sizes = [
+        option(found[f"finetune/{name}-seed1"], "--global-batch-size")
+        for name in ("sft", "coeff-zero", "ra-moe")
+    ]
     assert sizes == [["8"], ["8"], ["16"]]
 
 
@@ -88,7 +114,10 @@ def test_sft_has_no_flag_of_alignment_and_coefficient_zero_has_all(tmp_path: Pat
     sft, zero, aligned = (flags(found[f"finetune/{name}-seed1"]) for name in ("sft", "coeff-zero", "ra-moe"))
     assert not {"--ramoe-coeff", "--ramoe-experts", "--ramoe-taxonomy"} & set(sft)
     assert zero == aligned | {"--ramoe-coeff": ["0.0"]}
-    digests = {name: "--ramoe-weights-digest" in found[f"evaluate/{name}-seed1"].command for name in ("sft", "coeff-zero", "ra-moe")}
+    digests = {
+        name: "--ramoe-weights-digest" in found[f"evaluate/{name}-seed1"].command
+        for name in ("sft", "coeff-zero", "ra-moe")
+    }
     assert digests == {"sft": True, "coeff-zero": True, "ra-moe": False}
     assert "--ramoe-weights-digest" not in stages(tmp_path, "ra-moe")["evaluate/sft-seed1"].command
 
@@ -97,15 +126,19 @@ def test_controls_differ_from_the_method_by_one_thing(tmp_path: Path) -> None:
     found = stages(tmp_path, "ra-moe", "random-experts", "all-layers", "outside-zone", "ra-moe-shuffled")
     method = flags(found["finetune/ra-moe-seed2"])
     for name, change in {
-        "random-experts": {"--ramoe-random-experts": ["2"]}, "all-layers": {"--ramoe-layers": ["all"]},
-        "outside-zone": {"--ramoe-layers": ["outside:1-2"]}, "ra-moe-shuffled": {"--ramoe-shuffle-targets": ["2"]},
-    }.items():  # fmt: skip
+        "random-experts": {"--ramoe-random-experts": ["2"]},
+        "all-layers": {"--ramoe-layers": ["all"]},
+        "outside-zone": {"--ramoe-layers": ["outside:1-2"]},
+        "ra-moe-shuffled": {"--ramoe-shuffle-targets": ["2"]},
+    }.items():
         assert flags(found[f"finetune/{name}-seed2"]) == method | change
 
 
 def test_selection_takes_what_its_method_needs(tmp_path: Path) -> None:
     found = stages(tmp_path, "rise", "esft-gate", "router-only")
-    rise, esft, routers = (flags(found[f"finetune/{name}-seed1"]) for name in ("rise", "esft-gate", "router-only"))
+    rise, esft, routers = (
+        flags(found[f"finetune/{name}-seed1"]) for name in ("rise", "esft-gate", "router-only")
+    )
     assert (rise["--ramoe-train"], rise["--ramoe-train-budget"]) == (["rise"], ["5"])
     assert not {"--ramoe-train-top-p", "--ramoe-train-split"} & set(rise)
     split = {"name": "split", "preset": ["rise"], "selection": {"train-budget": 6, "train-split": [1, 2, 3]}}
@@ -126,24 +159,40 @@ def test_parts_combine(tmp_path: Path) -> None:
 
 def test_steering_is_evaluated_on_the_base_model_or_on_a_trained_one(tmp_path: Path) -> None:
     steered = {"name": "steered-sft", "preset": ["steering-hard"], "on": "sft"}
-    found = stages(tmp_path, "steering-soft", steered, steering={"steer-strength": 0.25, "steer-layers": "1-2"})
+    found = stages(
+        tmp_path, "steering-soft", steered, steering={"steer-strength": 0.25, "steer-layers": "1-2"}
+    )
     soft, hard = found["evaluate/steering-soft"], found["evaluate/steered-sft-seed2"]
     assert option(soft, "--load") == [str(tmp_path / "checkpoints/base")]
     assert option(hard, "--load") == [str(tmp_path / "checkpoints/sft-seed2")]
-    assert (option(soft, "--ramoe-steer-strength"), option(hard, "--ramoe-steer-strength")) == (["0.25"], None)
+    assert (option(soft, "--ramoe-steer-strength"), option(hard, "--ramoe-steer-strength")) == (
+        ["0.25"],
+        None,
+    )
     assert not [name for name in found if name.startswith("finetune/steer")]
     found = stages(tmp_path, "steering-soft", steering={"search": True})
     assert option(found["steer/steering-soft"], "--ramoe-split") == ["validation"]
-    assert option(found["evaluate/steering-soft"], "--ramoe-steering") == [str(tmp_path / "steering/steering-soft/steering.json")]
+    assert option(found["evaluate/steering-soft"], "--ramoe-steering") == [
+        str(tmp_path / "steering/steering-soft/steering.json")
+    ]
     assert option(found["steer/steering-soft"], "--ramoe-zones") == ["auto"]
 
 
 def test_a_search_on_a_trained_method_is_on_its_own_checkpoints(tmp_path: Path) -> None:
-    searched = {"name": "sought", "preset": ["steering-soft"], "on": "sft", "steering": {"search": True, "zones": ["auto", "0-1"]}}
+    searched = {
+        "name": "sought",
+        "preset": ["steering-soft"],
+        "on": "sft",
+        "steering": {"search": True, "zones": ["auto", "0-1"]},
+    }
     found = stages(tmp_path, searched)
     for seed in (1, 2):
         search, evaluation = found[f"steer/sought-seed{seed}"], found[f"evaluate/sought-seed{seed}"]
-        assert option(search, "--load") == option(evaluation, "--load") == [str(tmp_path / f"checkpoints/sft-seed{seed}")]
+        assert (
+            option(search, "--load")
+            == option(evaluation, "--load")
+            == [str(tmp_path / f"checkpoints/sft-seed{seed}")]
+        )
         assert option(evaluation, "--ramoe-steering") == [str(path) for path in search.outputs]
         assert option(search, "--ramoe-zones") == ["auto", "0-1"]
     assert list(found).index("finetune/sft-seed2") < list(found).index("steer/sought-seed1")
@@ -161,19 +210,50 @@ def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
     ("methods", "changes", "told"),
     [
         ([{"name": "x", "preset": ["sara", "xlr"]}], {}, "do not combine"),
-        ([{"name": "x", "preset": ["ra-moe", "sara"]}], {}, "each is a loss of its own"),
+        ([{"name": "x", "preset": ["ra-moe", "sara"]}], {}, "each has its own loss"),
         ([{"name": "x", "preset": ["sft", "rise"]}], {}, "it combines with nothing"),
-        ([{"name": "x", "alignment": {"coeff": 5}, "steering": {"steer": "soft"}}], {}, "so alignment has no meaning"),
-        ([{"name": "x", "preset": ["steering-hard"], "selection": {"train": "routers"}}], {}, "so selection has no meaning"),
-        ([{"name": "x", "preset": ["steering-hard"], "steering": {"steer-strength": 1}}], {}, "steering.steer-strength is read by soft"),
-        ([{"name": "x", "preset": ["steering-soft"], "steering": {"search": True, "steer-tau": 0.3}}], {}, "steering.steer-tau is read by"),
-        ([{"name": "x", "preset": ["steering-soft"], "steering": {"zones": ["0-1"]}}], {}, "set steering.search"),
-        ([{"name": "x", "preset": ["router-only"], "selection": {"train-budget": 3}}], {},
-         "selection.train-budget 3 with selection.train routers: only rise uses it"),
-        ([{"name": "x", "preset": ["rise"], "selection": {"train-split": [1, 1, 1]}}], {}, "sums to 3, not to selection.train-budget 5"),
+        (
+            [{"name": "x", "alignment": {"coeff": 5}, "steering": {"steer": "soft"}}],
+            {},
+            "so alignment has no meaning",
+        ),
+        (
+            [{"name": "x", "preset": ["steering-hard"], "selection": {"train": "routers"}}],
+            {},
+            "so selection has no meaning",
+        ),
+        (
+            [{"name": "x", "preset": ["steering-hard"], "steering": {"steer-strength": 1}}],
+            {},
+            "only soft steering without a search reads steering.steer-strength",
+        ),
+        (
+            [{"name": "x", "preset": ["steering-soft"], "steering": {"search": True, "steer-tau": 0.3}}],
+            {},
+            "only steering without a search reads steering.steer-tau",
+        ),
+        (
+            [{"name": "x", "preset": ["steering-soft"], "steering": {"zones": ["0-1"]}}],
+            {},
+            "set steering.search",
+        ),
+        (
+            [{"name": "x", "preset": ["router-only"], "selection": {"train-budget": 3}}],
+            {},
+            "selection.train-budget 3 with selection.train routers: only rise uses it",
+        ),
+        (
+            [{"name": "x", "preset": ["rise"], "selection": {"train-split": [1, 1, 1]}}],
+            {},
+            "sums to 3, not to selection.train-budget 5",
+        ),
         ([], {"selection": {"train": "routers"}}, "belong to a method"),
         ([], {"steering": {"steer": "soft"}}, "belong to a method"),
-        (["outside-zone"], {"alignment": {"coeff": 1, "layers": "all"}}, "takes the layers outside alignment.layers"),
+        (
+            ["outside-zone"],
+            {"alignment": {"coeff": 1, "layers": "all"}},
+            "takes the layers outside alignment.layers",
+        ),
         ([{"name": "x", "preset": ["rise", "esft-gate"]}], {}, "do not combine"),
         ([{"name": "x", "preset": ["ra-moe", "steering-soft"]}], {}, "steering acts at inference"),
         ([{"name": "x", "preset": ["nothing"]}], {}, "no preset 'nothing'"),
@@ -181,14 +261,21 @@ def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
         (["mine"], {}, "or a method of your own with a preset or a section"),
         ([], {"seeds": [1, 0]}, "seeds: found 0"),
         ([], {"seeds": 0}, "seeds: found 0"),
-        ([{"name": "x", "preset": ["steering-soft"], "on": "mine"}], {}, "no method of this recipe that trains"),
+        (
+            [{"name": "x", "preset": ["steering-soft"], "on": "mine"}],
+            {},
+            "no method of this recipe that trains",
+        ),
         ([{"name": "x", "on": "sft"}], {}, "only a steering method acts `on`"),
         ([{"name": "x", "preset": ["steering-soft"], "train": {"lr": 1}}], {}, "steering trains nothing"),
         (["rise"], {"selection": {}}, "selection.train rise without selection.train-budget"),
         (["esft-token"], {"selection": {}}, "selection.train esft-token without selection.train-top-p"),
         (["ra-moe"], {"alignment": {}}, "needs a coefficient"),
-        (["ra-moe-shuffled"], {"alignment": {"coeff": 1}},
-         "alignment.shuffle-targets permutes the targets of examples: it needs alignment.target example"),
+        (
+            ["ra-moe-shuffled"],
+            {"alignment": {"coeff": 1}},
+            "alignment.shuffle-targets permutes the targets of examples: it needs alignment.target example",
+        ),
         ([{"name": "x", "alignment": {"reverse": True}}], {}, "and only alignment.target paired runs"),
         ([], {"launch": {"at-once": 2, "nodes": 2}}, "launch.at-once is for one node"),
     ],
@@ -200,18 +287,29 @@ def test_what_has_no_meaning_is_refused(methods: list[Any], changes: dict[str, A
 @pytest.mark.parametrize(
     ("method", "told"),
     [
-        ({"preset": ["random-experts"], "alignment": {"divergence": "kl"}}, "alignment.random-experts with alignment.divergence kl"),
-        ({"preset": ["ra-moe"], "alignment": {"target": "profile", "missing-priors": "skip"}}, "alignment.missing-priors skip: only"),
-        ({"preset": ["ra-moe"], "alignment": {"refresh-interval": 2, "examples": "all"}}, "alignment.refresh-interval does not work with"),
+        (
+            {"preset": ["random-experts"], "alignment": {"divergence": "kl"}},
+            "alignment.random-experts with alignment.divergence kl",
+        ),
+        (
+            {"preset": ["ra-moe"], "alignment": {"target": "profile", "missing-priors": "skip"}},
+            "alignment.missing-priors skip: only",
+        ),
+        (
+            {"preset": ["ra-moe"], "alignment": {"refresh-interval": 2, "examples": "all"}},
+            "alignment.refresh-interval does not go with",
+        ),
         ({"preset": ["ra-moe"], "alignment": {"select": "top-m=0"}}, "select: found 'top-m=0'"),
     ],
 )
-def test_what_a_fine_tune_would_refuse_of_its_flags_is_refused_in_the_recipes_words(method: dict[str, Any], told: str) -> None:
+def test_what_a_fine_tune_would_refuse_of_its_flags_is_refused_in_the_recipes_words(
+    method: dict[str, Any], told: str
+) -> None:
     assert f"method mine: {told}" in refusal({"name": "mine", **method})
 
 
 def test_a_section_is_the_options_of_its_job() -> None:
-    """Each flag of the three dataclasses is a key of the same name, type and default, but for the files that the plan names."""
+    """Each option of the dataclasses, except files, is a key with the same name, type and default."""
     files = {"experts", "taxonomy", "priors", "usage", "steering"}
     pairs = (
         (AlignmentSection, RoutingAlignmentConfig),
@@ -230,7 +328,10 @@ def test_a_section_is_the_options_of_its_job() -> None:
 def test_a_control_is_a_seed_in_a_recipe_too(tmp_path: Path) -> None:
     mine = {"name": "mine", "alignment": {"shuffle-targets": 7}}
     found = stages(tmp_path, "ra-moe-shuffled", mine)
-    shuffled, own = (flags(found[f"finetune/{name}-seed2"])["--ramoe-shuffle-targets"] for name in ("ra-moe-shuffled", "mine"))
+    shuffled, own = (
+        flags(found[f"finetune/{name}-seed2"])["--ramoe-shuffle-targets"]
+        for name in ("ra-moe-shuffled", "mine")
+    )
     assert (shuffled, own) == (["2"], ["7"])
     assert "expected a number" in refusal({"name": "mine", "alignment": {"shuffle-targets": True}})
 

@@ -1,4 +1,4 @@
-"""examples/models: each file's flags through Megatron's own parser and validation, its layouts, sizes and memory table."""
+"""examples/models: each file's flags in Megatron's parser and validation, layouts, sizes, memory table."""
 
 import contextlib
 import functools
@@ -14,7 +14,17 @@ from unittest import mock
 
 import pytest
 
-from benchmarks.model_memory import BEGIN, END, GPUS, flags_of, model_files, parameters, table, table_in, validated
+from benchmarks.model_memory import (
+    BEGIN,
+    END,
+    GPUS,
+    flags_of,
+    model_files,
+    parameters,
+    table,
+    table_in,
+    validated,
+)
 from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.align.refusals import refuse_unsupported
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
@@ -23,10 +33,12 @@ from ramoe_megatron.mcore.cpu.backend import cpu_backend
 FILES = {path.stem: path for path in model_files()}
 PUBLISHED = {"qwen3-30b-a3b": 30.5e9, "phi-3.5-moe": 41.9e9, "gpt-oss-20b": 20.9e9, "olmoe-1b-7b": 6.9e9}
 FINETUNE = (
-    "--train-iters 10 --global-batch-size 64 --lr 1e-5 --eval-interval 100 --eval-iters 0 --ramoe-data parallel.jsonl --ramoe-coeff 1 "
-    "--ramoe-experts experts.safetensors --ramoe-taxonomy taxonomy.jsonl"
+    "--train-iters 10 --global-batch-size 64 --lr 1e-5 --eval-interval 100 --eval-iters 0 --ramoe-data "
+    "parallel.jsonl --ramoe-coeff 1 --ramoe-experts experts.safetensors --ramoe-taxonomy taxonomy.jsonl"
 ).split()
-SHELLCHECK = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+SHELLCHECK = shutil.which(
+    "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+)
 
 every_file = pytest.mark.parametrize("name", FILES)
 every_layout = pytest.mark.parametrize(("name", "gpus"), [(name, gpus) for name in FILES for gpus in GPUS])
@@ -39,7 +51,7 @@ def parsed(name: str, gpus: int) -> Any:
 
 @contextlib.contextmanager
 def kernels_assumed() -> Iterator[None]:
-    """Megatron's model configuration asks for transformer-engine in one place: the fused rotary embedding has to be importable."""
+    """Megatron's model configuration needs transformer-engine once: to import the fused rotary embedding."""
     from megatron.core.models.common.embeddings import rope_utils
 
     with mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", "never called"):
@@ -49,7 +61,13 @@ def kernels_assumed() -> Iterator[None]:
 def source(name: str, **variables: str) -> subprocess.CompletedProcess[str]:
     script = 'set -u; source "$1" || exit 7; echo "went on"'
     environment = {"PATH": os.environ["PATH"], **variables}
-    return subprocess.run(["bash", "-c", script, "bash", str(FILES[name])], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["bash", "-c", script, "bash", str(FILES[name])],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_there_is_a_file_for_each_published_model() -> None:
@@ -59,7 +77,11 @@ def test_there_is_a_file_for_each_published_model() -> None:
 @every_layout
 def test_megatron_accepts_the_flags_and_the_layout_fills_the_gpus(name: str, gpus: int) -> None:
     args = parsed(name, gpus)
-    tensor, pipeline, context = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    tensor, pipeline, context = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+    )
     expert_ranks = args.expert_model_parallel_size * args.expert_tensor_parallel_size * pipeline
     assert args.data_parallel_size * tensor * pipeline * context == gpus
     assert gpus % expert_ranks == 0
@@ -90,7 +112,7 @@ def test_the_size_is_the_published_one(name: str) -> None:
 
 @every_file
 def test_the_flags_are_transformers_configuration(name: str) -> None:
-    """What both sides name alike; transformers' defaults are the published values, except where they are given here."""
+    """The values that both name. transformers' defaults are the published values, unless given here."""
     from transformers import GptOssConfig, OlmoeConfig, PhimoeConfig, Qwen3MoeConfig
 
     published = {
@@ -106,9 +128,16 @@ def test_the_flags_are_transformers_configuration(name: str) -> None:
         published.num_hidden_layers,
     )
     assert (args.num_attention_heads, args.kv_channels) == (published.num_attention_heads, published.head_dim)
-    assert (args.num_query_groups if args.group_query_attention else args.num_attention_heads) == published.num_key_value_heads
-    assert args.moe_ffn_hidden_size == getattr(published, "moe_intermediate_size", published.intermediate_size)
-    assert (args.num_experts, args.moe_router_topk) == (published.num_local_experts, published.num_experts_per_tok)
+    assert (
+        args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    ) == published.num_key_value_heads
+    assert args.moe_ffn_hidden_size == getattr(
+        published, "moe_intermediate_size", published.intermediate_size
+    )
+    assert (args.num_experts, args.moe_router_topk) == (
+        published.num_local_experts,
+        published.num_experts_per_tok,
+    )
     assert args.layernorm_epsilon == published.rms_norm_eps
     assert args.untie_embeddings_and_output_weights is not published.tie_word_embeddings
     assert args.moe_aux_loss_coeff == published.router_aux_loss_coef
@@ -128,12 +157,17 @@ def test_gpt_oss_keeps_its_window_activation_and_positions() -> None:
     left, right = config.window_size
     sees = [sliding_window_overlay(published.sliding_window)(0, 0, 500, key) for key in range(501)]
     assert [key for key in range(501) if sees[key]] == list(range(500 - left, 501 + right))
-    layers = ["sliding_attention" if layer % config.window_attn_skip_freq else "full_attention" for layer in range(1, 25)]
+    layers = [
+        "sliding_attention" if layer % config.window_attn_skip_freq else "full_attention"
+        for layer in range(1, 25)
+    ]
     assert layers == published.layer_types
     assert config.softmax_type == "learnable"
     gate, up = torch.linspace(-20, 20, 41), torch.linspace(9, -9, 41)
     clamp = config.activation_func_clamp_value
-    ours = config.activation_func(gate.clamp(max=clamp)) * (up.clamp(-clamp, clamp) + config.glu_linear_offset)
+    ours = config.activation_func(gate.clamp(max=clamp)) * (
+        up.clamp(-clamp, clamp) + config.glu_linear_offset
+    )
     limit = published.swiglu_limit
     clamped = gate.clamp(max=limit)
     theirs = (up.clamp(-limit, limit) + 1) * clamped * torch.sigmoid(clamped * published.swiglu_alpha)
@@ -175,7 +209,7 @@ def test_gpt_oss_has_the_published_rotary_frequencies() -> None:
 
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "gpt-oss-20b", "olmoe-1b-7b"])
 def test_the_experts_are_weighted_as_in_transformers(name: str) -> None:
-    """Not Phi-3.5-MoE: its header says that SparseMixer is out of reach."""
+    """Except Phi-3.5-MoE, whose header says that Megatron has no SparseMixer."""
     import torch
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssTopKRouter
@@ -185,7 +219,9 @@ def test_the_experts_are_weighted_as_in_transformers(name: str) -> None:
     args = parsed(name, 8)
     size: Any = {"hidden_size": args.num_experts, "num_experts_per_tok": args.moe_router_topk}
     router = {
-        "qwen3-30b-a3b": lambda: Qwen3MoeTopKRouter(Qwen3MoeConfig(num_local_experts=args.num_experts, norm_topk_prob=True, **size)),
+        "qwen3-30b-a3b": lambda: Qwen3MoeTopKRouter(
+            Qwen3MoeConfig(num_local_experts=args.num_experts, norm_topk_prob=True, **size)
+        ),
         "gpt-oss-20b": lambda: GptOssTopKRouter(GptOssConfig(num_local_experts=args.num_experts, **size)),
         "olmoe-1b-7b": lambda: OlmoeTopKRouter(OlmoeConfig(num_experts=args.num_experts, **size)),
     }[name]()
@@ -196,7 +232,10 @@ def test_the_experts_are_weighted_as_in_transformers(name: str) -> None:
             router.bias.zero_()
         _, weights, experts = router(logits)
     ours, chosen = topk_routing_with_score_function(
-        logits, args.moe_router_topk, use_pre_softmax=args.moe_router_pre_softmax, score_function=args.moe_router_score_function
+        logits,
+        args.moe_router_topk,
+        use_pre_softmax=args.moe_router_pre_softmax,
+        score_function=args.moe_router_score_function,
     )
     torch.testing.assert_close(ours, torch.zeros_like(logits).scatter(1, experts, weights))
     assert (chosen.sum(1) == args.moe_router_topk).all()
@@ -206,7 +245,11 @@ def test_the_experts_are_weighted_as_in_transformers(name: str) -> None:
 def test_seq_length_and_tokenizer_come_from_the_environment(name: str) -> None:
     flags = flags_of(FILES[name], 16, SEQ_LENGTH="2048", TOKENIZER="/a folder/tokenizer")
     args = validated([*flags, *FINETUNE], 16, add_arguments)
-    assert (args.seq_length, args.tokenizer_type, args.tokenizer_model) == (2048, "HuggingFaceTokenizer", "/a folder/tokenizer")
+    assert (args.seq_length, args.tokenizer_type, args.tokenizer_model) == (
+        2048,
+        "HuggingFaceTokenizer",
+        "/a folder/tokenizer",
+    )
 
 
 @every_file
@@ -221,8 +264,15 @@ def test_another_number_of_gpus_is_refused(name: str, variables: dict[str, str])
 
 @every_file
 def test_nothing_but_the_two_arrays_is_left_behind(name: str) -> None:
-    script = f'before=$(compgen -v); source "{FILES[name]}"; comm -13 <(echo "$before" | sort) <(compgen -v | sort)'
-    done = subprocess.run(["bash", "-c", script], env={"PATH": os.environ["PATH"], "GPUS": "8"}, capture_output=True, text=True, check=True)
+    script = f'before=$(compgen -v); source "{FILES[name]}"; '
+    script += 'comm -13 <(echo "$before" | sort) <(compgen -v | sort)'
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={"PATH": os.environ["PATH"], "GPUS": "8"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert set(done.stdout.split()) - {"before", "PIPESTATUS"} == {"MODEL_ARGS", "PARALLEL_ARGS"}
 
 

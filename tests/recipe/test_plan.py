@@ -1,4 +1,4 @@
-"""The plan: order, what each stage reads and writes, and which settings bear on which stage."""
+"""The plan: its order, the inputs and outputs of each stage, and which settings affect which stage."""
 
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def test_files_that_a_command_names_are_inputs_or_outputs(tmp_path: Path) -> Non
 def test_a_setting_outdates_the_stages_that_it_bears_on(
     tmp_path: Path, changes: dict[str, Any], outdated: set[str]
 ) -> None:
-    """Of the settings alone: what depends on a stage's result is told by the digests of its inputs."""
+    """Only through settings: effects through another stage's result are covered by the digests of inputs."""
     before, after = plan(tmp_path), plan(tmp_path, **changes)
     differing = {name for name in before if before[name].settings != after[name].settings}
     assert {name for name in differing if not any(name.startswith(prefix) for prefix in outdated)} == set()
@@ -78,7 +78,9 @@ def test_settings_do_not_depend_on_where_the_run_folder_lies(tmp_path: Path) -> 
 
 def test_each_fine_tuning_run_differs_from_sft_only_by_the_alignment(tmp_path: Path) -> None:
     stages = plan(tmp_path, methods=["sft", "ra-moe", "ra-moe-shuffled"])
-    sft, aligned, shuffled = (stages[f"finetune/{name}-seed2"] for name in ("sft", "ra-moe", "ra-moe-shuffled"))
+    sft, aligned, shuffled = (
+        stages[f"finetune/{name}-seed2"] for name in ("sft", "ra-moe", "ra-moe-shuffled")
+    )
     assert not {word for word in sft.command if word.startswith("--ramoe-")} - {
         "--ramoe-data",
         "--ramoe-anchor",
@@ -164,7 +166,12 @@ def test_from_and_until_select_by_stage_or_kind(tmp_path: Path) -> None:
 
     assert chosen(None, None) == names
     assert chosen("finetune", "finetune") == [name for name in names if name.startswith("finetune/")]
-    assert chosen("profile", "finetune/sft-seed1") == ["profile", "evaluate/base", "predict", "finetune/sft-seed1"]
+    assert chosen("profile", "finetune/sft-seed1") == [
+        "profile",
+        "evaluate/base",
+        "predict",
+        "finetune/sft-seed1",
+    ]
     assert chosen(None, "data") == ["data"]
     with pytest.raises(RamoeError, match="no stage 'finetun'; did you mean finetune"):
         select_stages(stages, "finetun", None)

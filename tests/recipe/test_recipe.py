@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, what is refused and how it is told, and which layouts can run."""
+"""Recipes: which are accepted, the errors of the others, and which layouts can run."""
 
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,13 @@ def refusal(**changes: Any) -> str:
 
 def test_a_resolved_recipe_resolves_to_itself() -> None:
     first = recipe(methods=["sft", {"name": "wide", "alignment": {"layers": "0-1", "coeff": 2}}], seeds=3)
-    again = validate(yaml.safe_load(yaml.safe_dump(first.model_dump(by_alias=True, exclude_none=True))), "again")
+    again = validate(
+        yaml.safe_load(yaml.safe_dump(first.model_dump(by_alias=True, exclude_none=True))), "again"
+    )
     assert [again.alignment_of(m) for m in again.methods] == [first.alignment_of(m) for m in first.methods]
-    assert again.model_dump(by_alias=True, exclude_none=True) == first.model_dump(by_alias=True, exclude_none=True)
+    assert again.model_dump(by_alias=True, exclude_none=True) == first.model_dump(
+        by_alias=True, exclude_none=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,14 +94,14 @@ def test_what_looks_like_a_date_is_text_and_what_is_said_to_be_one_is_checked(tm
     path.write_text(yaml.safe_dump(BASE))
     for text in ("2026-01-31", "2026-99-99", "12:00:00"):
         assert load_recipe(path, [f"evaluate.split={text}"]).evaluate.split == text
-    with pytest.raises(RamoeError, match="no valid YAML"):
+    with pytest.raises(RamoeError, match="invalid YAML"):
         load_recipe(path, ["name=!!timestamp 2026-99-99"])
 
 
 def test_broken_yaml_and_an_absent_file_are_told(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("name: x\nmodel: [1,\n")
-    with pytest.raises(RamoeError, match=r"r\.yaml:\d+: this is no valid YAML"):
+    with pytest.raises(RamoeError, match=r"r\.yaml:\d+: invalid YAML"):
         load_recipe(path)
     with pytest.raises(RamoeError, match="cannot be read"):
         load_recipe(tmp_path / "absent.yaml")
@@ -106,11 +110,17 @@ def test_broken_yaml_and_an_absent_file_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"data": {"world": {}, "files": ["a.jsonl"]}}, "exactly one of world, sib200 and files; found world, files"),
+        (
+            {"data": {"world": {}, "files": ["a.jsonl"]}},
+            "exactly one of world, sib200 and files; found world, files",
+        ),
         ({"data": {}}, "found none of them"),
         ({"data": {"files": ["a.jsonl"]}}, "files needs general"),
         ({"data": {"files": ["a"], "general": ["b"]}}, "data.files needs tokenizer"),
-        ({"pretrain": None}, "give one of checkpoint (a base model) and pretrain (flags to train one); found neither"),
+        (
+            {"pretrain": None},
+            "give one of checkpoint (a base model) and pretrain (flags to train one); found neither",
+        ),
         ({"checkpoint": "x"}, "found both"),
         ({"methods": ["ra-moe"]}, "ra-moe needs a coefficient"),
         ({"methods": ["ra-moe-shuffled"], "alignment": {"coeff": 1}}, "it needs alignment.target example"),
@@ -152,18 +162,34 @@ def test_seeds_as_a_number_count_from_one() -> None:
     [
         (3, {}, "multiple of micro-batch-size 2 x 3 = 6"),
         (8, {}, "use fewer ranks"),
-        (2, {"parallel": {"tensor-model-parallel-size": 4, "sequence-parallel": True}}, "needs a multiple of 4"),
+        (
+            2,
+            {"parallel": {"tensor-model-parallel-size": 4, "sequence-parallel": True}},
+            "needs a multiple of 4",
+        ),
         (
             3,
             {"parallel": {"pipeline-model-parallel-size": 2}},
             "1 x 3 = 3 ranks, but TP 1 x PP 2 x CP 1 needs a multiple of 2",
         ),
-        (2, {"parallel": {"expert-model-parallel-size": 4}}, "EP 4 x expert-TP 1 x PP 1 needs a multiple of 4"),
+        (
+            2,
+            {"parallel": {"expert-model-parallel-size": 4}},
+            "EP 4 x expert-TP 1 x PP 1 needs a multiple of 4",
+        ),
         (2, {"parallel": {"tensor-model-parallel-size": 2}}, "set parallel.sequence-parallel to true"),
         (4, {"parallel": {"pipeline-model-parallel-size": 4}}, "does not divide model.num-layers 2"),
-        (4, {"parallel": {"tensor-model-parallel-size": 4, "sequence-parallel": True}}, "model.num-attention-heads 2"),
+        (
+            4,
+            {"parallel": {"tensor-model-parallel-size": 4, "sequence-parallel": True}},
+            "model.num-attention-heads 2",
+        ),
         (2, {"pretrain": {"global-batch-size": 6}}, "pretrain: "),
-        (1, {"parallel": {"expert-model-parallel-size": "two"}}, "expert-model-parallel-size: expected a whole number"),
+        (
+            1,
+            {"parallel": {"expert-model-parallel-size": "two"}},
+            "expert-model-parallel-size: expected a whole number",
+        ),
     ],
 )
 def test_a_layout_that_cannot_run_is_refused_before_anything_starts(
@@ -198,7 +224,8 @@ def test_an_unknown_megatron_flag_is_told_with_the_nearest() -> None:
     known += ["--global-batch-size", "--lr", "--weight-decay", "--ramoe-coeff"]
     with pytest.raises(RamoeError) as caught:
         check_names(found, "r.yaml", known)
-    told = "r.yaml: methods.0.train.weight-decai: Megatron has no flag --weight-decai; did you mean weight-decay?"
+    told = "r.yaml: methods.0.train.weight-decai: "
+    told += "Megatron has no flag --weight-decai; did you mean weight-decay?"
     assert str(caught.value) == told
 
 

@@ -1,4 +1,4 @@
-"""Running stages: what is skipped, what runs again, what is moved aside, what is refused. Stages are real processes."""
+"""Running stages: what is skipped, rerun, moved aside or rejected. Stages are real processes."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ from ramoe_megatron.recipe.runner import StageFailed, run_stages
 def test_a_second_run_runs_nothing(bench: Bench) -> None:
     assert bench.run() == ["a", "b", "c", "d"]
     assert bench.run() == []
-    assert bench.shown.count("stands") == 4
+    assert bench.shown.count("is up to date") == 4
 
 
 def test_a_changed_setting_reruns_its_stage_and_what_depends_on_it(bench: Bench) -> None:
@@ -71,7 +71,9 @@ def test_a_crash_is_told_by_its_exception_and_exit_status_1(bench: Bench) -> Non
     assert "Traceback" not in caught.value.text
 
 
-def test_an_unfinished_result_is_resumed_under_its_own_settings_and_moved_aside_under_others(bench: Bench) -> None:
+def test_an_unfinished_result_is_resumed_under_its_own_settings_and_moved_aside_under_others(
+    bench: Bench,
+) -> None:
     (bench.code / "crash-a").touch()
     half = bench.folder / "a.txt"
 
@@ -82,11 +84,11 @@ def test_an_unfinished_result_is_resumed_under_its_own_settings_and_moved_aside_
     crash()
     half.write_text("half a checkpoint")
     crash()
-    assert "goes on where it stopped" in bench.shown
+    assert "resumes where it stopped" in bench.shown
     assert half.read_text() == "half a checkpoint"
     bench.numbers["a"] = 12
     crash()
-    assert "goes on" not in bench.shown
+    assert "resumes" not in bench.shown
     assert bench.superseded() == ["a.txt"]
 
 
@@ -146,17 +148,20 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(bench:
 
 
 def test_an_interrupted_run_is_recorded_and_goes_on(bench: Bench) -> None:
-    waiting = "open(here / 'here', 'w').close(); import time; time.sleep(60 if (here / 'wait').exists() else 0)\n"
+    waiting = (
+        "open(here / 'here', 'w').close(); import time; time.sleep(60 if (here / 'wait').exists() else 0)\n"
+    )
     (bench.code / "job.py").write_text(JOB.replace("total = ", waiting + "total = ", 1))
     (bench.code / "wait").touch()
     code = f"""
 import sys, os
-sys.path.insert(0, {str(Path(__file__).parents[1] / 'support')!r})
+sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
 from pathlib import Path
 from bench import Bench
 from ramoe_megatron.recipe.processes import stop_signals
 bench = object.__new__(Bench)
-bench.folder, bench.code, bench.numbers = Path({str(bench.folder)!r}), Path({str(bench.code)!r}), {bench.numbers!r}
+bench.folder, bench.code = Path({str(bench.folder)!r}), Path({str(bench.code)!r})
+bench.numbers = {bench.numbers!r}
 with stop_signals():
     bench.run()
 """

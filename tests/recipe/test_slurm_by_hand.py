@@ -1,4 +1,4 @@
-"""The four scripts of slurm/, one after another on two nodes, as slurm/README.md writes them; an offline job is warned on its way."""
+"""The four scripts of slurm/ in order on two nodes, as in slurm/README.md. One offline job is warned."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,18 @@ pytestmark = pytest.mark.slurm
 
 
 def test_the_stages_by_hand(cluster: SlurmCluster, slurm_world: Path, tmp_path: Path) -> None:
-    """taxonomy -> profile -> fine-tune -> evaluate by `afterok`; the taxonomy goes back into the queue before it has begun."""
+    """taxonomy -> profile -> fine-tune -> evaluate by `afterok`. The taxonomy is first requeued."""
     run = tmp_path / "run"
 
     def submit(stage: str, after: int | None, *words: str, **more: object) -> tuple[int, Path]:
-        place = ["--nodes=2", f"--output={tmp_path}/{stage}-%j.out", *([f"--dependency=afterok:{after}"] if after else [])]
-        job = cluster.sbatch(*place, str(ROOT / "slurm" / f"{stage}.sbatch"), *words, **settings(slurm_world, run, **more))
+        place = [
+            "--nodes=2",
+            f"--output={tmp_path}/{stage}-%j.out",
+            *([f"--dependency=afterok:{after}"] if after else []),
+        ]
+        job = cluster.sbatch(
+            *place, str(ROOT / "slurm" / f"{stage}.sbatch"), *words, **settings(slurm_world, run, **more)
+        )
         return job, tmp_path / f"{stage}-{job}.out"
 
     taxonomy, said = submit("taxonomy", None)
@@ -32,13 +38,22 @@ def test_the_stages_by_hand(cluster: SlurmCluster, slurm_world: Path, tmp_path: 
         cluster.log,
     )
     cluster.call("scancel", "--signal=USR1", str(taxonomy))
-    wait_for(lambda: cluster.job(taxonomy)["Restarts"] == "1", 300, "its way back into the queue", said.read_text)
+    wait_for(
+        lambda: cluster.job(taxonomy)["Restarts"] == "1", 300, "its way back into the queue", said.read_text
+    )
     states = cluster.wait(*jobs, seconds=1800)
-    assert states == ["COMPLETED"] * 4, "\n".join(path.read_text()[-2000:] for path in sorted(tmp_path.glob("*.out")))
+    assert states == ["COMPLETED"] * 4, "\n".join(
+        path.read_text()[-2000:] for path in sorted(tmp_path.glob("*.out"))
+    )
     assert said.read_text().count(START) == 2
     for job in jobs:
         assert cluster.job(job)["NumNodes"] == "2"
-    assert {path.name for path in run.iterdir()} >= {"taxonomy.jsonl", "taxonomy.json", "experts.safetensors", "divergence.csv"}
+    assert {path.name for path in run.iterdir()} >= {
+        "taxonomy.jsonl",
+        "taxonomy.json",
+        "experts.safetensors",
+        "divergence.csv",
+    }
     assert "ramoe: routing alignment is on" in trained.read_text()
     assert (run / "checkpoints/by-hand/latest_checkpointed_iteration.txt").read_text() == "4"
     found = json.loads((run / "evaluations/ra-moe-seed7.json").read_text())

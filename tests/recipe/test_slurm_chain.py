@@ -1,4 +1,4 @@
-"""`ramoe run --launcher slurm` on a real Slurm: the demo's recipe as a chain of jobs, tensor parallel across two nodes."""
+"""`ramoe run --launcher slurm` on a real Slurm: the demo's recipe, tensor parallel across two nodes."""
 
 import json
 import re
@@ -22,11 +22,20 @@ def write_recipe(path: Path, *methods: object) -> None:
     """The demo, with fewer steps, two target languages, and one rank on each of two nodes."""
     recipe = yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text())
     recipe["data"] = {"world": {"max_tokens": 16, "target_shares": {"es": 0.2, "sw": 0.07}}}
-    recipe["pretrain"] |= {"train-iters": 30, "micro-batch-size": 64, "global-batch-size": 64, "lr-warmup-iters": 2}
+    recipe["pretrain"] |= {
+        "train-iters": 30,
+        "micro-batch-size": 64,
+        "global-batch-size": 64,
+        "lr-warmup-iters": 2,
+    }
     recipe["train"] |= {"train-iters": 8, "log-interval": 1}
     recipe["parallel"] = {"tensor-model-parallel-size": 2, "sequence-parallel": True}
     recipe |= {"seeds": [1], "methods": list(methods)}
-    recipe["launch"] = {"nodes": 2, "ranks-per-node": 1, "slurm": {"sbatch": {"partition": "cpu", "time": "00:30:00"}}}
+    recipe["launch"] = {
+        "nodes": 2,
+        "ranks-per-node": 1,
+        "slurm": {"sbatch": {"partition": "cpu", "time": "00:30:00"}},
+    }
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
 
 
@@ -57,7 +66,10 @@ def rows(said: str) -> dict[str, str]:
 
 
 def test_the_demo_as_a_chain_across_two_nodes(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """One method fails: its chain stops and says where, the others end; once it is mended, only what is missing is submitted."""
+    """One method fails: its chain stops with a message, and the others end.
+
+    After the fault is corrected, only the missing stages are submitted.
+    """
     recipe, run = tmp_path / "demo.yaml", tmp_path / "run"
     write_recipe(recipe, BROKEN, "ra-moe")
 
@@ -82,9 +94,20 @@ def test_the_demo_as_a_chain_across_two_nodes(cluster: SlurmCluster, tmp_path: P
 
     states = wait_for_all(cluster, first)
     stopped = {"evaluate/sft-seed1", "results", "report"}
-    expected = dict.fromkeys(first, "COMPLETED") | {"finetune/sft-seed1": "FAILED"} | dict.fromkeys(stopped, "CANCELLED")
+    expected = (
+        dict.fromkeys(first, "COMPLETED")
+        | {"finetune/sft-seed1": "FAILED"}
+        | dict.fromkeys(stopped, "CANCELLED")
+    )
     assert states == expected, ramoe(cluster, "status", run).stdout
-    for stage in ("pretrain", "taxonomy", "profile", "finetune/ra-moe-seed1", "evaluate/ra-moe-seed1", "predict"):
+    for stage in (
+        "pretrain",
+        "taxonomy",
+        "profile",
+        "finetune/ra-moe-seed1",
+        "evaluate/ra-moe-seed1",
+        "predict",
+    ):
         assert cluster.job(first[stage])["NumNodes"] == "2"
         assert "--nnodes 2" in (run / "logs" / f"{stage.replace('/', '-')}.log").read_text()
     assert_side_by_side(cluster, run, first)
@@ -109,14 +132,23 @@ def test_the_demo_as_a_chain_across_two_nodes(cluster: SlurmCluster, tmp_path: P
 
 
 def assert_side_by_side(cluster: SlurmCluster, run: Path, jobs: dict[str, int]) -> None:
-    """Some two jobs ran at the same time on the same nodes, each with a port of its own."""
+    """Check that two jobs ran at the same time on the same nodes, each with its own port."""
     spans, ports = {}, {}
     for stage, job in jobs.items():
         told = cluster.job(job)
         if told["NumNodes"] == "2" and told["JobState"] == "COMPLETED":
-            spans[stage] = (datetime.fromisoformat(told["StartTime"]), datetime.fromisoformat(told["EndTime"]), told["NodeList"])
+            spans[stage] = (
+                datetime.fromisoformat(told["StartTime"]),
+                datetime.fromisoformat(told["EndTime"]),
+                told["NodeList"],
+            )
             output = (run / "logs" / f"{stage.replace('/', '-')}.slurm-{job}.out").read_text()
             ports[stage] = re.findall(r"MASTER_PORT=(\d+)", output)[0]
-    together = [(a, b) for a in spans for b in spans if a < b and spans[a][0] < spans[b][1] and spans[b][0] < spans[a][1]]
+    together = [
+        (a, b)
+        for a in spans
+        for b in spans
+        if a < b and spans[a][0] < spans[b][1] and spans[b][0] < spans[a][1]
+    ]
     assert any(spans[a][2] == spans[b][2] for a, b in together), spans
     assert all(ports[a] != ports[b] for a, b in together)

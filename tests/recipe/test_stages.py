@@ -1,4 +1,7 @@
-"""Stages side by side: what may run at once, what waits, and what a failure or Ctrl-C leaves. Stages are real processes."""
+"""Stages side by side: what may run at once, what waits, and what remains after a failure or Ctrl-C.
+
+Stages are real processes.
+"""
 
 import dataclasses
 import io
@@ -39,12 +42,15 @@ Path(output).write_text(name)
 
 
 def run(bench: Bench, at_once: int, partners: dict[str, list[str]] | None = None) -> Manifest:
-    """The plan of `Bench`, where given with stages that wait for partners in the place of the sums."""
+    """Run the plan of `Bench`. If given, stages that wait for partners replace the sums."""
     plan = bench.plan()
     if partners is not None:
         (bench.code / "partners.py").write_text(PARTNERS)
         plan = [
-            stage.__class__(**vars(stage) | {"command": ("partners", stage.name, str(stage.outputs[0]), *partners.get(stage.name, []))})
+            stage.__class__(
+                **vars(stage)
+                | {"command": ("partners", stage.name, str(stage.outputs[0]), *partners.get(stage.name, []))}
+            )
             for stage in plan
         ]
     with locked(bench.folder):
@@ -61,10 +67,15 @@ def run(bench: Bench, at_once: int, partners: dict[str, list[str]] | None = None
 @pytest.mark.parametrize("at_once", [2, 3, 8])
 def test_the_results_are_those_of_one_after_another(bench: Bench, at_once: int) -> None:
     manifest = run(bench, at_once)
-    assert {name: (bench.folder / f"{name}.txt").read_text() for name in "abcd"} == {"a": "10", "b": "30", "c": "60", "d": "50"}
+    assert {name: (bench.folder / f"{name}.txt").read_text() for name in "abcd"} == {
+        "a": "10",
+        "b": "30",
+        "c": "60",
+        "d": "50",
+    }
     assert {entry.state for entry in manifest.stages.values()} == {"done"}
     run(bench, at_once)
-    assert bench.shown.count("stands") == 4
+    assert bench.shown.count("is up to date") == 4
 
 
 def test_stages_that_wait_for_no_other_run_at_once(bench: Bench) -> None:
@@ -75,9 +86,18 @@ def test_stages_that_wait_for_no_other_run_at_once(bench: Bench) -> None:
 def test_a_stage_waits_for_what_it_reads(bench: Bench) -> None:
     (bench.code / "linger-a").touch()
     run(bench, 4, {})
-    order = [line.split()[1] for line in bench.shown.splitlines() if "] " in line and ("done" in line or "runs" in line)]
+    order = [
+        line.split()[1]
+        for line in bench.shown.splitlines()
+        if "] " in line and ("done" in line or "runs" in line)
+    ]
     assert order.index("a") == 0
-    assert bench.shown.index("a done") < bench.shown.index("b runs") < bench.shown.index("b done") < bench.shown.index("c runs")
+    assert (
+        bench.shown.index("a done")
+        < bench.shown.index("b runs")
+        < bench.shown.index("b done")
+        < bench.shown.index("c runs")
+    )
 
 
 def test_what_runs_beside_a_failed_stage_ends_and_nothing_else_begins(bench: Bench) -> None:
@@ -110,13 +130,14 @@ def test_a_signal_ends_all_that_run(bench: Bench) -> None:
 def test_a_stage_with_ranks_is_forked_only_where_there_is_no_cuda_device(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, devices: int | None
 ) -> None:
-    """Else torchrun starts it, as it does where the server gives None."""
+    """Otherwise torchrun starts it, and also when the server returns None."""
     asked = []
 
     def start(server: ForkServer, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> None:
         asked.append((list(command), ranks))
 
-    monkeypatch.setattr(ForkServer, "start", start)  # None: torchrun takes over, as after a server that has ended
+    # None: torchrun takes over, as after a server that has ended.
+    monkeypatch.setattr(ForkServer, "start", start)
     monkeypatch.setattr("ramoe_megatron.recipe.stages.cuda_devices", lambda environment: devices)
     stage = dataclasses.replace(bench.plan()[0], ranks=1)
     with locked(bench.folder):

@@ -1,4 +1,4 @@
-"""Methods over seeds and base models: pairs, intervals, corrections, verdicts and hits worked by hand; the documents that tell them."""
+"""Methods over seeds and base models: pairs, intervals, corrections, verdicts and hits, worked by hand."""
 
 import json
 import math
@@ -20,14 +20,17 @@ def test_paired_seeds_of_two_base_models_worked_by_hand(tmp_path: Path) -> None:
     one, two = write_run(tmp_path / "one", rising()), write_run(tmp_path / "two", plain("sft", "ra-moe"))
     alone = row(compare([one])["headline"], method="ra-moe")["against"]
     half = 2.776445 * math.sqrt(2.5 / 5) / 40
-    assert (alone["change"], alone["low"], alone["high"]) == pytest.approx((3 / 40, 3 / 40 - half, 3 / 40 + half), abs=1e-6)
+    assert (alone["change"], alone["low"], alone["high"]) == pytest.approx(
+        (3 / 40, 3 / 40 - half, 3 / 40 + half), abs=1e-6
+    )
     assert alone["p"] == pytest.approx(0.013236, abs=1e-5)
     assert (alone["n"], alone["seeds_higher"], alone["seeds_lower"]) == (5, 5, 0)
     both = compare([one, two])
     found = row(both["headline"], method="ra-moe")
     assert (found["bases"], found["seeds"], found["outcomes"], found["against"]["n"]) == (2, 5, 10, 10)
     assert found["accuracy"] == pytest.approx((0.4 * 10 * 40 + 5 + 15) / 400)
-    half = 2.306004 * math.sqrt(10 / 8 / 10) / 40  # 8 degrees of freedom; the squares about each base model's own mean are 10 and 0
+    # 8 degrees of freedom; the squares about each base model's own mean are 10 and 0.
+    half = 2.306004 * math.sqrt(10 / 8 / 10) / 40
     assert found["against"]["change"] == pytest.approx(1.5 / 40)
     assert found["against"]["high"] == pytest.approx(1.5 / 40 + half, abs=1e-6)
     assert [b["change"] for b in found["against"]["by_base"]] == pytest.approx([3 / 40, 0])
@@ -37,10 +40,14 @@ def test_paired_seeds_of_two_base_models_worked_by_hand(tmp_path: Path) -> None:
 
 def test_an_example_is_one_draw_in_every_language_seed_and_base_model(tmp_path: Path) -> None:
     """The interval over examples is the same however often the same answers were given."""
-    runs = [write_run(tmp_path / name, {("sft", 1): {}, ("ra-moe", 1): dict.fromkeys(TARGETS, 6)}) for name in ("one", "two")]
+    runs = [
+        write_run(tmp_path / name, {("sft", 1): {}, ("ra-moe", 1): dict.fromkeys(TARGETS, 6)})
+        for name in ("one", "two")
+    ]
     one, two = (row(compare(folders)["headline"], method="ra-moe")["against"] for folders in (runs[:1], runs))
     assert one["low"] is None  # a single seed
-    # 4 of 20 ids gain in both languages: the sum of squares over clusters is 4 (2 * 0.8)^2 + 16 (2 * 0.2)^2 = 12.8.
+    # 4 of 20 ids gain in both languages: the sum of squares over clusters is 4 (2 * 0.8)^2 + 16 (2 * 0.2)^2 =
+    # 12.8.
     half = 2.093024 * math.sqrt(20 / 19 * 12.8) / 40
     assert one["by_example"]["high"] == pytest.approx(0.2 + half, abs=1e-6)
     for end in ("change", "low", "high"):
@@ -48,7 +55,7 @@ def test_an_example_is_one_draw_in_every_language_seed_and_base_model(tmp_path: 
 
 
 def test_what_sets_base_models_apart_is_no_error_of_a_difference_between_methods(tmp_path: Path) -> None:
-    """Seeds that differ alike in both base models: a constant between the base models leaves the width as it is, and takes one degree."""
+    """A constant between two base models does not change the width, and costs one degree of freedom."""
     apart = {seed: {("a", "es"): 5 + seed, ("b", "tr"): 8} for seed in SEEDS}
     outcomes = {**rising(), **{("ra-moe", seed): right for seed, right in apart.items()}}
     folders = [write_run(tmp_path / "one", rising()), write_run(tmp_path / "two", outcomes)]
@@ -69,7 +76,7 @@ def test_parallel_rows_of_a_fact_do_not_narrow_an_accuracy(tmp_path: Path) -> No
 
 
 def test_change_from_the_base_model_is_over_the_examples_of_its_table(tmp_path: Path) -> None:
-    """Targets fall by 2 of 40 rows, English rises by 3 of 20: neither may be told of the other."""
+    """Targets fall by 2 of 40 rows, English rises by 3 of 20. Neither table shows the other's change."""
     right = {("a", "es"): 2, ("a", "en"): 7}
     c = compare([write_run(tmp_path / "one", {("sft", seed): right for seed in SEEDS})])
     assert row(c["headline"], method="sft")["from_base"]["change"] == pytest.approx(-2 / 40)
@@ -78,17 +85,29 @@ def test_change_from_the_base_model_is_over_the_examples_of_its_table(tmp_path: 
 
 
 def test_an_outcome_without_a_seed_meets_every_seed_of_the_reference(tmp_path: Path) -> None:
-    outcomes = {**{("sft", seed): {("a", "es"): seed} for seed in SEEDS}, ("steering-soft", None): {("a", "es"): 9}}
+    outcomes = {
+        **{("sft", seed): {("a", "es"): seed} for seed in SEEDS},
+        ("steering-soft", None): {("a", "es"): 9},
+    }
     found = row(compare([write_run(tmp_path / "one", outcomes)])["headline"], method="steering-soft")
-    assert [pair["change"] for pair in found["against"]["by_seed"]] == pytest.approx([(9 - seed) / 40 for seed in SEEDS])
+    assert [pair["change"] for pair in found["against"]["by_seed"]] == pytest.approx(
+        [(9 - seed) / 40 for seed in SEEDS]
+    )
     assert [pair["seed"] for pair in found["against"]["by_seed"]] == list(SEEDS)
     assert (found["outcomes"], found["seeds"], found["against"]["seeds_higher"]) == (1, 0, 5)
 
 
 def test_no_figure_depends_on_the_order_of_files_lines_or_folders(tmp_path: Path) -> None:
     draw = random.Random(0)
-    outcomes = {(m, s): {cell: draw.randint(0, 10) for cell in CELLS} for m in ("sft", "ra-moe", "random-experts") for s in SEEDS}
-    folders = [write_run(tmp_path / "one", outcomes), write_run(tmp_path / "two", {**rising(), **plain("random-experts")})]
+    outcomes = {
+        (m, s): {cell: draw.randint(0, 10) for cell in CELLS}
+        for m in ("sft", "ra-moe", "random-experts")
+        for s in SEEDS
+    }
+    folders = [
+        write_run(tmp_path / "one", outcomes),
+        write_run(tmp_path / "two", {**rising(), **plain("random-experts")}),
+    ]
     before = compare(folders)
     for path in (tmp_path / "one/evaluations").glob("*.jsonl"):
         lines = path.read_text().splitlines(keepends=True)
@@ -104,13 +123,16 @@ def test_no_figure_depends_on_the_order_of_files_lines_or_folders(tmp_path: Path
 
 
 def test_each_family_is_corrected_by_itself(tmp_path: Path) -> None:
-    """Three methods of p, p and 1: Holm gives 3p, 3p (no lower than the first), 1; Benjamini-Hochberg 3p/2, 3p/2, 1."""
+    """Three methods with p, p and 1. Holm: 3p, 3p (not below the first), 1. Benjamini-Hochberg: 3p/2, 3p/2,
+    1."""
     outcomes = {**plain("same"), **rising("ra-moe"), **rising("other", -1)}
     for seed in SEEDS:
         outcomes["same", seed] = {("a", "es"): 5}
     c = compare([write_run(tmp_path / "one", outcomes)])
     p = 0.0132363
-    adjusted = {r["method"]: (r["against"]["p_holm"], r["against"]["p_bh"]) for r in c["headline"] if r["against"]}
+    adjusted = {
+        r["method"]: (r["against"]["p_holm"], r["against"]["p_bh"]) for r in c["headline"] if r["against"]
+    }
     assert adjusted == {
         "ra-moe": pytest.approx((3 * p, 1.5 * p), abs=1e-5),
         "other": pytest.approx((3 * p, 1.5 * p), abs=1e-5),
@@ -134,5 +156,7 @@ def test_each_family_is_corrected_by_itself(tmp_path: Path) -> None:
         (None, None, None, "not shown"),
     ],
 )
-def test_a_verdict_needs_the_whole_interval_and_the_corrected_p(low: float, high: float, p_holm: float, word: str) -> None:
+def test_a_verdict_needs_the_whole_interval_and_the_corrected_p(
+    low: float, high: float, p_holm: float, word: str
+) -> None:
     assert claim_verdict({"low": low, "high": high, "p_holm": p_holm}) == word

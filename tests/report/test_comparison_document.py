@@ -1,4 +1,4 @@
-"""The documents of a comparison: what is said of which figures, what is marked, and that no hole shows."""
+"""The documents of a comparison: sentences for given figures, marks, and no gaps in the text."""
 
 import math
 import random
@@ -32,12 +32,21 @@ def test_claims_are_the_method_minus_its_control(tmp_path: Path) -> None:
         **{("reversed", s): {("a", "es"): 5} for s in SEEDS},
     }
     c = compare([write_run(tmp_path / "one", outcomes)])
-    assert [(r["control"], r["verdict"]) for r in c["claims"]] == [("random-experts", "not shown"), ("reversed", "supported")]
+    assert [(r["control"], r["verdict"]) for r in c["claims"]] == [
+        ("random-experts", "not shown"),
+        ("reversed", "supported"),
+    ]
     supported = row(c["claims"], control="reversed")
     assert (supported["change"], supported["p_holm"]) == pytest.approx((3 / 40, 2 * 0.0132363), abs=1e-5)
     told = " ".join(comparison_findings(c))
-    assert "ra-moe scored 7.5 points higher than sft in the target languages (95 % interval +2.6 to +12.4, p = 0.013" in told
-    assert "ra-moe scored higher than reversed (+7.5 [+2.6, +12.4]); no difference from random-experts (+0.0 [+0.0, +0.0])" in told
+    assert (
+        "ra-moe scored 7.5 points higher than sft in the target languages (95 % interval +2.6 to +12.4, "
+        "p = 0.013" in told
+    )
+    assert (
+        "ra-moe scored higher than reversed (+7.5 [+2.6, +12.4]); no difference from random-experts (+0.0 "
+        "[+0.0, +0.0])" in told
+    )
 
 
 def test_a_lead_over_a_reference_that_lost_is_told_beside_what_it_lost(tmp_path: Path) -> None:
@@ -52,17 +61,21 @@ def test_a_lead_over_a_reference_that_lost_is_told_beside_what_it_lost(tmp_path:
     assert "lower than base" not in better
 
 
-@pytest.mark.parametrize(("sign", "told"), [(-1, "scored 7.5 points lower than sft"), (0, "scored the same as sft")])
+@pytest.mark.parametrize(
+    ("sign", "told"), [(-1, "scored 7.5 points lower than sft"), (0, "scored the same as sft")]
+)
 def test_it_is_said_when_the_method_does_not_win(tmp_path: Path, sign: int, told: str) -> None:
     assert told in comparison_findings(compare([write_run(tmp_path / "one", rising(sign=sign))]))[0]
 
 
 def test_the_loss_to_the_base_model_is_told_with_its_interval(tmp_path: Path) -> None:
-    """2 of 40 rows lost, standard error sqrt(0.5 / 5) with Student's 2.776, and then sqrt(4 / 3) with 4.303."""
+    """2 of 40 rows lost: standard error sqrt(0.5 / 5), Student's 2.776; then sqrt(4 / 3), 4.303."""
 
     def told(*right: int) -> str:
         outcomes = {("sft", seed): {("a", "es"): n} for seed, n in enumerate(right, start=1)}
-        return " ".join(comparison_findings(compare([write_run(tmp_path / "-".join(map(str, right)), outcomes)])))
+        return " ".join(
+            comparison_findings(compare([write_run(tmp_path / "-".join(map(str, right)), outcomes)]))
+        )
 
     narrow, wide = told(1, 2, 2, 2, 3), told(0, 2, 4)
     assert "5.0 points lower than base in the target languages (95 % interval −7.2 to −2.8, p = " in narrow
@@ -85,17 +98,28 @@ def test_base_models_that_fine_tuning_helps_and_harms_are_told(tmp_path: Path) -
 
 
 def test_equal_differences_are_no_spread_rather_than_too_few_seeds(tmp_path: Path) -> None:
-    outcomes = {(method, seed): {("a", "es"): right} for method, right in (("sft", 4), ("ra-moe", 6)) for seed in SEEDS}
-    assert "no interval: no spread over seeds" in comparison_findings(compare([write_run(tmp_path / "one", outcomes)]))[0]
+    outcomes = {
+        (method, seed): {("a", "es"): right}
+        for method, right in (("sft", 4), ("ra-moe", 6))
+        for seed in SEEDS
+    }
+    assert (
+        "no interval: no spread over seeds"
+        in comparison_findings(compare([write_run(tmp_path / "one", outcomes)]))[0]
+    )
 
 
 def test_methods_that_share_the_highest_accuracy_are_all_named(tmp_path: Path) -> None:
-    outcomes = {(method, 1): {("a", "es"): right} for method, right in (("sft", 5), ("ra-moe", 6), ("rise", 6))}
+    outcomes = {
+        (method, 1): {("a", "es"): right} for method, right in (("sft", 5), ("ra-moe", 6), ("rise", 6))
+    }
     told = " ".join(comparison_findings(compare([write_run(tmp_path / "one", outcomes)])))
     assert "The highest target accuracy is 45.0 % (ra-moe and rise)." in told
 
 
-def test_a_method_that_trains_nothing_is_marked_wherever_the_spread_is_the_references_alone(tmp_path: Path) -> None:
+def test_a_method_that_trains_nothing_is_marked_wherever_the_spread_is_the_references_alone(
+    tmp_path: Path,
+) -> None:
     outcomes = {**rising(), ("steering-soft", None): {("a", "es"): 9, ("b", "es"): 9}}
     for seed in SEEDS:
         outcomes["sft", seed] = {("a", "es"): 4 + seed % 2}
@@ -103,12 +127,17 @@ def test_a_method_that_trains_nothing_is_marked_wherever_the_spread_is_the_refer
     text = markdown_of(c)
     rows = [line for line in text.splitlines() if line.startswith("| steering-soft ")]
     assert [line.count("‡") for line in rows] == [1, 1, 1, 0, 0, 1, 1]  # not in the two rows of the ci share
-    assert text.count("‡: trains nothing, so it has one outcome for a base model, paired with every seed of sft") == 5
-    assert "‡" not in markdown_of(compare([write_run(tmp_path / "two", rising())])).split("## Routing mass")[0]
+    assert (
+        text.count("‡: trains nothing, so it has one outcome for a base model, paired with every seed of sft")
+        == 5
+    )
+    assert (
+        "‡" not in markdown_of(compare([write_run(tmp_path / "two", rising())])).split("## Routing mass")[0]
+    )
 
 
 def test_the_findings_are_a_short_list_that_holds_the_caveats(tmp_path: Path) -> None:
-    """Not in the count of methods that differ: one that trains nothing. Not a finding: what a table of many rows shows."""
+    """A method that trains nothing is not counted as different, and no finding repeats a long table."""
     methods = ("sft", "ra-moe", "reversed", "all-layers", "coeff-zero", "rise", "xlr")
     outcomes = {**plain(*methods), ("steering-soft", None): {("b", "tr"): 10}, **rising()}
     told = comparison_findings(compare([write_run(tmp_path / name, outcomes) for name in ("one", "two")]))
@@ -118,7 +147,11 @@ def test_the_findings_are_a_short_list_that_holds_the_caveats(tmp_path: Path) ->
 
 
 def test_methods_of_other_training_flags_are_told_with_what_was_run(tmp_path: Path) -> None:
-    methods = ["sft", {"name": "ra-moe", "train": {"train-iters": 144}}, {"name": "rise", "train": {"lr": 0.1, "train-iters": 72}}]
+    methods = [
+        "sft",
+        {"name": "ra-moe", "train": {"train-iters": 144}},
+        {"name": "rise", "train": {"lr": 0.1, "train-iters": 72}},
+    ]
     methods += [{"name": "steered", "preset": ["steering-soft"], "on": "ra-moe"}]
     outcomes = plain("sft", "ra-moe", "rise", "steered")
     c = compare([write_run(tmp_path / "one", outcomes, recipe={"methods": methods})])
@@ -129,7 +162,9 @@ def test_methods_of_other_training_flags_are_told_with_what_was_run(tmp_path: Pa
     ]
     told = markdown_of(c)
     assert "ra-moe train-iters 144 (72); rise lr 0.1 (not given); steered train-iters 144 (72)." in told
-    assert "Every trained method has the training flags of sft (steps" in markdown_of(compare([write_run(tmp_path / "two", rising())]))
+    assert "Every trained method has the training flags of sft (steps" in markdown_of(
+        compare([write_run(tmp_path / "two", rising())])
+    )
 
 
 def test_a_lone_seed_gives_no_verdict_and_no_p(tmp_path: Path) -> None:
@@ -148,7 +183,9 @@ def test_each_base_model_is_told_with_what_it_left_to_gain(tmp_path: Path) -> No
     c = compare([one, two])
     assert [base["ci_share"] for base in c["bases"]] == pytest.approx([0.225, 0.2])
     lines = markdown_of(c).splitlines()
-    assert [line for line in lines if line.startswith("| one | 40.0 |")] == ["| one | 40.0 | 40.0 | 22.5 | −2.0 | 40 | 20 |"]
+    assert [line for line in lines if line.startswith("| one | 40.0 |")] == [
+        "| one | 40.0 | 40.0 | 22.5 | −2.0 | 40 | 20 |"
+    ]
 
 
 # ---- zero, ablations ----
@@ -156,11 +193,23 @@ def test_each_base_model_is_told_with_what_it_left_to_gain(tmp_path: Path) -> No
 
 def test_a_coefficient_of_zero_must_be_equal_in_answers_and_weights(tmp_path: Path) -> None:
     outcomes = {**plain("sft", "coeff-zero"), ("coeff-zero", 3): {("b", "en"): 5}}
-    weights = {("sft", 1): "ab", ("coeff-zero", 1): "ab", ("sft", 2): "ab", ("coeff-zero", 2): "cd", ("sft", 3): "ab"}
+    weights = {
+        ("sft", 1): "ab",
+        ("coeff-zero", 1): "ab",
+        ("sft", 2): "ab",
+        ("coeff-zero", 2): "cd",
+        ("sft", 3): "ab",
+    }
     c = compare([write_run(tmp_path / "one", outcomes, weights=weights)])
-    told = [(r["seed"], r["outcomes_equal"], r["differing"], r["weights_equal"]) for r in c["coefficient_zero"][:3]]
+    told = [
+        (r["seed"], r["outcomes_equal"], r["differing"], r["weights_equal"])
+        for r in c["coefficient_zero"][:3]
+    ]
     assert told == [(1, True, 0, True), (2, True, 0, False), (3, False, 1, None)]
-    assert "did NOT leave training as it was (one seed 2: 0 answers and the weights and one seed 3: 1 answer)" in comparison_findings(c)[-1]
+    assert (
+        "did NOT leave training as it was (one seed 2: 0 answers and the weights and one seed 3: 1 answer)"
+        in comparison_findings(c)[-1]
+    )
     assert c["ablation"] == []
     fine = compare([write_run(tmp_path / "two", plain("sft", "coeff-zero"))])
     assert "gave the answers of sft in all 5 runs; no digest" in comparison_findings(fine)[-1]
@@ -174,33 +223,70 @@ def test_further_methods_are_listed_with_what_they_change(tmp_path: Path) -> Non
     commands["strong"] += ["--ramoe-pack", "--save", "/y"]
     folder = write_run(tmp_path / "one", plain("sft", "ra-moe", "all-layers", "strong"), commands=commands)
     (found,) = compare([folder])["ablation"]
-    assert (found["method"], found["settings"]) == ("strong", ["coeff 90.0 (ra-moe: 50.0)", "pack on (ra-moe: not given)"])
+    assert (found["method"], found["settings"]) == (
+        "strong",
+        ["coeff 90.0 (ra-moe: 50.0)", "pack on (ra-moe: not given)"],
+    )
     assert found["beside"] is None  # no command of sft is told
     assert [r["method"] for r in compare([folder], presets=("strong",))["ablation"]] == []
 
 
 def test_what_alignment_adds_is_told_against_the_same_training_without_it(tmp_path: Path) -> None:
-    """Trained weights and Megatron's flags pair the methods; what concerns alignment and data does not. By hand: 9 - 5 of 40 rows."""
+    """Methods are paired by trained weights and Megatron's flags. By hand: 9 - 5 of 40 rows."""
     commands = {
         "sft": ["--lr", "0.1", "--ramoe-split", "train"],
         "ra-moe": ["--lr", "0.1", "--ramoe-coeff", "50"],
         "routers": ["--lr", "0.1", "--ramoe-train", "routers"],
-        "ra-moe-routers": ["--lr", "0.1", "--ramoe-train", "routers", "--ramoe-coeff", "50", "--ramoe-tokens", "all"],
+        "ra-moe-routers": [
+            "--lr",
+            "0.1",
+            "--ramoe-train",
+            "routers",
+            "--ramoe-coeff",
+            "50",
+            "--ramoe-tokens",
+            "all",
+        ],
         "ra-moe-js": ["--lr", "0.1", "--ramoe-coeff", "1", "--ramoe-divergence", "js"],
         "ra-moe-slow": ["--lr", "0.01", "--ramoe-coeff", "50"],
-        "ra-moe-curve": ["--lr", "0.1", "--ramoe-coeff", "50", "--ramoe-layer-weights", "/run/divergence.csv", "--ramoe-data", "/x"],
+        "ra-moe-curve": [
+            "--lr",
+            "0.1",
+            "--ramoe-coeff",
+            "50",
+            "--ramoe-layer-weights",
+            "/run/divergence.csv",
+            "--ramoe-data",
+            "/x",
+        ],
     }
-    routers = {(method, seed): {("a", "es"): right} for method, right in (("routers", 5), ("ra-moe-routers", 9)) for seed in SEEDS}
+    routers = {
+        (method, seed): {("a", "es"): right}
+        for method, right in (("routers", 5), ("ra-moe-routers", 9))
+        for seed in SEEDS
+    }
     c = compare([write_run(tmp_path / "one", {**plain(*commands), **routers}, commands=commands)])
     rows = {r["method"]: r for r in c["ablation"]}
-    beside = {"routers": None, "ra-moe-routers": "routers", "ra-moe-js": "sft", "ra-moe-slow": None, "ra-moe-curve": "sft"}
+    beside = {
+        "routers": None,
+        "ra-moe-routers": "routers",
+        "ra-moe-js": "sft",
+        "ra-moe-slow": None,
+        "ra-moe-curve": "sft",
+    }
     assert {name: r["beside"] for name, r in rows.items()} == beside
-    assert rows["ra-moe-js"]["without"] == {k: v for k, v in rows["ra-moe-js"]["against"].items() if k not in ("p_holm", "p_bh")}
+    assert rows["ra-moe-js"]["without"] == {
+        k: v for k, v in rows["ra-moe-js"]["against"].items() if k not in ("p_holm", "p_bh")
+    }
     assert rows["ra-moe-routers"]["without"]["change"] == pytest.approx(4 / 40)
     assert rows["routers"]["without"] is None
     assert rows["routers"]["settings"] == ["train routers (sft: not given)", "split not given (sft: train)"]
     assert rows["ra-moe-curve"]["settings"] == ["layer-weights divergence.csv (ra-moe: not given)"]
-    line = next(line for line in markdown_of(c).splitlines() if line.startswith("| ra-moe-routers") and "(routers)" in line)
+    line = next(
+        line
+        for line in markdown_of(c).splitlines()
+        if line.startswith("| ra-moe-routers") and "(routers)" in line
+    )
     assert "+10.0 (routers)" in line
 
 
@@ -229,7 +315,11 @@ SECTIONS = (
 def test_markdown_has_every_section_and_shows_no_hole(tmp_path: Path, full: bool) -> None:
     folders = [write_run(tmp_path / "one", rising() if full else {("sft", 1): {}}, tasks=(HOSTILE, "b"))]
     if full:
-        more = {**rising(), **plain("coeff-zero", "reversed", "strong"), ("steering-soft", None): {("b", "tr"): 8}}
+        more = {
+            **rising(),
+            **plain("coeff-zero", "reversed", "strong"),
+            ("steering-soft", None): {("b", "tr"): 8},
+        }
         folders = [write_run(tmp_path / name, more, tasks=(HOSTILE, "b")) for name in ("one", "two")]
     text = markdown_of(compare(folders, command="ramoe compare one two"))
     assert tuple(re.findall(r"^## (.*)$", text, flags=re.MULTILINE)) == SECTIONS
@@ -256,7 +346,11 @@ def test_page_and_json_are_written_and_shown(tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 3
     assert "&lt;script&gt;" in page
     assert len(set(re.findall(r'<h2 id="([^"]*)"', page))) == page.count("<h2")
-    assert (tmp_path / "out/experiment.md").read_text().startswith("# ra-moe and its controls against sft: study\n")
+    assert (
+        (tmp_path / "out/experiment.md")
+        .read_text()
+        .startswith("# ra-moe and its controls against sft: study\n")
+    )
     saved = load_document(tmp_path / "out/comparison.json", "ramoe-comparison")
     assert row(saved["headline"], method="ra-moe")["against"]["change"] == pytest.approx(3 / 40)
     del saved["counts"]  # as an earlier version wrote it
@@ -270,11 +364,15 @@ def test_page_and_json_are_written_and_shown(tmp_path: Path) -> None:
 
 
 def test_every_p_value_can_be_computed_again_from_the_json_beside_the_document(tmp_path: Path) -> None:
-    """The t-test within base models of the differences by seed, by scipy's own t, from `counts` alone."""
+    """The t-test within base models of the differences by seed, by scipy's t, only from `counts`."""
     draw = random.Random(1)
     runs = []
     for name, seeds in (("one", SEEDS), ("two", SEEDS[:3])):
-        outcomes: Outcomes = {(m, s): {cell: draw.randint(2, 9) for cell in CELLS} for m in ("sft", "ra-moe", "reversed") for s in seeds}
+        outcomes: Outcomes = {
+            (m, s): {cell: draw.randint(2, 9) for cell in CELLS}
+            for m in ("sft", "ra-moe", "reversed")
+            for s in seeds
+        }
         outcomes["steering-soft", None] = {("b", "tr"): 8}
         runs.append(write_run(tmp_path / name, outcomes))
     write_document(compare(runs), tmp_path / "docs/study.md")
@@ -283,7 +381,9 @@ def test_every_p_value_can_be_computed_again_from_the_json_beside_the_document(t
 
     def p(method: str, other: str, wanted: list[bool]) -> float:
         def share(row: dict[str, Any]) -> float:
-            right, n = (sum(v for v, w in zip(row[key], wanted, strict=True) if w) for key in ("correct", "n"))
+            right, n = (
+                sum(v for v, w in zip(row[key], wanted, strict=True) if w) for key in ("correct", "n")
+            )
             return right / n
 
         by_base: dict[str, list[float]] = {}

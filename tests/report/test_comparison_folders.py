@@ -1,4 +1,4 @@
-"""Which run folders `ramoe compare` takes: finished ones, alike in all that a mean over base models takes to be one thing."""
+"""The run folders that `ramoe compare` accepts: finished, and equal where a mean needs them equal."""
 
 import json
 import re
@@ -38,7 +38,10 @@ def test_folders_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         compare([])
     with pytest.raises(RamoeError, match=r"found methods sft, ra-moe, expected plain among them"):
         compare([folder], reference="plain")
-    assert [b["base"] for b in compare([folder, write_run(tmp_path / "x/one", rising())])["bases"]] == [f"{tmp_path.name}/one", "x/one"]
+    assert [b["base"] for b in compare([folder, write_run(tmp_path / "x/one", rising())])["bases"]] == [
+        f"{tmp_path.name}/one",
+        "x/one",
+    ]
 
 
 def change(path: Path, old: str, new: str) -> None:
@@ -51,9 +54,24 @@ def change(path: Path, old: str, new: str) -> None:
     ("file", "old", "new", "told"),
     [
         ("taxonomy.json", '"anchor": "en"', '"anchor": "tr"', "anchor language: found tr, expected en"),
-        ("recipe.yaml", "train-iters: 72", "train-iters: 144", "train section: found train-iters 144, expected train-iters 72"),
-        ("recipe.yaml", "global-batch-size: 32", "lr: 0.1", "train section: found lr 0.1, global-batch-size not given, expected"),
-        ("recipe.yaml", "layers: auto", "layers: all", "alignment section: found layers all, expected layers auto"),
+        (
+            "recipe.yaml",
+            "train-iters: 72",
+            "train-iters: 144",
+            "train section: found train-iters 144, expected train-iters 72",
+        ),
+        (
+            "recipe.yaml",
+            "global-batch-size: 32",
+            "lr: 0.1",
+            "train section: found lr 0.1, global-batch-size not given, expected",
+        ),
+        (
+            "recipe.yaml",
+            "layers: auto",
+            "layers: all",
+            "alignment section: found layers all, expected layers auto",
+        ),
         (
             "recipe.yaml",
             "- name: ra-moe",
@@ -62,17 +80,23 @@ def change(path: Path, old: str, new: str) -> None:
         ),
     ],
 )
-def test_folders_that_differ_are_refused_with_what_differs(tmp_path: Path, file: str, old: str, new: str, told: str) -> None:
+def test_folders_that_differ_are_refused_with_what_differs(
+    tmp_path: Path, file: str, old: str, new: str, told: str
+) -> None:
     one, two = (write_run(tmp_path / name, rising()) for name in ("one", "two"))
     change(two / file, old, new)
-    with pytest.raises(RamoeError, match=rf"^{two}: the run folders differ in {re.escape(told)}.* as in {one}; compare"):
+    with pytest.raises(
+        RamoeError, match=rf"^{two}: the run folders differ in {re.escape(told)}.* as in {one}; compare"
+    ):
         compare([one, two])
 
 
 def test_folders_of_other_methods_tasks_or_split_are_refused(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", rising())
     more = write_run(tmp_path / "more", {**rising(), **plain("rise")})
-    with pytest.raises(RamoeError, match=r"more: .*methods: found ra-moe, rise, sft, expected ra-moe, sft as in .*one;"):
+    with pytest.raises(
+        RamoeError, match=r"more: .*methods: found ra-moe, rise, sft, expected ra-moe, sft as in .*one;"
+    ):
         compare([one, more])
     with pytest.raises(RamoeError, match=r"tasks: found a, c, expected a, b as in"):
         compare([one, write_run(tmp_path / "tasks", rising(), tasks=("a", "c"))])
@@ -89,17 +113,26 @@ def test_folders_of_other_methods_tasks_or_split_are_refused(tmp_path: Path) -> 
 
 
 def drop(path: Path, language: str) -> None:
-    """Leave a language out of an evaluation, as one of fewer languages would."""
+    """Leave a language out of an evaluation, as a run with fewer languages would."""
     lines = path.with_suffix(".jsonl")
-    lines.write_text("".join(line for line in lines.read_text().splitlines(True) if f'"language": "{language}"' not in line))
+    lines.write_text(
+        "".join(
+            line for line in lines.read_text().splitlines(True) if f'"language": "{language}"' not in line
+        )
+    )
     document = json.loads(path.read_text())
-    path.write_text(json.dumps(document | {"rows": [row for row in document["rows"] if row["language"] != language]}))
+    path.write_text(
+        json.dumps(document | {"rows": [row for row in document["rows"] if row["language"] != language]})
+    )
 
 
 @pytest.mark.parametrize("name", ["base", "sft-seed3", "ra-moe-seed2", "steering-soft"])
 def test_an_evaluation_of_other_examples_than_the_references_is_refused(tmp_path: Path, name: str) -> None:
     outcomes = {**rising(), ("steering-soft", None): {}}
-    split, fewer, task = (write_run(tmp_path / kind, outcomes) / f"evaluations/{name}.json" for kind in ("split", "fewer", "task"))
+    split, fewer, task = (
+        write_run(tmp_path / kind, outcomes) / f"evaluations/{name}.json"
+        for kind in ("split", "fewer", "task")
+    )
     change(split, '"split": "test"', '"split": "validation"')
     drop(fewer, "tr")
     change(task.with_suffix(".jsonl"), '"id": "b7", "task": "b"', '"id": "b7", "task": "a"')
@@ -109,5 +142,7 @@ def test_an_evaluation_of_other_examples_than_the_references_is_refused(tmp_path
         task: "found task a of example b7, expected b",
     }
     for path, told in expected.items():
-        with pytest.raises(RamoeError, match=rf"^{path}: {told} of sft-seed1.json; remove the one that is wrong"):
+        with pytest.raises(
+            RamoeError, match=rf"^{path}: {told} of sft-seed1.json; remove the one that is wrong"
+        ):
             compare([path.parent.parent])

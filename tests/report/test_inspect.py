@@ -1,4 +1,4 @@
-"""Every artefact of a run is shown readably, with its own numbers; anything else is refused."""
+"""Every artefact of a run is shown readably with its own numbers; any other file is an error."""
 
 import json
 from dataclasses import asdict
@@ -63,7 +63,12 @@ def test_expert_file_lists_chosen_experts_with_both_layer_numbers(tmp_path: Path
     path = tmp_path / "experts.safetensors"
     save_experts(path, Zone(1, 2, "auto", "floor of the curve"))
     text = shown(path)
-    contains(text, "3 MoE layers, 4 experts, top-2, softmax scores", "tau=0.3", "data/parallel.jsonl (sha256 abababababab")
+    contains(
+        text,
+        "3 MoE layers, 4 experts, top-2, softmax scores",
+        "tau=0.3",
+        "data/parallel.jsonl (sha256 abababababab",
+    )
     contains(text, "MoE layers 1 to 2 (layer_number 4 to 6), auto: floor of the curve")
     contains(text, "task experts: currency [eur]")
     contains(text, "0 2 1 +0.50 1 (+0.50)", "1 4 yes 0 +0.00", "2 6 yes 2 +0.75 0 (+0.75), 3 (+0.42)")
@@ -78,7 +83,9 @@ def test_expert_file_without_a_zone_says_why(tmp_path: Path) -> None:
 def test_priors(tmp_path: Path) -> None:
     path = tmp_path / "priors.safetensors"
     ids = [f"x{i}" for i in range(7)]
-    Priors.save(path, ids, torch.full((7, 3, 4), 0.25), tokens="last", shape=SHAPE, checkpoint="base", data=DATA)
+    Priors.save(
+        path, ids, torch.full((7, 3, 4), 0.25), tokens="last", shape=SHAPE, checkpoint="base", data=DATA
+    )
     contains(shown(path), "ramoe-priors", "7, first x0, x1, x2, x3, x4", "tokens last", "top-2")
 
 
@@ -86,7 +93,16 @@ def test_usage(tmp_path: Path) -> None:
     path = tmp_path / "usage.safetensors"
     frequency = torch.zeros(2, 3, 4)
     frequency[:, :, 1], frequency[1, 2, 3] = 0.75, 0.875
-    UsageFile(("en", "tr"), SHAPE, torch.tensor([40, 50]), frequency, frequency / 2, torch.tensor([2, 4, 6]), "base@9", DATA).save(path)
+    UsageFile(
+        ("en", "tr"),
+        SHAPE,
+        torch.tensor([40, 50]),
+        frequency,
+        frequency / 2,
+        torch.tensor([2, 4, 6]),
+        "base@9",
+        DATA,
+    ).save(path)
     contains(shown(path), "ramoe-usage", "en 40, tr 50", "base@9", "top-2", "experts used most: tr")
     contains(shown(path), "2 6 2 3 (0.88, 0.44), 1 (0.75, 0.38), 0 (0.00, 0.00)")
 
@@ -111,10 +127,17 @@ def test_divergence_table_shows_languages_means_and_the_zone_in_both_numberings(
     path = tmp_path / "divergence.csv"
     curve = [0.6, 0.3, 0.1, 0.12, 0.3, 0.5]
     rows = [DivergenceRow("tr", n, 2 * n + 1, value, 5, 1) for n, value in enumerate(curve)]
-    rows += [DivergenceRow("sw", n, 2 * n + 1, value + 0.02 if n else None, 5, 0) for n, value in enumerate(curve)]
+    rows += [
+        DivergenceRow("sw", n, 2 * n + 1, value + 0.02 if n else None, 5, 0) for n, value in enumerate(curve)
+    ]
     write_divergence(path, rows)
     text = shown(path)
-    contains(text, "0 1 0.6000 – 0.6000 1", "3 7 0.1200 0.1400 0.1300 1", "MoE layers 1 to 4 (layer_number 3 to 9), auto")
+    contains(
+        text,
+        "0 1 0.6000 – 0.6000 1",
+        "3 7 0.1200 0.1400 0.1300 1",
+        "MoE layers 1 to 4 (layer_number 3 to 9), auto",
+    )
 
 
 def test_evaluation_and_its_answers(tmp_path: Path) -> None:
@@ -129,7 +152,12 @@ def test_evaluation_and_its_answers(tmp_path: Path) -> None:
         "examples": "ra-moe-seed2.jsonl",
     }
     save_document(tmp_path / "e.json", "ramoe-evaluation", body)
-    contains(shown(tmp_path / "e.json"), "method ra-moe", "currency tr 10 30.0 [10.8, 60.3]", "currency tr 0.250 0.500 0.125")
+    contains(
+        shown(tmp_path / "e.json"),
+        "method ra-moe",
+        "currency tr 10 30.0 [10.8, 60.3]",
+        "currency tr 0.250 0.500 0.125",
+    )
     answers = [{"id": str(i), "task": "currency", "language": "tr", "correct": i < 3} for i in range(10)]
     (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     contains(shown(tmp_path / "e.jsonl"), "currency tr 10 30.0 [10.8, 60.3]")
@@ -140,21 +168,39 @@ def test_prediction_shows_table_verdict_and_limits(tmp_path: Path) -> None:
     prediction = predict(summarise(ROWS), [], (0, 2), outcomes, "test")
     save_document(tmp_path / "predict.json", "ramoe-prediction", prediction.document())
     text = shown(tmp_path / "predict.json")
-    contains(text, "currency tr 10 70.0 [39.7, 89.2] – 30.0 80.0 +50.0 [", "Verdict: go. English routing", "By task: currency go.")
+    contains(
+        text,
+        "currency tr 10 70.0 [39.7, 89.2] – 30.0 80.0 +50.0 [",
+        "Verdict: go. English routing",
+        "By task: currency go.",
+    )
     contains(text, "all all 10 – – 30.0 80.0 +50.0 [", *prediction.limits, prediction.verdict["paper"])
 
 
 def results(change: dict[str, Any]) -> dict[str, Any]:
-    row = {"method": "sft", "seed": 1, "task": "currency", "language": "tr", "n": 10, "correct": 3, "accuracy": 0.3}
+    row = {
+        "method": "sft",
+        "seed": 1,
+        "task": "currency",
+        "language": "tr",
+        "n": 10,
+        "correct": 3,
+        "accuracy": 0.3,
+    }
     share = {"n": 20, "seeds": 2, "accuracy": 0.35, "low": 0.3, "high": 0.4}
     base = dict.fromkeys(("change_vs_base", "change_vs_base_low", "change_vs_base_high"))
-    none = dict.fromkeys(("change_vs_sft", "change_low", "change_high", "p", "seeds_higher", "seeds_lower", "seeds_paired"))
+    none = dict.fromkeys(
+        ("change_vs_sft", "change_low", "change_high", "p", "seeds_higher", "seeds_lower", "seeds_paired")
+    )
     return {
         "recipe": "demo",
         "anchor": "en",
         "methods": ["base", "sft", "ra-moe"],
         "seeds": [1, 2],
-        "rows": [{**row, "low": 0.1, "high": 0.5}, {**row, "method": "base", "seed": None, "low": 0.1, "high": 0.5}],
+        "rows": [
+            {**row, "low": 0.1, "high": 0.5},
+            {**row, "method": "base", "seed": None, "low": 0.1, "high": 0.5},
+        ],
         "by_language": [{"method": "sft", "language": "tr", **share}],
         "by_pair": [{"method": "sft", "task": "currency", "language": "tr", **share}],
         "summary": [
@@ -163,7 +209,11 @@ def results(change: dict[str, Any]) -> dict[str, Any]:
         ],
         "comparisons": [],
         "mass": [{"method": "base", "seed": None, "task": "currency", "language": "tr", "mass": [0.5]}],
-        "ci_gain": {"correlations": [{"method": "sft", "over": "base", "r": 0.61, "low": 0.2, "high": 0.8, "p": 0.03, "n": 2}]},
+        "ci_gain": {
+            "correlations": [
+                {"method": "sft", "over": "base", "r": 0.61, "low": 0.2, "high": 0.8, "p": 0.03, "n": 2}
+            ]
+        },
     }
 
 
@@ -175,8 +225,15 @@ def test_results_show_changes_with_intervals_and_dashes_where_there_is_nothing(t
     save_document(tmp_path / "results.json", "ramoe-results", results(SEEDED))
     text = shown(tmp_path / "results.json")
     contains(text, "ra-moe 35.0 [30.0, 40.0] +2.2 [+1.0, +3.4] 2 of 2 –", "sft 35.0 [30.0, 40.0] – – –")
-    contains(text, "ra-moe sft target +2.2 [+1.0, +3.4] 0.012 2 of 2 0 of 2", "all tr 10 – 35.0 [30.0, 40.0] –")
-    contains(text, "sft base r = 0.61 [0.20, 0.80], n = 2 0.030", "sft 1 currency tr 10 30.0", "base – currency tr 0.500")
+    contains(
+        text, "ra-moe sft target +2.2 [+1.0, +3.4] 0.012 2 of 2 0 of 2", "all tr 10 – 35.0 [30.0, 40.0] –"
+    )
+    contains(
+        text,
+        "sft base r = 0.61 [0.20, 0.80], n = 2 0.030",
+        "sft 1 currency tr 10 30.0",
+        "base – currency tr 0.500",
+    )
 
 
 def test_what_is_no_artefact_is_refused_by_name(tmp_path: Path) -> None:
@@ -195,7 +252,9 @@ def test_what_is_no_artefact_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(RamoeError, match=rf"{name}.*{message}"):
             describe(path)
     save_file({"w": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    with pytest.raises(RamoeError, match=r"weights\.safetensors: .*expected ramoe-experts, ramoe-priors or ramoe-usage"):
+    with pytest.raises(
+        RamoeError, match=r"weights\.safetensors: .*expected ramoe-experts, ramoe-priors or ramoe-usage"
+    ):
         describe(tmp_path / "weights.safetensors")
     body = {**results(SEEDED), "rows": [{"method": "sft"}]}
     save_document(tmp_path / "results.json", "ramoe-results", body)

@@ -47,7 +47,11 @@ def test_every_entry_is_shown_as_it_is_by_all_three(table: Table) -> None:
     section = PageSection("name", "Section", [table])
     page, document = html_page("run", "report", ["found"], [section]), markdown("run", [section])
     terminal = console_text(table)
-    found = (re.findall(r"((?:\\.|[^|\\])*)\|", line[1:]) for line in document.splitlines() if line.startswith("| "))
+    found = (
+        re.findall(r"((?:\\.|[^|\\])*)\|", line[1:])
+        for line in document.splitlines()
+        if line.startswith("| ")
+    )
     rows = [[cell.strip() for cell in line] for line in found]
     plain = [[re.sub(r"\\([\\|<*`])", r"\1", cell) for cell in row] for row in rows]
     assert plain == [list(table.heads), plain[1], *table.cells]
@@ -62,13 +66,17 @@ def test_an_interval_is_one_text_with_true_minus_signs(middle: float, below: flo
     text = points(row)
     assert "-" not in text
     ends = [float(end) for end in re.findall(r"[+-][\d.]+", text.replace("−", "-"))]
-    assert all(abs(end - 100 * row[name]) <= 0.051 for end, name in zip(ends, ("change", "low", "high"), strict=True))
+    assert all(
+        abs(end - 100 * row[name]) <= 0.051 for end, name in zip(ends, ("change", "low", "high"), strict=True)
+    )
     assert points({**row, "low": None}) == text.split(" ")[0]
 
 
 def test_no_value_is_one_dash_everywhere() -> None:
     empty = {"accuracy": None, "low": None, "high": None}
-    assert {number(None), percent(None), percent(empty), points({}), p_value(None), interval(None, "x")} == {NONE}
+    assert {number(None), percent(None), percent(empty), points({}), p_value(None), interval(None, "x")} == {
+        NONE
+    }
     assert Table(("a",), [(None,)]).cells == [[NONE]]
     assert correlation({"r": None, "n": 3}) == "r undefined"
 

@@ -1,4 +1,4 @@
-"""The report of a run folder with known contents: counts and differences add up, the page is self-contained, bad input is told."""
+"""The report of a run folder with known contents: sums and differences agree, the page is self-contained."""
 
 import json
 import re
@@ -60,7 +60,9 @@ def test_difference_of_means_equals_mean_of_differences(results: dict[str, Any])
     for (method, group), row in rows.items():
         for reference, change in (("sft", row["change_vs_sft"]), ("base", row["change_vs_base"])):
             if method != "base":
-                assert change == pytest.approx(row["accuracy"] - rows[reference, group]["accuracy"], abs=1e-12)
+                assert change == pytest.approx(
+                    row["accuracy"] - rows[reference, group]["accuracy"], abs=1e-12
+                )
                 assert row["change_low"] <= row["change_vs_sft"] <= row["change_high"]
 
 
@@ -69,7 +71,10 @@ def test_gain_is_after_minus_before(results: dict[str, Any]) -> None:
     points = results["ci_gain"]["points"]
     assert len(points) == (len(METHODS) - 1) * len(TASKS) * (len(LANGUAGES) - 1)
     for p in points:
-        own, base = accuracy[p["method"], p["task"], p["language"]], accuracy["base", p["task"], p["language"]]
+        own, base = (
+            accuracy[p["method"], p["task"], p["language"]],
+            accuracy["base", p["task"], p["language"]],
+        )
         assert p["gain"] == pytest.approx(own - base)
     assert results["ci_gain"]["method"] == "ra-moe"
     assert results["ci_gain"]["low"] <= results["ci_gain"]["r"] <= results["ci_gain"]["high"]
@@ -83,7 +88,9 @@ def test_console_table_has_a_row_for_each_method_and_fits_eighty_columns(results
     for method in METHODS:
         (row,) = (line for line in lines if line.split()[:1] == [method])
         target = next(r for r in results["summary"] if (r["method"], r["group"]) == (method, "target"))
-        assert f"{100 * target['accuracy']:.1f} [{100 * target['low']:.1f}, {100 * target['high']:.1f}]" in row
+        assert (
+            f"{100 * target['accuracy']:.1f} [{100 * target['low']:.1f}, {100 * target['high']:.1f}]" in row
+        )
 
 
 # ---- the page ----
@@ -128,7 +135,10 @@ def test_summary_says_when_an_interval_includes_zero(tmp_path: Path, reported: P
         (tmp_path / f"run/evaluations/ra-moe-seed{seed}.json").write_text(json.dumps(body))
     run = load_run(tmp_path / "run")
     told = " ".join(run_findings(run, results_of(run)))
-    assert "ra-moe scored the same as sft in the target languages (95 % interval +0.0 to +0.0, p = 1.000)" in told
+    assert (
+        "ra-moe scored the same as sft in the target languages (95 % interval +0.0 to +0.0, p = 1.000)"
+        in told
+    )
     assert "The interval includes zero: this run shows no difference." in told
 
 
@@ -140,9 +150,13 @@ def test_missing_inputs_name_the_stage_that_makes_them(tmp_path: Path) -> None:
     assert load_document(tmp_path / "results.json", "ramoe-results")["rows"] == []
 
 
-def test_results_of_methods_and_seeds_no_longer_asked_for_are_left_out(tmp_path: Path, reported: Path) -> None:
+def test_results_of_methods_and_seeds_no_longer_asked_for_are_left_out(
+    tmp_path: Path, reported: Path
+) -> None:
     shutil.copytree(reported, tmp_path / "run")
-    (tmp_path / "run/recipe.yaml").write_text(yaml.safe_dump({"name": "demo", "methods": ["sft"], "seeds": [1, 2]}))
+    (tmp_path / "run/recipe.yaml").write_text(
+        yaml.safe_dump({"name": "demo", "methods": ["sft"], "seeds": [1, 2]})
+    )
     run = load_run(tmp_path / "run")
     assert {(e.method, e.seed) for e in run.evaluations} == {("base", None), ("sft", 1), ("sft", 2)}
 
@@ -150,7 +164,9 @@ def test_results_of_methods_and_seeds_no_longer_asked_for_are_left_out(tmp_path:
 # ---- errors ----
 
 
-def test_absent_folder_is_told_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_absent_folder_is_told_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["report", "--run", str(tmp_path / "nowhere")]) == 2
     assert "no such run folder" in capsys.readouterr().err
 

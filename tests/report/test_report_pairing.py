@@ -1,4 +1,4 @@
-"""Laws of paired differences between methods: what both answered counts, sides turn the sign, parallel rows add no certainty."""
+"""Laws of paired differences: shared examples, swapped sides, and parallel rows that add no certainty."""
 
 import dataclasses
 
@@ -29,7 +29,9 @@ def test_a_method_does_not_differ_from_itself(own: dict[tuple[str, str], bool]) 
 
 
 @given(answers, st.data())
-def test_swapping_the_methods_turns_the_difference_round(own: dict[tuple[str, str], bool], data: st.DataObject) -> None:
+def test_swapping_the_methods_turns_the_difference_round(
+    own: dict[tuple[str, str], bool], data: st.DataObject
+) -> None:
     other = {key: data.draw(st.booleans()) for key in own}
     one, two = [evaluation("a", 1, own)], [evaluation("b", 1, other)]
     forth, back = (paired_change(x, y, {"en", "es", "tr"}) for x, y in ((one, two), (two, one)))
@@ -42,12 +44,14 @@ def test_swapping_the_methods_turns_the_difference_round(own: dict[tuple[str, st
 
 
 def test_parallel_rows_of_one_example_add_no_certainty() -> None:
-    """What clustering is for: the same answers in a second language, under the same ids, do not narrow the interval."""
+    """The same answers in a second language, with the same ids, do not narrow the interval."""
     right = {str(place): value for place, value in enumerate([1, 0, 0, 1, 0, 1, 1, 0])}
     one = {(key, "es"): bool(value) for key, value in right.items()}
     two = one | {(key, "tr"): bool(value) for key, value in right.items()}
     half, whole = (
-        paired_change([evaluation("a", 1, own)], [evaluation("b", 1, dict.fromkeys(own, False))], {"es", "tr"})
+        paired_change(
+            [evaluation("a", 1, own)], [evaluation("b", 1, dict.fromkeys(own, False))], {"es", "tr"}
+        )
         for own in (one, two)
     )
     assert half is not None
@@ -59,7 +63,10 @@ def test_parallel_rows_of_one_example_add_no_certainty() -> None:
 
 def test_parallel_rows_of_one_example_do_not_narrow_an_accuracy_either() -> None:
     right = {(str(place), language): place < 3 for place in range(8) for language in ("es", "tr", "en")}
-    one, both = (pooled([evaluation("a", seed, right) for seed in (1, 2)], languages) for languages in ("es", {"es", "tr"}))
+    one, both = (
+        pooled([evaluation("a", seed, right) for seed in (1, 2)], languages)
+        for languages in ("es", {"es", "tr"})
+    )
     assert one is not None
     assert both is not None
     assert (both["n"], both["accuracy"]) == (2 * one["n"], one["accuracy"])
@@ -67,7 +74,10 @@ def test_parallel_rows_of_one_example_do_not_narrow_an_accuracy_either() -> None
 
 
 def test_only_pairs_that_both_answered_count() -> None:
-    method = [evaluation("a", 1, {("x", "es"): True, ("y", "es"): False}), evaluation("a", 2, {("x", "es"): True})]
+    method = [
+        evaluation("a", 1, {("x", "es"): True, ("y", "es"): False}),
+        evaluation("a", 2, {("x", "es"): True}),
+    ]
     sft = [evaluation("sft", 1, {("x", "es"): False})]
     change = paired_change(method, sft, {"es"})
     assert change is not None
@@ -80,7 +90,12 @@ def test_an_outcome_without_a_seed_is_paired_with_every_seed_of_its_own_base_mod
     steered = [evaluation("steering", None, {("x", "es"): True})]
     change = paired_change(steered, seeds, {"es"})
     assert change is not None
-    assert (change.change, change.seeds_higher, change.seeds_lower, change.seeds_paired) == (pytest.approx(2 / 3), 2, 0, 3)
+    assert (change.change, change.seeds_higher, change.seeds_lower, change.seeds_paired) == (
+        pytest.approx(2 / 3),
+        2,
+        0,
+        3,
+    )
     back = paired_change(seeds, steered, {"es"})
     assert back is not None
     assert (back.change, back.seeds_lower, back.seeds_paired) == (pytest.approx(-2 / 3), 2, 3)

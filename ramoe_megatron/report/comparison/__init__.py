@@ -1,1 +1,1 @@
-"""Many methods over seeds and base models: comparison.json, its page, its plots and its Markdown document."""
+"""Methods compared over seeds and base models: comparison.json, its page, plots and Markdown document."""

@@ -1,5 +1,4 @@
-"""Rows of comparison.json on how the methods differ: further methods, and training flags that are not the
-reference's."""
+"""Rows of comparison.json on further methods, and on training flags that differ from the reference's."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -21,16 +20,19 @@ INCIDENTAL = {
 }
 """Flags that differ between any two stages, and say nothing of the method."""
 CHOSEN_FILES = ("ramoe-experts", "ramoe-layer-weights", "ramoe-steering")
-"""Files that are a choice of the method's; the others follow from its other flags."""
+"""Flags of files that a method chooses. Other files follow from the method's other flags."""
 ABSENT = "not given"
 COEFF = "ramoe-coeff"
 """The flag of every method that aligns."""
 
 
 def ablation_rows(study: Study, found: Sequence[Row], known: Collection[str]) -> list[Row]:
-    """The recipe's further methods: what each changes, its change against the reference (p as in the
-    headline), against the model before
-    fine-tuning, and, of a method that aligns, against the method that trains likewise without (`without`, whose name is `beside`)."""
+    """The recipe's further methods: what each one changes, and its changes in accuracy.
+
+    The changes are against the reference (with the p of the headline) and against the base model. A method
+    that aligns also has `without`, its change against the method that trains alike without alignment, whose
+    name is `beside`.
+    """
     rows = []
     for row in found:
         method = row["method"]
@@ -51,34 +53,51 @@ def ablation_rows(study: Study, found: Sequence[Row], known: Collection[str]) ->
 
 
 def _without_alignment(study: Study, run: RunInputs, method: str) -> str | None:
-    """The method that trains the same weights by the same flags of Megatron and aligns nothing; None of one
-    that aligns nothing itself."""
+    """The method that trains the same weights with the same Megatron flags and aligns nothing.
+
+    None for a method that aligns nothing itself.
+    """
     stages = (run.manifest or {}).get("stages", {})
     found = {name: _stage_flags(stages, "finetune", name) for name in study.by_method}
     training = {name: training_flags(flags) for name, flags in found.items() if flags is not None}
     if COEFF not in (found.get(method) or {}):
         return None
-    return next((name for name, own in training.items() if own == training[method] and COEFF not in (found[name] or {})), None)
+    return next(
+        (
+            name
+            for name, own in training.items()
+            if own == training[method] and COEFF not in (found[name] or {})
+        ),
+        None,
+    )
 
 
 def training_flags(flags: dict[str, str]) -> dict[str, str]:
-    """Megatron's flags, and those of ours that say which weights train."""
+    """Megatron's flags, and our flags that say which weights train."""
     chosen = ("ramoe-experts", "ramoe-select") if flags.get("ramoe-train") == "task-experts" else ()
     return {
-        flag: value for flag, value in flags.items() if not flag.startswith("ramoe-") or flag.startswith("ramoe-train") or flag in chosen
+        flag: value
+        for flag, value in flags.items()
+        if not flag.startswith("ramoe-") or flag.startswith("ramoe-train") or flag in chosen
     }
 
 
 def _settings(study: Study, run: RunInputs, method: str) -> list[str]:
-    """Flags of the stage that differ from those of the main method (of the reference where nothing is
-    aligned, of the base model's
-    evaluation where nothing is trained), as run: `coeff 20 (ra-moe: 50)`."""
+    """Flags of the method's stage that differ from another run's, as run: `coeff 20 (ra-moe: 50)`.
+
+    The other run is the main method, the reference when nothing is aligned, or the base model's evaluation
+    when nothing is trained.
+    """
     stages = (run.manifest or {}).get("stages", {})
     own = _stage_flags(stages, "finetune", method)
     other = study.main if COEFF in (own or {}) else study.reference
     beside = _stage_flags(stages, "finetune", other)
     if own is None:
-        own, beside, other = _stage_flags(stages, "evaluate", method), _stage_flags(stages, "evaluate", "base"), "base"
+        own, beside, other = (
+            _stage_flags(stages, "evaluate", method),
+            _stage_flags(stages, "evaluate", "base"),
+            "base",
+        )
     if own is None or beside is None:
         return []
     told = []
@@ -90,9 +109,14 @@ def _settings(study: Study, run: RunInputs, method: str) -> list[str]:
 
 
 def _stage_flags(stages: dict[str, Any], kind: str, method: str) -> dict[str, str] | None:
-    """Flags of the method's first stage of a kind, without what differs between any two stages; of files,
-    those of `CHOSEN_FILES`."""
-    name = next((name for name in sorted(stages) if re.fullmatch(rf"{kind}/{re.escape(method)}(-seed\d+)?", name)), None)
+    """Flags of the method's first stage of a kind, without those that differ between any two stages.
+
+    Of the file flags, only `CHOSEN_FILES` are kept.
+    """
+    name = next(
+        (name for name in sorted(stages) if re.fullmatch(rf"{kind}/{re.escape(method)}(-seed\d+)?", name)),
+        None,
+    )
     if name is None:
         return None
     flags: dict[str, list[str]] = {}
@@ -109,11 +133,10 @@ def _stage_flags(stages: dict[str, Any], kind: str, method: str) -> dict[str, st
 
 
 def training_rows(study: Study) -> list[Row]:
-    """A row for each training flag of a method (train-iters, lr, ...) that differs from the reference's:
-    method, flag, value, reference.
+    """A row (method, flag, value, reference) for each training flag that differs from the reference's.
 
-    The flags are those of the recipe, which every folder has alike. That a target paired at the current
-    weights doubles the batch is not among them: half of its places are views, and the samples are the same.
+    The flags are those of the recipe (train-iters, lr, ...), which are the same in every folder. The doubled
+    batch of target paired is not among them: half of its places are views, and the samples are the same.
     """
     run = next(iter(study.runs.values()))
     expected = _recipe_flags(run, study.reference)
@@ -121,14 +144,18 @@ def training_rows(study: Study) -> list[Row]:
     for method in study.others:
         own = _recipe_flags(run, method)
         for flag in [flag for flag in {**expected, **own} if own.get(flag) != expected.get(flag)]:
-            values = {name: _flag_text(flags.get(flag)) for name, flags in (("value", own), ("reference", expected))}
+            values = {
+                name: _flag_text(flags.get(flag)) for name, flags in (("value", own), ("reference", expected))
+            }
             rows.append({"method": method, "flag": flag, **values})
     return rows
 
 
 def _recipe_flags(run: RunInputs, method: str) -> dict[str, Any]:
-    own = next((e for e in run.recipe.get("methods") or [] if isinstance(e, dict) and e["name"] == method), {})
-    if own.get("on"):  # steering: whose checkpoints it acts on
+    own = next(
+        (e for e in run.recipe.get("methods") or [] if isinstance(e, dict) and e["name"] == method), {}
+    )
+    if own.get("on"):  # steering: the method whose checkpoints are steered
         return _recipe_flags(run, own["on"])
     return {**(run.recipe.get("train") or {}), **(own.get("train") or {})}
 

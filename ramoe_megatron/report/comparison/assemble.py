@@ -1,5 +1,4 @@
-"""comparison.json: many methods over many seeds and several base models, from the run folders that `ramoe
-run` wrote."""
+"""comparison.json: methods over seeds and base models, from the run folders of `ramoe run`."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from ramoe_megatron.report.comparison.relations import ci_gain_rows, transplant_
 from ramoe_megatron.report.comparison.study import Study
 
 PRESETS = ("sft", "ra-moe", "ra-moe-shuffled")
-"""Methods with a meaning of their own; the caller knows more of them."""
+"""Methods with a fixed meaning. The caller may pass more."""
 
 
 OFF = "coeff-zero"

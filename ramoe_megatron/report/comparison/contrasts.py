@@ -1,4 +1,4 @@
-"""Rows of comparison.json that come from evaluations: accuracy, paired differences, English, mass, claims."""
+"""Rows of comparison.json from evaluations: accuracy, paired differences, English, mass, claims."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ from ramoe_megatron.report.vocabulary import direction
 
 @dataclass(frozen=True)
 class Claim:
-    """What a control is to show: the method does better than the control, or the claim falls."""
+    """A claim that a method does better than a control. It falls if the control does as well."""
 
     claim: str
     control: str
@@ -45,8 +45,7 @@ UNCORRECTED = " before correction only"
 
 
 def base_row(name: str, run: RunInputs) -> Row:
-    """What one base model was: its recipe, size, zone, seeds, steps, evaluated examples and the share of ci
-    among them."""
+    """One base model: recipe, size, zone, seeds, steps, evaluated examples and their ci share."""
     train = run.recipe.get("train") or {}
     base = next(e for e in run.evaluations if e.method == "base")
     shape = run.experts.shape if run.experts is not None else None
@@ -73,13 +72,14 @@ def base_row(name: str, run: RunInputs) -> Row:
 
 
 def _right(what: str, rows: Iterable[Row]) -> Row:
-    right, n = (sum(counts) for counts in zip((0, 0), *((row["correct"], row["n"]) for row in rows), strict=True))
+    right, n = (
+        sum(counts) for counts in zip((0, 0), *((row["correct"], row["n"]) for row in rows), strict=True)
+    )
     return {f"{what}_examples": n, f"{what}_accuracy": right / n if n else None}
 
 
 def zone_of(run: RunInputs) -> tuple[int, int] | None:
-    """First and last MoE layer that the recipe aligns; None where it says auto and the profile found no
-    zone."""
+    """First and last MoE layer that the recipe aligns; None for auto when the profile found no zone."""
     if run.experts is None:
         return None
     layers = str((run.recipe.get("alignment") or {}).get("layers") or "auto")
@@ -90,9 +90,11 @@ def zone_of(run: RunInputs) -> tuple[int, int] | None:
 
 
 def headline_rows(study: Study) -> list[Row]:
-    """A row a method: target accuracy, `from_base`, its change from the model before fine-tuning, and
-    `against` the reference; p of
-    the latter corrected over all methods compared with it."""
+    """A row for each method: accuracy in the target languages, and its changes.
+
+    `from_base` is the change from the base model, and `against` the change from the reference. The p of
+    `against` is corrected over all methods.
+    """
     rows = []
     for method, evaluations in study.by_method.items():
         counts = _accuracy(study, method, set(study.targets))
@@ -102,19 +104,21 @@ def headline_rows(study: Study) -> list[Row]:
         bases = {e.base for e in evaluations}
         against = None if method == "base" else study.against(method, study.reference, study.target_keys)
         row = {"method": method, "bases": len(bases), "seeds": len(seeds), **counts}
-        rows.append({**row, "from_base": study.against(method, "base", study.target_keys), "against": against})
+        rows.append(
+            {**row, "from_base": study.against(method, "base", study.target_keys), "against": against}
+        )
     correct([row["against"] for row in rows if row["against"] is not None])
     return rows
 
 
 def _accuracy(study: Study, method: str, languages: Collection[str], task: str | None = None) -> Row | None:
-    """Mean over base models and seeds; Wilson's interval at the effective examples of one of them."""
+    """Mean over base models and seeds, with Wilson's interval at the effective examples of one run."""
     found = pooled(study.by_method[method], languages, task)
     return found and {"outcomes": found.pop("seeds"), **found}
 
 
 def cells_rows(study: Study) -> list[Row]:
-    """A row for each method, task and target language; p corrected over all of them together."""
+    """A row for each method, task and target language; p is corrected over all rows."""
     rows = []
     for method in study.by_method:
         for (task, language), keys in study.target_cells.items():
@@ -122,14 +126,16 @@ def cells_rows(study: Study) -> list[Row]:
             if counts is not None:
                 against = None if method == "base" else study.against(method, study.reference, keys)
                 if against is not None:
-                    del against["by_seed"]  # many cells: each base model's change is enough
-                rows.append({"method": method, "task": task, "language": language, **counts, "against": against})
+                    del against["by_seed"]  # there are many cells, and each base model's change is enough
+                rows.append(
+                    {"method": method, "task": task, "language": language, **counts, "against": against}
+                )
     correct([row["against"] for row in rows if row["against"] is not None])
     return rows
 
 
 def english_rows(study: Study) -> list[Row]:
-    """Accuracy in the anchor language, its change from the base model and against the reference."""
+    """Accuracy in the anchor language, and its changes from the base model and from the reference."""
     rows = []
     for method in study.by_method:
         counts = _accuracy(study, method, {study.anchor})
@@ -141,9 +147,11 @@ def english_rows(study: Study) -> list[Row]:
 
 
 def mass_rows(study: Study) -> list[Row]:
-    """Share of the router's probability on the task's experts at the last prompt token: mean over the zone
-    (all layers where
-    there is none), tasks and target languages; `anchor` is the same in the anchor language."""
+    """Share of the router's probability on the task experts at the last prompt token.
+
+    The mean is over the zone (all layers when there is none), tasks and target languages. `anchor` is the
+    same mean in the anchor language.
+    """
     values = {method: _masses(study, method, anchor=False) for method in study.by_method}
     rows = []
     for method, own in values.items():
@@ -153,16 +161,22 @@ def mass_rows(study: Study) -> list[Row]:
         against = spread({base: [a - b for a, b in both] for base, both in pairs.items()}) if pairs else None
         there = list(_masses(study, method, anchor=True).values())
         rows.append(
-            {"method": method, "mass": average(list(own.values())), "anchor": average(there) if there else None, "against": against}
+            {
+                "method": method,
+                "mass": average(list(own.values())),
+                "anchor": average(there) if there else None,
+                "against": against,
+            }
         )
     return rows
 
 
 def _uniform_mass(run: RunInputs) -> float | None:
-    """What `mass` would be if every expert had the same probability: the share of the experts that are task
-    experts."""
+    """`mass` if every expert had the same probability: the share of task experts among the experts."""
     tasks = {task for e in run.evaluations for task in e.tasks.values()}
-    if run.experts is None or not (own := [place for place, task in enumerate(run.experts.tasks) if task in tasks]):
+    if run.experts is None or not (
+        own := [place for place, task in enumerate(run.experts.tasks) if task in tasks]
+    ):
         return None
     first, last = zone_of(run) or (0, -1)
     return float(run.experts.expert_mask[own][:, first : last + 1 or None].float().mean())
@@ -172,15 +186,18 @@ def _masses(study: Study, method: str, anchor: bool) -> Values:
     found = {}
     for e in study.by_method[method]:
         first, last = zone_of(study.runs[e.base]) or (0, -1)
-        shares = [average(r["mass"][first : last + 1 or None]) for r in e.mass if (r["language"] == study.anchor) == anchor]
+        shares = [
+            average(r["mass"][first : last + 1 or None])
+            for r in e.mass
+            if (r["language"] == study.anchor) == anchor
+        ]
         if shares:
             found[e.base, e.seed] = average(shares)
     return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)))
 
 
 def claims_rows(study: Study, asked: Sequence[Claim]) -> list[Row]:
-    """The method minus its control, for every control that was run; p is corrected over them, and the verdict
-    needs both."""
+    """The method minus each control that was run. p is corrected over them, and the verdict needs both."""
     rows = []
     for claim in asked:
         found = study.against(claim.method, claim.control, study.target_keys)
@@ -191,8 +208,10 @@ def claims_rows(study: Study, asked: Sequence[Claim]) -> list[Row]:
 
 
 def claim_verdict(row: Mapping[str, Any]) -> str:
-    """What a claim's interval and corrected p come to: supported, contradicted, either before correction
-    only, or not shown."""
+    """The reading of a claim's interval and corrected p.
+
+    It is supported, contradicted, either of these before correction only, or not shown.
+    """
     word = VERDICTS.get(direction(row))
     if word is None:
         return "not shown"
@@ -200,10 +219,10 @@ def claim_verdict(row: Mapping[str, Any]) -> str:
 
 
 def zero_rows(study: Study, off: str) -> list[Row]:
-    """Whether the coefficient of zero left everything as the reference has it, for each base model and seed.
+    """Whether coefficient 0 left the results equal to the reference's, for each base model and seed.
 
-    `outcomes_equal`: every example answered by both, alike; `weights_equal`: None where no digest was
-    recorded.
+    `outcomes_equal`: every example that both answered has the same outcome. `weights_equal`: None when no
+    digest was recorded.
     """
     reference = {(e.base, e.seed): e for e in study.by_method.get(study.reference, [])}
     rows = []
@@ -212,7 +231,10 @@ def zero_rows(study: Study, off: str) -> list[Row]:
         if other is None:
             continue
         digests = (e.weights_sha256, other.weights_sha256)
-        differing = sum(e.examples.get(key) != other.examples.get(key) for key in e.examples.keys() | other.examples.keys())
+        differing = sum(
+            e.examples.get(key) != other.examples.get(key)
+            for key in e.examples.keys() | other.examples.keys()
+        )
         rows.append(
             {
                 "base": e.base,
@@ -226,14 +248,22 @@ def zero_rows(study: Study, off: str) -> list[Row]:
 
 
 def counts_table(study: Study) -> Row:
-    """Right answers by method, base model, seed and cell: every p-value of the comparison follows from them.
+    """Right answers by method, base model, seed and cell, from which every p-value can be computed.
 
-    `cells`: task and language of each place in `n` and `correct`. A difference between two methods is, for
-    each base model and seed, the right answers of one minus those of the other, over the n of the cells.
+    `cells` names the task and language of each place in `n` and `correct`. For each base model and seed, the
+    difference of two methods is the difference of their right answers, divided by the n of the cells.
     """
     rows = []
     for method, evaluations in study.by_method.items():
         for e in sorted(evaluations, key=lambda e: (e.base, e.seed or 0)):
             own = [[e.examples[key] for key in keys if key in e.examples] for keys in study.by_cell.values()]
-            rows.append({"method": method, "base": e.base, "seed": e.seed, "n": list(map(len, own)), "correct": list(map(sum, own))})
+            rows.append(
+                {
+                    "method": method,
+                    "base": e.base,
+                    "seed": e.seed,
+                    "n": list(map(len, own)),
+                    "correct": list(map(sum, own)),
+                }
+            )
     return {"cells": [{"task": task, "language": language} for task, language in study.by_cell], "rows": rows}

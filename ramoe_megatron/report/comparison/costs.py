@@ -1,5 +1,4 @@
-"""What fine-tuning cost against the reference: time of the stage, time of an iteration, memory; ratios over
-paired seeds."""
+"""Costs of fine-tuning relative to the reference: time of the stage, time of an iteration, and memory."""
 
 import datetime
 import math
@@ -18,33 +17,39 @@ _ALLOCATED = re.compile(r"\| max allocated: ([0-9.]+)")
 
 
 def cost_rows(study: Study) -> list[Row]:
-    """A row for each trained method: median of each measure, and its ratio to the reference's over paired
-    seeds.
+    """A row for each trained method: the median of each measure, and its ratio to the reference's.
 
-    wall: seconds of the fine-tuning stage, with start-up and saving. iteration: milliseconds, median of the
-    logged ones without the first. memory: MiB at the peak, of rank 0 or of the largest device. None where
-    nothing was recorded.
+    The ratio is over paired seeds. wall: seconds of the fine-tuning stage, with start-up and saving.
+    iteration: milliseconds, the median of the logged iterations without the first. memory: peak in MiB, of
+    rank 0 or of the largest device. A measure is None when it was not recorded.
     """
-    measures = {name: _measured(study, of) for name, of in (("wall", _wall), ("iteration", _iteration), ("memory", _memory))}
+    measures = {
+        name: _measured(study, of)
+        for name, of in (("wall", _wall), ("iteration", _iteration), ("memory", _memory))
+    }
     rows = []
     for method in [m for m in study.by_method if m != "base"]:
         row: Row = {"method": method}
         for name, values in measures.items():
             own, other = values[method], values.get(study.reference, {})
-            row[name] = {"median": statistics.median(own.values()) if own else None, "ratio": _ratio(own, other)}
+            row[name] = {
+                "median": statistics.median(own.values()) if own else None,
+                "ratio": _ratio(own, other),
+            }
         if any(row[name]["median"] is not None for name in measures):
             rows.append(row)
     return rows
 
 
 def _ratio(own: Values, other: Values) -> Row | None:
-    """Ratio of geometric means: Student's t on the logarithms of the paired ratios, by their spread within
-    base models."""
+    """Ratio of geometric means, with Student's t on the logarithms of paired ratios, within base models."""
     pairs = matched(own, other)
     if not pairs:
         return None
     found = spread({base: [math.log(a / b) for a, b in own] for base, own in pairs.items()})
-    ends: dict[str, Any] = {name: None if found[name] is None else math.exp(found[name]) for name in ("low", "high")}
+    ends: dict[str, Any] = {
+        name: None if found[name] is None else math.exp(found[name]) for name in ("low", "high")
+    }
     return {"ratio": math.exp(found["change"]), **ends, "p": found["p"], "n": found["n"]}
 
 
@@ -60,8 +65,7 @@ def _measured(study: Study, of: Callable[[RunInputs, str], float | None]) -> dic
 
 
 def hours(run: RunInputs) -> float | None:
-    """Time in which at least one stage was at work; breaks between two calls do not count, stages side by
-    side count once."""
+    """Hours in which at least one stage ran. Breaks between calls do not count."""
     spans = sorted(span for name in _stages(run) if (span := _span(run, name)))
     if not spans:
         return None
@@ -94,11 +98,14 @@ def _log(run: RunInputs, name: str) -> str:
 
 
 def _iteration(run: RunInputs, name: str) -> float | None:
-    times = [float(value) for value in _ITERATION.findall(_log(run, name))][1:]  # the first holds what is set up once
+    # The first iteration includes the set-up.
+    times = [float(value) for value in _ITERATION.findall(_log(run, name))][1:]
     return statistics.median(times) if times else None
 
 
 def _memory(run: RunInputs, name: str) -> float | None:
     text = _log(run, name)
-    peaks = [float(value) for value in _RESIDENT.findall(text)] or [float(value) for value in _ALLOCATED.findall(text)]
+    peaks = [float(value) for value in _RESIDENT.findall(text)] or [
+        float(value) for value in _ALLOCATED.findall(text)
+    ]
     return max(peaks) if peaks else None

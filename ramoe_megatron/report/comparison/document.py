@@ -1,5 +1,4 @@
-"""The comparison as sections of tables, and the two documents that show them: comparison.html and the
-Markdown one."""
+"""The comparison as sections of tables, shown as comparison.html and as the Markdown document."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -62,20 +61,20 @@ COMPARISON_LIMITS = (
 
 
 def write_document(comparison: Record, path: Path) -> None:
-    """Write the Markdown document, and the comparison's data beside it under the same name with .json."""
+    """Write the Markdown document, and the comparison's data beside it with the suffix .json."""
     data = path.with_suffix(".json")
     save_document(data, "ramoe-comparison", comparison)
     atomic_write_text(path, comparison_markdown(comparison, data.name))
 
 
 def comparison_markdown(c: Record, data: str) -> str:
-    """The document as Markdown. `data`: name of the file beside it that holds the comparison's data."""
+    """The document as Markdown. `data` is the name of the file with the comparison's data."""
     found = PageSection("findings", "What came out", [Bullets(comparison_findings(c))])
     return markdown(comparison_title(c), [found, *comparison_sections(c, data)])
 
 
 def comparison_page(c: Record, plots: Mapping[str, Path], reports: Mapping[str, str]) -> str:
-    """The page as text. `reports`: base model -> address of its own report, relative to the page."""
+    """The page as text. `reports` maps each base model to its report's address, relative to the page."""
     sections = comparison_sections(c, "comparison.json", plots, reports)
     return html_page(comparison_title(c), "comparison", comparison_findings(c), sections)
 
@@ -104,15 +103,19 @@ def comparison_sections(
         f"{_listed(base['base'] for base in c['bases'])}. Every number comes from {data}, which is made of "
         "the folders' evaluations, taxonomy, prediction, expert file, manifest and logs."
     )
-    if "counts" in c:  # a comparison written by an earlier version has none
+    if "counts" in c:  # absent from a comparison of an earlier version
         made += (
-            " The right answers by method, base model, seed, task and language are there under `counts`: the "
-            "differences and their p-values can be computed again from them. The intervals over examples need "
-            "the evaluations themselves."
+            " The right answers by method, base model, seed, task and language are there under `counts`: "
+            "the differences and their p-values can be computed again from them. "
+            "The intervals over examples need the evaluations themselves."
         )
     return [
-        PageSection("run", "What was run", [*_setting(c), _bases_table(c), _before_table(c), Code([*commands])]),
-        PageSection("headline", f"All methods against {c['reference']}", [*figure("forest"), _headline_table(c)]),
+        PageSection(
+            "run", "What was run", [*_setting(c), _bases_table(c), _before_table(c), Code([*commands])]
+        ),
+        PageSection(
+            "headline", f"All methods against {c['reference']}", [*figure("forest"), _headline_table(c)]
+        ),
         PageSection("claims", "Claims and their controls", [_claims_table(c)]),
         PageSection("bases", "Each base model", [_by_base_table(c)]),
         PageSection("cells", "Tasks and languages", [*figure("cells"), _cells_table(c)]),
@@ -158,8 +161,8 @@ def _setting(c: Record) -> list[str]:
 
 
 def _training(c: Record) -> str:
-    """Methods with other training flags than the reference: their difference from it is not the method's
-    alone."""
+    """Methods with other training flags than the reference: the method does not alone explain their
+    difference."""
     if not c.get("training"):
         return f"Every trained method has the training flags of {c['reference']} (steps, learning rate, ...)."
     own: dict[str, list[str]] = {}
@@ -189,7 +192,7 @@ def _bases_table(c: Record) -> Table:
 
 
 def _before_table(c: Record) -> Table:
-    """What a base model knew, and what it left to gain."""
+    """What each base model knew before fine-tuning, and what was left to gain."""
     change = {row["base"]: row["transplant"] for row in c["transplant"].get("bases", [])}
     rows = []
     for b in c["bases"]:
@@ -233,7 +236,7 @@ def _tests(row: Record | None, *names: str) -> list[str]:
 
 
 def _untrained_note(c: Record, shown: Collection[str] | None = None) -> str:
-    """What the mark means, where one of these methods (or any) has it."""
+    """The meaning of the mark, if one of these methods (by default any) has it."""
     rows = {row["method"]: row for row in c["headline"] if row["method"] != "base"}
     if all(rows[method]["seeds"] for method in shown or rows):
         return ""
@@ -269,7 +272,9 @@ def _by_base_table(c: Record) -> Table:
     names = [base["base"] for base in c["bases"]]
     rows = []
     for row in c["headline"]:
-        found = ({b["base"]: b for b in (row[key] or {}).get("by_base", ())} for key in ("against", "from_base"))
+        found = (
+            {b["base"]: b for b in (row[key] or {}).get("by_base", ())} for key in ("against", "from_base")
+        )
         against, before = ([points(own.get(name)) for name in names] for own in found)
         if {*against, *before} != {NONE}:
             rows.append((row["method"], *(marked(row, change) for change in against), *before))

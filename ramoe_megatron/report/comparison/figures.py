@@ -1,5 +1,4 @@
-"""Figures of the comparison: every method against the reference, tasks by languages, ci share against
-gain."""
+"""Figures of the comparison: methods against the reference, tasks by languages, ci share against gain."""
 
 import functools
 from pathlib import Path
@@ -42,13 +41,12 @@ CAPTIONS = {
 
 
 def marked(row: Record, text: str) -> str:
-    """A method's difference from the reference, with a mark where the method of this row of the headline
-    trains nothing."""
+    """`text`, a difference from the reference, with a mark if the method of this row trains nothing."""
     return f"{text} {UNTRAINED}" if row["seeds"] == 0 and text != NONE else text
 
 
 def plot_comparison(c: Record, folder: Path) -> dict[str, Path]:
-    """Draw every figure that has something to show: name -> PNG."""
+    """Draw every figure that has content: name -> PNG."""
     return save_all(folder, {name: functools.partial(draw, c) for name, draw in COMPARISON_FIGURES.items()})
 
 
@@ -57,11 +55,12 @@ def forest_figure(c: Record) -> "Figure | None":
     if not rows:
         return None
     figure, (axis,) = panels(1, 8.0, 1.3 + 0.4 * len(rows))
-    axis.use_sticky_edges = False  # a band that reaches furthest is not to end at the frame
+    axis.use_sticky_edges = False  # otherwise the longest band would end at the frame
     names = [base["base"] for base in c["bases"]]
     several = len(names) > 1
     marks: dict[str, dict[str, Any]] = {
-        name: {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)], "ms": 4.5} for at, name in enumerate(names)
+        name: {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)], "ms": 4.5}
+        for at, name in enumerate(names)
     }
     for place, row in enumerate(rows):
         found, examples = row["against"], row["against"]["by_example"]
@@ -69,10 +68,13 @@ def forest_figure(c: Record) -> "Figure | None":
             low, high = 100 * examples["low"], 100 * examples["high"]
             axis.barh(place + 0.1, high - low, left=low, height=0.76, color="#DDDDDD", zorder=1)
         if found["low"] is not None:
-            axis.plot([100 * found["low"], 100 * found["high"]], [place, place], color="black", lw=1.6, zorder=2)
+            axis.plot(
+                [100 * found["low"], 100 * found["high"]], [place, place], color="black", lw=1.6, zorder=2
+            )
         axis.plot(100 * found["change"], place, "D", color="black", ms=5, zorder=4)
         for base in found["by_base"] if several else []:
-            height = place + 0.17 + 0.21 * names.index(base["base"]) / (len(names) - 1)  # below the line, apart from it
+            # Below the line, apart from it.
+            height = place + 0.17 + 0.21 * names.index(base["base"]) / (len(names) - 1)
             axis.plot(100 * base["change"], height, ls="", zorder=3, **marks[base["base"]])
     axis.plot([], [], "D-", color="black", ms=5, lw=1.6, label="mean over seeds, 95 %")
     axis.plot([], [], color="#DDDDDD", lw=7, label="over examples, 95 %")
@@ -88,13 +90,19 @@ def forest_figure(c: Record) -> "Figure | None":
 
 
 def cells_figure(c: Record) -> "Figure | None":
-    found = {(row["task"], row["language"]): row["against"] for row in c["cells"] if row["method"] == c["main"] and row["against"]}
+    found = {
+        (row["task"], row["language"]): row["against"]
+        for row in c["cells"]
+        if row["method"] == c["main"] and row["against"]
+    }
     if not found:
         return None
     tasks, languages = c["tasks"], c["languages"]
     limit = max(100 * abs(row["change"]) for row in found.values()) or 1.0
     figure, (axis,) = panels(1, max(4.4, 2.0 + 0.72 * len(languages)), 1.3 + 0.42 * len(tasks))
-    grid = [[100 * found[t, g]["change"] if (t, g) in found else float("nan") for g in languages] for t in tasks]
+    grid = [
+        [100 * found[t, g]["change"] if (t, g) in found else float("nan") for g in languages] for t in tasks
+    ]
     image = axis.imshow(grid, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
     for (task, language), row in found.items():
         star = "*" if _low(row["p_holm"]) else "†" if _low(row["p"]) else ""
@@ -102,7 +110,11 @@ def cells_figure(c: Record) -> "Figure | None":
         text = number(100 * row["change"], "+.1f") + star
         at = languages.index(language), tasks.index(task)
         axis.text(*at, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    axis.set_xticks(range(len(languages)), [plain(name) for name in languages], rotation=90 if sum(map(len, languages)) > 50 else 0)
+    axis.set_xticks(
+        range(len(languages)),
+        [plain(name) for name in languages],
+        rotation=90 if sum(map(len, languages)) > 50 else 0,
+    )
     axis.set_yticks(range(len(tasks)), [plain(name) for name in tasks])
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
@@ -118,7 +130,9 @@ def comparison_ci_figure(c: Record) -> "Figure | None":
     found = {(row["method"], row["over"]): row for row in c["ci_gain"]["correlations"] if row["base"] is None}
     points = by_method(c["ci_gain"]["points"])
     methods = [method for method in (c["reference"], c["main"]) if method in points]
-    shown = [(f"{method}\n{correlation(found.get((method, 'base'), {}))}", points[method]) for method in methods]
+    shown = [
+        (f"{method}\n{correlation(found.get((method, 'base'), {}))}", points[method]) for method in methods
+    ]
     return scatter(shown, "over_base", "ci_share", "ci share, %", "gain over base, points") if shown else None
 
 

@@ -1,4 +1,4 @@
-"""The run folders of a comparison: each finished, and all of them alike where a comparison needs it."""
+"""The run folders of a comparison: each must be finished, and all must agree where a comparison needs it."""
 
 import dataclasses
 import functools
@@ -21,27 +21,34 @@ NEEDED = {
 starts)."""
 
 SECTIONS = ("train", "alignment", "selection", "steering")
-"""Of the recipe: with another one, a method of the same name is another method."""
+"""Sections of the recipe that must agree, so that methods with the same name are the same method."""
 
 
 def load_folders(folders: Sequence[Path], reference: str) -> dict[str, RunInputs]:
-    """Run folders by label: the folder's name, with its parent's where two are alike.
+    """Run folders by label: the folder's name, preceded by its parent's name when two names are equal.
 
     Raises:
-        RamoeError: without a folder; a file is missing (with the stage to run) or malformed; an evaluation
-        has other examples than
-            the reference's of its folder; folders differ in anchor, split, methods, tasks, languages or
-            training.
+        RamoeError: there is no folder; a file is missing (the message names the stage to run) or malformed;
+            an evaluation has other examples than the reference of its folder; folders differ in anchor,
+            split, methods, tasks, languages or training.
     """
     if not folders:
-        raise RamoeError("comparison: found no run folder, expected at least one; give the folders that `ramoe run` wrote")
+        raise RamoeError(
+            "comparison: found no run folder, expected at least one; give the folders that `ramoe run` wrote"
+        )
     paths = [Path(folder).resolve() for folder in folders]
     if len(set(paths)) < len(paths):
-        raise RamoeError(f"comparison: a run folder is given twice among {', '.join(map(str, folders))}; give each once")
+        raise RamoeError(
+            f"comparison: a run folder is given twice among {', '.join(map(str, folders))}; give each once"
+        )
     names = [path.name for path in paths]
-    labels = [path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths]
+    labels = [
+        path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths
+    ]
     if len(set(labels)) < len(labels):
-        raise RamoeError(f"comparison: folders of the same name, {', '.join(map(str, folders))}; rename one of them")
+        raise RamoeError(
+            f"comparison: folders of the same name, {', '.join(map(str, folders))}; rename one of them"
+        )
     runs = {label: _complete(path, label, reference) for label, path in zip(labels, paths, strict=True)}
     for run in runs.values():
         _same_examples(run, reference)
@@ -62,7 +69,8 @@ def _complete(folder: Path, label: str, reference: str) -> RunInputs:
     started = (run.manifest or {}).get("stages", {})
     for seed in run.recipe.get("seeds") or [1]:
         for method in [m for m in methods if (m, None) not in found and (m, seed) not in found]:
-            name = method if f"evaluate/{method}" in started else f"{method}-seed{seed}"  # without a seed: nothing is trained
+            # Without a seed: nothing is trained.
+            name = method if f"evaluate/{method}" in started else f"{method}-seed{seed}"
             missing.append((f"evaluations/{name}.json", f"evaluate/{name}"))
     missing = list(dict.fromkeys(missing))
     if missing:
@@ -77,8 +85,10 @@ def _complete(folder: Path, label: str, reference: str) -> RunInputs:
 
 
 def _same_examples(run: RunInputs, reference: str) -> None:
-    """Refuse an evaluation whose split or examples are not those of the reference: the difference would be
-    over a part, untold."""
+    """Raise RamoeError for an evaluation with another split or other examples than the reference.
+
+    The difference would silently be over a part of the examples.
+    """
     first = next(e for e in run.evaluations if e.method == reference)
     for e in run.evaluations:
         missing, more = first.tasks.keys() - e.tasks.keys(), e.tasks.keys() - first.tasks.keys()
@@ -104,7 +114,7 @@ def _file(run: RunInputs, e: Evaluation) -> Path:
 
 
 def _alike(runs: Mapping[str, RunInputs]) -> None:
-    """Refuse folders that differ in what a mean over base models takes to be one thing."""
+    """Raise RamoeError for folders that differ where a mean over base models needs them equal."""
     checks: dict[str, Callable[[RunInputs], Any]] = {
         "anchor language": lambda run: run.anchor,
         "evaluated split": lambda run: run.evaluated_split(),
@@ -131,13 +141,17 @@ def _section(name: str, run: RunInputs) -> Any:
 
 
 def _method_settings(run: RunInputs) -> dict[str, Any]:
-    """By method, what the recipe says of it beside its name."""
-    entries = [{"name": entry} if isinstance(entry, str) else entry for entry in run.recipe.get("methods") or []]
+    """Method -> the recipe's settings of it, without its name."""
+    entries = [
+        {"name": entry} if isinstance(entry, str) else entry for entry in run.recipe.get("methods") or []
+    ]
     return {entry["name"]: {key: value for key, value in entry.items() if key != "name"} for entry in entries}
 
 
 def _told(own: Any, other: Any) -> str:
-    """A value; of two that differ in some entries, those entries alone."""
+    """A value as text. When two values differ only in some entries, only these entries."""
     if isinstance(own, dict):
-        own = [f"{key} {own.get(key, 'not given')}" for key in {**own, **other} if own.get(key) != other.get(key)]
+        own = [
+            f"{key} {own.get(key, 'not given')}" for key in {**own, **other} if own.get(key) != other.get(key)
+        ]
     return ", ".join(map(str, own)) if isinstance(own, list) else str(own)

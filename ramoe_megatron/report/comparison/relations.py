@@ -1,4 +1,4 @@
-"""What the gain goes with: ci share (and its headroom), and the transplant test's sign, as hit tables."""
+"""What the gain is associated with: ci share and its headroom, and the sign of the transplant test."""
 
 import dataclasses
 from collections import defaultdict
@@ -12,28 +12,44 @@ SIGNS = {1: "up", -1: "down"}
 
 
 def ci_gain_rows(study: Study) -> Row:
-    """Points of (base, task, language), and Pearson's r of ci share with each method's gain over base and
-    over the reference.
+    """Points of (base, task, language), and Pearson's r of ci share with each method's gain.
 
-    The reference's own gain over base has a row too: the part of r that is headroom, which any training would
-    fill. `base` None: r within base models, so that what sets one base model apart from another is not in it.
+    The gain is over base and over the reference. The reference's own gain over base also has a row: it is the
+    part of r that is headroom, which any training would use. With `base` None, r is within base models, so
+    that differences between base models do not affect it.
     """
     points: list[Row] = []
     for name, run in study.runs.items():
         for (task, language), share in sorted(ci_shares(run).items()):
             for method in [m for m in study.by_method if m != "base"]:
-                gains = [_gain(study, method, other, name, (task, language)) for other in ("base", study.reference)]
+                gains = [
+                    _gain(study, method, other, name, (task, language)) for other in ("base", study.reference)
+                ]
                 if gains[0] is not None:
-                    point = {"base": name, "task": task, "language": language, "method": method, "ci_share": share}
+                    point = {
+                        "base": name,
+                        "task": task,
+                        "language": language,
+                        "method": method,
+                        "ci_share": share,
+                    }
                     points.append({**point, "over_base": gains[0], "over_reference": gains[1]})
     correlations = []
     for method in [m for m in study.by_method if m != "base"]:
         for over in ("base", "reference") if method != study.reference else ("base",):
             for base in [None, *study.runs]:
-                usable = [p for p in points if p["method"] == method and p[f"over_{over}"] is not None and base in (None, p["base"])]
+                usable = [
+                    p
+                    for p in points
+                    if p["method"] == method and p[f"over_{over}"] is not None and base in (None, p["base"])
+                ]
                 x, y = ([p[side] for p in usable] for side in ("ci_share", f"over_{over}"))
                 found = pearson(x, y, [p["base"] for p in usable])
-                numbers = dataclasses.asdict(found) if found else dict.fromkeys(("r", "low", "high", "p")) | {"n": len(usable)}
+                numbers = (
+                    dataclasses.asdict(found)
+                    if found
+                    else dict.fromkeys(("r", "low", "high", "p")) | {"n": len(usable)}
+                )
                 correlations.append({"method": method, "over": over, "base": base, **numbers})
     return {"correlations": correlations, "points": points}
 
@@ -42,16 +58,18 @@ def _gain(study: Study, method: str, other: str, base: str, cell: Cell) -> float
     """Mean paired difference of one base model on one task and language, over its seeds."""
     if method == other:
         return None
-    found = [pair.mean(study.by_cell.get(cell, [])) for pair in study.pairs(method, other) if pair.base == base]
+    found = [
+        pair.mean(study.by_cell.get(cell, [])) for pair in study.pairs(method, other) if pair.base == base
+    ]
     means = [value for value in found if value is not None]
     return sum(means) / len(means) if means else None
 
 
 def transplant_rows(study: Study) -> Row:
-    """The transplant test's sign against the sign of the main method minus the reference, at three levels.
+    """Sign of the transplant test against the sign of the main method minus the reference, at three levels.
 
-    `pairs`: each (base, task, language); `tasks`: each (base, task), languages taken together by number of
-    examples; `bases`: each base model. `hits` counts each level, for each base model and for all.
+    `pairs` are (base, task, language). `tasks` are (base, task), with languages weighted by their number of
+    examples. `bases` are the base models. `hits` counts each level, for each base model and for all.
     """
     units: list[Row] = []
     for name, run in study.runs.items():
@@ -70,7 +88,10 @@ def transplant_rows(study: Study) -> Row:
     for level, own in levels.items():
         rows.append({"level": level, "base": None, "task": None, **sign_hits(own)})
         if level != "bases":
-            rows += [{"level": level, "base": b, "task": None, **sign_hits(u for u in own if u["base"] == b)} for b in _unique(own, "base")]
+            rows += [
+                {"level": level, "base": b, "task": None, **sign_hits(u for u in own if u["base"] == b)}
+                for b in _unique(own, "base")
+            ]
     for base, task in dict.fromkeys((unit["base"], unit["task"]) for unit in units):
         one = [unit for unit in levels["pairs"] if (unit["base"], unit["task"]) == (base, task)]
         rows.append({"level": "pairs", "base": base, "task": task, **sign_hits(one)})
@@ -78,12 +99,11 @@ def transplant_rows(study: Study) -> Row:
 
 
 def sign_hits(units: Iterable[Row]) -> Row:
-    """Counts of predicted/observed signs; ties are left out of n and counted.
+    """Counts of predicted and observed signs. Ties are counted separately and left out of n.
 
-    rate with Wilson's interval; `expected`: the rate that the margins alone would give, since where nearly
-    all signs agree with each other, guessing is often right too; and p of Fisher's exact test that the two
-    signs go together, which holds the margins fixed: None where one of them is zero, as then nothing can be
-    told.
+    rate has Wilson's interval. `expected` is the rate that the margins alone would give: where nearly all
+    signs are equal, guessing is often right too. p is from Fisher's exact test of association of the two
+    signs, which keeps the margins fixed. It is None when a margin is zero.
     """
     counts = dict.fromkeys(("up_up", "up_down", "down_up", "down_down", "ties"), 0)
     for unit in units:
@@ -96,12 +116,23 @@ def sign_hits(units: Iterable[Row]) -> Row:
     predicted, observed = counts["up_up"] + counts["up_down"], counts["up_up"] + counts["down_up"]
     expected = (predicted * observed + (n - predicted) * (n - observed)) / n**2
     p = fisher([[counts["up_up"], counts["up_down"]], [counts["down_up"], counts["down_down"]]])
-    return {**counts, "n": n, "hits": right, "rate": right / n, "low": low, "high": high, "p": p, "expected": expected}
+    return {
+        **counts,
+        "n": n,
+        "hits": right,
+        "rate": right / n,
+        "low": low,
+        "high": high,
+        "p": p,
+        "expected": expected,
+    }
 
 
 def _with_outcome(unit: Row) -> Row:
-    # Means of whole counts: what differs from zero by rounding alone is a tie.
-    signs = [0 if abs(value) < 1e-12 else 1 if value > 0 else -1 for value in (unit["transplant"], unit["gain"])]
+    # The means are of whole counts, so a difference from zero by rounding only is a tie.
+    signs = [
+        0 if abs(value) < 1e-12 else 1 if value > 0 else -1 for value in (unit["transplant"], unit["gain"])
+    ]
     return {**unit, "outcome": "ties" if 0 in signs else "_".join(SIGNS[sign] for sign in signs)}
 
 

@@ -1,15 +1,11 @@
-"""The evaluations of several run folders side by side, and one method against another over base models and
-seeds.
+"""The evaluations of several run folders, and the difference of two methods over base models and seeds.
 
-Two intervals of one difference say different things:
-
-- By seed: one difference per (base model, seed), Student's t by their spread within base models. It covers
-  new seeds
-  for these base models, and says nothing of a new one: for that, read each base model's own difference. p
-  comes from here.
-- By example: the same differences example by example, the standard error clustered by example id over
-  languages, seeds
-  and base models, which all answer the same facts. It covers new examples for these seeds and base models.
+A difference has two intervals with different meanings. By seed: one difference for each (base model, seed),
+with Student's t from their spread within base models. This interval covers new seeds for these base models,
+and not a new base model: for that, read each base model's own difference. p comes from this interval. By
+example: the same differences for each example, with a standard error clustered by example id over languages,
+seeds and base models, which all answer the same facts. This interval covers new examples for these seeds and
+base models.
 """
 
 import dataclasses
@@ -30,13 +26,13 @@ Cell = tuple[str, str]
 """(task, language)"""
 
 Values = dict[tuple[str, int | None], float]
-"""One number for each (base model, seed); seed None where nothing is trained."""
+"""A number for each (base model, seed). seed is None where nothing is trained."""
 
 
 @dataclass(frozen=True)
 class Study:
     runs: Mapping[str, RunInputs]
-    """By label, one a base model."""
+    """Run folders by label, one for each base model."""
     by_method: Mapping[str, list[Evaluation]]
     """In the order that tables show."""
     anchor: str
@@ -77,7 +73,7 @@ class Study:
 
     @property
     def others(self) -> list[str]:
-        """Every method but the reference and the model before training."""
+        """Every method except the reference and the base model."""
         return [method for method in self.by_method if method not in ("base", self.reference)]
 
     @cached_property
@@ -86,18 +82,21 @@ class Study:
 
     def pairs(self, method: str, other: str) -> list[Pair]:
         if (method, other) not in self._pairs:
-            self._pairs[method, other] = pair_up(self.by_method.get(method, []), self.by_method.get(other, []))
+            self._pairs[method, other] = pair_up(
+                self.by_method.get(method, []), self.by_method.get(other, [])
+            )
         return self._pairs[method, other]
 
     def against(self, method: str, other: str, keys: list[ExampleKey]) -> Row | None:
-        """`method` minus `other` on these examples; None for a method with itself, or when nothing is
-        shared."""
+        """`method` minus `other` on these examples; None for equal methods or without shared examples."""
         return None if method == other else contrast(self.pairs(method, other), keys)
 
 
 def matched(own: Values, other: Values) -> dict[str, list[tuple[float, float]]]:
-    """Numbers of the same base model and seed, by base model; one without a seed goes with every seed of the
-    other."""
+    """Pairs of numbers with the same base model and seed, by base model.
+
+    A number without a seed is paired with every seed of the other.
+    """
     found = {}
     for (base, seed), value in own.items():
         for (other_base, other_seed), beside in other.items():
@@ -110,7 +109,7 @@ def matched(own: Values, other: Values) -> dict[str, list[tuple[float, float]]]:
 
 
 def contrast(pairs: Sequence[Pair], keys: Collection[ExampleKey]) -> Row | None:
-    """Mean difference over `pairs` on the examples `keys`, all in [-1, 1]; None where nothing is shared.
+    """Mean difference over `pairs` on the examples `keys`, in [-1, 1]; None when nothing is shared.
 
     Keys: change, low, high, p, n, bases (by seed), seeds_higher, seeds_lower, by_example (change, low, high,
     n), by_base.
@@ -143,14 +142,15 @@ def contrast(pairs: Sequence[Pair], keys: Collection[ExampleKey]) -> Row | None:
 
 
 def spread(by_base: Mapping[str, Sequence[float]]) -> Row:
-    """Mean of differences that are one a base model and seed, Student's t within base models: change, low,
-    high, p, n, bases."""
+    """Mean of one difference for each base model and seed, with Student's t within base models.
+
+    Keys: change, low, high, p, n, bases.
+    """
     return {**dataclasses.asdict(stratified_difference(by_base)), "bases": len(by_base)}
 
 
 def correct(rows: Sequence[Row]) -> None:
-    """Put p_holm and p_bh into each row that has a p, over all of these rows as one family; None where there
-    is no p."""
+    """Add p_holm and p_bh to each row with a p, over all these rows as one family; None without a p."""
     tested = [row for row in rows if row.get("p") is not None]
     p = [row["p"] for row in tested]
     for row in rows:
@@ -160,7 +160,7 @@ def correct(rows: Sequence[Row]) -> None:
 
 
 def keys_of(evaluations: Iterable[Evaluation]) -> dict[ExampleKey, str]:
-    """Every example and language that any of these answered, with its task."""
+    """Every example and language that any of these evaluations answered, with its task."""
     return {key: task for evaluation in evaluations for key, task in evaluation.tasks.items()}
 
 

@@ -1,4 +1,4 @@
-"""What came out: a short list of sentences, made from the tables of comparison.json."""
+"""A short list of findings, as sentences made from the tables of comparison.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,14 +22,15 @@ VERDICT_WORDS = {
     "supported": "{main} scored higher than {controls}",
     "supported before correction only": "{main} scored higher than {controls} before Holm's correction only",
     "not shown": "no difference from {controls} is shown",
-    "contradicted before correction only": "{main} scored lower than {controls} before Holm's correction only",
+    "contradicted before correction only": (
+        "{main} scored lower than {controls} before Holm's correction only"
+    ),
     "contradicted": "{main} scored lower than {controls}",
 }
 
 
 def comparison_findings(c: Record) -> list[str]:
-    """The main contrast, the reference and the base model, the other methods, controls, English, prediction,
-    cost."""
+    """Main contrast, reference and base model, other methods, controls, English, prediction, cost."""
     rows = {row["method"]: row for row in c["headline"]}
     found = [_main(c, rows), _reference(c, rows), _others(c, rows)]
     found += [make(c) for make in (_controls, _english, _transplant, _ci, _cost, _zero)]
@@ -59,13 +60,13 @@ def _main(c: Record, rows: Mapping[str, Any]) -> str:
 
 
 def _reference(c: Record, rows: Mapping[str, Any]) -> str:
-    """Where fine-tuning itself harms, a method may lead the reference merely by changing less."""
+    """The reference against the base model: where fine-tuning harms, a method may lead by changing less."""
     other, found = c["reference"], (rows.get(c["reference"]) or {}).get("from_base")
     if found is None or "base" not in rows:
         return ""
     helped, harmed = ([r for r in found["by_base"] if sign * r["change"] > 0] for sign in (1, -1))
     apart = ""
-    if helped and harmed:  # two cases, of which a mean shows neither
+    if helped and harmed:  # two opposite cases, which a mean would hide
         up, down = (listed(f"{r['base']} ({points(r)} points)" for r in side) for side in (helped, harmed))
         apart = f"{other} helps {up} and harms {down}: read each base model before any mean."
     if found["change"] >= 0:
@@ -81,7 +82,7 @@ def _reference(c: Record, rows: Mapping[str, Any]) -> str:
 
 
 def _others(c: Record, rows: Mapping[str, Any]) -> str:
-    """A method that trains nothing is left out: its spread is the reference's alone."""
+    """The other methods. One that trains nothing is left out, since its spread is only the reference's."""
     trained = [row for row in rows.values() if row["against"] is not None and row["seeds"] > 0]
     if len(trained) < 2:
         return ""
@@ -93,7 +94,8 @@ def _others(c: Record, rows: Mapping[str, Any]) -> str:
     methods = count(len(trained), "trained method")
     told = f"none of {methods} differs from {c['reference']}"
     if clear:
-        told = f"{higher} of {methods} {_score(higher)} higher than {c['reference']}, {lower} {_score(lower)} lower"
+        told = f"{higher} of {methods} {_score(higher)} higher than {c['reference']}, "
+        told += f"{lower} {_score(lower)} lower"
     return f"After Holm's correction, {told}. The highest target accuracy is {100 * best:.1f} % ({names})."
 
 
