@@ -36,7 +36,8 @@ ENDED = (
     "PREEMPTED",
 )
 # cred_expire: a requeued job may not start again before its old credential has expired (two minutes
-# otherwise).
+# otherwise). MessageTimeout and MinJobAge: on a busy machine an answer takes longer than ten seconds, and the
+# last job of a test ends more than five minutes after the first one.
 CONF = """
 ClusterName=ramoe
 SlurmctldHost=localhost
@@ -46,6 +47,8 @@ SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge/socket,cred_expire=5
 CredType=cred/munge
+MessageTimeout=100
+MinJobAge=3600
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
