@@ -164,7 +164,7 @@ def _not_the_largest_logits(config: Any) -> list[tuple[str, str, bool]]:
         *(
             (
                 f"--moe-router-load-balancing-type {kind}",
-                "it does not choose experts by their logits alone",
+                "it chooses experts by its own scores, not by the logits",
                 kind in _balancing(config),
             )
             for kind in ("sinkhorn", "quantile_balancing")

@@ -78,5 +78,5 @@ class SelectiveOptions:
         if self.train_split is not None and sum(self.train_split) != self.train_budget:
             raise RamoeError(
                 f"--ramoe-train-split {self.train_split} sums to {sum(self.train_split)}, "
-                f"expected the sum --ramoe-train-budget {self.train_budget}"
+                f"not to --ramoe-train-budget {self.train_budget}"
             )
