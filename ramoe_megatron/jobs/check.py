@@ -1,9 +1,11 @@
-"""What would stop jobs, from their command lines alone: nothing is started, nothing is written. One process for many command lines.
+"""What would stop jobs, from their command lines alone: nothing is started, nothing is written. One process
+for many command lines.
 
     python -m ramoe_megatron.jobs.check < LINES.json
 
-LINES.json: a list of `Line`s. The answer is one line on stdout, "RAMOE-CHECK " and JSON: {"flags": [every flag that is known],
-"findings": {NAME: [`Finding`, ...]}}. Importing Megatron takes seconds, a command line after that some tenths of one.
+LINES.json: a list of `Line`s. The answer is one line on stdout, "RAMOE-CHECK " and JSON: {"flags": [every
+flag that is known], "findings": {NAME: [`Finding`, ...]}}. Importing Megatron takes seconds, a command line
+after that some tenths of one.
 """
 
 import json

@@ -1,6 +1,8 @@
-"""How every job starts: the arguments, what the job reads, and then the work; with --check, all of it but the work.
+"""How every job starts: the arguments, what the job reads, and then the work; with --check, all of it but the
+work.
 
-Light to import: each rank's first checkpoint starts a process of Megatron's that imports the job's module again.
+Light to import: each rank's first checkpoint starts a process of Megatron's that imports the job's module
+again.
 """
 
 import contextlib
@@ -18,7 +20,9 @@ FORWARD_ONLY_FLAGS = ("--micro-batch-size", "1", "--no-load-optim", "--no-load-r
 """Megatron's parser asks for a micro-batch size; a checkpoint is loaded for its weights alone."""
 
 DATA_FIX, CHECKPOINT_FIX = "correct the data or the flag", "correct the path, or run the job that writes it"
-FILE_FIX = "run the job that writes it (ramoe taxonomy, ramoe profile) on this model and data, or correct the path"
+FILE_FIX = (
+    "run the job that writes it (ramoe taxonomy, ramoe profile) on this model and data, or correct the path"
+)
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Job:
     options: Callable[[], tuple[type, ...]]
     """Gives the option classes whose flags the job takes."""
     read: Callable[[Start, Any], Callable[[], None]]
-    """Reads and checks, in steps of the start, all that the job needs beside the weights, from the validated arguments;
-    returns the work."""
+    """Reads and checks, in steps of the start, all that the job needs beside the weights, from the validated
+    arguments; returns the work."""
     trains: bool = False
 
     @property
@@ -50,9 +54,14 @@ class Job:
             self.read(start, args)()
 
     def check(
-        self, words: Sequence[str], on_cpu: bool, coming: Mapping[str, str] | None = None, kept: dict[str, Any] | None = None
+        self,
+        words: Sequence[str],
+        on_cpu: bool,
+        coming: Mapping[str, str] | None = None,
+        kept: dict[str, Any] | None = None,
     ) -> list[Finding]:
-        """What would stop the job with this command line, and what is in order. Nothing is started, nothing is written.
+        """What would stop the job with this command line, and what is in order. Nothing is started, nothing
+        is written.
 
         Args:
             on_cpu: whether the CPU backend is on.
@@ -74,7 +83,10 @@ class Job:
         from ramoe_megatron.mcore.launch import is_rank_0
 
         refuse_unwritable(sys.argv[1:], "command line")
-        with cpu_backend() as on_cpu, contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all its arguments
+        with (
+            cpu_backend() as on_cpu,
+            contextlib.redirect_stdout(io.StringIO()),
+        ):  # Megatron prints all its arguments
             findings = self.check(sys.argv[1:], on_cpu)
         if is_rank_0():
             width = max(len(finding.check) for finding in findings)

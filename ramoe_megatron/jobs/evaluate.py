@@ -1,6 +1,7 @@
 """Accuracy per task and language of one checkpoint, and its routing mass on the task experts.
 
-    torchrun --nproc-per-node N -m ramoe_megatron.jobs.evaluate MEGATRON_FLAGS --load DIR --ramoe-data FILE --ramoe-method NAME ...
+torchrun --nproc-per-node N -m ramoe_megatron.jobs.evaluate MEGATRON_FLAGS --load DIR --ramoe-data FILE
+--ramoe-method NAME ...
 """
 
 import json
@@ -101,7 +102,11 @@ def evaluate_and_write(
     parts, groups = by_id(examples), groups_of_tasks(examples, experts.tasks if experts else ())
     model = OfflineModel(args, inputs.options.batch_tokens)
     if experts is not None and steer.on and is_rank_0():
-        print(*(f"ramoe: {line}" for line in told(steering, experts, {e.task for e in examples})), sep="\n", flush=True)
+        print(
+            *(f"ramoe: {line}" for line in told(steering, experts, {e.task for e in examples})),
+            sep="\n",
+            flush=True,
+        )
     contexts = steering_contexts(model, experts, steering) if experts and steering else None
     digest = model.weights_digest() if own.weights_digest else None
     name = own.method if own.seed is None else f"{own.method}-seed{own.seed}"
@@ -115,7 +120,9 @@ def evaluate_and_write(
         def write() -> None:
             output.mkdir(parents=True, exist_ok=True)
             lines = (
-                json.dumps({"id": e.id, "task": e.task, "language": e.language, "correct": right}, ensure_ascii=False)
+                json.dumps(
+                    {"id": e.id, "task": e.task, "language": e.language, "correct": right}, ensure_ascii=False
+                )
                 for e, right in outcomes
             )
             atomic_write_text(output / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
@@ -140,14 +147,18 @@ def evaluate_and_write(
             if digest:
                 body["weights_sha256"] = digest
             if steer.on:
-                body["steering"] = (steering.document() if steering else NO_STEERING) | {"experts": digests([str(own.experts)])}
+                body["steering"] = (steering.document() if steering else NO_STEERING) | {
+                    "experts": digests([str(own.experts)])
+                }
             save_document(output / f"{name}.json", "ramoe-evaluation", body)
             shards.remove()
 
         write_on_rank_0(model, write)
 
 
-def groups_of_tasks(examples: Sequence[Example], tasks: Sequence[str]) -> dict[tuple[str, str], list[Example]]:
+def groups_of_tasks(
+    examples: Sequence[Example], tasks: Sequence[str]
+) -> dict[tuple[str, str], list[Example]]:
     """The examples of each of these tasks in each language, sorted by both."""
     groups: dict[tuple[str, str], list[Example]] = {}
     for example in examples:
@@ -161,7 +172,8 @@ def check_steering(own: EvaluateOptions, steer: SteeringOptions, args: Any) -> N
     steer.check(own.experts, args)
     if steer.on and (own.method, own.seed) == (EvaluateOptions.method, None):
         raise RamoeError(
-            f"--ramoe-method {own.method} names the base model as it is; a steered evaluation would take its place: give it another name"
+            f"--ramoe-method {own.method} names the base model as it is; "
+            "a steered evaluation would take its place: give it another name"
         )
 
 
@@ -173,7 +185,8 @@ def task_mass(
     first: int,
     contexts: "Callable[[Sequence[Example]], ContextFor] | None" = None,
 ) -> list[dict[str, object]]:
-    """Mean routing mass on each task's experts (those of the expert file) at the last prompt token, per language and MoE layer.
+    """Mean routing mass on each task's experts (those of the expert file) at the last prompt token, per
+    language and MoE layer.
 
     Each group is a shard, from number `first` on; the state gains "mass", float32 [groups, L].
     """
@@ -189,7 +202,10 @@ def task_mass(
         mask_LE = experts.expert_mask[experts.tasks.index(task)].to(pooled_NLE.device)
         means.append(mass(pooled_NLE, mask_LE).mean(dim=0).cpu())
         shards.save(number, shards.state | {"mass": torch.stack(means)})
-    return [{"task": task, "language": language, "mass": mean.tolist()} for (task, language), mean in zip(groups, means, strict=True)]
+    return [
+        {"task": task, "language": language, "mass": mean.tolist()}
+        for (task, language), mean in zip(groups, means, strict=True)
+    ]
 
 
 JOB = Job(lambda: (DataOptions, OfflineOptions, EvaluateOptions, SteeringOptions), _read)

@@ -1,8 +1,10 @@
 """Fine-tune (or train from scratch) with Megatron's own `pretrain()`, routing alignment beside its losses.
 
-    torchrun --nproc-per-node N -m ramoe_megatron.jobs.finetune MEGATRON_FLAGS --ramoe-data FILE --ramoe-coeff X ...
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.finetune MEGATRON_FLAGS --ramoe-data FILE --ramoe-coeff
+    X ...
 
-Nothing is imported before it is needed: each rank's first checkpoint starts a process of Megatron's that imports this module again.
+Nothing is imported before it is needed: each rank's first checkpoint starts a process of Megatron's that
+imports this module again.
 """
 
 from collections.abc import Callable
@@ -44,7 +46,11 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
     def told_selection(selection: Selection | None) -> str | None:
         if selection is None:
             return None
-        experts = "" if selection.routers else f"; {int(selection.experts_LE.sum())} of {selection.experts_LE.numel()} experts"
+        experts = (
+            ""
+            if selection.routers
+            else f"; {int(selection.experts_LE.sum())} of {selection.experts_LE.numel()} experts"
+        )
         return f"{selection.kind}: {selection.told}{experts}"
 
     inputs = start.step("data", lambda: new_inputs(args), told_examples, DATA_FIX, args.ramoe_data)
@@ -59,7 +65,9 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
     if args.save:
         start.step("saving", lambda: args.save_interval, "every {} iterations".format)
     else:
-        start.warn("saving", "no --save: the trained weights would be lost", "give --save DIR and --save-interval N")
+        start.warn(
+            "saving", "no --save: the trained weights would be lost", "give --save DIR and --save-interval N"
+        )
     selection = start.step(
         "selection",
         lambda: selection_from_args(args, start.config.value, inputs.value.languages),
@@ -86,7 +94,10 @@ def _read_alignment(start: Start, args: Any, alignment: Any, inputs: Any) -> Non
 
     def experts() -> ResolvedAlignment:
         resolved = resolve(alignment)
-        resolved.check_model(start.config.value, len(configured_moe_layer_numbers(start.config.value, args.hybrid_layer_pattern)))
+        resolved.check_model(
+            start.config.value,
+            len(configured_moe_layer_numbers(start.config.value, args.hybrid_layer_pattern)),
+        )
         refuse_other_anchor(alignment, resolved.experts, args.ramoe_anchor)
         return resolved
 
@@ -104,12 +115,19 @@ def _read_alignment(start: Start, args: Any, alignment: Any, inputs: Any) -> Non
         lambda _: f"coefficient {alignment.coeff:g}, {alignment.divergence}",
         "remove the flag, or set --ramoe-coeff 0",
     )
-    resolved = start.step("expert file", experts, told_experts, FILE_FIX, [alignment.experts, alignment.layer_weights])
+    resolved = start.step(
+        "expert file", experts, told_experts, FILE_FIX, [alignment.experts, alignment.layer_weights]
+    )
     labelled = start.step(
         "labels", labels, lambda _: "every example has its category and its target", FILE_FIX,
         [alignment.experts, alignment.taxonomy, alignment.priors, *args.ramoe_data],
     )  # fmt: skip
-    start.step("labels", lambda: labelled.value and inputs.value.refuse_unanswerable(start.tokenizer.value), None, FILE_FIX)
+    start.step(
+        "labels",
+        lambda: labelled.value and inputs.value.refuse_unanswerable(start.tokenizer.value),
+        None,
+        FILE_FIX,
+    )
 
 
 def train(args: Any, alignment: Any, base: str | None, selection: Any) -> None:

@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="ramoe_megatron.jobs.generate")
     parser.add_argument("source", choices=SOURCES)
-    parser.add_argument("--config", default="{}", help="JSON object, or a file of one: WorldConfig or SibConfig")
+    parser.add_argument(
+        "--config", default="{}", help="JSON object, or a file of one: WorldConfig or SibConfig"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the files; made if missing")
     options = parser.parse_args(arguments)
     kind, build = SOURCES[options.source]

@@ -25,6 +25,7 @@ from ramoe_megatron.mcore.trial import tokenizer_flags
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline.model import OfflineModel
 
+
 @dataclass(frozen=True)
 class OfflineOptions:
     """Options of the jobs that run a model forward only."""
@@ -36,8 +37,8 @@ class OfflineOptions:
     """Tokens of a micro-batch on one rank."""
 
     max_new_tokens: int | None = None
-    """Longest generated answer in tokens, the end token included, for examples without choices. Default: 16, or as many as the longest
-    gold answer needs. A limit that a gold answer does not fit is refused."""
+    """Longest generated answer in tokens, the end token included, for examples without choices. Default: 16,
+    or as many as the longest gold answer needs. A limit that a gold answer does not fit is refused."""
 
     def limits(self, args: Any, examples: Iterable[Example], tokenizer: Tokenizer) -> list[int]:
         """New tokens of each example that is scored (`new_token_limits`). Raises RamoeError for examples that nobody can answer right."""
@@ -72,7 +73,8 @@ class OfflineInputs:
             pairs = pair_with_anchor(self.examples.value, self.data.anchor)
             if not pairs:
                 raise RamoeError(
-                    f"{', '.join(self.data.data)}: only {self.data.anchor!r} rows in split {self.data.split!r}; nothing to compare"
+                    f"{', '.join(self.data.data)}: only {self.data.anchor!r} rows in split "
+                    f"{self.data.split!r}; nothing to compare"
                 )
             return pairs
 
@@ -83,7 +85,13 @@ class OfflineInputs:
 
         def look() -> list[int]:
             examples, tokenizer = scored(), start.tokenizer.value
-            key = ("limits", _choice(self.data), len(examples), self.options.max_new_tokens, self.args.max_position_embeddings)
+            key = (
+                "limits",
+                _choice(self.data),
+                len(examples),
+                self.options.max_new_tokens,
+                self.args.max_position_embeddings,
+            )
             kept = (*key, tokenizer_flags(self.args))
             return start.once(kept, lambda: self.options.limits(self.args, examples, tokenizer))
 
@@ -100,7 +108,9 @@ def read_offline(start: Start, args: Any, data: DataOptions | None = None) -> Of
 
     def examples() -> list[Example]:
         if not data.data:
-            raise RamoeError("--ramoe-data is missing: expected JSONL files, folders of them, or the name of a data set")
+            raise RamoeError(
+                "--ramoe-data is missing: expected JSONL files, folders of them, or the name of a data set"
+            )
         return start.once(("examples", _choice(data)), lambda: examples_with_anchor(data))
 
     def output() -> Path:
@@ -109,10 +119,16 @@ def read_offline(start: Start, args: Any, data: DataOptions | None = None) -> Of
         return Path(options.output)
 
     folder = start.step("output", output, str, "give the folder")
-    read = start.step("data", examples, lambda found: f"{len(found)} examples of split {data.split}", DATA_FIX, data.data)
+    read = start.step(
+        "data", examples, lambda found: f"{len(found)} examples of split {data.split}", DATA_FIX, data.data
+    )
     read_conversations(start, args, read, _choice(data))
     start.step(
-        "checkpoint", lambda: require_checkpoint(args.load, "--load"), lambda _: named(args.load), CHECKPOINT_FIX, [args.load]
+        "checkpoint",
+        lambda: require_checkpoint(args.load, "--load"),
+        lambda _: named(args.load),
+        CHECKPOINT_FIX,
+        [args.load],
     )
     return OfflineInputs(args, data, options, read, folder)
 
@@ -124,7 +140,9 @@ def read_conversations(
 
     def look() -> None:
         found, tokenizer = examples.value, start.tokenizer.value
-        start.once(("conversations", choice, tokenizer_flags(args)), lambda: check_conversations(found, tokenizer))
+        start.once(
+            ("conversations", choice, tokenizer_flags(args)), lambda: check_conversations(found, tokenizer)
+        )
 
     start.step(check, look, None, DATA_FIX)
 
@@ -137,7 +155,9 @@ def _choice(data: DataOptions) -> tuple[Any, ...]:
 def given(path: str | None, flag: str) -> str:
     """The value of a flag that names a file of an earlier job. Raises RamoeError where the flag is missing."""
     if path is None:
-        raise RamoeError(f"--ramoe-{flag} is missing: expected the file that `ramoe taxonomy` or `ramoe profile` wrote")
+        raise RamoeError(
+            f"--ramoe-{flag} is missing: expected the file that `ramoe taxonomy` or `ramoe profile` wrote"
+        )
     return path
 
 
@@ -151,14 +171,23 @@ def moe_layers(start: Start, args: Any) -> int:
 def fitting_experts(start: Start, args: Any, path: str | None) -> ExpertFile:
     """The expert file. Raises RamoeError when it cannot be read, or belongs to another model than the flags say."""
     experts, config = ExpertFile.load(given(path, "experts")), start.config.value
-    experts.check_model(moe_layers(start, args), config.num_moe_experts, config.moe_router_topk, config.moe_router_score_function)
+    experts.check_model(
+        moe_layers(start, args),
+        config.num_moe_experts,
+        config.moe_router_topk,
+        config.moe_router_score_function,
+    )
     return experts
 
 
 def read_experts(start: Start, args: Any, path: str | None) -> Step[ExpertFile]:
     """The step of a job that reads an expert file."""
     return start.step(
-        "expert file", lambda: fitting_experts(start, args, path), lambda e: f"{len(e.tasks)} tasks", FILE_FIX, [path]
+        "expert file",
+        lambda: fitting_experts(start, args, path),
+        lambda e: f"{len(e.tasks)} tasks",
+        FILE_FIX,
+        [path],
     )
 
 
@@ -194,7 +223,12 @@ class ProgressLines:
         """`count` more are done."""
         self.done += count
         if is_rank_0():
-            line = {"done": min(self.done, self.total), "total": self.total, "unit": self.unit, "note": self.note}
+            line = {
+                "done": min(self.done, self.total),
+                "total": self.total,
+                "unit": self.unit,
+                "note": self.note,
+            }
             print(f"RAMOE-PROGRESS {json.dumps(line)}", flush=True)
 
 

@@ -1,10 +1,12 @@
 """Go or no-go before any training: ci share, divergence, and the transplant test run on the model.
 
-    torchrun --nproc-per-node N -m ramoe_megatron.jobs.predict MEGATRON_FLAGS --load DIR --ramoe-data FILE --ramoe-taxonomy FILE
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.predict MEGATRON_FLAGS --load DIR --ramoe-data FILE
+    --ramoe-taxonomy FILE
         --ramoe-experts FILE --ramoe-divergence-file FILE --ramoe-output DIR
 
-The transplant test answers each target-language prompt twice: as it is, and with its last prompt token routed, in the zone, by the
-router logits that the model had at the last token of the parallel English prompt (our own test: no paper has it).
+The transplant test answers each target-language prompt twice: as it is, and with its last prompt token
+routed, in the zone, by the router logits that the model had at the last token of the parallel English prompt
+(our own test: no paper has it).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +18,14 @@ from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.jobs.entry import FILE_FIX, Job
-from ramoe_megatron.jobs.offline_job import OfflineOptions, ProgressLines, fitting_experts, given, read_offline, write_on_rank_0
+from ramoe_megatron.jobs.offline_job import (
+    OfflineOptions,
+    ProgressLines,
+    fitting_experts,
+    given,
+    read_offline,
+    write_on_rank_0,
+)
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import run_job
@@ -64,13 +73,19 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
         return *parse_layers(own.layers, layers, experts.zone), layers
 
     rows = start.step(
-        "taxonomy", lambda: read_taxonomy(given(own.taxonomy, "taxonomy")), lambda found: f"{len(found)} rows", FILE_FIX, [own.taxonomy]
+        "taxonomy",
+        lambda: read_taxonomy(given(own.taxonomy, "taxonomy")),
+        lambda found: f"{len(found)} rows",
+        FILE_FIX,
+        [own.taxonomy],
     )
     divergence = start.step(
         "divergence", lambda: read_divergence(given(own.divergence_file, "divergence-file")), lambda found: f"{len(found)} rows",
         FILE_FIX, [own.divergence_file],
     )  # fmt: skip
-    layers = start.step("expert file", zone, lambda found: "MoE layers {}-{} of {}".format(*found), FILE_FIX, [own.experts])
+    layers = start.step(
+        "expert file", zone, lambda found: "MoE layers {}-{} of {}".format(*found), FILE_FIX, [own.experts]
+    )
 
     def work() -> None:
         from ramoe_megatron.mcore.offline.model import OfflineModel
@@ -78,7 +93,9 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
         first, last, _ = layers.value
         model = OfflineModel(args, inputs.options.batch_tokens)
         outcomes = transplant_outcomes(model, pairs.value, range(first, last + 1), limits.value)
-        prediction = predict(summarise(rows.value), divergence.value, (first, last), outcomes, inputs.data.split)
+        prediction = predict(
+            summarise(rows.value), divergence.value, (first, last), outcomes, inputs.data.split
+        )
 
         def write() -> None:
             save_document(inputs.output.value / "predict.json", "ramoe-prediction", prediction.document())
@@ -115,7 +132,9 @@ def transplant_outcomes(
 
         def context(micro: MicroBatch) -> Transplant:
             # rows of the English logits, not a copy of them for every choice of every language
-            return Transplant(MicroBatch(micro.batch, english_N[micro.places.clamp(min=0)]), logits_NLE, layers)
+            return Transplant(
+                MicroBatch(micro.batch, english_N[micro.places.clamp(min=0)]), logits_NLE, layers
+            )
 
         return context
 

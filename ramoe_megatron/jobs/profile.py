@@ -1,11 +1,14 @@
-"""Stage 2: task experts of English, the divergence curve, the alignment zone, and the English routing to align to.
+"""Stage 2: task experts of English, the divergence curve, the alignment zone, and the English routing to
+align to.
 
-    torchrun --nproc-per-node N -m ramoe_megatron.jobs.profile MEGATRON_FLAGS --load DIR --ramoe-data FILE --ramoe-general FILE
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.profile MEGATRON_FLAGS --load DIR --ramoe-data FILE
+    --ramoe-general FILE
         --ramoe-taxonomy FILE --ramoe-output DIR
 
-One forward pass each over English task data, general English text and the parallel views. What it keeps does not grow with the
-number of tokens; the priors alone grow with the number of examples. With neither general text nor taxonomy, the priors are all that is
-written: what each further anchor has to bring (`ramoe anchors`).
+One forward pass each over English task data, general English text and the parallel views. What it keeps does
+not grow with the number of tokens; the priors alone grow with the number of examples. With neither general
+text nor taxonomy, the priors are all that is written: what each further anchor has to bring (`ramoe
+anchors`).
 """
 
 import dataclasses
@@ -67,24 +70,29 @@ class ProfileOptions:
     """Rule for task experts: tau=X (frequency above that of general text by more than X) or top-m=M per layer."""
 
     select_tokens: list[str] = dataclasses.field(default_factory=lambda: ["all"])
-    """Tokens of the task data whose counts choose the task experts: all (the paper's), prompt, response or last (our own, for experts of
-    the aligned tokens); each further one makes a file of its own, experts-TOKENS.safetensors. Of general text all tokens count."""
+    """Tokens of the task data whose counts choose the task experts: all (the paper's), prompt, response or
+    last (our own, for experts of the aligned tokens); each further one makes a file of its own,
+    experts-TOKENS.safetensors. Of general text all tokens count."""
 
     layers: str = "auto"
     """Alignment zone to record: auto (read off the divergence curve), FIRST-LAST or FRACTION-FRACTION."""
 
     tokens: list[str] = dataclasses.field(default_factory=lambda: ["last"])
-    """Tokens that the priors pool: prompt, response, all or last; each further one makes a file of its own, priors-TOKENS.safetensors.
-    (The expert file holds the English pattern of every choice.)"""
+    """Tokens that the priors pool: prompt, response, all or last; each further one makes a file of its own,
+    priors-TOKENS.safetensors. (The expert file holds the English pattern of every choice.)"""
 
     save_priors: bool = False
-    """Write priors.safetensors: the English routing of every example, for the target "example". With neither --ramoe-general nor
-    --ramoe-taxonomy it is all that is written: of a further anchor, for `ramoe anchors`."""
+    """Write priors.safetensors: the English routing of every example, for the target "example". With neither
+    --ramoe-general nor --ramoe-taxonomy it is all that is written: of a further anchor, for `ramoe
+    anchors`."""
 
     def __post_init__(self) -> None:
         for flag, tokens in (("tokens", self.tokens), ("select-tokens", self.select_tokens)):
             if not tokens or set(tokens) - set(TOKENS) or len(set(tokens)) < len(tokens):
-                raise RamoeError(f"--ramoe-{flag} {' '.join(tokens)}: expected one or more of {', '.join(TOKENS)}, each once")
+                raise RamoeError(
+                    f"--ramoe-{flag} {' '.join(tokens)}: expected one or more of {', '.join(TOKENS)}, "
+                    "each once"
+                )
 
     save_usage: bool = False
     """Write usage.safetensors: how much each expert is used by each language, for training that selects experts (--ramoe-train)."""
@@ -97,7 +105,10 @@ class ProfileOptions:
     def check(self) -> None:
         """Raise RamoeError for a flag that priors alone do not go with."""
         if self.save_usage:
-            raise RamoeError("--ramoe-save-usage is of a whole profile: give --ramoe-general and --ramoe-taxonomy, or leave it out")
+            raise RamoeError(
+                "--ramoe-save-usage is of a whole profile: give --ramoe-general and --ramoe-taxonomy, "
+                "or leave it out"
+            )
 
     def rows_of(self, data: DataOptions) -> DataOptions:
         """What is run of the task data: for priors alone, the anchor's rows."""
@@ -118,28 +129,39 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
         return lambda: _priors_alone(inputs, own)
 
     def rule() -> tuple[Rule, tuple[int, int] | None]:
-        return parse_rule(own.select), None if own.layers == "auto" else parse_layers(own.layers, moe_layers(start, args))
+        return parse_rule(own.select), None if own.layers == "auto" else parse_layers(
+            own.layers, moe_layers(start, args)
+        )
 
     def general() -> list[Example]:
         if not own.general:
-            raise RamoeError("--ramoe-general is missing: expected general English text to compare the task data with")
+            raise RamoeError(
+                "--ramoe-general is missing: expected general English text to compare the task data with"
+            )
         return load_examples(own.general, languages=[anchor])
 
     def taxonomy() -> list[TaxonomyRow]:
         if own.taxonomy is None:
-            raise RamoeError("--ramoe-taxonomy is missing: expected taxonomy.jsonl; run `ramoe taxonomy` first")
+            raise RamoeError(
+                "--ramoe-taxonomy is missing: expected taxonomy.jsonl; run `ramoe taxonomy` first"
+            )
         rows = read_taxonomy(own.taxonomy)
         check_anchor(own.taxonomy, anchor)
         return rows
 
     pairs = inputs.pairs(start)
     chosen = start.step(
-        "expert rule", rule, lambda _: f"{own.select}, layers {own.layers}", "correct --ramoe-select or --ramoe-layers"
+        "expert rule",
+        rule,
+        lambda _: f"{own.select}, layers {own.layers}",
+        "correct --ramoe-select or --ramoe-layers",
     )
     texts = start.step("general text", general, lambda found: f"{len(found)} texts", DATA_FIX, own.general)
     read_conversations(start, args, texts, (own.general, anchor), "general text")
     rows = start.step("taxonomy", taxonomy, lambda found: f"{len(found)} rows", FILE_FIX, [own.taxonomy])
-    return lambda: _profile(inputs, own, *chosen.value, [target for _, target in pairs.value], texts.value, rows.value)
+    return lambda: _profile(
+        inputs, own, *chosen.value, [target for _, target in pairs.value], texts.value, rows.value
+    )
 
 
 def _profile(
@@ -185,7 +207,10 @@ def _profile(
                 },
             )  # fmt: skip
 
-        files = {name: expert_file(tokens) for tokens, name in files_by_tokens("experts", own.select_tokens).items()}
+        files = {
+            name: expert_file(tokens)
+            for tokens, name in files_by_tokens("experts", own.select_tokens).items()
+        }
 
         def write() -> None:
             output.mkdir(parents=True, exist_ok=True)
@@ -193,14 +218,20 @@ def _profile(
             if own.save_priors:
                 _write_priors(output, own, passes, shards, english, checkpoint, digests)
             if passes.usage is not None:
-                passes.usage.file(shape, model.layer_numbers, checkpoint, digests).save(output / "usage.safetensors")
+                passes.usage.file(shape, model.layer_numbers, checkpoint, digests).save(
+                    output / "usage.safetensors"
+                )
             for name, experts in files.items():
                 experts.save(output / name)
             shards.remove()
 
         write_on_rank_0(model, write)
         if is_rank_0():
-            empty = [f"{name}: {told}" for name, file in files.items() for told in describe_empty(file.expert_mask, passes.tasks, rule)]
+            empty = [
+                f"{name}: {told}"
+                for name, file in files.items()
+                for told in describe_empty(file.expert_mask, passes.tasks, rule)
+            ]
             print(f"ramoe: zone: {zone}", *empty, sep="\nramoe: ", flush=True)
 
 
@@ -216,7 +247,9 @@ def _priors_alone(inputs: OfflineInputs, own: ProfileOptions) -> None:
 
         def write() -> None:
             output.mkdir(parents=True, exist_ok=True)
-            _write_priors(output, own, passes, shards, english, checkpoint_name(args.load), data_digests(data.data))
+            _write_priors(
+                output, own, passes, shards, english, checkpoint_name(args.load), data_digests(data.data)
+            )
             shards.remove()
 
         write_on_rank_0(model, write)
@@ -234,7 +267,15 @@ def _write_priors(
     for choice, name in files_by_tokens("priors", own.tokens).items():
         priors = torch.cat([part[choice] for part in kept])
         ids = [example.id for example in english]
-        Priors.save(output / name, ids, priors, tokens=choice, shape=passes.model.shape, checkpoint=checkpoint, data=digests)
+        Priors.save(
+            output / name,
+            ids,
+            priors,
+            tokens=choice,
+            shape=passes.model.shape,
+            checkpoint=checkpoint,
+            data=digests,
+        )
 
 
 class Passes:
@@ -256,7 +297,8 @@ class Passes:
             self.views.setdefault(target.language, {})[target.id] = target
         self.tasks = sorted({example.task for example in english})
         self.task_frequency = {
-            tokens: FrequencySum(len(self.tasks), layers, experts, model.device) for tokens in options.select_tokens
+            tokens: FrequencySum(len(self.tasks), layers, experts, model.device)
+            for tokens in options.select_tokens
         }
         self.general_frequency = FrequencySum(1, layers, experts, model.device)
         self.curve = DivergenceCurve(list(self.views), layers, model.device)
@@ -264,7 +306,9 @@ class Passes:
         self.pattern_sum = {choice: zeros.clone() for choice in TOKENS}
         self.pattern_count = torch.zeros(len(self.tasks), dtype=torch.float64, device=model.device)
         self.anchor = anchor
-        self.usage = UsageSum([anchor, *self.views], layers, experts, model.device) if options.save_usage else None
+        self.usage = (
+            UsageSum([anchor, *self.views], layers, experts, model.device) if options.save_usage else None
+        )
 
     def run(self, shards: Shards, progress: ProgressLines) -> None:
         """Add every part to the sums; those of finished shards come from their state, bit for bit."""
@@ -273,7 +317,12 @@ class Passes:
                 total.copy_(shards.state[name])
         skipped = self.parts[: shards.done]
         if skipped:
-            progress(sum(len(part) + sum(map(len, self._targets(n, part).values())) for n, part in enumerate(skipped)))
+            progress(
+                sum(
+                    len(part) + sum(map(len, self._targets(n, part).values()))
+                    for n, part in enumerate(skipped)
+                )
+            )
         for number in range(shards.done, len(self.parts)):
             part = self.parts[number]
             if number in self.english_shards:
@@ -288,8 +337,14 @@ class Passes:
         return {
             "general_frequency": self.general_frequency.sums,
             "general_sequences": self.general_frequency.sequences,
-            **{f"task_frequency.{tokens}": frequency.sums for tokens, frequency in self.task_frequency.items()},
-            **{f"task_sequences.{tokens}": frequency.sequences for tokens, frequency in self.task_frequency.items()},
+            **{
+                f"task_frequency.{tokens}": frequency.sums
+                for tokens, frequency in self.task_frequency.items()
+            },
+            **{
+                f"task_sequences.{tokens}": frequency.sequences
+                for tokens, frequency in self.task_frequency.items()
+            },
             "divergence": self.curve.sums,
             "pattern_count": self.pattern_count,
             **{f"pattern.{choice}": total for choice, total in self.pattern_sum.items()},
@@ -300,7 +355,10 @@ class Passes:
         """By language, the targets of an English part, in its order; of general text, none."""
         if number not in self.english_shards:
             return {}
-        return {language: [by_id[example.id] for example in part if example.id in by_id] for language, by_id in self.views.items()}
+        return {
+            language: [by_id[example.id] for example in part if example.id in by_id]
+            for language, by_id in self.views.items()
+        }
 
     def _general(self, part: Sequence[Example], progress: ProgressLines) -> None:
         """Expert frequency of general English text."""
@@ -312,8 +370,8 @@ class Passes:
     def _parallel(
         self, part: Sequence[Example], targets: Mapping[str, Sequence[Example]], progress: ProgressLines
     ) -> dict[str, torch.Tensor]:
-        """English views (frequency, pattern), and each language's divergence from them. Gives the English priors, [n, L, E] by token
-        choice."""
+        """English views (frequency, pattern), and each language's divergence from them. Gives the English
+        priors, [n, L, E] by token choice."""
         reference = self._routing(part, choices=TOKENS, counted=self.task_frequency)
         self._add_english(part, reference)
         self._add_usage(self.anchor, reference)
@@ -333,8 +391,12 @@ class Passes:
         group = torch.tensor([self.tasks.index(example.task) for example in part], device=device)
         for tokens, frequency in self.task_frequency.items():
             chosen = routing.frequency_NLE[tokens]
-            frequency.add(group, chosen, chosen[:, 0].sum(dim=-1) > 0)  # a sequence without such tokens is left out
-        right = torch.tensor([example.id in self.correct for example in part], dtype=torch.float64, device=device)
+            frequency.add(
+                group, chosen, chosen[:, 0].sum(dim=-1) > 0
+            )  # a sequence without such tokens is left out
+        right = torch.tensor(
+            [example.id in self.correct for example in part], dtype=torch.float64, device=device
+        )
         self.pattern_count.index_add_(0, group, right)
         for choice, total in self.pattern_sum.items():
             total.index_add_(0, group, routing.pooled_NLE[choice].double() * right[:, None, None])
@@ -349,12 +411,16 @@ class Passes:
         count = self.pattern_count.clamp(min=1)[:, None, None]
         return {choice: (total / count).float().cpu() for choice, total in self.pattern_sum.items()}
 
-    def _routing(self, examples: Sequence[Example], choices: Sequence[str], counted: Collection[str] = ()) -> "SequenceRouting":
+    def _routing(
+        self, examples: Sequence[Example], choices: Sequence[str], counted: Collection[str] = ()
+    ) -> "SequenceRouting":
         from ramoe_megatron.mcore.offline.routing import sequence_routing
 
         encoded = [encode(e, self.model.tokenizer) for e in examples]
         gate = self.usage is not None and bool(choices)  # not of general text
-        return sequence_routing(self.model, encoded, choices, counted=dict.fromkeys(["all", *counted]), gate=gate)
+        return sequence_routing(
+            self.model, encoded, choices, counted=dict.fromkeys(["all", *counted]), gate=gate
+        )
 
 
 def _parts(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:

@@ -36,7 +36,8 @@ def score_parts(
     progress: Progress,
     contexts: Callable[[Sequence[Example]], ContextFor] | None = None,
 ) -> dict[tuple[str, str], bool]:
-    """Whether each example is answered correctly, by (id, language), on every rank; the first shards are the parts, in order.
+    """Whether each example is answered correctly, by (id, language), on every rank; the first shards are the
+    parts, in order.
 
     Args:
         limits: new tokens of each example, in the order of the parts.
@@ -53,4 +54,6 @@ def score_parts(
         own = limits[len(correct) : len(correct) + len(parts[number])]
         correct += score(model, parts[number], own, context_for, progress)
         shards.save(number, {"correct": torch.tensor(correct, dtype=torch.uint8)})
-    return {(example.id, example.language): bool(right) for example, right in zip(examples, correct, strict=True)}
+    return {
+        (example.id, example.language): bool(right) for example, right in zip(examples, correct, strict=True)
+    }

@@ -1,8 +1,9 @@
 """Shards: how far a forward-only job is, so that one that is killed goes on from its last finished shard.
 
-A job cuts its work into numbered shards. After each, rank 0 writes what the job has gathered so far, bit for bit; a restart with the same
-command takes that up on every rank and repeats at most one shard. Order and rounding are then those of a run that nothing stopped: the
-files have the same bytes wherever two runs of the model have (on GPUs, with Megatron's --deterministic-mode).
+A job cuts its work into numbered shards. After each, rank 0 writes what the job has gathered so far, bit for
+bit; a restart with the same command takes that up on every rank and repeats at most one shard. Order and
+rounding are then those of a run that nothing stopped: the files have the same bytes wherever two runs of the
+model have (on GPUs, with Megatron's --deterministic-mode).
 """
 
 import hashlib
@@ -28,18 +29,22 @@ from ramoe_megatron.jobs.offline_job import data_digests
 from ramoe_megatron.mcore.launch import is_rank_0
 
 SHARD_EXAMPLES = 256
-"""Examples (ids) of a shard, each with all its languages: thousands of sequences, so seconds to minutes of a real model's forward passes,
-beside which a file of some megabytes costs nothing. Also the examples whose routing is held in memory at once."""
+"""Examples (ids) of a shard, each with all its languages: thousands of sequences, so seconds to minutes of a
+real model's forward passes, beside which a file of some megabytes costs nothing. Also the examples whose
+routing is held in memory at once."""
 
-INCIDENTAL = frozenset({"rank", "local_rank", "distributed_timeout_minutes", "ramoe_output", "ramoe_select", "ramoe_layers"})
+INCIDENTAL = frozenset(
+    {"rank", "local_rank", "distributed_timeout_minutes", "ramoe_output", "ramoe_select", "ramoe_layers"}
+)
 """Arguments that no shard depends on: who asks, how long ranks wait, where it lies, and what is read off the finished sums."""
 
 
 def depends_on(args: Any, sources: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
     """Everything that the result of a forward-only job depends on, to the bit: the key of its shards.
 
-    Every argument of Megatron and of the job counts (data choices, model, layout, size of a micro-batch) but `INCIDENTAL` ones; a file that
-    an argument names, and a tokenizer's folder, count by their bytes. So do the data, the checkpoint, the packages and the device.
+    Every argument of Megatron and of the job counts (data choices, model, layout, size of a micro-batch) but
+    `INCIDENTAL` ones; a file that an argument names, and a tokenizer's folder, count by their bytes. So do
+    the data, the checkpoint, the packages and the device.
 
     Args:
         args: parsed arguments, `load` among them.
@@ -50,7 +55,11 @@ def depends_on(args: Any, sources: Sequence[str], examples: Sequence[Example]) -
         RamoeError: when a file cannot be read.
     """
     flags = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
-    named = {name: sha256(value) for name, value in flags.items() if isinstance(value, str) and os.path.isfile(value)}
+    named = {
+        name: sha256(value)
+        for name, value in flags.items()
+        if isinstance(value, str) and os.path.isfile(value)
+    }
     folders = {
         name: digests(sorted(path for path in Path(value).rglob("*") if path.is_file()))
         for name, value in flags.items()
@@ -84,10 +93,12 @@ def checkpoint_state(folder: str) -> list[Any]:
 
 
 class Shards:
-    """The finished shards of one job, in a hidden folder beside its output, under the key of what they depend on.
+    """The finished shards of one job, in a hidden folder beside its output, under the key of what they depend
+    on.
 
-    Used as a context, which holds the output folder for this job: a second one that would write the same files is refused. Rank 0 alone
-    reads and writes, and tells the others, so that all ranks skip the same shards.
+    Used as a context, which holds the output folder for this job: a second one that would write the same
+    files is refused. Rank 0 alone reads and writes, and tells the others, so that all ranks skip the same
+    shards.
     """
 
     done: int
@@ -112,7 +123,9 @@ class Shards:
             print(f"ramoe: goes on after {self.done} of {self.total} shards", flush=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._lock.release()
 
     def _open(self) -> tuple[int, dict[str, Tensor]]:
@@ -122,8 +135,8 @@ class Shards:
             self._lock.acquire(timeout=0)
         except (filelock.Timeout, FileNotFoundError):  # the other job may be taking its folder away
             raise RamoeError(
-                f"{self.output}: another {self.job} job is at work in this folder; wait for it to end, stop it (its ranks too), or give "
-                "another --ramoe-output"
+                f"{self.output}: another {self.job} job is at work in this folder; "
+                "wait for it to end, stop it (its ranks too), or give another --ramoe-output"
             ) from None
         for left in self.root.glob("*.finished"):  # by a job that was killed while it tidied up
             shutil.rmtree(left)
@@ -139,7 +152,9 @@ class Shards:
     def _state_path(self) -> Path:
         return self.folder / "state.safetensors"
 
-    def save(self, number: int, state: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None) -> None:
+    def save(
+        self, number: int, state: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Shard `number` is done (all ranks call, rank 0 writes).
 
         Args:
@@ -153,7 +168,9 @@ class Shards:
         about = {"key": self.folder.name, "done": number + 1}
         if kept:
             save_tensors(self._kept_path(number), "ramoe-shard", kept, about)
-        save_tensors(self._state_path, "ramoe-shard", state, about)  # last: it alone says that the shard is done
+        save_tensors(
+            self._state_path, "ramoe-shard", state, about
+        )  # last: it alone says that the shard is done
 
     def kept(self, number: int) -> dict[str, Tensor]:
         """What `save` was told to keep of a shard; only on rank 0. Raises RamoeError when the file is absent, damaged or foreign."""
@@ -184,7 +201,8 @@ class Shards:
 
     def _refusal(self, path: Path, why: str) -> RamoeError:
         return RamoeError(
-            f"{path}: cannot go on from this shard ({why}). Check the disk, then remove {self.folder}: the job starts from the beginning"
+            f"{path}: cannot go on from this shard ({why}). Check the disk, then remove {self.folder}: "
+            "the job starts from the beginning"
         )
 
     def remove(self) -> None:

@@ -1,6 +1,8 @@
-"""The search for the setting of routing steering (arXiv 2510.04694, eq. 4-5) that answers best, on data that no result is told of.
+"""The search for the setting of routing steering (arXiv 2510.04694, eq. 4-5) that answers best, on data that
+no result is told of.
 
-    torchrun --nproc-per-node N -m ramoe_megatron.jobs.steer MEGATRON_FLAGS --load DIR --ramoe-data FILE --ramoe-split validation
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.steer MEGATRON_FLAGS --load DIR --ramoe-data FILE
+    --ramoe-split validation
         --ramoe-experts FILE --ramoe-output DIR
 
 The model is loaded once. A shard is one setting: all examples answered under it.
@@ -76,7 +78,10 @@ class SteerOptions:
         taus = [parse_tau(text) for text in self.taus]
         tasks = {example.task for example in examples if example.language != anchor}
         if not tasks:
-            raise RamoeError(f"only {anchor!r} examples: nothing to search on; give data and a --ramoe-split with target languages")
+            raise RamoeError(
+                f"only {anchor!r} examples: nothing to search on; give data and a --ramoe-split with target "
+                "languages"
+            )
         return candidates(file, tasks, self.kinds, taus, self.strengths, self.zones)
 
 
@@ -98,7 +103,11 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
         return own.to_try(experts.value, inputs.examples.value, inputs.data.anchor)
 
     tried = start.step(
-        "settings", settings, lambda found: "\n".join(_told(*found)), "correct the flag", [own.experts, *inputs.data.data]
+        "settings",
+        settings,
+        lambda found: "\n".join(_told(*found)),
+        "correct the flag",
+        [own.experts, *inputs.data.data],
     )
     return lambda: search_and_write(inputs, experts.value, *tried.value, limits.value)
 
@@ -108,7 +117,11 @@ def _told(tried: Sequence["Candidate"], skipped: Sequence[str]) -> list[str]:
 
 
 def search_and_write(
-    inputs: OfflineInputs, experts: ExpertFile, tried: Sequence["Candidate"], skipped: Sequence[str], limits: Sequence[int]
+    inputs: OfflineInputs,
+    experts: ExpertFile,
+    tried: Sequence["Candidate"],
+    skipped: Sequence[str],
+    limits: Sequence[int],
 ) -> None:
     """The work of the job, after its start. `limits`: new tokens of each example."""
     import torch
@@ -189,7 +202,10 @@ def parse_tau(text: str) -> float | None:
     except ValueError:
         tau = math.nan
     if not -1 <= tau < 1:
-        raise RamoeError(f"--ramoe-taus: found {text!r}, expected numbers in [-1, 1), or file (the experts that the expert file chose)")
+        raise RamoeError(
+            f"--ramoe-taus: found {text!r}, expected numbers in [-1, 1), "
+            "or file (the experts that the expert file chose)"
+        )
     return tau
 
 
@@ -203,14 +219,18 @@ def candidates(
 ) -> tuple[list[Candidate], list[str]]:
     """No steering, and then kind x layers x tau x strength; and in sentences what is left out and why.
 
-    Left out are a tau that leaves the tasks no expert in the layers, and one that leaves the experts of an earlier one.
+    Left out are a tau that leaves the tasks no expert in the layers, and one that leaves the experts of an
+    earlier one.
 
     Raises:
         RamoeError: for a bad value, tasks that the file does not have, or when nothing is left to try.
     """
     rows = [row for row, task in enumerate(file.tasks) if task in tasks]
     if not rows:
-        raise RamoeError(f"{file.path}: profiled on {', '.join(file.tasks)}, none of which is in the data ({', '.join(sorted(tasks))})")
+        raise RamoeError(
+            f"{file.path}: profiled on {', '.join(file.tasks)}, none of which is in the data "
+            f"({', '.join(sorted(tasks))})"
+        )
     chosen: dict[bytes, tuple[str, float | None, tuple[int, int], int]] = {}
     skipped: list[str] = []
     for zone in zones:
@@ -232,21 +252,24 @@ def candidates(
                 found.append(Candidate(Steering(kind, strength, tau, layers), zone, count))
     if len(found) == 1:
         why = "; ".join(skipped) or "no kind, tau, strength or zone is given"
-        raise RamoeError(f"{file.path}: nothing to try ({why}); give lower --ramoe-taus, file, or other --ramoe-zones")
+        raise RamoeError(
+            f"{file.path}: nothing to try ({why}); give lower --ramoe-taus, file, or other --ramoe-zones"
+        )
     return found, skipped
 
 
 def search_table(
     tried: Sequence[Candidate], answers: Sequence[Answer], correct: Sequence[Sequence[bool]], anchor: str
 ) -> list[dict[str, Any]]:
-    """What each candidate gave on the target languages, and its change against the first, which is no steering.
+    """What each candidate gave on the target languages, and its change against the first, which is no
+    steering.
 
     Args:
         correct: of each candidate, in the order of `answers`.
         anchor: its language is told beside the others, and counts for nothing.
 
-    The interval is that of proportions on the same examples; where an id comes in several languages, it is clustered by id, since
-    parallel rows are no independent draws.
+    The interval is that of proportions on the same examples; where an id comes in several languages, it is
+    clustered by id, since parallel rows are no independent draws.
     """
     targets = [place for place, answer in enumerate(answers) if answer.language != anchor]
     english = [place for place, answer in enumerate(answers) if answer.language == anchor]
@@ -270,7 +293,9 @@ def search_table(
                 **{key: value for key, value in asdict(change).items() if key != "n"},
                 "anchor_n": len(english),
                 "anchor_correct": sum(bool(right[place]) for place in english),
-                "anchor_accuracy": sum(bool(right[place]) for place in english) / len(english) if english else None,
+                "anchor_accuracy": sum(bool(right[place]) for place in english) / len(english)
+                if english
+                else None,
                 "languages": _by_language(answers, right, targets),
             }
         )
@@ -286,11 +311,15 @@ def _change(own: Sequence[bool], plain: Sequence[bool], ids: Sequence[str]) -> D
     return clustered_difference(clusters)
 
 
-def _by_language(answers: Sequence[Answer], right: Sequence[bool], targets: Sequence[int]) -> list[dict[str, Any]]:
+def _by_language(
+    answers: Sequence[Answer], right: Sequence[bool], targets: Sequence[int]
+) -> list[dict[str, Any]]:
     found: dict[str, list[bool]] = {}
     for place in targets:
         found.setdefault(answers[place].language, []).append(bool(right[place]))
-    return [{"language": language, "n": len(own), "correct": sum(own)} for language, own in sorted(found.items())]
+    return [
+        {"language": language, "n": len(own), "correct": sum(own)} for language, own in sorted(found.items())
+    ]
 
 
 def best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""Stage 1: score every parallel example in English and in the target language; sort into cc, ci, ic, ii (arXiv 2605.28306).
+"""Stage 1: score every parallel example in English and in the target language; sort into cc, ci, ic, ii
+(arXiv 2605.28306).
 
-    torchrun --nproc-per-node N -m ramoe_megatron.jobs.taxonomy MEGATRON_FLAGS --load DIR --ramoe-data FILE --ramoe-output DIR
+torchrun --nproc-per-node N -m ramoe_megatron.jobs.taxonomy MEGATRON_FLAGS --load DIR --ramoe-data FILE
+--ramoe-output DIR
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +45,9 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
     return lambda: score_and_write(inputs, pairs.value, limits.value)
 
 
-def score_and_write(inputs: OfflineInputs, pairs: Sequence[tuple[Example, Example]], limits: Sequence[int]) -> None:
+def score_and_write(
+    inputs: OfflineInputs, pairs: Sequence[tuple[Example, Example]], limits: Sequence[int]
+) -> None:
     """The work of the job, after its start. `limits`: new tokens of each example, in the order of `by_id`."""
     from ramoe_megatron.jobs.scores import answers, by_id, score_parts
     from ramoe_megatron.mcore.offline.model import OfflineModel

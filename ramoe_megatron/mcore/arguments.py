@@ -36,12 +36,13 @@ class DataOptions:
     """FIELD=COLUMN pairs for data whose columns are called otherwise."""
 
     weights: list[str] | None = None
-    """PATTERN=WEIGHT pairs over TASK/LANGUAGE (shell patterns): the share of draws of each group; without, each example once an
-    epoch."""
+    """PATTERN=WEIGHT pairs over TASK/LANGUAGE (shell patterns): the share of draws of each group; without,
+    each example once an epoch."""
 
     pack: bool = False
-    """Training: several samples in each sequence of --seq-length (THD), which attend to themselves alone. The global batch then counts
-    sequences, and the alignment term is still the mean over samples. Needs --micro-batch-size 1."""
+    """Training: several samples in each sequence of --seq-length (THD), which attend to themselves alone. The
+    global batch then counts sequences, and the alignment term is still the mean over samples. Needs
+    --micro-batch-size 1."""
 
     def column_mapping(self) -> dict[str, str] | None:
         """`columns` as a mapping from field to column."""
@@ -54,7 +55,9 @@ class DataOptions:
         try:
             return {pattern: float(weight) for pattern, weight in _pairs("weights", self.weights)}
         except ValueError as error:
-            raise RamoeError(f"--ramoe-weights: {error}; expected PATTERN=NUMBER, such as '*/en=0.4'") from error
+            raise RamoeError(
+                f"--ramoe-weights: {error}; expected PATTERN=NUMBER, such as '*/en=0.4'"
+            ) from error
 
 
 def _pairs(flag: str, values: list[str]) -> list[tuple[str, str]]:
@@ -78,7 +81,9 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> argparse.Argu
             help_text = f"{kwargs['help']} (default: {kwargs['default']})".replace("%", "%%")
             return {**kwargs, "dest": f"{PREFIX}_{attribute.name}", "help": help_text}
 
-    PrefixedFlags(options).build_group(parser, title=f"ramoe: {(options.__doc__ or '').splitlines()[0].rstrip('.')}")
+    PrefixedFlags(options).build_group(
+        parser, title=f"ramoe: {(options.__doc__ or '').splitlines()[0].rstrip('.')}"
+    )
     return parser
 
 
@@ -103,7 +108,9 @@ def job_arguments(*options: type) -> Callable[[argparse.ArgumentParser], argpars
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         told = "stop before the model is built: parse, validate, read what the job reads, and list what would stop it"
-        parser.add_argument(CHECK, action="store_true", default=argparse.SUPPRESS, help=told)  # absent: no trace in a checkpoint
+        parser.add_argument(
+            CHECK, action="store_true", default=argparse.SUPPRESS, help=told
+        )  # absent: no trace in a checkpoint
         return arguments_with(*options)(parser)
 
     return provider

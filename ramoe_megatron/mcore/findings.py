@@ -53,8 +53,8 @@ def attempt(check: str, look: Callable[[], str], advice: str) -> Finding:
 
 
 def reason(error: BaseException) -> str:
-    """An error in a line. Our own texts are whole. Other errors have their class, the file and line in Megatron, and the
-    expression that failed with its values."""
+    """An error in a line. Our own texts are whole. Other errors have their class, the file and line in
+    Megatron, and the expression that failed with its values."""
     from ramoe_megatron.errors import RamoeError
 
     text = " ".join(str(error).split())

@@ -64,8 +64,8 @@ def take_arguments(
     trains: bool = False,
     options: Sequence[type] = (),
 ) -> Any:
-    """The first steps of every start: the arguments on `sys.argv`, validated by Megatron; its tokenizer, and the model's
-    configuration. In a run they become Megatron's global state. A check sets none.
+    """The first steps of every start: the arguments on `sys.argv`, validated by Megatron; its tokenizer, and
+    the model's configuration. In a run they become Megatron's global state. A check sets none.
 
     Args:
         extra_args_provider: adds our flags to Megatron's parser.
@@ -118,12 +118,17 @@ def take_arguments(
         with trial.micro_batches(args) if start.checks else contextlib.nullcontext():
             return trial.made_from_arguments(args, trains)
 
-    def step(check: str, look: Callable[[], Any], told: Callable[[Any], str] | None, advice: str, *needs: str) -> Step[Any]:
+    def step(
+        check: str, look: Callable[[], Any], told: Callable[[Any], str] | None, advice: str, *needs: str
+    ) -> Step[Any]:
         return start.step(check, refusals_of_megatron()(look), told, advice, needs)
 
     parsed = step("flags", lambda: trial.parsed(extra_args_provider), taken, correct)
     sized = step(  # with --use-checkpoint-args the sizes may be those in the checkpoint
-        "layout", lambda: parsed.value if parsed.value.use_checkpoint_args else fits(parsed.value), None, relaid
+        "layout",
+        lambda: parsed.value if parsed.value.use_checkpoint_args else fits(parsed.value),
+        None,
+        relaid,
     )
     args = step("flags", validated, taken, correct).value
     start.tokenizer = step(
@@ -141,8 +146,8 @@ def take_arguments(
 
 @contextlib.contextmanager
 def refusals_of_megatron() -> Iterator[None]:
-    """Around what depends on the flags alone: whatever Megatron raises becomes a RamoeError with Megatron's file, line
-    and condition."""
+    """Around what depends on the flags alone: whatever Megatron raises becomes a RamoeError with Megatron's
+    file, line and condition."""
     try:
         yield
     except (RamoeError, Absent):
@@ -154,8 +159,9 @@ def refusals_of_megatron() -> Iterator[None]:
 def fork_writer_queue() -> None:
     """Fork the small process through which Megatron's checkpoint writers report.
 
-    Its first save would otherwise spawn one a rank, which imports torch again: three seconds of a core, as long as a small run trains.
-    Called before there are process groups, hence threads. Not where there is a GPU: a fork must not inherit a CUDA context.
+    Its first save would otherwise spawn one a rank, which imports torch again: three seconds of a core, as
+    long as a small run trains. Called before there are process groups, hence threads. Not where there is a
+    GPU: a fork must not inherit a CUDA context.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -174,7 +180,8 @@ def _live_as_long_as(rank: int) -> None:
 
 @contextlib.contextmanager
 def command_line(arguments: list[str], on_cpu: bool) -> Iterator[list[str]]:
-    """`sys.argv`, which is where Megatron's parser reads, with these arguments, as the CPU backend runs them where it is on.
+    """`sys.argv`, which is where Megatron's parser reads, with these arguments, as the CPU backend runs them
+    where it is on.
 
     Yields:
         the flags that the CPU backend leaves out.
@@ -191,12 +198,13 @@ def command_line(arguments: list[str], on_cpu: bool) -> Iterator[list[str]]:
 
 
 def run_job(main: Callable[[], None]) -> None:
-    """Run a job's main: an error meant for the user is printed without a traceback, and ends the job with status 2.
+    """Run a job's main: an error meant for the user is printed without a traceback, and ends the job with
+    status 2.
 
-    Rank 0 tells it at once. Another rank does so a moment later, with its number, so that an error that rank 0 did not meet (a
-    file absent on one node, one pipeline stage) is told too, and one that all ranks met is told once. Under
-    `ramoe`, ranks that fail after another one has told its error, since their collectives end with it, say
-    nothing.
+    Rank 0 tells it at once. Another rank does so a moment later, with its number, so that an error that rank
+    0 did not meet (a file absent on one node, one pipeline stage) is told too, and one that all ranks met is
+    told once. Under `ramoe`, ranks that fail after another one has told its error, since their collectives
+    end with it, say nothing.
     """
     from torch.distributed.checkpoint import CheckpointException  # not an Exception
 
@@ -228,7 +236,9 @@ def _leave(status: int) -> None:
     if status == 0 and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if status:
-        for process in multiprocessing.active_children():  # Megatron's checkpoint writer keeps one, which would outlive its parent
+        for process in (
+            multiprocessing.active_children()
+        ):  # Megatron's checkpoint writer keeps one, which would outlive its parent
             process.terminate()
         os._exit(status)
 

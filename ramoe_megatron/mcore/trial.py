@@ -1,8 +1,8 @@
 """The pieces of taking a job's command line: parsed, laid out on ranks and validated, by Megatron's own code.
 
-A job and its check share them (`launch.take_arguments`). They set no global state of Megatron, so one process can check many
-command lines, and no folder or logger comes into being. The CPU backend has to be on where there is no CUDA device, and
-`launch.command_line` around each command line.
+A job and its check share them (`launch.take_arguments`). They set no global state of Megatron, so one process
+can check many command lines, and no folder or logger comes into being. The CPU backend has to be on where
+there is no CUDA device, and `launch.command_line` around each command line.
 """
 
 import contextlib
@@ -68,20 +68,32 @@ def refuse_sizes(args: Any) -> None:
     if world % (tp * pp * cp):
         raise RamoeError(f"{world} ranks, but TP {tp} x PP {pp} x CP {cp} needs a multiple of {tp * pp * cp}")
     if world % (ep * etp * pp):
-        raise RamoeError(f"{world} ranks, but EP {ep} x expert-TP {etp} x PP {pp} needs a multiple of {ep * etp * pp}")
+        raise RamoeError(
+            f"{world} ranks, but EP {ep} x expert-TP {etp} x PP {pp} needs a multiple of {ep * etp * pp}"
+        )
     if args.num_experts and args.num_experts % ep:
-        raise RamoeError(f"--expert-model-parallel-size {ep} does not divide --num-experts {args.num_experts}")
+        raise RamoeError(
+            f"--expert-model-parallel-size {ep} does not divide --num-experts {args.num_experts}"
+        )
     batch, micro, dp = args.global_batch_size, args.micro_batch_size, world // (tp * pp * cp)
-    if batch and micro and batch % (micro * dp) and not (args.decrease_batch_size_if_needed or args.step_batch_size_schedule):
-        raise RamoeError(f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x DP {dp} = {micro * dp}")
+    if (
+        batch
+        and micro
+        and batch % (micro * dp)
+        and not (args.decrease_batch_size_if_needed or args.step_batch_size_schedule)
+    ):
+        raise RamoeError(
+            f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x DP {dp} = "
+            f"{micro * dp}"
+        )
 
 
 def refuse_context_parallel(args: Any) -> None:
     """Raise RamoeError for a parallel layout that the offline jobs do not run."""
     if args.context_parallel_size > 1:
         raise RamoeError(
-            f"--context-parallel-size {args.context_parallel_size}: the offline jobs score whole sequences; run them with 1 "
-            "(the checkpoint loads in any layout)"
+            f"--context-parallel-size {args.context_parallel_size}: the offline jobs score whole sequences; "
+            "run them with 1 (the checkpoint loads in any layout)"
         )
 
 
@@ -94,8 +106,9 @@ def layout(args: Any) -> str:
         count = get_num_microbatches()
     dp, micro = args.data_parallel_size, args.micro_batch_size
     return (
-        f"{world} rank{'s' * (world > 1)} = TP {tp} x PP {pp} x CP {cp} x DP {dp}, experts EP {ep} x ETP {etp}; "
-        f"global batch {args.global_batch_size} = {count} micro-batches x {micro} x DP {dp}"
+        f"{world} rank{'s' * (world > 1)} = TP {tp} x PP {pp} x CP {cp} x DP {dp}, "
+        f"experts EP {ep} x ETP {etp}; global batch {args.global_batch_size} = {count} micro-batches x "
+        f"{micro} x DP {dp}"
     )
 
 
@@ -121,7 +134,12 @@ def micro_batches(args: Any) -> Iterator[None]:
 
 def _sizes(args: Any) -> tuple[int, int, int, int, int, int]:
     tp, etp = args.tensor_model_parallel_size, args.expert_tensor_parallel_size
-    sizes = (tp, args.pipeline_model_parallel_size, args.context_parallel_size, args.expert_model_parallel_size)
+    sizes = (
+        tp,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+        args.expert_model_parallel_size,
+    )
     return (args.world_size, *sizes, tp if etp is None else etp)
 
 
@@ -136,22 +154,26 @@ def tokenizer(args: Any) -> Any:
 def tokenizer_flags(args: Any) -> dict[str, Any]:
     """The arguments that a tokenizer is made from."""
     further = ("vocab_file", "merge_file", "chat_template", "special_tokens")
-    return {name: value for name, value in vars(args).items() if name.startswith("tokenizer") or name in further}
+    return {
+        name: value for name, value in vars(args).items() if name.startswith("tokenizer") or name in further
+    }
 
 
 def refuse_no_tokenizer(args: Any) -> None:
     """Raise RamoeError for a command line that names no tokenizer."""
     if args.tokenizer_type is None:
-        raise RamoeError("--tokenizer-type is missing: expected one of Megatron's, such as SentencePieceTokenizer")
+        raise RamoeError(
+            "--tokenizer-type is missing: expected one of Megatron's, such as SentencePieceTokenizer"
+        )
 
 
 def made_from_arguments(args: Any, trains: bool) -> Any:
-    """Make, by Megatron's own code, what Megatron makes from validated arguments alone, before any model: what Megatron
-    would refuse later is refused now.
+    """Make, by Megatron's own code, what Megatron makes from validated arguments alone, before any model:
+    what Megatron would refuse later is refused now.
 
-    For every job: the model's configuration. For a training also: all other configurations, the schedules of learning
-    rate and weight decay, and the number of samples. Megatron's count of micro-batches has to be set up. Without a
-    tokenizer the vocabulary has the smallest padded size.
+    For every job: the model's configuration. For a training also: all other configurations, the schedules of
+    learning rate and weight decay, and the number of samples. Megatron's count of micro-batches has to be set
+    up. Without a tokenizer the vocabulary has the smallest padded size.
 
     Returns:
         the model's `TransformerConfig`.
@@ -161,7 +183,10 @@ def made_from_arguments(args: Any, trains: bool) -> Any:
     """
     refuse_sizes(args)
     args = copy.copy(args)  # Megatron writes into them
-    args.padded_vocab_size = getattr(args, "padded_vocab_size", None) or args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    args.padded_vocab_size = (
+        getattr(args, "padded_vocab_size", None)
+        or args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    )
     args.iteration = 0
     config = compat.model_config_from_args(args)
     if trains:

@@ -25,7 +25,9 @@ JOB_NAMES = ("taxonomy", "profile", "finetune", "evaluate", "steer", "predict")
 _COLOURS = {"ok": "green", "warning": "yellow", "fatal": "bold red"}
 
 
-def job_findings(job: str, words: Sequence[str], ranks: int, nodes: int, environment: Mapping[str, str]) -> list[Finding]:
+def job_findings(
+    job: str, words: Sequence[str], ranks: int, nodes: int, environment: Mapping[str, str]
+) -> list[Finding]:
     """Findings about this node and a job's command line. `ranks`: per node; `words`: Megatron's flags and ours."""
     folder = _value(words, "save" if job == "finetune" else "ramoe-output")
     local = _value(words, "transformer-impl") == "local"
@@ -34,7 +36,9 @@ def job_findings(job: str, words: Sequence[str], ranks: int, nodes: int, environ
     return found + answers[job]
 
 
-def recipe_findings(path: Path, changes: Sequence[str], out: Path | None, environment: Mapping[str, str]) -> list[Finding]:
+def recipe_findings(
+    path: Path, changes: Sequence[str], out: Path | None, environment: Mapping[str, str]
+) -> list[Finding]:
     """Findings about this node and the stages of a recipe. `changes`, `out`: as `ramoe run` takes them.
 
     What an earlier stage is going to write need not be there.
@@ -60,7 +64,9 @@ def recipe_findings(path: Path, changes: Sequence[str], out: Path | None, enviro
         coming = {stage.name: _outputs(plan[:place]) for place, stage in enumerate(plan)}
     ranks, nodes = recipe.launch.ranks_per_node, recipe.launch.nodes
     submits = recipe.launch.launcher == "slurm" and "SLURM_JOB_ID" not in environment
-    here = (0, 1) if submits else (ranks, nodes)  # a node that only submits needs no devices; each job looks at its own
+    here = (
+        (0, 1) if submits else (ranks, nodes)
+    )  # a node that only submits needs no devices; each job looks at its own
     local = {**recipe.model, **recipe.train, **recipe.parallel}.get("transformer-impl") == "local"
     found = [*environment_findings(*here, folder, environment, local, expected_bytes(plan, coming)), held]
 
@@ -70,7 +76,14 @@ def recipe_findings(path: Path, changes: Sequence[str], out: Path | None, enviro
 
     found.append(fault or attempt("recipe", layout, "change launch, parallel or the batch sizes"))
     lines = [
-        Line(stage.name, stage.command[0].removeprefix(f"{JOBS}."), stage.arguments()[1:], stage.ranks, stage.nodes, coming[stage.name])
+        Line(
+            stage.name,
+            stage.command[0].removeprefix(f"{JOBS}."),
+            stage.arguments()[1:],
+            stage.ranks,
+            stage.nodes,
+            coming[stage.name],
+        )
         for stage in plan
         if stage.ranks
     ]
@@ -103,7 +116,9 @@ def _outputs(stages: Sequence[Stage]) -> dict[str, str]:
 def expected_bytes(plan: Sequence[Stage], coming: Mapping[str, Mapping[str, str]]) -> int:
     """The base's checkpoint, once for every fine-tune that is to run; 0 where there is no base yet."""
     report = plan[-1].name if plan else ""
-    running = [stage for stage in plan if stage.kind == "finetune" and stage.name in coming.get(report, {}).values()]
+    running = [
+        stage for stage in plan if stage.kind == "finetune" and stage.name in coming.get(report, {}).values()
+    ]
     base = Path((running and _value(running[0].command, "pretrained-checkpoint")) or "")
     if not running or not (base / CHECKPOINT_MARK).is_file():
         return 0
@@ -126,9 +141,13 @@ def ask(lines: Sequence[Line], environment: Mapping[str, str]) -> tuple[list[str
     for text in done.stdout.splitlines():
         if text.startswith(ANSWER):
             answer = json.loads(text.removeprefix(ANSWER))
-            return answer["flags"], {name: [Finding(**f) for f in found] for name, found in answer["findings"].items()}
+            return answer["flags"], {
+                name: [Finding(**f) for f in found] for name, found in answer["findings"].items()
+            }
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    fault = Finding("Megatron", "fatal", f"cannot be asked: {last}", "check the installation of megatron-core and torch")
+    fault = Finding(
+        "Megatron", "fatal", f"cannot be asked: {last}", "check the installation of megatron-core and torch"
+    )
     return [], {line.name: [fault] for line in lines}
 
 
@@ -154,10 +173,15 @@ def _merge(check: str, by_stage: Mapping[str, Finding]) -> Finding:
             text = WRITTEN
         told.setdefault(text, []).append(stage)
     if WRITTEN in told:
-        told = {f"{WRITTEN}{_names(list(makers))}" if text == WRITTEN else text: stages for text, stages in told.items()}
+        told = {
+            f"{WRITTEN}{_names(list(makers))}" if text == WRITTEN else text: stages
+            for text, stages in told.items()
+        }
     everywhere = len(told) == 1 and len(next(iter(told.values()))) == len(by_stage)
     found = "\n".join(text if everywhere else f"{_names(stages)}: {text}" for text, stages in told.items())
-    advice = dict.fromkeys(finding.advice for finding in by_stage.values() if finding.state == worst and finding.advice)
+    advice = dict.fromkeys(
+        finding.advice for finding in by_stage.values() if finding.state == worst and finding.advice
+    )
     return Finding(check, worst, found, "; ".join(advice))
 
 
@@ -165,7 +189,9 @@ def _names(stages: Sequence[str]) -> str:
     kinds: dict[str, list[str]] = {}
     for stage in stages:
         kinds.setdefault(stage.partition("/")[0], []).append(stage)
-    return ", ".join(names[0] if len(names) == 1 else f"{kind} ({len(names)})" for kind, names in kinds.items())
+    return ", ".join(
+        names[0] if len(names) == 1 else f"{kind} ({len(names)})" for kind, names in kinds.items()
+    )
 
 
 def _value(words: Sequence[str], name: str) -> str | None:

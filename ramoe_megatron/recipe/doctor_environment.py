@@ -21,7 +21,12 @@ GIB = 1 << 30
 
 
 def environment_findings(
-    ranks: int, nodes: int, out: Path | None, environment: Mapping[str, str], local_layers: bool = False, needed: int = 0
+    ranks: int,
+    nodes: int,
+    out: Path | None,
+    environment: Mapping[str, str],
+    local_layers: bool = False,
+    needed: int = 0,
 ) -> list[Finding]:
     """Findings about this node.
 
@@ -45,7 +50,9 @@ def _versions() -> list[Finding]:
     for name, wanted in {"Python": PYTHON, **PACKAGES}.items():
         version = platform.python_version() if name == "Python" else _installed(name)
         fits = version is not None and SpecifierSet(wanted).contains(version, prereleases=True)
-        advice = "" if fits else f"use {name}{wanted}" if name == "Python" else f"pip install '{name}{wanted}'"
+        advice = (
+            "" if fits else f"use {name}{wanted}" if name == "Python" else f"pip install '{name}{wanted}'"
+        )
         found.append(Finding(name, "ok" if fits else "fatal", version or "not installed", advice))
     return found
 
@@ -62,24 +69,42 @@ def _transformer_engine(devices: int | None, local_layers: bool) -> Finding:
     if version := _installed(name) or _installed("transformer_engine"):
         return Finding(name, "ok", version)
     if devices is None or local_layers:
-        return Finding(name, "ok", "not installed; " + ("not needed on the CPU" if devices is None else "not needed by local layers"))
+        return Finding(
+            name,
+            "ok",
+            "not installed; "
+            + ("not needed on the CPU" if devices is None else "not needed by local layers"),
+        )
     advice = "pip install 'ramoe-megatron[gpu]', or give --transformer-impl local"
     return Finding(name, "warning", "not installed, and Megatron builds its layers from it", advice)
 
 
 def _devices(ranks: int, devices: int | None) -> list[Finding]:
     if devices is None:
-        return [Finding("GPUs", "ok", "none: the CPU backend with gloo", "for a job on GPUs, ask on a node that has them")]
+        return [
+            Finding(
+                "GPUs",
+                "ok",
+                "none: the CPU backend with gloo",
+                "for a job on GPUs, ask on a node that has them",
+            )
+        ]
     import torch
 
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
     built = f"CUDA {torch.version.cuda or 'none'}, NCCL {nccl or 'none'}"
     if (seen := torch.cuda.device_count()) == 0:
-        fault = f"{devices} on this node, but torch (built for {built}) sees none: the job would run on the CPU"
-        return [Finding("GPUs", "fatal", fault, "install torch for CUDA, and a driver that is new enough for it")]
+        fault = (
+            f"{devices} on this node, but torch (built for {built}) sees none: the job would run on the CPU"
+        )
+        return [
+            Finding("GPUs", "fatal", fault, "install torch for CUDA, and a driver that is new enough for it")
+        ]
     fits, told = seen >= ranks, f"{seen} for {ranks} ranks on this node"
     return [
-        Finding("GPUs", "ok" if fits else "fatal", told, "" if fits else f"start at most {seen} ranks a node"),
+        Finding(
+            "GPUs", "ok" if fits else "fatal", told, "" if fits else f"start at most {seen} ranks a node"
+        ),
         Finding("CUDA", "ok" if nccl else "fatal", built, "" if nccl else "install torch with NCCL"),
     ]
 
@@ -90,12 +115,24 @@ def _nodes(nodes: int, environment: Mapping[str, str]) -> list[Finding]:
     try:
         place = Place.from_environment(nodes, environment)
     except RamoeError as error:
-        if not any(environment.get(name) for name in ("NODE_RANK", "SLURM_NODEID", "GROUP_RANK", "MASTER_ADDR")):
-            apart = f"this is none of the {nodes} nodes: NODE_RANK (or SLURM_NODEID) and MASTER_ADDR are not set"
-            return [Finding("nodes", "warning", apart, "ask on the nodes too, where they are set")]  # such as a login node
+        if not any(
+            environment.get(name) for name in ("NODE_RANK", "SLURM_NODEID", "GROUP_RANK", "MASTER_ADDR")
+        ):
+            apart = (
+                f"this is none of the {nodes} nodes: NODE_RANK (or SLURM_NODEID) and MASTER_ADDR are not set"
+            )
+            return [
+                Finding("nodes", "warning", apart, "ask on the nodes too, where they are set")
+            ]  # such as a login node
         return [Finding("nodes", "fatal", str(error), "set the variables on every node")]
     found = [Finding("nodes", "ok", f"this is node {place.node} of {nodes}")]
-    found.append(attempt("MASTER_ADDR", lambda: _resolved(place.address), "set it to a name of node 0 that every node can resolve"))
+    found.append(
+        attempt(
+            "MASTER_ADDR",
+            lambda: _resolved(place.address),
+            "set it to a name of node 0 that every node can resolve",
+        )
+    )
     if place.node == 0:
         advice = "set MASTER_PORT to a port that is free, as is the next one"
         found.append(attempt("MASTER_PORT", lambda: _free(place), advice))
@@ -117,9 +154,20 @@ def _slurm(nodes: int, environment: Mapping[str, str]) -> list[Finding]:
     found = f"job {job} on {environment.get('SLURM_JOB_NODELIST', 'unknown nodes')}"
     tasks, allocated = environment.get("SLURM_NTASKS_PER_NODE", "1"), environment.get("SLURM_JOB_NUM_NODES")
     if tasks != "1":
-        return [Finding("Slurm", "fatal", f"{found}, {tasks} tasks a node", "give --ntasks-per-node 1: torchrun starts a node's ranks")]
+        return [
+            Finding(
+                "Slurm",
+                "fatal",
+                f"{found}, {tasks} tasks a node",
+                "give --ntasks-per-node 1: torchrun starts a node's ranks",
+            )
+        ]
     if allocated and allocated.isdigit() and int(allocated) < nodes:
-        return [Finding("Slurm", "fatal", f"{found}: {allocated} nodes, {nodes} asked for", f"allocate {nodes} nodes")]
+        return [
+            Finding(
+                "Slurm", "fatal", f"{found}: {allocated} nodes, {nodes} asked for", f"allocate {nodes} nodes"
+            )
+        ]
     return [Finding("Slurm", "ok", found)]
 
 
@@ -135,7 +183,14 @@ def folder_findings(folder: Path, needed: int = 0) -> list[Finding]:
     try:
         atomic_write_text(probe, "ramoe doctor\n")
     except OSError as error:
-        return [Finding("output folder", "fatal", f"{parent} cannot be written to ({error.strerror})", "give another folder, or make room")]
+        return [
+            Finding(
+                "output folder",
+                "fatal",
+                f"{parent} cannot be written to ({error.strerror})",
+                "give another folder, or make room",
+            )
+        ]
     finally:
         probe.unlink(missing_ok=True)
     told = f"{folder} is writable" if parent == folder.resolve() else f"{folder} can be made"
@@ -148,7 +203,10 @@ def _locks(path: Path) -> str:
     import filelock
 
     try:
-        with filelock.FileLock(path, timeout=0, fallback_to_soft=False), filelock.FileLock(path, timeout=0, fallback_to_soft=False):
+        with (
+            filelock.FileLock(path, timeout=0, fallback_to_soft=False),
+            filelock.FileLock(path, timeout=0, fallback_to_soft=False),
+        ):
             raise RamoeError(f"{path.parent}: two locks on one file at once")
     except filelock.Timeout:
         return "work"
@@ -163,4 +221,8 @@ def _disk(folder: Path, needed: int) -> Finding:
         return Finding("disk", "fatal", told, "make room: a checkpoint cut short cannot be loaded")
     if needed:
         told += f"; the fine-tunes to come save about {needed / GIB:.1f} GiB (a checkpoint of the base's size each)"
-    return Finding("disk", "warning", told, "make room, or fine-tune fewer") if free < needed else Finding("disk", "ok", told)
+    return (
+        Finding("disk", "warning", told, "make room, or fine-tune fewer")
+        if free < needed
+        else Finding("disk", "ok", told)
+    )
