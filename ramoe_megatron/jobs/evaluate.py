@@ -46,25 +46,27 @@ class EvaluateOptions:
     """Options of the evaluation."""
 
     experts: str | None = None
-    """experts.safetensors, to measure the routing mass on the task experts at the last prompt token; without it, accuracy alone."""
+    """Expert file (experts.safetensors). With it, the job also measures the routing mass on the task experts at
+    the last prompt token. Default: measure accuracy only."""
 
     method: str = "base"
-    """Name of what is evaluated, in the results."""
+    """Method name to record in the results, such as base, sft or ra-moe."""
 
     seed: int | None = None
-    """Seed of the fine-tune, in the results and in the file name."""
+    """Seed of the fine-tuning run, to record in the results and in the file name. Default: no seed."""
 
     weights_digest: bool = False
-    """Record a digest of the weights, which tells whether two checkpoints are equal bit for bit (loaded in the same layout)."""
+    """Record a digest of the weights in the results. Two checkpoints that are loaded in the same parallel
+    layout have the same digest if and only if their weights are equal bit for bit."""
 
 
 def main() -> None:
-    """Write `NAME.json` and the outcome of each example, `NAME.jsonl`, to the output folder."""
+    """Write the results (`NAME.json`) and the outcome of each example (`NAME.jsonl`) to the output folder."""
     JOB.main()
 
 
 def _read(start: Start, args: Any) -> Callable[[], None]:
-    """The examples, how many tokens an answer may take, the expert file and the setting of steering."""
+    """Read the examples, the token limits of answers, the expert file and the steering setting."""
     from ramoe_megatron.jobs.scores import by_id
 
     own, steer = options_from_args(EvaluateOptions, args), options_from_args(SteeringOptions, args)
@@ -93,7 +95,7 @@ def evaluate_and_write(
     experts: ExpertFile | None,
     steering: Steering | None,
 ) -> None:
-    """The work of the job, after its start. `limits`: new tokens of each example, in the order of `by_id`."""
+    """Score the examples and write the results. `limits`: new tokens of each example, in the order of `by_id`."""
     from ramoe_megatron.jobs.scores import answers, by_id, score_parts
     from ramoe_megatron.mcore.offline.model import OfflineModel
     from ramoe_megatron.mcore.steer.contexts import steering_contexts
@@ -159,7 +161,7 @@ def evaluate_and_write(
 def groups_of_tasks(
     examples: Sequence[Example], tasks: Sequence[str]
 ) -> dict[tuple[str, str], list[Example]]:
-    """The examples of each of these tasks in each language, sorted by both."""
+    """The examples of `tasks`, grouped by (task, language) and sorted by that key."""
     groups: dict[tuple[str, str], list[Example]] = {}
     for example in examples:
         if example.task in tasks:
@@ -168,12 +170,16 @@ def groups_of_tasks(
 
 
 def check_steering(own: EvaluateOptions, steer: SteeringOptions, args: Any) -> None:
-    """Raise RamoeError for steering flags that do not go together, or a steered result under the name of the unsteered base model."""
+    """Check the steering flags.
+
+    Raises:
+        RamoeError: the flags are incompatible, or the steered result has the method name of the base model.
+    """
     steer.check(own.experts, args)
     if steer.on and (own.method, own.seed) == (EvaluateOptions.method, None):
         raise RamoeError(
-            f"--ramoe-method {own.method} names the base model as it is; "
-            "a steered evaluation would take its place: give it another name"
+            f"--ramoe-method {own.method} names the base model without steering; "
+            "a steered evaluation would take its place. Give the steered evaluation another name"
         )
 
 
@@ -185,10 +191,9 @@ def task_mass(
     first: int,
     contexts: "Callable[[Sequence[Example]], ContextFor] | None" = None,
 ) -> list[dict[str, object]]:
-    """Mean routing mass on each task's experts (those of the expert file) at the last prompt token, per
-    language and MoE layer.
+    """Mean routing mass on the task experts at the last prompt token, by task, language and MoE layer.
 
-    Each group is a shard, from number `first` on; the state gains "mass", float32 [groups, L].
+    Each group is one shard. Shard numbers start at `first`. The shard state stores "mass", float32 [groups, L].
     """
     import torch
 
