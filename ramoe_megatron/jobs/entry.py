@@ -31,8 +31,8 @@ class Job:
     options: Callable[[], tuple[type, ...]]
     """Returns the option classes whose flags the job accepts."""
     read: Callable[[Start, Any], Callable[[], None]]
-    """Reads and checks every input of the job except the weights, in steps of the `Start`. Takes the `Start` and
-    the validated arguments. Returns the function that does the work."""
+    """Reads and checks every input of the job except the weights, in steps of the `Start`. Takes the `Start`
+    and the validated arguments. Returns the function that does the work."""
     trains: bool = False
 
     @property
@@ -41,7 +41,7 @@ class Job:
         return () if self.trains else FORWARD_ONLY_FLAGS
 
     def main(self) -> None:
-        """Run the job, or check it under --check. Raises RamoeError for an error in the flags or the inputs."""
+        """Run the job, or check it under --check. Raises RamoeError for wrong flags or inputs."""
         from ramoe_megatron.mcore.arguments import CHECK, job_arguments
         from ramoe_megatron.mcore.launch import megatron_arguments
 

@@ -46,8 +46,8 @@ class EvaluateOptions:
     """Options of the evaluation."""
 
     experts: str | None = None
-    """Expert file (experts.safetensors). With it, the job also measures the routing mass on the task experts at
-    the last prompt token. Default: measure accuracy only."""
+    """Expert file (experts.safetensors). With it, the job also measures the routing mass on the task experts
+    at the last prompt token. Default: measure accuracy only."""
 
     method: str = "base"
     """Method name to record in the results, such as base, sft or ra-moe."""
@@ -95,7 +95,11 @@ def evaluate_and_write(
     experts: ExpertFile | None,
     steering: Steering | None,
 ) -> None:
-    """Score the examples and write the results. `limits`: new tokens of each example, in the order of `by_id`."""
+    """Score the examples and write the results.
+
+    Args:
+        limits: maximum number of new tokens of each example, in the order of `by_id`.
+    """
     from ramoe_megatron.jobs.scores import answers, by_id, score_parts
     from ramoe_megatron.mcore.offline.model import OfflineModel
     from ramoe_megatron.mcore.steer.contexts import steering_contexts
@@ -178,7 +182,7 @@ def check_steering(own: EvaluateOptions, steer: SteeringOptions, args: Any) -> N
     steer.check(own.experts, args)
     if steer.on and (own.method, own.seed) == (EvaluateOptions.method, None):
         raise RamoeError(
-            f"--ramoe-method {own.method} names the base model without steering; "
+            f"--ramoe-method {own.method} names the base model as it is; "
             "a steered evaluation would take its place. Give the steered evaluation another name"
         )
 
@@ -193,7 +197,7 @@ def task_mass(
 ) -> list[dict[str, object]]:
     """Mean routing mass on the task experts at the last prompt token, by task, language and MoE layer.
 
-    Each group is one shard. Shard numbers start at `first`. The shard state stores "mass", float32 [groups, L].
+    Each group is one shard, numbered from `first`. The shard state stores "mass", float32 [groups, L].
     """
     import torch
 

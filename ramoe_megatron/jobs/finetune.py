@@ -1,10 +1,10 @@
-"""Fine-tune (or train from scratch) with Megatron's own `pretrain()`, routing alignment beside its losses.
+"""Fine-tune a model, or train it from scratch, with Megatron's `pretrain()` and the routing alignment loss.
 
-    torchrun --nproc-per-node N -m ramoe_megatron.jobs.finetune MEGATRON_FLAGS --ramoe-data FILE --ramoe-coeff
-    X ...
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.finetune MEGATRON_FLAGS --ramoe-data FILE \\
+        --ramoe-coeff X ...
 
-Nothing is imported before it is needed: each rank's first checkpoint starts a process of Megatron's that
-imports this module again.
+Imports are inside the functions on purpose: at a rank's first checkpoint Megatron starts a process that imports
+this module again.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from ramoe_megatron.mcore.start import Start
 
 
 def main() -> None:
-    """Parse, read, build, train, save: all but the reading is Megatron's."""
+    """Train the model. Megatron parses, builds, trains and saves; the job reads the data and the alignment."""
     JOB.main()
 
 
@@ -28,7 +28,7 @@ def _options() -> tuple[type, ...]:
 
 
 def _read(start: Start, args: Any) -> Callable[[], None]:
-    """The training data with their tokens and labels, the folder to start from, and what is trained."""
+    """Read the training data with tokens and labels, the starting checkpoint and the selection of weights."""
     from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
     from ramoe_megatron.mcore.checkpoint import named, starting_checkpoint
     from ramoe_megatron.mcore.select.trained import Selection, selection_from_args
@@ -81,7 +81,7 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
 
 
 def _read_alignment(start: Start, args: Any, alignment: Any, inputs: Any) -> None:
-    """The steps of an alignment: whether the model can be aligned, the expert file, the labels."""
+    """Check that the model can be aligned, and read the expert file and the labels."""
     from ramoe_megatron.mcore.align.labels import refuse_other_anchor
     from ramoe_megatron.mcore.align.refusals import refuse_unsupported
     from ramoe_megatron.mcore.align.resolve import ResolvedAlignment, resolve
@@ -103,10 +103,11 @@ def _read_alignment(start: Start, args: Any, alignment: Any, inputs: Any) -> Non
 
     def told_experts(resolved: ResolvedAlignment) -> str:
         file = resolved.experts
-        return f"{len(file.tasks)} tasks; aligned MoE layers {span(resolved.layers)} of {file.shape.num_moe_layers}"
+        layers = f"aligned MoE layers {span(resolved.layers)} of {file.shape.num_moe_layers}"
+        return f"{len(file.tasks)} tasks; {layers}"
 
     def labels() -> Any:
-        _ = resolved.value  # its fault is told once
+        _ = resolved.value  # the step "expert file" has reported its error
         return inputs.value.labels
 
     start.step(
@@ -131,7 +132,12 @@ def _read_alignment(start: Start, args: Any, alignment: Any, inputs: Any) -> Non
 
 
 def train(args: Any, alignment: Any, base: str | None, selection: Any) -> None:
-    """The work of the job, after its start. `base`: the folder of the weights; `selection`: what is trained, None for all."""
+    """Train the model.
+
+    Args:
+        base: folder of the checkpoint to start from.
+        selection: which weights are trained; None trains all weights.
+    """
     from functools import partial
 
     from megatron.training import pretrain

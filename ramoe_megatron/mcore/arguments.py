@@ -1,4 +1,4 @@
-"""Adds our flags to Megatron's parser. Flags are fields of frozen dataclasses; field docstrings are the help."""
+"""Add our flags to Megatron's parser. Flags are fields of dataclasses; field docstrings are the help."""
 
 import argparse
 import dataclasses
@@ -33,7 +33,7 @@ class DataOptions:
     """Language whose routing is the reference, by its name in the data."""
 
     columns: list[str] | None = None
-    """FIELD=COLUMN pairs: the column of the data that holds each field. Default: columns have the fields' names."""
+    """FIELD=COLUMN pairs: which column of the data holds which field. Default: columns are named as the fields."""
 
     weights: list[str] | None = None
     """PATTERN=WEIGHT pairs: the share of draws for each group TASK/LANGUAGE that the shell pattern matches.
@@ -88,7 +88,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> argparse.Argu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Megatron's `extra_args_provider` for training: flags of alignment, parallel data and selective training."""
+    """Megatron's `extra_args_provider`: add the flags of alignment, parallel data and selective training."""
     return arguments_with(RoutingAlignmentConfig, DataOptions, SelectiveOptions)(parser)
 
 
