@@ -3,8 +3,8 @@
     torchrun --nproc-per-node N -m ramoe_megatron.jobs.finetune MEGATRON_FLAGS --ramoe-data FILE \\
         --ramoe-coeff X ...
 
-Imports are inside the functions on purpose: at a rank's first checkpoint Megatron starts a process that imports
-this module again.
+Imports are inside the functions on purpose: at a rank's first checkpoint Megatron starts a process that
+imports this module again.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from ramoe_megatron.mcore.start import Start
 
 
 def main() -> None:
-    """Train the model. Megatron parses, builds, trains and saves; the job reads the data and the alignment."""
+    """Train the model. The job reads data and alignment; Megatron parses, builds, trains and saves."""
     JOB.main()
 
 

@@ -54,7 +54,7 @@ class OfflineOptions:
 
 @contextmanager
 def offline_job(*options: type) -> Iterator[tuple[Any, DataOptions, OfflineOptions]]:
-    """For a script that is not a `Job`: parse its arguments, on the CPU backend where there is no CUDA device.
+    """Parse the arguments of a script that is not a `Job`. Uses the CPU backend if there is no CUDA device.
 
     Yields:
         The validated arguments, the data options and the offline options.

@@ -33,7 +33,7 @@ class DataOptions:
     """Language whose routing is the reference, by its name in the data."""
 
     columns: list[str] | None = None
-    """FIELD=COLUMN pairs: which column of the data holds which field. Default: columns are named as the fields."""
+    """FIELD=COLUMN pairs: which column of the data holds which field. Default: columns have the field names."""
 
     weights: list[str] | None = None
     """PATTERN=WEIGHT pairs: the share of draws for each group TASK/LANGUAGE that the shell pattern matches.
