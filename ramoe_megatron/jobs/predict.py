@@ -52,8 +52,8 @@ class PredictOptions:
     """Divergence curve (divergence.csv) that `ramoe profile` wrote. Required."""
 
     layers: str = "auto"
-    """MoE layers whose routing is transplanted: auto, FIRST-LAST or FRACTION-FRACTION. auto is the zone in the
-    expert file."""
+    """MoE layers whose routing is transplanted: auto, FIRST-LAST or FRACTION-FRACTION. auto is the zone in
+    the expert file."""
 
 
 def main() -> None:

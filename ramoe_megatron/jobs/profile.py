@@ -66,9 +66,9 @@ class ProfileOptions:
     correctly in English. Required, except for a run that writes only priors."""
 
     select: str = "tau=0.3"
-    """Rule that selects the task experts. tau=X selects the experts whose frequency on task data exceeds their
-    frequency on general text by more than X. top-m=M selects the M experts of each layer with the largest
-    excess."""
+    """Rule that selects the task experts. tau=X selects the experts whose frequency on task data exceeds
+    their frequency on general text by more than X. top-m=M selects the M experts of each layer with the
+    largest excess."""
 
     select_tokens: list[str] = dataclasses.field(default_factory=lambda: ["all"])
     """Tokens of the task data that count for the selection of task experts: all (as in the paper), prompt,
@@ -76,18 +76,18 @@ class ProfileOptions:
     first are named experts-TOKENS.safetensors. General text always counts all tokens."""
 
     layers: str = "auto"
-    """MoE layers to record as the alignment zone: auto, FIRST-LAST or FRACTION-FRACTION. auto derives the zone
-    from the divergence curve."""
+    """MoE layers to record as the alignment zone: auto, FIRST-LAST or FRACTION-FRACTION. auto derives the
+    zone from the divergence curve."""
 
     tokens: list[str] = dataclasses.field(default_factory=lambda: ["last"])
     """Tokens that the priors pool: prompt, response, all or last (the last prompt token). The job writes one
-    priors file for each value given; all but the first are named priors-TOKENS.safetensors. The English pattern
-    in the expert file always covers every value."""
+    priors file for each value given; all but the first are named priors-TOKENS.safetensors. The English
+    pattern in the expert file always covers every value."""
 
     save_priors: bool = False
     """Write priors.safetensors, the English routing of every example. --ramoe-target example needs this file.
-    Without --ramoe-general and --ramoe-taxonomy the job writes only this file, as `ramoe anchors` needs it for
-    a further anchor."""
+    Without --ramoe-general and --ramoe-taxonomy the job writes only this file, as `ramoe anchors` needs it
+    for a further anchor."""
 
     def __post_init__(self) -> None:
         for flag, tokens in (("tokens", self.tokens), ("select-tokens", self.select_tokens)):
@@ -103,7 +103,7 @@ class ProfileOptions:
 
     @property
     def priors_alone(self) -> bool:
-        """Whether the job writes only priors. If one of the two files is given, the other was probably forgotten."""
+        """Whether the job writes only priors. If one of the two files is given, the other is required too."""
         return self.save_priors and not self.general and self.taxonomy is None
 
     def check(self) -> None:
@@ -125,7 +125,7 @@ def main() -> None:
 
 
 def _read(start: Start, args: Any) -> Callable[[], None]:
-    """Read the examples. Unless only priors are written, also read rule, layers, general text and taxonomy."""
+    """Read the examples. A whole profile also needs the rule, the layers, general text and the taxonomy."""
     own, anchor = options_from_args(ProfileOptions, args), options_from_args(DataOptions, args).anchor
     inputs = read_offline(start, args, own.rows_of(options_from_args(DataOptions, args)))
     if own.priors_alone:
@@ -405,7 +405,8 @@ class Passes:
     def _parallel(
         self, part: Sequence[Example], targets: Mapping[str, Sequence[Example]], progress: ProgressLines
     ) -> dict[str, torch.Tensor]:
-        """Add the English views of a part (frequency, pattern) and the divergence of each language from English.
+        """Add a part: frequency and pattern of the English views, and each language's divergence from
+        English.
 
         Returns:
             The English priors by token choice, each [n, L, E].
