@@ -1,7 +1,7 @@
-"""Accuracy per task and language of one checkpoint, and its routing mass on the task experts.
+"""Measure a checkpoint's accuracy per task and language, and its routing mass on the task experts.
 
-torchrun --nproc-per-node N -m ramoe_megatron.jobs.evaluate MEGATRON_FLAGS --load DIR --ramoe-data FILE
---ramoe-method NAME ...
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.evaluate MEGATRON_FLAGS --load DIR --ramoe-data FILE \\
+        --ramoe-method NAME ...
 """
 
 import json

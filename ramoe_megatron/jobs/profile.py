@@ -405,8 +405,7 @@ class Passes:
     def _parallel(
         self, part: Sequence[Example], targets: Mapping[str, Sequence[Example]], progress: ProgressLines
     ) -> dict[str, torch.Tensor]:
-        """Add a part: frequency and pattern of the English views, and each language's divergence from
-        English.
+        """Add a part: frequency and pattern of the English views, and the divergence of each language.
 
         Returns:
             The English priors by token choice, each [n, L, E].

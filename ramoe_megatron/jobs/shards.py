@@ -36,7 +36,7 @@ memory."""
 INCIDENTAL = frozenset(
     {"rank", "local_rank", "distributed_timeout_minutes", "ramoe_output", "ramoe_select", "ramoe_layers"}
 )
-"""Arguments that do not change a shard: rank, timeout, output folder, and rules that apply to the final sums."""
+"""Arguments that do not change a shard: rank, timeout, output folder, and rules that use the final sums."""
 
 
 def depends_on(args: Any, sources: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
