@@ -1,5 +1,6 @@
-"""Search, on a validation split, for the steering setting with the highest accuracy (arXiv 2510.04694, eq.
-4-5).
+"""Search, on a validation split, for the steering setting with the highest accuracy.
+
+Steering is that of arXiv 2510.04694, eq. 4-5.
 
     torchrun --nproc-per-node N -m ramoe_megatron.jobs.steer MEGATRON_FLAGS --load DIR --ramoe-data FILE \\
         --ramoe-split validation --ramoe-experts FILE --ramoe-output DIR
@@ -54,7 +55,8 @@ class SteerOptions:
     """Strengths of soft steering to try, in standard deviations of a token's router logits."""
 
     zones: list[str] = dataclasses.field(default_factory=lambda: ["auto"])
-    """Ranges of MoE layers to try: auto, FIRST-LAST or FRACTION-FRACTION. auto is the zone in the expert file."""
+    """Ranges of MoE layers to try: auto, FIRST-LAST or FRACTION-FRACTION. auto is the zone in the expert
+    file."""
 
     kinds: list[Literal["soft", "hard"]] = dataclasses.field(default_factory=lambda: ["soft", "hard"])
     """Kinds of steering to try. soft raises the logits of the steered experts by the strength. hard raises
@@ -199,8 +201,7 @@ class Answer:
 
 
 def parse_tau(text: str) -> float | None:
-    """Parse a value of ``--ramoe-taus``: a number, or ``file`` (returned as None) for the stored task
-    experts.
+    """Parse a value of ``--ramoe-taus``: a number, or ``file``. Returns None for ``file``.
 
     Raises:
         RamoeError: the value is neither ``file`` nor a number in [-1, 1).
