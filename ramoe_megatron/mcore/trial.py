@@ -18,8 +18,9 @@ from ramoe_megatron.mcore import compat
 
 @contextlib.contextmanager
 def standing_for_rank_0(ranks: int, nodes: int) -> Iterator[None]:
-    """Set the environment variables that torchrun gives to rank 0 of `nodes` nodes with `ranks` ranks each."""
-    rank_0 = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks * nodes), "LOCAL_WORLD_SIZE": str(ranks)}
+    """Set torchrun's environment variables for rank 0 of `nodes` nodes with `ranks` ranks each."""
+    world = str(ranks * nodes)
+    rank_0 = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": str(ranks)}
     before = {name: os.environ.get(name) for name in rank_0}
     os.environ.update(rank_0)
     try:
@@ -98,7 +99,7 @@ def refuse_context_parallel(args: Any) -> None:
 
 
 def layout(args: Any) -> str:
-    """Describe the parallel layout of validated arguments. Raises AssertionError for batch sizes that do not fit."""
+    """Describe the parallel layout. Raises AssertionError when the batch sizes do not fit the layout."""
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     world, tp, pp, cp, ep, etp = _sizes(args)

@@ -109,7 +109,7 @@ class TrainingInputs:
         return self._encoded
 
     def refuse_unanswerable(self, tokenizer: Tokenizer) -> None:
-        """Raise RamoeError when a taxonomy refresh may score an example that no model can answer correctly."""
+        """Raise RamoeError when a taxonomy refresh may score an example that no model can answer."""
         if self.alignment.refresh_interval is not None:
             refuse_unanswerable(
                 self.labels, self.held, self.anchors, tokenizer, self.args.max_position_embeddings
@@ -176,7 +176,7 @@ def check_data(args: Any) -> None:
 
 
 def new_inputs(args: Any) -> TrainingInputs:
-    """Read the inputs again. Later calls of `inputs_of` return them. Raises RamoeError as `TrainingInputs`."""
+    """Read the inputs. Later calls of `inputs_of` return them. Raises RamoeError as `TrainingInputs`."""
     global _latest
     _latest = TrainingInputs(args)
     return _latest
