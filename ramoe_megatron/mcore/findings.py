@@ -45,7 +45,7 @@ class Line:
 
 
 def attempt(check: str, look: Callable[[], str], advice: str) -> Finding:
-    """Run `look`. The finding is ok with the text of `look`, or fatal with the reason of the error or exit."""
+    """Run `look`. The finding is ok with the text that `look` returns, or fatal if it raises or exits."""
     try:
         return Finding(check, "ok", look())
     except (Exception, SystemExit) as error:

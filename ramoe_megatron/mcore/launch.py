@@ -65,8 +65,7 @@ def take_arguments(
     trains: bool = False,
     options: Sequence[type] = (),
 ) -> Any:
-    """The first steps of every job: parse and validate `sys.argv`, and make the tokenizer and model
-    configuration.
+    """The first steps of every job: validate `sys.argv`, make the tokenizer and the model configuration.
 
     A run sets Megatron's global state from them. A check sets no global state.
 
@@ -191,8 +190,7 @@ def _live_as_long_as(rank: int) -> None:
 
 @contextlib.contextmanager
 def command_line(arguments: list[str], on_cpu: bool) -> Iterator[list[str]]:
-    """Put these arguments into `sys.argv`, which Megatron's parser reads. The CPU backend adapts them if it
-    is on.
+    """Put these arguments into `sys.argv`, which Megatron's parser reads, adapted to the CPU backend if on.
 
     Yields:
         The flags that the CPU backend leaves out.
@@ -238,7 +236,7 @@ def run_job(main: Callable[[], None]) -> None:
 
 
 def _leave(status: int) -> None:
-    """Exit the process. A successful rank destroys its process group; a failed rank does not wait for others."""
+    """Exit the process. Only a successful rank destroys its process group; a failed rank must not wait."""
     import torch
 
     sys.stdout.flush()
@@ -246,7 +244,8 @@ def _leave(status: int) -> None:
     if status == 0 and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if status:
-        for process in multiprocessing.active_children():  # Megatron's checkpoint writer would outlive its parent
+        # Megatron's checkpoint writer would outlive its parent
+        for process in multiprocessing.active_children():
             process.terminate()
         os._exit(status)
 
