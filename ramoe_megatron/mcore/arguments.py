@@ -33,7 +33,7 @@ class DataOptions:
     """Language whose routing is the reference, by its name in the data."""
 
     columns: list[str] | None = None
-    """FIELD=COLUMN pairs: the column of the data that holds each field. Default: a column of the same name."""
+    """FIELD=COLUMN pairs: the column of the data that holds the field. Default: a column of the same name."""
 
     weights: list[str] | None = None
     """PATTERN=WEIGHT pairs: the share of draws for each group TASK/LANGUAGE that the shell pattern matches.

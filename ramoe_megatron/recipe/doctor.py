@@ -45,8 +45,9 @@ def job_findings(
 def recipe_findings(
     path: Path, changes: Sequence[str], out: Path | None, environment: Mapping[str, str]
 ) -> list[Finding]:
-    """Findings about this node and the stages of a recipe. Files that an earlier stage will write may be
-    missing.
+    """Findings about this node and the stages of a recipe.
+
+    Files that an earlier stage will write may be missing.
 
     Args:
         changes, out: arguments of `ramoe run`.
@@ -64,7 +65,8 @@ def recipe_findings(
     coming: dict[str, dict[str, str]] = {}
     try:
         coming = coming_files(plan, Manifest(folder, recipe.name))
-        if (folder / ".lock").is_file():  # without the file no run holds the lock, and `locked` would create it
+        # without the file no run holds the lock, and `locked` would create the file
+        if (folder / ".lock").is_file():
             with locked(folder):
                 pass
         held = Finding("run folder", "ok", "goes on" if (folder / "manifest.json").is_file() else "new")
@@ -107,7 +109,7 @@ def recipe_findings(
 
 
 def coming_files(plan: Sequence[Stage], manifest: Manifest) -> dict[str, dict[str, str]]:
-    """For each stage: the files that earlier stages will write or overwrite -> name of the stage that writes."""
+    """For each stage: the files that earlier stages will write or overwrite -> name of the writing stage."""
     found: dict[str, dict[str, str]] = {}
     coming: dict[str, str] = {}
     for stage in plan:
@@ -122,8 +124,7 @@ def _outputs(stages: Sequence[Stage]) -> dict[str, str]:
 
 
 def expected_bytes(plan: Sequence[Stage], coming: Mapping[str, Mapping[str, str]]) -> int:
-    """Estimate of the bytes that the fine-tunes will save: one copy of the base checkpoint per fine-tune to
-    run.
+    """Estimate of the bytes that the fine-tunes to run will save: one copy of the base checkpoint each.
 
     0 if the base checkpoint does not exist yet.
     """

@@ -1,4 +1,4 @@
-"""Checks of this node: installed versions, devices, connection to other nodes, Slurm and the output folder."""
+"""Checks of this node: installed versions, devices, connection to other nodes, Slurm, the output folder."""
 
 import importlib.metadata
 import os

@@ -118,5 +118,5 @@ def test_locks_that_do_not_exclude_are_fatal(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(filelock, "FileLock", lambda *_, **__: contextlib.nullcontext())
     assert folder_findings(tmp_path)[1] == Finding(
-        "file locks", "fatal", f"{tmp_path}: two locks on one file at once", "put the run folder on a file system with flock"
+        "file locks", "fatal", f"{tmp_path}: the file system grants two locks on one file at once", "put the run folder on a file system with flock"
     )
