@@ -72,8 +72,8 @@ class ProfileOptions:
 
     select_tokens: list[str] = dataclasses.field(default_factory=lambda: ["all"])
     """Tokens of the task data that count for the selection of task experts: all (as in the paper), prompt,
-    response or last (the last prompt token). The job writes one expert file for each value given; all but the
-    first are named experts-TOKENS.safetensors. General text always counts all tokens."""
+    response or last (the last prompt token; our addition). The job writes one expert file for each value
+    given; all but the first are named experts-TOKENS.safetensors. General text always counts all tokens."""
 
     layers: str = "auto"
     """MoE layers to record as the alignment zone: auto, FIRST-LAST or FRACTION-FRACTION. auto derives the
