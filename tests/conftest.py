@@ -16,22 +16,41 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are busy with the other processes
     os.environ["OMP_NUM_THREADS"] = "1"
 
-# The first call of many torch functions is slow and CI machines are shared: a deadline per example would only be noise.
+# The first call of many torch functions is slow and CI machines are shared: a deadline per example would only
+# be noise.
 settings.register_profile("ramoe", deadline=None, max_examples=50)
 settings.load_profile("ramoe")
 
-# What starts ranks or jobs, by file or by the session fixture that several files share; what takes longest first.
+# What starts ranks or jobs, by file or by the session fixture that several files share; what takes longest
+# first.
 STARTS = (
-    "slurm", "layouts", "test_method_layouts", "test_selective", "test_faults", "test_fork_server",
-    "test_resume_jobs", "test_hybrid", "test_anchor_stages", "test_steering_job", "test_benchmarks", "test_cpu_attention",
-    "test_doctor", "test_doctor_recipes", "test_model_flags", "test_launch", "test_stages", "test_runner", "test_mcore_launch",
-    "test_example_script", "test_slurm_scripts",
-)  # fmt: skip
+    "slurm",
+    "layouts",
+    "test_method_layouts",
+    "test_selective",
+    "test_faults",
+    "test_fork_server",
+    "test_resume_jobs",
+    "test_hybrid",
+    "test_anchor_stages",
+    "test_steering_job",
+    "test_benchmarks",
+    "test_cpu_attention",
+    "test_doctor",
+    "test_doctor_recipes",
+    "test_model_flags",
+    "test_launch",
+    "test_stages",
+    "test_runner",
+    "test_mcore_launch",
+    "test_example_script",
+    "test_slurm_scripts",
+)
 SHARED = {"test_slurm_chain": "slurm", "test_slurm_faults": "slurm", "test_slurm_by_hand": "slurm"}
 
 
 def started_by(stem: str) -> str:
-    """The name in `STARTS` that the tests of a file belong to, else the file's. Tests of one name run in one process."""
+    """The name in `STARTS` of a file, else its own. Tests of one name run in one process."""
     return SHARED.get(stem, "layouts" if stem.startswith("test_layouts") else stem)
 
 
@@ -65,7 +84,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """Note in a report, which goes to the process that prints, what was used and measured since the last one."""
+    """Note in a report what was used and measured since the report before it."""
     report = yield
     before, item.session.stash[CPU] = item.session.stash[CPU], cpu_seconds()
     report.cpu = item.session.stash[CPU] - before
@@ -82,7 +101,7 @@ def cpu_seconds() -> float:
 
 @pytest.fixture(scope="session")
 def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all rows of `layout_rows`, which run once for every `test_layouts*.py`: on one rank, on two, on four."""
+    """The folder of all rows of `layout_rows`, which run once for all `test_layouts*.py`."""
     from layout_runs import run_all  # Megatron is slow to import
 
     folder = tmp_path_factory.mktemp("layouts")
@@ -114,8 +133,10 @@ def slurm_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The CPU seconds of the files that take most, and the measured errors of the layout tests, where they ran."""
-    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "cpu")]
+    """The files that take most CPU seconds, and the measured errors of the layout tests."""
+    reports = [
+        report for found in terminalreporter.stats.values() for report in found if hasattr(report, "cpu")
+    ]
     spent: Counter[str] = Counter()
     for report in reports:
         spent[report.nodeid.partition("::")[0]] += report.cpu

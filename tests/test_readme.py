@@ -87,7 +87,9 @@ def test_the_page_of_flags_knows_each_jobs_options() -> None:
     from ramoe_megatron.recipe.doctor import JOB_NAMES
 
     listed = {job: {options for _, options, jobs in FLAGS if job in jobs} for job in JOB_NAMES}
-    assert listed == {job: set(import_module(f"ramoe_megatron.jobs.{job}").JOB.options()) for job in JOB_NAMES}
+    assert listed == {
+        job: set(import_module(f"ramoe_megatron.jobs.{job}").JOB.options()) for job in JOB_NAMES
+    }
 
 
 def test_the_keys_of_a_recipe_are_all_there() -> None:

@@ -65,8 +65,9 @@ def view_places(examples: Sequence[Example], views: Sequence[Example]) -> np.nda
     missing = sorted({e.id for e in examples if e.language not in anchors and e.id not in place})
     if missing:
         raise RamoeError(
-            f"{len(missing)} training examples have no view in the anchor language, first {', '.join(missing[:5])}: the target paired "
-            "needs one of each; add them to the data, or use the target example"
+            f"{len(missing)} training examples have no view in the anchor language, "
+            f"first {', '.join(missing[:5])}: the target paired needs one of each; "
+            "add them to the data, or use the target example"
         )
     return np.array(
         [n if e.language in anchors else place[e.id] for n, e in enumerate(examples)], dtype=np.int64

@@ -1,9 +1,10 @@
-"""What would stop jobs, from their command lines alone: nothing is started, nothing is written. One process for many command lines.
+"""Check the command lines of jobs. Nothing is started and nothing is written.
 
     python -m ramoe_megatron.jobs.check < LINES.json
 
-LINES.json: a list of `Line`s. The answer is one line on stdout, "RAMOE-CHECK " and JSON: {"flags": [every flag that is known],
-"findings": {NAME: [`Finding`, ...]}}. Importing Megatron takes seconds, a command line after that some tenths of one.
+LINES.json is a list of `Line` objects. The result is one line on stdout: "RAMOE-CHECK " and a JSON object
+{"flags": [all known flags], "findings": {NAME: [`Finding`, ...]}}. One process checks all lines, because the
+import of Megatron takes seconds and each check only tenths of a second.
 """
 
 import json
@@ -31,7 +32,7 @@ def main() -> None:
 
 
 def check(line: Line, on_cpu: bool, kept: dict[str, Any]) -> list[Finding]:
-    """All findings about a command line, on the CPU backend or where there is a CUDA device; `kept` as in `Start`."""
+    """All findings about a command line. `on_cpu`: the CPU backend is on; `kept`: the argument of `Start`."""
     job = import_module(f"ramoe_megatron.jobs.{line.job}").JOB
     with trial.standing_for_rank_0(line.ranks, line.nodes):
         return job.check(line.flags, on_cpu, line.coming, kept)

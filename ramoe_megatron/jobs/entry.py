@@ -1,6 +1,7 @@
-"""How every job starts: the arguments, what the job reads, and then the work; with --check, all of it but the work.
+"""The entry point of every job: parse the arguments, read the inputs, do the work. --check skips the work.
 
-Light to import: each rank's first checkpoint starts a process of Megatron's that imports the job's module again.
+This module is cheap to import on purpose: at a rank's first checkpoint Megatron starts a process that imports
+the job's module again.
 """
 
 import contextlib
@@ -15,10 +16,12 @@ from ramoe_megatron.mcore.findings import Finding
 from ramoe_megatron.mcore.start import Absent, Start
 
 FORWARD_ONLY_FLAGS = ("--micro-batch-size", "1", "--no-load-optim", "--no-load-rng", "--finetune")
-"""Megatron's parser asks for a micro-batch size; a checkpoint is loaded for its weights alone."""
+"""Megatron's parser requires a micro-batch size. The other flags load only the weights of a checkpoint."""
 
 DATA_FIX, CHECKPOINT_FIX = "correct the data or the flag", "correct the path, or run the job that writes it"
-FILE_FIX = "run the job that writes it (ramoe taxonomy, ramoe profile) on this model and data, or correct the path"
+FILE_FIX = (
+    "run the job that writes it (ramoe taxonomy, ramoe profile) on this model and data, or correct the path"
+)
 
 
 @dataclass(frozen=True)
@@ -26,19 +29,19 @@ class Job:
     """A job that runs Megatron."""
 
     options: Callable[[], tuple[type, ...]]
-    """Gives the option classes whose flags the job takes."""
+    """Returns the option classes whose flags the job accepts."""
     read: Callable[[Start, Any], Callable[[], None]]
-    """Reads and checks, in steps of the start, all that the job needs beside the weights, from the validated arguments;
-    returns the work."""
+    """Reads and checks every input of the job except the weights, in steps of the `Start`. Takes the `Start`
+    and the validated arguments. Returns the function that does the work."""
     trains: bool = False
 
     @property
     def flags(self) -> Sequence[str]:
-        """Flags that the job itself sets, after the user's."""
+        """Flags that the job appends to the user's flags."""
         return () if self.trains else FORWARD_ONLY_FLAGS
 
     def main(self) -> None:
-        """Run the job on the command line's arguments, or check it. Raises RamoeError for what stops it."""
+        """Run the job, or check it under --check. Raises RamoeError for wrong flags or inputs."""
         from ramoe_megatron.mcore.arguments import CHECK, job_arguments
         from ramoe_megatron.mcore.launch import megatron_arguments
 
@@ -50,13 +53,18 @@ class Job:
             self.read(start, args)()
 
     def check(
-        self, words: Sequence[str], on_cpu: bool, coming: Mapping[str, str] | None = None, kept: dict[str, Any] | None = None
+        self,
+        words: Sequence[str],
+        on_cpu: bool,
+        coming: Mapping[str, str] | None = None,
+        kept: dict[str, Any] | None = None,
     ) -> list[Finding]:
-        """What would stop the job with this command line, and what is in order. Nothing is started, nothing is written.
+        """Check the job's command line without starting or writing anything. Returns all findings.
 
         Args:
+            words: the command line.
             on_cpu: whether the CPU backend is on.
-            coming, kept: as `Start` takes them.
+            coming, kept: arguments of `Start`.
         """
         from ramoe_megatron.mcore.arguments import job_arguments
         from ramoe_megatron.mcore.launch import command_line, take_arguments
@@ -68,13 +76,14 @@ class Job:
         return start.findings
 
     def _check_alone(self) -> None:
-        """Print the findings about the command line on rank 0. Raises RamoeError that lists the fatal ones."""
+        """Print the findings on rank 0. Raises RamoeError with all fatal findings."""
         from ramoe_megatron.artifacts.files import refuse_unwritable
         from ramoe_megatron.mcore.cpu.backend import cpu_backend
         from ramoe_megatron.mcore.launch import is_rank_0
 
         refuse_unwritable(sys.argv[1:], "command line")
-        with cpu_backend() as on_cpu, contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all its arguments
+        # Megatron prints all its arguments
+        with cpu_backend() as on_cpu, contextlib.redirect_stdout(io.StringIO()):
             findings = self.check(sys.argv[1:], on_cpu)
         if is_rank_0():
             width = max(len(finding.check) for finding in findings)

@@ -1,6 +1,7 @@
-"""Accuracy per task and language of one checkpoint, and its routing mass on the task experts.
+"""Measure a checkpoint's accuracy per task and language, and its routing mass on the task experts.
 
-    torchrun --nproc-per-node N -m ramoe_megatron.jobs.evaluate MEGATRON_FLAGS --load DIR --ramoe-data FILE --ramoe-method NAME ...
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.evaluate MEGATRON_FLAGS --load DIR --ramoe-data FILE \\
+        --ramoe-method NAME ...
 """
 
 import json
@@ -45,25 +46,27 @@ class EvaluateOptions:
     """Options of the evaluation."""
 
     experts: str | None = None
-    """experts.safetensors, to measure the routing mass on the task experts at the last prompt token; without it, accuracy alone."""
+    """Expert file (experts.safetensors). With it, the job also measures the routing mass on the task experts
+    at the last prompt token. Default: measure accuracy only."""
 
     method: str = "base"
-    """Name of what is evaluated, in the results."""
+    """Method name to record in the results, such as base, sft or ra-moe."""
 
     seed: int | None = None
-    """Seed of the fine-tune, in the results and in the file name."""
+    """Seed of the fine-tuning run, to record in the results and in the file name. Default: no seed."""
 
     weights_digest: bool = False
-    """Record a digest of the weights, which tells whether two checkpoints are equal bit for bit (loaded in the same layout)."""
+    """Record a digest of the weights in the results. Two checkpoints that are loaded in the same parallel
+    layout have the same digest if and only if their weights are equal bit for bit."""
 
 
 def main() -> None:
-    """Write `NAME.json` and the outcome of each example, `NAME.jsonl`, to the output folder."""
+    """Write the results (`NAME.json`) and the outcome of each example (`NAME.jsonl`) to the output folder."""
     JOB.main()
 
 
 def _read(start: Start, args: Any) -> Callable[[], None]:
-    """The examples, how many tokens an answer may take, the expert file and the setting of steering."""
+    """Read the examples, the token limits of answers, the expert file and the steering setting."""
     from ramoe_megatron.jobs.scores import by_id
 
     own, steer = options_from_args(EvaluateOptions, args), options_from_args(SteeringOptions, args)
@@ -92,7 +95,11 @@ def evaluate_and_write(
     experts: ExpertFile | None,
     steering: Steering | None,
 ) -> None:
-    """The work of the job, after its start. `limits`: new tokens of each example, in the order of `by_id`."""
+    """Score the examples and write the results.
+
+    Args:
+        limits: maximum number of new tokens of each example, in the order of `by_id`.
+    """
     from ramoe_megatron.jobs.scores import answers, by_id, score_parts
     from ramoe_megatron.mcore.offline.model import OfflineModel
     from ramoe_megatron.mcore.steer.contexts import steering_contexts
@@ -101,7 +108,11 @@ def evaluate_and_write(
     parts, groups = by_id(examples), groups_of_tasks(examples, experts.tasks if experts else ())
     model = OfflineModel(args, inputs.options.batch_tokens)
     if experts is not None and steer.on and is_rank_0():
-        print(*(f"ramoe: {line}" for line in told(steering, experts, {e.task for e in examples})), sep="\n", flush=True)
+        print(
+            *(f"ramoe: {line}" for line in told(steering, experts, {e.task for e in examples})),
+            sep="\n",
+            flush=True,
+        )
     contexts = steering_contexts(model, experts, steering) if experts and steering else None
     digest = model.weights_digest() if own.weights_digest else None
     name = own.method if own.seed is None else f"{own.method}-seed{own.seed}"
@@ -115,7 +126,9 @@ def evaluate_and_write(
         def write() -> None:
             output.mkdir(parents=True, exist_ok=True)
             lines = (
-                json.dumps({"id": e.id, "task": e.task, "language": e.language, "correct": right}, ensure_ascii=False)
+                json.dumps(
+                    {"id": e.id, "task": e.task, "language": e.language, "correct": right}, ensure_ascii=False
+                )
                 for e, right in outcomes
             )
             atomic_write_text(output / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
@@ -140,15 +153,19 @@ def evaluate_and_write(
             if digest:
                 body["weights_sha256"] = digest
             if steer.on:
-                body["steering"] = (steering.document() if steering else NO_STEERING) | {"experts": digests([str(own.experts)])}
+                body["steering"] = (steering.document() if steering else NO_STEERING) | {
+                    "experts": digests([str(own.experts)])
+                }
             save_document(output / f"{name}.json", "ramoe-evaluation", body)
             shards.remove()
 
         write_on_rank_0(model, write)
 
 
-def groups_of_tasks(examples: Sequence[Example], tasks: Sequence[str]) -> dict[tuple[str, str], list[Example]]:
-    """The examples of each of these tasks in each language, sorted by both."""
+def groups_of_tasks(
+    examples: Sequence[Example], tasks: Sequence[str]
+) -> dict[tuple[str, str], list[Example]]:
+    """The examples of `tasks`, grouped by (task, language) and sorted by that key."""
     groups: dict[tuple[str, str], list[Example]] = {}
     for example in examples:
         if example.task in tasks:
@@ -157,11 +174,16 @@ def groups_of_tasks(examples: Sequence[Example], tasks: Sequence[str]) -> dict[t
 
 
 def check_steering(own: EvaluateOptions, steer: SteeringOptions, args: Any) -> None:
-    """Raise RamoeError for steering flags that do not go together, or a steered result under the name of the unsteered base model."""
+    """Check the steering flags.
+
+    Raises:
+        RamoeError: the flags are incompatible, or the steered result has the method name of the base model.
+    """
     steer.check(own.experts, args)
     if steer.on and (own.method, own.seed) == (EvaluateOptions.method, None):
         raise RamoeError(
-            f"--ramoe-method {own.method} names the base model as it is; a steered evaluation would take its place: give it another name"
+            f"--ramoe-method {own.method} names the base model as it is; "
+            "a steered evaluation would take its place. Give the steered evaluation another name"
         )
 
 
@@ -173,9 +195,9 @@ def task_mass(
     first: int,
     contexts: "Callable[[Sequence[Example]], ContextFor] | None" = None,
 ) -> list[dict[str, object]]:
-    """Mean routing mass on each task's experts (those of the expert file) at the last prompt token, per language and MoE layer.
+    """Mean routing mass on the task experts at the last prompt token, by task, language and MoE layer.
 
-    Each group is a shard, from number `first` on; the state gains "mass", float32 [groups, L].
+    Each group is one shard, numbered from `first`. The shard state stores "mass", float32 [groups, L].
     """
     import torch
 
@@ -189,7 +211,10 @@ def task_mass(
         mask_LE = experts.expert_mask[experts.tasks.index(task)].to(pooled_NLE.device)
         means.append(mass(pooled_NLE, mask_LE).mean(dim=0).cpu())
         shards.save(number, shards.state | {"mass": torch.stack(means)})
-    return [{"task": task, "language": language, "mass": mean.tolist()} for (task, language), mean in zip(groups, means, strict=True)]
+    return [
+        {"task": task, "language": language, "mass": mean.tolist()}
+        for (task, language), mean in zip(groups, means, strict=True)
+    ]
 
 
 JOB = Job(lambda: (DataOptions, OfflineOptions, EvaluateOptions, SteeringOptions), _read)

@@ -1,8 +1,10 @@
-"""Fine-tune (or train from scratch) with Megatron's own `pretrain()`, routing alignment beside its losses.
+"""Fine-tune a model, or train it from scratch, with Megatron's `pretrain()` and the routing alignment loss.
 
-    torchrun --nproc-per-node N -m ramoe_megatron.jobs.finetune MEGATRON_FLAGS --ramoe-data FILE --ramoe-coeff X ...
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.finetune MEGATRON_FLAGS --ramoe-data FILE \\
+        --ramoe-coeff X ...
 
-Nothing is imported before it is needed: each rank's first checkpoint starts a process of Megatron's that imports this module again.
+Imports are inside the functions on purpose: at a rank's first checkpoint Megatron starts a process that
+imports this module again.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from ramoe_megatron.mcore.start import Start
 
 
 def main() -> None:
-    """Parse, read, build, train, save: all but the reading is Megatron's."""
+    """Train the model. The job reads data and alignment; Megatron parses, builds, trains and saves."""
     JOB.main()
 
 
@@ -26,7 +28,7 @@ def _options() -> tuple[type, ...]:
 
 
 def _read(start: Start, args: Any) -> Callable[[], None]:
-    """The training data with their tokens and labels, the folder to start from, and what is trained."""
+    """Read the training data with tokens and labels, the starting checkpoint and the selection of weights."""
     from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
     from ramoe_megatron.mcore.checkpoint import named, starting_checkpoint
     from ramoe_megatron.mcore.select.trained import Selection, selection_from_args
@@ -44,7 +46,11 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
     def told_selection(selection: Selection | None) -> str | None:
         if selection is None:
             return None
-        experts = "" if selection.routers else f"; {int(selection.experts_LE.sum())} of {selection.experts_LE.numel()} experts"
+        experts = (
+            ""
+            if selection.routers
+            else f"; {int(selection.experts_LE.sum())} of {selection.experts_LE.numel()} experts"
+        )
         return f"{selection.kind}: {selection.told}{experts}"
 
     inputs = start.step("data", lambda: new_inputs(args), told_examples, DATA_FIX, args.ramoe_data)
@@ -59,7 +65,9 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
     if args.save:
         start.step("saving", lambda: args.save_interval, "every {} iterations".format)
     else:
-        start.warn("saving", "no --save: the trained weights would be lost", "give --save DIR and --save-interval N")
+        start.warn(
+            "saving", "no --save: the trained weights would be lost", "give --save DIR and --save-interval N"
+        )
     selection = start.step(
         "selection",
         lambda: selection_from_args(args, start.config.value, inputs.value.languages),
@@ -73,7 +81,7 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
 
 
 def _read_alignment(start: Start, args: Any, alignment: Any, inputs: Any) -> None:
-    """The steps of an alignment: whether the model can be aligned, the expert file, the labels."""
+    """Check that the model can be aligned, and read the expert file and the labels."""
     from ramoe_megatron.mcore.align.labels import refuse_other_anchor
     from ramoe_megatron.mcore.align.refusals import refuse_unsupported
     from ramoe_megatron.mcore.align.resolve import ResolvedAlignment, resolve
@@ -86,16 +94,20 @@ def _read_alignment(start: Start, args: Any, alignment: Any, inputs: Any) -> Non
 
     def experts() -> ResolvedAlignment:
         resolved = resolve(alignment)
-        resolved.check_model(start.config.value, len(configured_moe_layer_numbers(start.config.value, args.hybrid_layer_pattern)))
+        resolved.check_model(
+            start.config.value,
+            len(configured_moe_layer_numbers(start.config.value, args.hybrid_layer_pattern)),
+        )
         refuse_other_anchor(alignment, resolved.experts, args.ramoe_anchor)
         return resolved
 
     def told_experts(resolved: ResolvedAlignment) -> str:
         file = resolved.experts
-        return f"{len(file.tasks)} tasks; aligned MoE layers {span(resolved.layers)} of {file.shape.num_moe_layers}"
+        layers = f"aligned MoE layers {span(resolved.layers)} of {file.shape.num_moe_layers}"
+        return f"{len(file.tasks)} tasks; {layers}"
 
     def labels() -> Any:
-        _ = resolved.value  # its fault is told once
+        _ = resolved.value  # the step "expert file" has reported its error
         return inputs.value.labels
 
     start.step(
@@ -104,16 +116,28 @@ def _read_alignment(start: Start, args: Any, alignment: Any, inputs: Any) -> Non
         lambda _: f"coefficient {alignment.coeff:g}, {alignment.divergence}",
         "remove the flag, or set --ramoe-coeff 0",
     )
-    resolved = start.step("expert file", experts, told_experts, FILE_FIX, [alignment.experts, alignment.layer_weights])
+    resolved = start.step(
+        "expert file", experts, told_experts, FILE_FIX, [alignment.experts, alignment.layer_weights]
+    )
     labelled = start.step(
         "labels", labels, lambda _: "every example has its category and its target", FILE_FIX,
         [alignment.experts, alignment.taxonomy, alignment.priors, *args.ramoe_data],
     )  # fmt: skip
-    start.step("labels", lambda: labelled.value and inputs.value.refuse_unanswerable(start.tokenizer.value), None, FILE_FIX)
+    start.step(
+        "labels",
+        lambda: labelled.value and inputs.value.refuse_unanswerable(start.tokenizer.value),
+        None,
+        FILE_FIX,
+    )
 
 
 def train(args: Any, alignment: Any, base: str | None, selection: Any) -> None:
-    """The work of the job, after its start. `base`: the folder of the weights; `selection`: what is trained, None for all."""
+    """Train the model.
+
+    Args:
+        base: folder of the checkpoint to start from.
+        selection: which weights are trained; None trains all weights.
+    """
     from functools import partial
 
     from megatron.training import pretrain

@@ -1,4 +1,7 @@
-"""Make a recipe's data: `python -m ramoe_megatron.jobs.generate world|sib200 --config JSON --out DIR`. One process, no Megatron."""
+"""Generate the data of a recipe. One process, without Megatron.
+
+python -m ramoe_megatron.jobs.generate world|sib200 --config JSON --out DIR
+"""
 
 import argparse
 import dataclasses
@@ -17,19 +20,21 @@ SOURCES: dict[str, tuple[type, Callable[[Any, Path], Any]]] = {
     "world": (WorldConfig, build_world),
     "sib200": (SibConfig, convert),
 }
-"""By name, the configuration of a source and what makes the data of it."""
+"""Name of a source -> (configuration class, function that makes the data)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the data and print the counts as JSON.
+    """Generate the data and print the counts as JSON.
 
     Returns:
-        The exit status: 2 after a fault in what the user gave, which is printed without a traceback.
+        Exit status: 0, or 2 after an error in the user's input. Such an error is printed without a traceback.
     """
     parser = argparse.ArgumentParser(prog="ramoe_megatron.jobs.generate")
     parser.add_argument("source", choices=SOURCES)
-    parser.add_argument("--config", default="{}", help="JSON object, or a file of one: WorldConfig or SibConfig")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the files; made if missing")
+    parser.add_argument(
+        "--config", default="{}", help="JSON object, or JSON file: the fields of WorldConfig or SibConfig"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="output folder; created if missing")
     options = parser.parse_args(arguments)
     kind, build = SOURCES[options.source]
     try:

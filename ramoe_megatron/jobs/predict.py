@@ -1,10 +1,11 @@
-"""Go or no-go before any training: ci share, divergence, and the transplant test run on the model.
+"""Predict before training whether alignment can help: ci share, divergence and a transplant test.
 
-    torchrun --nproc-per-node N -m ramoe_megatron.jobs.predict MEGATRON_FLAGS --load DIR --ramoe-data FILE --ramoe-taxonomy FILE
-        --ramoe-experts FILE --ramoe-divergence-file FILE --ramoe-output DIR
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.predict MEGATRON_FLAGS --load DIR --ramoe-data FILE \\
+        --ramoe-taxonomy FILE --ramoe-experts FILE --ramoe-divergence-file FILE --ramoe-output DIR
 
-The transplant test answers each target-language prompt twice: as it is, and with its last prompt token routed, in the zone, by the
-router logits that the model had at the last token of the parallel English prompt (our own test: no paper has it).
+The transplant test answers each target-language prompt twice: once unchanged, and once with English routing
+transplanted. For the transplant, the layers of the zone route the last prompt token by the router logits of
+the last token of the parallel English prompt. The transplant test is ours and is in no paper.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,14 @@ from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy
 from ramoe_megatron.data.encode import encode
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.jobs.entry import FILE_FIX, Job
-from ramoe_megatron.jobs.offline_job import OfflineOptions, ProgressLines, fitting_experts, given, read_offline, write_on_rank_0
+from ramoe_megatron.jobs.offline_job import (
+    OfflineOptions,
+    ProgressLines,
+    fitting_experts,
+    given,
+    read_offline,
+    write_on_rank_0,
+)
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import run_job
@@ -34,16 +42,18 @@ class PredictOptions:
     """Options of the go/no-go estimate."""
 
     taxonomy: str | None = None
-    """taxonomy.jsonl, with the split that `--ramoe-split` names."""
+    """Taxonomy file (taxonomy.jsonl) that covers the split of --ramoe-split. Required."""
 
     experts: str | None = None
-    """experts.safetensors, for the zone and the check of the model."""
+    """Expert file (experts.safetensors). The job reads the alignment zone from it and checks that it fits the
+    model. Required."""
 
     divergence_file: str | None = None
-    """divergence.csv of the profile."""
+    """Divergence curve (divergence.csv) that `ramoe profile` wrote. Required."""
 
     layers: str = "auto"
-    """Layers whose routing is transplanted: auto (the zone in the expert file), FIRST-LAST or FRACTION-FRACTION."""
+    """MoE layers whose routing is transplanted: auto, FIRST-LAST or FRACTION-FRACTION. auto is the zone in
+    the expert file."""
 
 
 def main() -> None:
@@ -52,7 +62,7 @@ def main() -> None:
 
 
 def _read(start: Start, args: Any) -> Callable[[], None]:
-    """The pairs, how many tokens an answer may take, the taxonomy, the divergence curve and the zone."""
+    """Read the pairs, the token limits of answers, the taxonomy, the divergence curve and the zone."""
     own = options_from_args(PredictOptions, args)
     inputs = read_offline(start, args)
     pairs = inputs.pairs(start)
@@ -64,13 +74,22 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
         return *parse_layers(own.layers, layers, experts.zone), layers
 
     rows = start.step(
-        "taxonomy", lambda: read_taxonomy(given(own.taxonomy, "taxonomy")), lambda found: f"{len(found)} rows", FILE_FIX, [own.taxonomy]
+        "taxonomy",
+        lambda: read_taxonomy(given(own.taxonomy, "taxonomy")),
+        lambda found: f"{len(found)} rows",
+        FILE_FIX,
+        [own.taxonomy],
     )
     divergence = start.step(
-        "divergence", lambda: read_divergence(given(own.divergence_file, "divergence-file")), lambda found: f"{len(found)} rows",
-        FILE_FIX, [own.divergence_file],
-    )  # fmt: skip
-    layers = start.step("expert file", zone, lambda found: "MoE layers {}-{} of {}".format(*found), FILE_FIX, [own.experts])
+        "divergence",
+        lambda: read_divergence(given(own.divergence_file, "divergence-file")),
+        lambda found: f"{len(found)} rows",
+        FILE_FIX,
+        [own.divergence_file],
+    )
+    layers = start.step(
+        "expert file", zone, lambda found: "MoE layers {}-{} of {}".format(*found), FILE_FIX, [own.experts]
+    )
 
     def work() -> None:
         from ramoe_megatron.mcore.offline.model import OfflineModel
@@ -78,7 +97,9 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
         first, last, _ = layers.value
         model = OfflineModel(args, inputs.options.batch_tokens)
         outcomes = transplant_outcomes(model, pairs.value, range(first, last + 1), limits.value)
-        prediction = predict(summarise(rows.value), divergence.value, (first, last), outcomes, inputs.data.split)
+        prediction = predict(
+            summarise(rows.value), divergence.value, (first, last), outcomes, inputs.data.split
+        )
 
         def write() -> None:
             save_document(inputs.output.value / "predict.json", "ramoe-prediction", prediction.document())
@@ -94,10 +115,10 @@ def transplant_outcomes(
     layers: range,
     limits: Sequence[int],
 ) -> list[TransplantOutcome]:
-    """Both answers to each target-language example: with its own routing, and with that of its English view.
+    """Answer each target-language example with its own routing and with the routing of its English view.
 
     Args:
-        limits: new tokens of each target, in the order of the pairs.
+        limits: maximum number of new tokens of each target, in the order of the pairs.
     """
     import torch
 
@@ -114,8 +135,10 @@ def transplant_outcomes(
         english_N = torch.tensor([row[targets[place].id] for place in places], device=logits_NLE.device)
 
         def context(micro: MicroBatch) -> Transplant:
-            # rows of the English logits, not a copy of them for every choice of every language
-            return Transplant(MicroBatch(micro.batch, english_N[micro.places.clamp(min=0)]), logits_NLE, layers)
+            # indices into the English logits, so that choices and languages share one copy of the logits
+            return Transplant(
+                MicroBatch(micro.batch, english_N[micro.places.clamp(min=0)]), logits_NLE, layers
+            )
 
         return context
 

@@ -1,11 +1,11 @@
-"""Stage 2: task experts of English, the divergence curve, the alignment zone, and the English routing to align to.
+"""Stage 2: find task experts, divergence curve and alignment zone, and record the English routing targets.
 
-    torchrun --nproc-per-node N -m ramoe_megatron.jobs.profile MEGATRON_FLAGS --load DIR --ramoe-data FILE --ramoe-general FILE
-        --ramoe-taxonomy FILE --ramoe-output DIR
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.profile MEGATRON_FLAGS --load DIR --ramoe-data FILE \\
+        --ramoe-general FILE --ramoe-taxonomy FILE --ramoe-output DIR
 
-One forward pass each over English task data, general English text and the parallel views. What it keeps does not grow with the
-number of tokens; the priors alone grow with the number of examples. With neither general text nor taxonomy, the priors are all that is
-written: what each further anchor has to bring (`ramoe anchors`).
+The job runs one forward pass over English task data, general English text and the parallel views. Its memory
+use does not grow with the number of tokens; only the priors grow with the number of examples. Without general
+text and taxonomy the job writes only priors, which `ramoe anchors` needs for each further anchor.
 """
 
 import dataclasses
@@ -58,59 +58,74 @@ class ProfileOptions:
     """Options of the profile."""
 
     general: list[str] = dataclasses.field(default_factory=list)
-    """General English text, in the same format (its prompt may be empty): what task experts are compared with."""
+    """General English text to compare the task data with, in the same format as --ramoe-data. Prompts may be
+    empty. Required, except for a run that writes only priors."""
 
     taxonomy: str | None = None
-    """taxonomy.jsonl: which examples English answers correctly, for the English pattern."""
+    """Taxonomy file (taxonomy.jsonl). The English pattern averages over the examples that the model answers
+    correctly in English. Required, except for a run that writes only priors."""
 
     select: str = "tau=0.3"
-    """Rule for task experts: tau=X (frequency above that of general text by more than X) or top-m=M per layer."""
+    """Rule that selects the task experts. tau=X selects the experts whose frequency on task data exceeds
+    their frequency on general text by more than X. top-m=M selects the M experts of each layer with the
+    largest excess."""
 
     select_tokens: list[str] = dataclasses.field(default_factory=lambda: ["all"])
-    """Tokens of the task data whose counts choose the task experts: all (the paper's), prompt, response or last (our own, for experts of
-    the aligned tokens); each further one makes a file of its own, experts-TOKENS.safetensors. Of general text all tokens count."""
+    """Tokens of the task data that count for the selection of task experts: all (as in the paper), prompt,
+    response or last (the last prompt token; our addition). The job writes one expert file for each value
+    given; all but the first are named experts-TOKENS.safetensors. General text always counts all tokens."""
 
     layers: str = "auto"
-    """Alignment zone to record: auto (read off the divergence curve), FIRST-LAST or FRACTION-FRACTION."""
+    """MoE layers to record as the alignment zone: auto, FIRST-LAST or FRACTION-FRACTION. auto derives the
+    zone from the divergence curve."""
 
     tokens: list[str] = dataclasses.field(default_factory=lambda: ["last"])
-    """Tokens that the priors pool: prompt, response, all or last; each further one makes a file of its own, priors-TOKENS.safetensors.
-    (The expert file holds the English pattern of every choice.)"""
+    """Tokens that the priors pool: prompt, response, all or last (the last prompt token). The job writes one
+    priors file for each value given; all but the first are named priors-TOKENS.safetensors. The English
+    pattern in the expert file always covers every value."""
 
     save_priors: bool = False
-    """Write priors.safetensors: the English routing of every example, for the target "example". With neither --ramoe-general nor
-    --ramoe-taxonomy it is all that is written: of a further anchor, for `ramoe anchors`."""
+    """Write priors.safetensors, the English routing of every example. --ramoe-target example needs this file.
+    Without --ramoe-general and --ramoe-taxonomy the job writes only this file, as `ramoe anchors` needs it
+    for a further anchor."""
 
     def __post_init__(self) -> None:
         for flag, tokens in (("tokens", self.tokens), ("select-tokens", self.select_tokens)):
             if not tokens or set(tokens) - set(TOKENS) or len(set(tokens)) < len(tokens):
-                raise RamoeError(f"--ramoe-{flag} {' '.join(tokens)}: expected one or more of {', '.join(TOKENS)}, each once")
+                raise RamoeError(
+                    f"--ramoe-{flag} {' '.join(tokens)}: expected one or more of {', '.join(TOKENS)}, "
+                    "each once"
+                )
 
     save_usage: bool = False
-    """Write usage.safetensors: how much each expert is used by each language, for training that selects experts (--ramoe-train)."""
+    """Write usage.safetensors, the usage of each expert by each language. Training that selects experts
+    (--ramoe-train) needs this file."""
 
     @property
     def priors_alone(self) -> bool:
-        """Whether priors are all that is asked for. With one of the two files the other is rather a forgotten flag."""
+        """Whether the job writes only priors. If one of the two files is given, the other is required too."""
         return self.save_priors and not self.general and self.taxonomy is None
 
     def check(self) -> None:
-        """Raise RamoeError for a flag that priors alone do not go with."""
+        """Raise RamoeError for a flag that a run which writes only priors cannot have."""
         if self.save_usage:
-            raise RamoeError("--ramoe-save-usage is of a whole profile: give --ramoe-general and --ramoe-taxonomy, or leave it out")
+            raise RamoeError(
+                "--ramoe-save-usage needs a whole profile: give --ramoe-general and --ramoe-taxonomy, "
+                "or remove --ramoe-save-usage"
+            )
 
     def rows_of(self, data: DataOptions) -> DataOptions:
-        """What is run of the task data: for priors alone, the anchor's rows."""
+        """The data options of the run. A run that writes only priors reads only the anchor's rows."""
         return dataclasses.replace(data, languages=[]) if self.priors_alone else data
 
 
 def main() -> None:
-    """Write `experts.safetensors`, `divergence.csv` and, when asked for, `priors.safetensors` and `usage.safetensors`; or priors alone."""
+    """Write `experts.safetensors` and `divergence.csv`, and on request the priors and the usage file."""
     JOB.main()
 
 
 def _read(start: Start, args: Any) -> Callable[[], None]:
-    """The examples; and unless priors are all that is asked for: the rule, the layers, general text and the taxonomy."""
+    """Read the examples. A whole profile also needs the rule, the layers, general text and the taxonomy."""
     own, anchor = options_from_args(ProfileOptions, args), options_from_args(DataOptions, args).anchor
     inputs = read_offline(start, args, own.rows_of(options_from_args(DataOptions, args)))
     if own.priors_alone:
@@ -118,35 +133,51 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
         return lambda: _priors_alone(inputs, own)
 
     def rule() -> tuple[Rule, tuple[int, int] | None]:
-        return parse_rule(own.select), None if own.layers == "auto" else parse_layers(own.layers, moe_layers(start, args))
+        return parse_rule(own.select), None if own.layers == "auto" else parse_layers(
+            own.layers, moe_layers(start, args)
+        )
 
     def general() -> list[Example]:
         if not own.general:
-            raise RamoeError("--ramoe-general is missing: expected general English text to compare the task data with")
+            raise RamoeError(
+                "--ramoe-general is missing: expected general English text to compare the task data with"
+            )
         return load_examples(own.general, languages=[anchor])
 
     def taxonomy() -> list[TaxonomyRow]:
         if own.taxonomy is None:
-            raise RamoeError("--ramoe-taxonomy is missing: expected taxonomy.jsonl; run `ramoe taxonomy` first")
+            raise RamoeError(
+                "--ramoe-taxonomy is missing: expected taxonomy.jsonl; run `ramoe taxonomy` first"
+            )
         rows = read_taxonomy(own.taxonomy)
         check_anchor(own.taxonomy, anchor)
         return rows
 
     pairs = inputs.pairs(start)
     chosen = start.step(
-        "expert rule", rule, lambda _: f"{own.select}, layers {own.layers}", "correct --ramoe-select or --ramoe-layers"
+        "expert rule",
+        rule,
+        lambda _: f"{own.select}, layers {own.layers}",
+        "correct --ramoe-select or --ramoe-layers",
     )
     texts = start.step("general text", general, lambda found: f"{len(found)} texts", DATA_FIX, own.general)
     read_conversations(start, args, texts, (own.general, anchor), "general text")
     rows = start.step("taxonomy", taxonomy, lambda found: f"{len(found)} rows", FILE_FIX, [own.taxonomy])
-    return lambda: _profile(inputs, own, *chosen.value, [target for _, target in pairs.value], texts.value, rows.value)
+    return lambda: _profile(
+        inputs, own, *chosen.value, [target for _, target in pairs.value], texts.value, rows.value
+    )
 
 
 def _profile(
-    inputs: OfflineInputs, own: ProfileOptions, rule: Rule, given: tuple[int, int] | None, targets: Sequence[Example],
-    general: Sequence[Example], taxonomy: Sequence[TaxonomyRow],
-) -> None:  # fmt: skip
-    """The work of the job, after its start. `given`: the zone to record, where it is not read off the curve."""
+    inputs: OfflineInputs,
+    own: ProfileOptions,
+    rule: Rule,
+    given: tuple[int, int] | None,
+    targets: Sequence[Example],
+    general: Sequence[Example],
+    taxonomy: Sequence[TaxonomyRow],
+) -> None:
+    """Run the passes and write the files. `given`: the zone to record; None derives it from the curve."""
     from ramoe_megatron.mcore.offline.model import OfflineModel
 
     args, data, examples, output = inputs.args, inputs.data, inputs.examples.value, inputs.output.value
@@ -173,19 +204,34 @@ def _profile(
             frequency = passes.task_frequency[tokens]
             task_frequency = frequency.mean().cpu()
             difference = delta(task_frequency, general_frequency)
+            correct_counts = passes.pattern_count.int().tolist()
             return ExpertFile(
-                tasks=tuple(passes.tasks), shape=shape, expert_mask=task_experts(difference, rule), delta=difference,
-                task_frequency=task_frequency, general_frequency=general_frequency, english_pattern=pattern,
-                layer_number=torch.tensor(model.layer_numbers), rule=rule.as_dict(), zone=zone, checkpoint=checkpoint,
-                data=digests, anchor=data.anchor, select_tokens=tokens,
+                tasks=tuple(passes.tasks),
+                shape=shape,
+                expert_mask=task_experts(difference, rule),
+                delta=difference,
+                task_frequency=task_frequency,
+                general_frequency=general_frequency,
+                english_pattern=pattern,
+                layer_number=torch.tensor(model.layer_numbers),
+                rule=rule.as_dict(),
+                zone=zone,
+                checkpoint=checkpoint,
+                data=digests,
+                anchor=data.anchor,
+                select_tokens=tokens,
                 sequences={
                     "english_task": dict(zip(passes.tasks, frequency.sequences.tolist(), strict=True)),
-                    "english_correct": dict(zip(passes.tasks, passes.pattern_count.int().tolist(), strict=True)),
-                    "general": len(general), "pairs": len(targets),
+                    "english_correct": dict(zip(passes.tasks, correct_counts, strict=True)),
+                    "general": len(general),
+                    "pairs": len(targets),
                 },
-            )  # fmt: skip
+            )
 
-        files = {name: expert_file(tokens) for tokens, name in files_by_tokens("experts", own.select_tokens).items()}
+        files = {
+            name: expert_file(tokens)
+            for tokens, name in files_by_tokens("experts", own.select_tokens).items()
+        }
 
         def write() -> None:
             output.mkdir(parents=True, exist_ok=True)
@@ -193,14 +239,20 @@ def _profile(
             if own.save_priors:
                 _write_priors(output, own, passes, shards, english, checkpoint, digests)
             if passes.usage is not None:
-                passes.usage.file(shape, model.layer_numbers, checkpoint, digests).save(output / "usage.safetensors")
+                passes.usage.file(shape, model.layer_numbers, checkpoint, digests).save(
+                    output / "usage.safetensors"
+                )
             for name, experts in files.items():
                 experts.save(output / name)
             shards.remove()
 
         write_on_rank_0(model, write)
         if is_rank_0():
-            empty = [f"{name}: {told}" for name, file in files.items() for told in describe_empty(file.expert_mask, passes.tasks, rule)]
+            empty = [
+                f"{name}: {told}"
+                for name, file in files.items()
+                for told in describe_empty(file.expert_mask, passes.tasks, rule)
+            ]
             print(f"ramoe: zone: {zone}", *empty, sep="\nramoe: ", flush=True)
 
 
@@ -210,43 +262,67 @@ def _priors_alone(inputs: OfflineInputs, own: ProfileOptions) -> None:
     args, data, english, output = inputs.args, inputs.data, inputs.examples.value, inputs.output.value
     model = OfflineModel(args, inputs.options.batch_tokens)
     passes = Passes(model, [], english, [], set(), own, data.anchor)
-    # the job's name is the whole profile's: both write priors.safetensors
+    # the shards have the name of a whole profile, because both runs write priors.safetensors
     with Shards(output, "profile", len(passes.parts), lambda: depends_on(args, data.data, english)) as shards:
         passes.run(shards, ProgressLines(len(english), "sequences"))
 
         def write() -> None:
             output.mkdir(parents=True, exist_ok=True)
-            _write_priors(output, own, passes, shards, english, checkpoint_name(args.load), data_digests(data.data))
+            _write_priors(
+                output, own, passes, shards, english, checkpoint_name(args.load), data_digests(data.data)
+            )
             shards.remove()
 
         write_on_rank_0(model, write)
     if is_rank_0():
         files = ", ".join(files_by_tokens("priors", own.tokens).values())
-        told = f"no --ramoe-general, no --ramoe-taxonomy: {files} alone, the routing of {len(english)} examples in {data.anchor!r}"
-        print(f"ramoe: {told}", flush=True)
+        print(
+            f"ramoe: no --ramoe-general, no --ramoe-taxonomy: {files} alone, "
+            f"the routing of {len(english)} examples in {data.anchor!r}",
+            flush=True,
+        )
 
 
 def _write_priors(
-    output: Path, own: ProfileOptions, passes: "Passes", shards: Shards, english: Sequence[Example], checkpoint: str,
+    output: Path,
+    own: ProfileOptions,
+    passes: "Passes",
+    shards: Shards,
+    english: Sequence[Example],
+    checkpoint: str,
     digests: list[dict[str, str]],
-) -> None:  # fmt: skip
+) -> None:
     kept = [shards.kept(number) for number in passes.english_shards]
     for choice, name in files_by_tokens("priors", own.tokens).items():
         priors = torch.cat([part[choice] for part in kept])
         ids = [example.id for example in english]
-        Priors.save(output / name, ids, priors, tokens=choice, shape=passes.model.shape, checkpoint=checkpoint, data=digests)
+        Priors.save(
+            output / name,
+            ids,
+            priors,
+            tokens=choice,
+            shape=passes.model.shape,
+            checkpoint=checkpoint,
+            data=digests,
+        )
 
 
 class Passes:
-    """The sums of the forward passes, on the model's device, the same on every rank.
+    """Sums over the forward passes. They lie on the model's device and are equal on every rank.
 
-    A shard is a part of the general text, or one of the English examples with all their targets.
+    A shard is a part of the general text, or a part of the English examples with all their targets.
     """
 
     def __init__(
-        self, model: "OfflineModel", general: Sequence[Example], english: Sequence[Example], targets: Sequence[Example],
-        correct: set[str], options: ProfileOptions, anchor: str,
-    ) -> None:  # fmt: skip
+        self,
+        model: "OfflineModel",
+        general: Sequence[Example],
+        english: Sequence[Example],
+        targets: Sequence[Example],
+        correct: set[str],
+        options: ProfileOptions,
+        anchor: str,
+    ) -> None:
         layers, experts = len(model.layer_numbers), model.config.num_moe_experts
         self.model, self.correct, self.options = model, correct, options
         self.parts = [*_parts(general), *_parts(english)]
@@ -256,7 +332,8 @@ class Passes:
             self.views.setdefault(target.language, {})[target.id] = target
         self.tasks = sorted({example.task for example in english})
         self.task_frequency = {
-            tokens: FrequencySum(len(self.tasks), layers, experts, model.device) for tokens in options.select_tokens
+            tokens: FrequencySum(len(self.tasks), layers, experts, model.device)
+            for tokens in options.select_tokens
         }
         self.general_frequency = FrequencySum(1, layers, experts, model.device)
         self.curve = DivergenceCurve(list(self.views), layers, model.device)
@@ -264,16 +341,23 @@ class Passes:
         self.pattern_sum = {choice: zeros.clone() for choice in TOKENS}
         self.pattern_count = torch.zeros(len(self.tasks), dtype=torch.float64, device=model.device)
         self.anchor = anchor
-        self.usage = UsageSum([anchor, *self.views], layers, experts, model.device) if options.save_usage else None
+        self.usage = (
+            UsageSum([anchor, *self.views], layers, experts, model.device) if options.save_usage else None
+        )
 
     def run(self, shards: Shards, progress: ProgressLines) -> None:
-        """Add every part to the sums; those of finished shards come from their state, bit for bit."""
+        """Add every part to the sums. A restart takes the sums of finished shards from their saved state."""
         for name, total in self._sums().items():
             if shards.done:
                 total.copy_(shards.state[name])
         skipped = self.parts[: shards.done]
         if skipped:
-            progress(sum(len(part) + sum(map(len, self._targets(n, part).values())) for n, part in enumerate(skipped)))
+            progress(
+                sum(
+                    len(part) + sum(map(len, self._targets(n, part).values()))
+                    for n, part in enumerate(skipped)
+                )
+            )
         for number in range(shards.done, len(self.parts)):
             part = self.parts[number]
             if number in self.english_shards:
@@ -288,8 +372,14 @@ class Passes:
         return {
             "general_frequency": self.general_frequency.sums,
             "general_sequences": self.general_frequency.sequences,
-            **{f"task_frequency.{tokens}": frequency.sums for tokens, frequency in self.task_frequency.items()},
-            **{f"task_sequences.{tokens}": frequency.sequences for tokens, frequency in self.task_frequency.items()},
+            **{
+                f"task_frequency.{tokens}": frequency.sums
+                for tokens, frequency in self.task_frequency.items()
+            },
+            **{
+                f"task_sequences.{tokens}": frequency.sequences
+                for tokens, frequency in self.task_frequency.items()
+            },
             "divergence": self.curve.sums,
             "pattern_count": self.pattern_count,
             **{f"pattern.{choice}": total for choice, total in self.pattern_sum.items()},
@@ -297,13 +387,16 @@ class Passes:
         }
 
     def _targets(self, number: int, part: Sequence[Example]) -> dict[str, list[Example]]:
-        """By language, the targets of an English part, in its order; of general text, none."""
+        """Targets of an English part by language, in the part's order. Empty for general text."""
         if number not in self.english_shards:
             return {}
-        return {language: [by_id[example.id] for example in part if example.id in by_id] for language, by_id in self.views.items()}
+        return {
+            language: [by_id[example.id] for example in part if example.id in by_id]
+            for language, by_id in self.views.items()
+        }
 
     def _general(self, part: Sequence[Example], progress: ProgressLines) -> None:
-        """Expert frequency of general English text."""
+        """Add the expert frequency of a part of the general text."""
         routing = self._routing(part, choices=())
         group = torch.zeros(len(part), dtype=torch.int64, device=self.model.device)
         self.general_frequency.add(group, routing.frequency_NLE["all"], torch.ones_like(group))
@@ -312,8 +405,11 @@ class Passes:
     def _parallel(
         self, part: Sequence[Example], targets: Mapping[str, Sequence[Example]], progress: ProgressLines
     ) -> dict[str, torch.Tensor]:
-        """English views (frequency, pattern), and each language's divergence from them. Gives the English priors, [n, L, E] by token
-        choice."""
+        """Add a part: frequency and pattern of the English views, and the divergence of each language.
+
+        Returns:
+            The English priors by token choice, each [n, L, E].
+        """
         reference = self._routing(part, choices=TOKENS, counted=self.task_frequency)
         self._add_english(part, reference)
         self._add_usage(self.anchor, reference)
@@ -333,8 +429,11 @@ class Passes:
         group = torch.tensor([self.tasks.index(example.task) for example in part], device=device)
         for tokens, frequency in self.task_frequency.items():
             chosen = routing.frequency_NLE[tokens]
-            frequency.add(group, chosen, chosen[:, 0].sum(dim=-1) > 0)  # a sequence without such tokens is left out
-        right = torch.tensor([example.id in self.correct for example in part], dtype=torch.float64, device=device)
+            # a sequence without such tokens does not count
+            frequency.add(group, chosen, chosen[:, 0].sum(dim=-1) > 0)
+        right = torch.tensor(
+            [example.id in self.correct for example in part], dtype=torch.float64, device=device
+        )
         self.pattern_count.index_add_(0, group, right)
         for choice, total in self.pattern_sum.items():
             total.index_add_(0, group, routing.pooled_NLE[choice].double() * right[:, None, None])
@@ -345,16 +444,20 @@ class Passes:
             self.usage.add(language, routing.frequency_NLE["all"], routing.gate_NLE, routing.tokens_N)
 
     def english_pattern(self) -> dict[str, torch.Tensor]:
-        """Mean pooled distribution over the English-correct examples of each task, by token choice. [G, L, E]"""
+        """Mean pooled routing over the English-correct examples of each task, [G, L, E], by token choice."""
         count = self.pattern_count.clamp(min=1)[:, None, None]
         return {choice: (total / count).float().cpu() for choice, total in self.pattern_sum.items()}
 
-    def _routing(self, examples: Sequence[Example], choices: Sequence[str], counted: Collection[str] = ()) -> "SequenceRouting":
+    def _routing(
+        self, examples: Sequence[Example], choices: Sequence[str], counted: Collection[str] = ()
+    ) -> "SequenceRouting":
         from ramoe_megatron.mcore.offline.routing import sequence_routing
 
         encoded = [encode(e, self.model.tokenizer) for e in examples]
-        gate = self.usage is not None and bool(choices)  # not of general text
-        return sequence_routing(self.model, encoded, choices, counted=dict.fromkeys(["all", *counted]), gate=gate)
+        gate = self.usage is not None and bool(choices)  # no usage of general text
+        return sequence_routing(
+            self.model, encoded, choices, counted=dict.fromkeys(["all", *counted]), gate=gate
+        )
 
 
 def _parts(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:

@@ -1,4 +1,4 @@
-"""Scoring in shards: which examples a model answers correctly, for the jobs that keep the outcomes."""
+"""Scoring in shards, for the jobs that record which examples a model answers correctly."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def by_id(examples: Sequence[Example]) -> list[list[Example]]:
-    """The examples in parts of `SHARD_EXAMPLES` ids, each with all its languages."""
+    """The examples in parts of `SHARD_EXAMPLES` ids. A part holds all languages of its ids."""
     ids = list(dict.fromkeys(example.id for example in examples))
     part_of = {id_: number // SHARD_EXAMPLES for number, id_ in enumerate(ids)}
     parts: list[list[Example]] = [[] for _ in range(-(-len(ids) // SHARD_EXAMPLES))]
@@ -24,7 +24,7 @@ def by_id(examples: Sequence[Example]) -> list[list[Example]]:
 
 
 def answers(examples: Sequence[Example]) -> int:
-    """Sequences that scoring runs: one for each choice, or one that is generated."""
+    """Number of sequences that scoring runs: one per choice, or one per generated answer."""
     return sum(len(example.choices or (example,)) for example in examples)
 
 
@@ -36,13 +36,16 @@ def score_parts(
     progress: Progress,
     contexts: Callable[[Sequence[Example]], ContextFor] | None = None,
 ) -> dict[tuple[str, str], bool]:
-    """Whether each example is answered correctly, by (id, language), on every rank; the first shards are the parts, in order.
+    """Score the parts, one shard each. The shards are numbered from 0.
+
+    The shard state stores "correct", uint8 [examples], in the order of the parts.
 
     Args:
-        limits: new tokens of each example, in the order of the parts.
-        contexts: the routing contexts of a part's examples (`steering_contexts`).
+        limits: maximum number of new tokens of each example, in the order of the parts.
+        contexts: makes the routing contexts of a part's examples (`steering_contexts`).
 
-    The state gains "correct", uint8 by example in the order of the parts.
+    Returns:
+        (id, language) -> whether the example is answered correctly, equal on every rank.
     """
     examples = [example for part in parts for example in part]
     correct: list[int] = shards.state["correct"].tolist() if shards.done else []
@@ -53,4 +56,6 @@ def score_parts(
         own = limits[len(correct) : len(correct) + len(parts[number])]
         correct += score(model, parts[number], own, context_for, progress)
         shards.save(number, {"correct": torch.tensor(correct, dtype=torch.uint8)})
-    return {(example.id, example.language): bool(right) for example, right in zip(examples, correct, strict=True)}
+    return {
+        (example.id, example.language): bool(right) for example, right in zip(examples, correct, strict=True)
+    }

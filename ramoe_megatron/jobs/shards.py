@@ -1,8 +1,9 @@
-"""Shards: how far a forward-only job is, so that one that is killed goes on from its last finished shard.
+"""Shards: an offline job that was killed continues after its last finished shard.
 
-A job cuts its work into numbered shards. After each, rank 0 writes what the job has gathered so far, bit for bit; a restart with the same
-command takes that up on every rank and repeats at most one shard. Order and rounding are then those of a run that nothing stopped: the
-files have the same bytes wherever two runs of the model have (on GPUs, with Megatron's --deterministic-mode).
+A job divides its work into numbered shards. After each shard, rank 0 saves the job's state so far, bit for
+bit. A restart with the same command loads the state on every rank and repeats at most one shard. The order of
+operations and the rounding do not change, so the output files are identical to those of an uninterrupted run,
+provided that the model itself is deterministic. On GPUs this needs Megatron's --deterministic-mode.
 """
 
 import hashlib
@@ -28,29 +29,37 @@ from ramoe_megatron.jobs.offline_job import data_digests
 from ramoe_megatron.mcore.launch import is_rank_0
 
 SHARD_EXAMPLES = 256
-"""Examples (ids) of a shard, each with all its languages: thousands of sequences, so seconds to minutes of a real model's forward passes,
-beside which a file of some megabytes costs nothing. Also the examples whose routing is held in memory at once."""
+"""Number of example ids in a shard; a shard holds all languages of its ids. A shard takes a real model
+seconds to minutes, so the cost of saving a few megabytes is negligible. The routing of one shard is held in
+memory."""
 
-INCIDENTAL = frozenset({"rank", "local_rank", "distributed_timeout_minutes", "ramoe_output", "ramoe_select", "ramoe_layers"})
-"""Arguments that no shard depends on: who asks, how long ranks wait, where it lies, and what is read off the finished sums."""
+INCIDENTAL = frozenset(
+    {"rank", "local_rank", "distributed_timeout_minutes", "ramoe_output", "ramoe_select", "ramoe_layers"}
+)
+"""Arguments that do not change a shard: rank, timeout, output folder, and rules that use the final sums."""
 
 
 def depends_on(args: Any, sources: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
-    """Everything that the result of a forward-only job depends on, to the bit: the key of its shards.
+    """Key of a job's shards: everything that the result of an offline job depends on, to the bit.
 
-    Every argument of Megatron and of the job counts (data choices, model, layout, size of a micro-batch) but `INCIDENTAL` ones; a file that
-    an argument names, and a tokenizer's folder, count by their bytes. So do the data, the checkpoint, the packages and the device.
+    The key holds every argument of Megatron and of the job except the `INCIDENTAL` ones, and the digests of
+    files and tokenizer folders that arguments name. It also holds the data, the state of the checkpoint, the
+    package versions and the device.
 
     Args:
-        args: parsed arguments, `load` among them.
-        sources: files, folders and hub names that examples were read from.
-        examples: all examples that are run: what a hub name stood for.
+        args: parsed arguments, including `load`.
+        sources: files, folders and Hugging Face names that the examples were read from.
+        examples: all examples that are run. They identify the content of a Hugging Face data set.
 
     Raises:
         RamoeError: when a file cannot be read.
     """
     flags = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
-    named = {name: sha256(value) for name, value in flags.items() if isinstance(value, str) and os.path.isfile(value)}
+    named = {
+        name: sha256(value)
+        for name, value in flags.items()
+        if isinstance(value, str) and os.path.isfile(value)
+    }
     folders = {
         name: digests(sorted(path for path in Path(value).rglob("*") if path.is_file()))
         for name, value in flags.items()
@@ -61,7 +70,7 @@ def depends_on(args: Any, sources: Sequence[str], examples: Sequence[Example]) -
         content.update(repr(example).encode())
     cuda = torch.cuda.is_available()
     return {
-        # an object's address is another one in every run
+        # the address of an object differs between runs
         "flags": {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in flags.items()},
         "files": named | folders,
         "data": data_digests(sources),
@@ -74,7 +83,7 @@ def depends_on(args: Any, sources: Sequence[str], examples: Sequence[Example]) -
 
 
 def checkpoint_state(folder: str) -> list[Any]:
-    """What tells one state of a checkpoint folder from another without reading the weights: names, sizes and times of its files."""
+    """State of a checkpoint folder without reading the weights: names, sizes and times of its files."""
     root = Path(folder)
     return sorted(
         (str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns)
@@ -84,27 +93,40 @@ def checkpoint_state(folder: str) -> list[Any]:
 
 
 class Shards:
-    """The finished shards of one job, in a hidden folder beside its output, under the key of what they depend on.
+    """The finished shards of one job, in a hidden folder inside the output folder, stored by their key.
 
-    Used as a context, which holds the output folder for this job: a second one that would write the same files is refused. Rank 0 alone
-    reads and writes, and tells the others, so that all ranks skip the same shards.
+    Used as a context manager, which locks the output folder: a second job that would write the same files is
+    rejected. Only rank 0 reads and writes; it broadcasts the state, so all ranks skip the same shards.
     """
 
     done: int
-    """Shards that need not be run again; the first to run has this number."""
+    """Number of finished shards, which is also the number of the next shard to run."""
     state: dict[str, Tensor]
-    """What `save` was given last, by this run or an earlier one (then on the CPU), on every rank; empty before the first shard."""
+    """The state that `save` stored last, on every rank. On the CPU if an earlier run stored it. Empty before
+    the first shard is done."""
 
     def __init__(self, output: Path, job: str, total: int, key: Callable[[], Mapping[str, Any]]) -> None:
-        """`job` names the files that are written: it must differ between jobs that may share a folder. `key` is asked on rank 0 only."""
+        """
+        Args:
+            output: output folder of the job.
+            job: name of the job. Jobs that share an output folder and write different files need different
+                names.
+            total: number of shards.
+            key: returns what the shards depend on (`depends_on`). Called only on rank 0.
+        """
         self.output, self.job, self.total, self._key = output, job, total, key
         self.root = output / f".{job}-shards"
         self._lock = filelock.FileLock(self.root / "lock", fallback_to_soft=False)
 
     def __enter__(self) -> Self:
-        """Raises RamoeError, on every rank, when another job holds the folder, or a shard there is damaged or foreign."""
+        """Lock the folder and load the state.
+
+        Raises:
+            RamoeError: on every rank, when another job has locked the folder, or when a stored shard is
+                damaged or has another key.
+        """
         try:
-            self.done, self.state = _told_by_rank_0(self._open)
+            self.done, self.state = _broadcast_from_rank_0(self._open)
         except BaseException:
             self._lock.release()
             raise
@@ -112,7 +134,9 @@ class Shards:
             print(f"ramoe: goes on after {self.done} of {self.total} shards", flush=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._lock.release()
 
     def _open(self) -> tuple[int, dict[str, Tensor]]:
@@ -120,31 +144,33 @@ class Shards:
         self.root.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
-        except (filelock.Timeout, FileNotFoundError):  # the other job may be taking its folder away
+        except (filelock.Timeout, FileNotFoundError):  # not found: the other job is removing its folder
             raise RamoeError(
-                f"{self.output}: another {self.job} job is at work in this folder; wait for it to end, stop it (its ranks too), or give "
-                "another --ramoe-output"
+                f"{self.output}: another {self.job} job is at work in this folder; "
+                "wait for it to end, stop it (its ranks too), or give another --ramoe-output"
             ) from None
-        for left in self.root.glob("*.finished"):  # by a job that was killed while it tidied up
+        for left in self.root.glob("*.finished"):  # left by a job that was killed while it removed its shards
             shutil.rmtree(left)
         self.folder = self.root / key
         if not self._state_path.exists():
             return 0, {}
         done, state = self._read(self._state_path, self.total)
         for path in sorted(self.folder.glob("[0-9]*.safetensors")):
-            self._opened(path)  # now, and not when all the work is done
+            self._opened(path)  # report a damaged file now rather than after all the work
         return done, state
 
     @property
     def _state_path(self) -> Path:
         return self.folder / "state.safetensors"
 
-    def save(self, number: int, state: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None) -> None:
-        """Shard `number` is done (all ranks call, rank 0 writes).
+    def save(
+        self, number: int, state: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Mark shard `number` as done. All ranks call this method; only rank 0 writes.
 
         Args:
-            state: what the job has gathered over the shards 0 to `number`; replaces what stood there before.
-            kept: what belongs to this shard alone, and stays until the job's files stand.
+            state: the job's state after the shards 0 to `number`. It replaces the state saved before.
+            kept: tensors of this shard alone. They are kept until the job has written its files.
         """
         self.done, self.state = number + 1, dict(state)
         if not is_rank_0():
@@ -153,10 +179,15 @@ class Shards:
         about = {"key": self.folder.name, "done": number + 1}
         if kept:
             save_tensors(self._kept_path(number), "ramoe-shard", kept, about)
-        save_tensors(self._state_path, "ramoe-shard", state, about)  # last: it alone says that the shard is done
+        # last, because only the state file marks the shard as done
+        save_tensors(self._state_path, "ramoe-shard", state, about)
 
     def kept(self, number: int) -> dict[str, Tensor]:
-        """What `save` was told to keep of a shard; only on rank 0. Raises RamoeError when the file is absent, damaged or foreign."""
+        """The tensors that `save` kept for a shard. Only on rank 0.
+
+        Raises:
+            RamoeError: the file is missing or damaged, or has another key.
+        """
         path = self._kept_path(number)
         done, tensors = self._read(path, number + 1)
         if done != number + 1:
@@ -170,7 +201,7 @@ class Shards:
         handle, done = self._opened(path)
         if not 1 <= done <= most:
             raise self._refusal(path, f"found {done} finished shards, expected 1 to {most}")
-        # Cloned: the file lies mapped into memory and will be replaced.
+        # Cloned, because the file is memory-mapped and will be replaced.
         return done, {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
 
     def _opened(self, path: Path) -> tuple[Any, int]:
@@ -184,31 +215,35 @@ class Shards:
 
     def _refusal(self, path: Path, why: str) -> RamoeError:
         return RamoeError(
-            f"{path}: cannot go on from this shard ({why}). Check the disk, then remove {self.folder}: the job starts from the beginning"
+            f"{path}: cannot go on from this shard ({why}). Check the disk, then remove {self.folder}; "
+            "the job will start from the beginning"
         )
 
     def remove(self) -> None:
-        """Remove this job's shards, once its files stand (on rank 0). Those of another key stay."""
+        """Remove this job's shards after its files are written. Shards with another key stay."""
         if not is_rank_0():
             return
         if self.folder.exists():
-            # Renamed first: a job killed half-way must not find some of its shards.
+            # Renamed first: a restart after a kill must not find only some of the shards.
             finished = self.folder.rename(self.folder.with_suffix(".finished"))
             shutil.rmtree(finished)
         if [path.name for path in self.root.iterdir()] == ["lock"]:
             shutil.rmtree(self.root)
 
 
-def _told_by_rank_0[T](look: Callable[[], T]) -> T:
-    """What `look` gives on rank 0, on every rank; so is its RamoeError, and no rank waits for one that was refused."""
-    told: list[Any] = [None, None]
+def _broadcast_from_rank_0[T](look: Callable[[], T]) -> T:
+    """Call `look` on rank 0 and return its result on every rank.
+
+    A RamoeError on rank 0 is raised on every rank, so no rank waits for a rank that has stopped.
+    """
+    result: list[Any] = [None, None]  # value, error
     if is_rank_0():
         try:
-            told[0] = look()
+            result[0] = look()
         except RamoeError as error:
-            told[1] = str(error)
+            result[1] = str(error)
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(told, src=0)
-    if told[1] is not None:
-        raise RamoeError(told[1])
-    return told[0]
+        torch.distributed.broadcast_object_list(result, src=0)
+    if result[1] is not None:
+        raise RamoeError(result[1])
+    return result[0]

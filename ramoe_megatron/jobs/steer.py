@@ -1,9 +1,11 @@
-"""The search for the setting of routing steering (arXiv 2510.04694, eq. 4-5) that answers best, on data that no result is told of.
+"""Search, on a validation split, for the steering setting with the highest accuracy.
 
-    torchrun --nproc-per-node N -m ramoe_megatron.jobs.steer MEGATRON_FLAGS --load DIR --ramoe-data FILE --ramoe-split validation
-        --ramoe-experts FILE --ramoe-output DIR
+Steering is that of arXiv 2510.04694, eq. 4-5.
 
-The model is loaded once. A shard is one setting: all examples answered under it.
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.steer MEGATRON_FLAGS --load DIR --ramoe-data FILE \\
+        --ramoe-split validation --ramoe-experts FILE --ramoe-output DIR
+
+The model is loaded once. A shard scores all examples under one setting.
 """
 
 import dataclasses
@@ -40,35 +42,38 @@ from ramoe_megatron.statistics import Difference, clustered_difference, paired_p
 
 @dataclass(frozen=True)
 class SteerOptions:
-    """Options of the search for a setting of steering: every combination is tried, and no steering too."""
+    """Options of the steering search. The search tries every combination of them, and no steering."""
 
     experts: str | None = None
-    """experts.safetensors of the profile job: the experts to steer to, and the zone."""
+    """Expert file (experts.safetensors) with the experts to steer to and the alignment zone. Required."""
 
     taus: list[str] = dataclasses.field(default_factory=lambda: ["0.25", "0.3", "0.4", "0.5"])
-    """Steer the experts whose delta is above tau; file stands for those that the expert file chose."""
+    """Thresholds to try. A setting steers the experts whose delta is above tau. The value file steers the
+    task experts stored in the expert file."""
 
     strengths: list[float] = dataclasses.field(default_factory=lambda: [0.25, 0.5, 1.0])
-    """Strengths of soft steering, in standard deviations of a token's router logits."""
+    """Strengths of soft steering to try, in standard deviations of a token's router logits."""
 
     zones: list[str] = dataclasses.field(default_factory=lambda: ["auto"])
-    """Steered layers: auto (the zone in the expert file), FIRST-LAST or FRACTION-FRACTION."""
+    """Ranges of MoE layers to try: auto, FIRST-LAST or FRACTION-FRACTION. auto is the zone in the expert
+    file."""
 
     kinds: list[Literal["soft", "hard"]] = dataclasses.field(default_factory=lambda: ["soft", "hard"])
-    """soft (by a strength), hard (above all other experts; needs a router whose top-k are the largest logits), or both."""
+    """Kinds of steering to try. soft raises the logits of the steered experts by the strength. hard raises
+    them above all other experts; it needs a router that selects the experts with the largest logits."""
 
     def check(self, args: Any) -> None:
-        """Raise RamoeError for a kind that the router of the validated arguments cannot be steered by."""
+        """Raise RamoeError for a kind of steering that the router of the arguments does not support."""
         if "hard" in self.kinds:
             refuse_hard_steering(args)
 
     def to_try(
         self, file: ExpertFile, examples: Sequence[Example], anchor: str
     ) -> tuple[list["Candidate"], list[str]]:
-        """The settings to try on the targets among the examples, and what is left out.
+        """The settings to try on the target-language examples, and a sentence for each setting left out.
 
         Raises:
-            RamoeError: for a bad value, examples without a target, or when nothing is left to try.
+            RamoeError: a value is invalid, no example is in a target language, or no setting is left to try.
         """
         for strength in self.strengths:
             if not math.isfinite(strength):
@@ -76,7 +81,10 @@ class SteerOptions:
         taus = [parse_tau(text) for text in self.taus]
         tasks = {example.task for example in examples if example.language != anchor}
         if not tasks:
-            raise RamoeError(f"only {anchor!r} examples: nothing to search on; give data and a --ramoe-split with target languages")
+            raise RamoeError(
+                f"only {anchor!r} examples: nothing to search on; give data and a --ramoe-split "
+                "with target languages"
+            )
         return candidates(file, tasks, self.kinds, taus, self.strengths, self.zones)
 
 
@@ -86,7 +94,7 @@ def main() -> None:
 
 
 def _read(start: Start, args: Any) -> Callable[[], None]:
-    """The examples, how many tokens an answer may take, the expert file and the settings to try."""
+    """Read the examples, the token limits of answers, the expert file and the settings to try."""
     own = options_from_args(SteerOptions, args)
     inputs = read_offline(start, args)
     limits = inputs.limits(start, lambda: inputs.examples.value)
@@ -98,7 +106,11 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
         return own.to_try(experts.value, inputs.examples.value, inputs.data.anchor)
 
     tried = start.step(
-        "settings", settings, lambda found: "\n".join(_told(*found)), "correct the flag", [own.experts, *inputs.data.data]
+        "settings",
+        settings,
+        lambda found: "\n".join(_told(*found)),
+        "correct the flag",
+        [own.experts, *inputs.data.data],
     )
     return lambda: search_and_write(inputs, experts.value, *tried.value, limits.value)
 
@@ -108,9 +120,17 @@ def _told(tried: Sequence["Candidate"], skipped: Sequence[str]) -> list[str]:
 
 
 def search_and_write(
-    inputs: OfflineInputs, experts: ExpertFile, tried: Sequence["Candidate"], skipped: Sequence[str], limits: Sequence[int]
+    inputs: OfflineInputs,
+    experts: ExpertFile,
+    tried: Sequence["Candidate"],
+    skipped: Sequence[str],
+    limits: Sequence[int],
 ) -> None:
-    """The work of the job, after its start. `limits`: new tokens of each example."""
+    """Score all examples under each setting and write the results.
+
+    Args:
+        limits: maximum number of new tokens of each example.
+    """
     import torch
 
     from ramoe_megatron.jobs.scores import answers
@@ -157,7 +177,7 @@ def search_and_write(
             print(f"ramoe: best of {len(rows)}: {tried[number].steering or 'no steering'}", flush=True)
 
 
-# ---- which settings to try, what each gave, and the best ----
+# ---- settings to try, their results, and the best setting ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +187,9 @@ class Candidate:
     steering: Steering | None
     """None: no steering."""
     zone: str | None
-    """The layers as they were asked for."""
+    """The layers as the user wrote them."""
     experts: int
-    """Steered (task, layer, expert) triples of the tasks at hand."""
+    """Number of steered (task, layer, expert) triples of the tasks in the data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +201,11 @@ class Answer:
 
 
 def parse_tau(text: str) -> float | None:
-    """A value of ``--ramoe-taus``: a number, or ``file`` (None) for the experts that the expert file chose. Raises RamoeError."""
+    """Parse a value of ``--ramoe-taus``: a number, or ``file``. Returns None for ``file``.
+
+    Raises:
+        RamoeError: the value is neither ``file`` nor a number in [-1, 1).
+    """
     if text == "file":
         return None
     try:
@@ -189,7 +213,10 @@ def parse_tau(text: str) -> float | None:
     except ValueError:
         tau = math.nan
     if not -1 <= tau < 1:
-        raise RamoeError(f"--ramoe-taus: found {text!r}, expected numbers in [-1, 1), or file (the experts that the expert file chose)")
+        raise RamoeError(
+            f"--ramoe-taus: found {text!r}, expected numbers in [-1, 1), "
+            "or file (the task experts stored in the expert file)"
+        )
     return tau
 
 
@@ -201,16 +228,23 @@ def candidates(
     strengths: Sequence[float],
     zones: Sequence[str],
 ) -> tuple[list[Candidate], list[str]]:
-    """No steering, and then kind x layers x tau x strength; and in sentences what is left out and why.
+    """The settings to try: no steering, then every combination of kind, layers, tau and strength.
 
-    Left out are a tau that leaves the tasks no expert in the layers, and one that leaves the experts of an earlier one.
+    A tau is left out if it selects no expert of the tasks in the layers, or the same experts as an earlier
+    tau.
+
+    Returns:
+        The settings, and one sentence for each tau that is left out.
 
     Raises:
-        RamoeError: for a bad value, tasks that the file does not have, or when nothing is left to try.
+        RamoeError: a value is invalid, the file has none of the tasks, or no setting is left to try.
     """
     rows = [row for row, task in enumerate(file.tasks) if task in tasks]
     if not rows:
-        raise RamoeError(f"{file.path}: profiled on {', '.join(file.tasks)}, none of which is in the data ({', '.join(sorted(tasks))})")
+        raise RamoeError(
+            f"{file.path}: profiled on {', '.join(file.tasks)}, none of which is in the data "
+            f"({', '.join(sorted(tasks))})"
+        )
     chosen: dict[bytes, tuple[str, float | None, tuple[int, int], int]] = {}
     skipped: list[str] = []
     for zone in zones:
@@ -232,21 +266,23 @@ def candidates(
                 found.append(Candidate(Steering(kind, strength, tau, layers), zone, count))
     if len(found) == 1:
         why = "; ".join(skipped) or "no kind, tau, strength or zone is given"
-        raise RamoeError(f"{file.path}: nothing to try ({why}); give lower --ramoe-taus, file, or other --ramoe-zones")
+        raise RamoeError(
+            f"{file.path}: nothing to try ({why}); give lower --ramoe-taus, file, or other --ramoe-zones"
+        )
     return found, skipped
 
 
 def search_table(
     tried: Sequence[Candidate], answers: Sequence[Answer], correct: Sequence[Sequence[bool]], anchor: str
 ) -> list[dict[str, Any]]:
-    """What each candidate gave on the target languages, and its change against the first, which is no steering.
+    """Accuracy of each candidate on the target languages, and its difference from candidate 0 (no steering).
+
+    The interval of the difference is that of paired proportions. If an id occurs in several languages, the
+    interval is clustered by id, because parallel rows are not independent draws.
 
     Args:
-        correct: of each candidate, in the order of `answers`.
-        anchor: its language is told beside the others, and counts for nothing.
-
-    The interval is that of proportions on the same examples; where an id comes in several languages, it is clustered by id, since
-    parallel rows are no independent draws.
+        correct: one sequence per candidate: whether each answer is correct, in the order of `answers`.
+        anchor: anchor language. Its accuracy is reported, but does not count for the best setting.
     """
     targets = [place for place, answer in enumerate(answers) if answer.language != anchor]
     english = [place for place, answer in enumerate(answers) if answer.language == anchor]
@@ -270,7 +306,9 @@ def search_table(
                 **{key: value for key, value in asdict(change).items() if key != "n"},
                 "anchor_n": len(english),
                 "anchor_correct": sum(bool(right[place]) for place in english),
-                "anchor_accuracy": sum(bool(right[place]) for place in english) / len(english) if english else None,
+                "anchor_accuracy": sum(bool(right[place]) for place in english) / len(english)
+                if english
+                else None,
                 "languages": _by_language(answers, right, targets),
             }
         )
@@ -286,15 +324,23 @@ def _change(own: Sequence[bool], plain: Sequence[bool], ids: Sequence[str]) -> D
     return clustered_difference(clusters)
 
 
-def _by_language(answers: Sequence[Answer], right: Sequence[bool], targets: Sequence[int]) -> list[dict[str, Any]]:
+def _by_language(
+    answers: Sequence[Answer], right: Sequence[bool], targets: Sequence[int]
+) -> list[dict[str, Any]]:
     found: dict[str, list[bool]] = {}
     for place in targets:
         found.setdefault(answers[place].language, []).append(bool(right[place]))
-    return [{"language": language, "n": len(own), "correct": sum(own)} for language, own in sorted(found.items())]
+    return [
+        {"language": language, "n": len(own), "correct": sum(own)} for language, own in sorted(found.items())
+    ]
 
 
 def best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row of the highest target accuracy; of equals the gentlest: none, then the smaller |strength|, hard last; then fewer experts."""
+    """The row with the highest accuracy on the target languages.
+
+    Ties go to the gentlest setting: no steering, then the smaller |strength|, then hard. Remaining ties go to
+    the setting with fewer experts.
+    """
 
     def rank(row: Mapping[str, Any]) -> tuple[float, float, int]:
         force = {"none": 0.0, "hard": math.inf}.get(row["kind"])

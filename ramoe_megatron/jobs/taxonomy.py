@@ -1,6 +1,10 @@
-"""Stage 1: score every parallel example in English and in the target language; sort into cc, ci, ic, ii (arXiv 2605.28306).
+"""Stage 1: score each parallel example in English and in the target language (arXiv 2605.28306).
 
-    torchrun --nproc-per-node N -m ramoe_megatron.jobs.taxonomy MEGATRON_FLAGS --load DIR --ramoe-data FILE --ramoe-output DIR
+    torchrun --nproc-per-node N -m ramoe_megatron.jobs.taxonomy MEGATRON_FLAGS --load DIR --ramoe-data FILE \\
+        --ramoe-output DIR
+
+Each pair gets a category: cc, ci, ic or ii. The first letter says whether the English answer is correct (c)
+or incorrect (i), and the second letter says the same for the target language.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +38,7 @@ def main() -> None:
 
 
 def _read(start: Start, args: Any) -> Callable[[], None]:
-    """The examples, their pairs, and how many tokens an answer may take."""
+    """Read the examples, their pairs and the token limits of answers."""
     from ramoe_megatron.jobs.scores import by_id
 
     inputs = read_offline(start, args)
@@ -43,8 +47,14 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
     return lambda: score_and_write(inputs, pairs.value, limits.value)
 
 
-def score_and_write(inputs: OfflineInputs, pairs: Sequence[tuple[Example, Example]], limits: Sequence[int]) -> None:
-    """The work of the job, after its start. `limits`: new tokens of each example, in the order of `by_id`."""
+def score_and_write(
+    inputs: OfflineInputs, pairs: Sequence[tuple[Example, Example]], limits: Sequence[int]
+) -> None:
+    """Score the examples and write the taxonomy.
+
+    Args:
+        limits: maximum number of new tokens of each example, in the order of `by_id`.
+    """
     from ramoe_megatron.jobs.scores import answers, by_id, score_parts
     from ramoe_megatron.mcore.offline.model import OfflineModel
 
@@ -56,12 +66,15 @@ def score_and_write(inputs: OfflineInputs, pairs: Sequence[tuple[Example, Exampl
         correct = score_parts(model, parts, limits, shards, progress)
         rows = [
             TaxonomyRow(
-                target.id, target.task, target.language, target.split,
+                target.id,
+                target.task,
+                target.language,
+                target.split,
                 english_correct=correct[english.id, english.language],
                 target_correct=correct[target.id, target.language],
             )
             for english, target in pairs
-        ]  # fmt: skip
+        ]
 
         def write() -> None:
             write_taxonomy(output / "taxonomy.jsonl", rows)

@@ -1,4 +1,4 @@
-"""Our flags beside Megatron's: frozen dataclasses whose field docstrings are the `--help`."""
+"""Add our flags to Megatron's parser. Flags are fields of dataclasses; field docstrings are the help."""
 
 import argparse
 import dataclasses
@@ -13,35 +13,36 @@ from ramoe_megatron.mcore.flags import PREFIX
 from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
 
 CHECK = "--check"
-"""The flag that has a job stop before its model is built."""
+"""With this flag a job checks its inputs and stops before it builds a model."""
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Parallel task data and how it is drawn."""
+    """Parallel task data and how examples are drawn."""
 
     data: list[str] = dataclasses.field(default_factory=list)
-    """JSONL files, folders of them, or the name of a data set on the hub."""
+    """Data to read: JSONL files, folders of JSONL files, or names of Hugging Face data sets."""
 
     split: str = "train"
-    """Split of the data to use; several, separated by commas, in the offline jobs."""
+    """Split of the data to use. The offline jobs also take several splits, separated by commas."""
 
     languages: list[str] | None = None
-    """Languages to use; all of the data when not given. The offline jobs add the anchor."""
+    """Languages to use. Default: all languages in the data. The offline jobs always add the anchor."""
 
     anchor: str = "en"
-    """The language whose routing is the reference, as it is called in the data."""
+    """Language whose routing is the reference, by its name in the data."""
 
     columns: list[str] | None = None
-    """FIELD=COLUMN pairs for data whose columns are called otherwise."""
+    """FIELD=COLUMN pairs: the column of the data that holds the field. Default: a column of the same name."""
 
     weights: list[str] | None = None
-    """PATTERN=WEIGHT pairs over TASK/LANGUAGE (shell patterns): the share of draws of each group; without, each example once an
-    epoch."""
+    """PATTERN=WEIGHT pairs: the share of draws for each group TASK/LANGUAGE that the shell pattern matches.
+    Default: each example is drawn once per epoch."""
 
     pack: bool = False
-    """Training: several samples in each sequence of --seq-length (THD), which attend to themselves alone. The global batch then counts
-    sequences, and the alignment term is still the mean over samples. Needs --micro-batch-size 1."""
+    """Training only: pack several samples into each sequence of --seq-length tokens (THD layout). A sample
+    attends only to its own tokens. The global batch then counts sequences; the alignment term stays a mean
+    over samples. Requires --micro-batch-size 1."""
 
     def column_mapping(self) -> dict[str, str] | None:
         """`columns` as a mapping from field to column."""
@@ -54,7 +55,9 @@ class DataOptions:
         try:
             return {pattern: float(weight) for pattern, weight in _pairs("weights", self.weights)}
         except ValueError as error:
-            raise RamoeError(f"--ramoe-weights: {error}; expected PATTERN=NUMBER, such as '*/en=0.4'") from error
+            raise RamoeError(
+                f"--ramoe-weights: {error}; expected PATTERN=NUMBER, such as '*/en=0.4'"
+            ) from error
 
 
 def _pairs(flag: str, values: list[str]) -> list[tuple[str, str]]:
@@ -78,17 +81,19 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> argparse.Argu
             help_text = f"{kwargs['help']} (default: {kwargs['default']})".replace("%", "%%")
             return {**kwargs, "dest": f"{PREFIX}_{attribute.name}", "help": help_text}
 
-    PrefixedFlags(options).build_group(parser, title=f"ramoe: {(options.__doc__ or '').splitlines()[0].rstrip('.')}")
+    PrefixedFlags(options).build_group(
+        parser, title=f"ramoe: {(options.__doc__ or '').splitlines()[0].rstrip('.')}"
+    )
     return parser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Megatron's `extra_args_provider`: the flags of routing alignment, of parallel data and of selective training."""
+    """Megatron's `extra_args_provider`: add the flags of alignment, parallel data and selective training."""
     return arguments_with(RoutingAlignmentConfig, DataOptions, SelectiveOptions)(parser)
 
 
 def arguments_with(*options: type) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """An `extra_args_provider` for a job with its own option dataclasses."""
+    """An `extra_args_provider` that adds the flags of these option dataclasses."""
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         for group in options:
@@ -99,18 +104,22 @@ def arguments_with(*options: type) -> Callable[[argparse.ArgumentParser], argpar
 
 
 def job_arguments(*options: type) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """`arguments_with`, and the flag --check that every job has."""
+    """`arguments_with`, plus the flag --check."""
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        told = "stop before the model is built: parse, validate, read what the job reads, and list what would stop it"
-        parser.add_argument(CHECK, action="store_true", default=argparse.SUPPRESS, help=told)  # absent: no trace in a checkpoint
+        help_text = (
+            "Check the flags, data, checkpoint and files that the job needs. "
+            "List every problem and stop before the model is built."
+        )
+        # suppressed when absent: a checkpoint stores all arguments
+        parser.add_argument(CHECK, action="store_true", default=argparse.SUPPRESS, help=help_text)
         return arguments_with(*options)(parser)
 
     return provider
 
 
 def known_flags() -> set[str]:
-    """Every flag that Megatron's parser and ours accept, for checks before anything starts."""
+    """Every flag that a training job accepts: Megatron's and ours."""
     from megatron.training.arguments import add_megatron_arguments
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))

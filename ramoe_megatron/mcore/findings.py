@@ -1,4 +1,4 @@
-"""What is checked before a job runs, and what was found: the lines of `ramoe doctor`."""
+"""Findings of the checks before a job runs, which `ramoe doctor` prints."""
 
 import ast
 import linecache
@@ -11,28 +11,28 @@ from typing import Literal
 
 State = Literal["ok", "warning", "fatal"]
 STATES: tuple[State, ...] = ("ok", "warning", "fatal")  # from good to bad
-ANSWER = "RAMOE-CHECK "  # what begins the line of `jobs.check` that holds its answer
-WRITTEN = "written by stage "  # what begins the text about a file that is still to come
-LONGEST = 400  # characters of a reason that is not ours
-MEGATRON = re.compile(r".*/(?=megatron/(core|training)/)")  # what is before a file of Megatron's packages
+ANSWER = "RAMOE-CHECK "  # prefix of the output line of `jobs.check` that holds the findings
+WRITTEN = "written by stage "  # prefix of the finding about a file that is not written yet
+LONGEST = 400  # maximum number of characters of an error text from another library
+MEGATRON = re.compile(r".*/(?=megatron/(core|training)/)")  # the path in front of Megatron's packages
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check and its outcome."""
+    """The result of one check."""
 
     check: str
-    """What was looked at."""
+    """Name of the check."""
     state: State
-    """ok; warning: the job starts, but perhaps not as meant; fatal: the job would fail."""
+    """ok; warning (the job would run, but perhaps not as intended); or fatal (the job would fail)."""
     found: str
     advice: str = ""
-    """What to do; empty where nothing is."""
+    """What to do. Empty if there is nothing to do."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A job's command line, to be checked."""
+    """A job's command line that is to be checked."""
 
     name: str
     job: str
@@ -41,11 +41,11 @@ class Line:
     """Ranks per node."""
     nodes: int = 1
     coming: Mapping[str, str] = field(default_factory=dict)
-    """Files and folders that an earlier stage is going to write -> its name: nothing is said against their absence."""
+    """File or folder that an earlier stage will write -> name of that stage. These files may be missing."""
 
 
 def attempt(check: str, look: Callable[[], str], advice: str) -> Finding:
-    """ok with what `look` tells, or fatal with the reason why it failed (a call to exit included) and the advice."""
+    """Run `look`. The finding is ok with the text that `look` returns, or fatal if it raises or exits."""
     try:
         return Finding(check, "ok", look())
     except (Exception, SystemExit) as error:
@@ -53,8 +53,11 @@ def attempt(check: str, look: Callable[[], str], advice: str) -> Finding:
 
 
 def reason(error: BaseException) -> str:
-    """An error in a line. Our own texts are whole. Other errors have their class, the file and line in Megatron, and the
-    expression that failed with its values."""
+    """Describe an error in one line.
+
+    A RamoeError keeps its whole text. Other errors are described by their class, the file and line in
+    Megatron, their text, and the expression that failed with its values.
+    """
     from ramoe_megatron.errors import RamoeError
 
     text = " ".join(str(error).split())
@@ -67,18 +70,21 @@ def reason(error: BaseException) -> str:
         summary, _ = in_megatron[-1]
         where = f" in {MEGATRON.sub('', summary.filename)}, line {summary.lineno}"
     failed = _failed_expression(*(in_megatron or frames)[-1]) if in_megatron or (frames and not text) else ""
-    told = f"{text} ({failed})" if text and failed else text or failed
-    return f"{type(error).__name__}{where}: {told[:LONGEST]}"
+    detail = f"{text} ({failed})" if text and failed else text or failed
+    return f"{type(error).__name__}{where}: {detail[:LONGEST]}"
 
 
 def _frames(trace: TracebackType | None) -> Iterator[tuple[traceback.FrameSummary, Mapping[str, object]]]:
-    """The frames of a traceback, outermost first, each with its local names."""
+    """The frames of a traceback, outermost first, each with its local variables."""
     for summary, (frame, _) in zip(traceback.extract_tb(trace), traceback.walk_tb(trace), strict=False):
         yield summary, frame.f_locals
 
 
 def _failed_expression(summary: traceback.FrameSummary, names: Mapping[str, object]) -> str:
-    """The expression that a frame stopped in, and the numbers, booleans and texts that it reads. Empty for a `raise`."""
+    """The expression at which a frame stopped, with the numbers, booleans and strings that it reads.
+
+    Empty when the frame stopped at a `raise`.
+    """
     first, last = summary.lineno or 0, summary.end_lineno or 0
     lines = [linecache.getline(summary.filename, line).encode() for line in range(first, last + 1)]
     if not lines or summary.colno is None:
@@ -87,7 +93,7 @@ def _failed_expression(summary: traceback.FrameSummary, names: Mapping[str, obje
     code = " ".join(b"".join([lines[0][summary.colno :], *lines[1:]]).decode().split())
     try:
         (statement,) = ast.parse(code).body
-    except (SyntaxError, ValueError):  # a piece of a longer statement
+    except (SyntaxError, ValueError):  # a part of a longer statement
         return ""
     if not isinstance(statement, ast.Assert | ast.Expr):
         return ""
@@ -101,5 +107,5 @@ def _failed_expression(summary: traceback.FrameSummary, names: Mapping[str, obje
             found = getattr(names.get(node.value.id), node.attr, node)
         if found is None or isinstance(found, bool | int | float | str):
             values[ast.unparse(node)] = found
-    told = ", ".join(f"{name} is {value!r}" for name, value in values.items())
-    return ast.unparse(expression) + (f", where {told}" if told else "")
+    listed = ", ".join(f"{name} is {value!r}" for name, value in values.items())
+    return ast.unparse(expression) + (f", where {listed}" if listed else "")

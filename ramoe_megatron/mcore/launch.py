@@ -1,4 +1,4 @@
-"""How a job starts: one place that turns the CPU backend on, parses Megatron's arguments, and prints our errors."""
+"""Start a job: turn the CPU backend on if needed, parse Megatron's arguments, and print our errors."""
 
 import contextlib
 import ctypes
@@ -24,7 +24,8 @@ from ramoe_megatron.mcore.missing import name_missing_ranks
 from ramoe_megatron.mcore.start import Absent, Start, Step
 
 GRACE_SECONDS = 3.0
-"""How long a rank waits before it tells an error: where rank 0 met it too, torchrun has ended the others by then."""
+"""Seconds that a rank other than 0 waits before it prints an error. If rank 0 fails too, torchrun ends the
+other ranks within this time, and the error is printed once."""
 
 
 @contextlib.contextmanager
@@ -35,15 +36,15 @@ def megatron_arguments(
     options: Sequence[type] = (),
     start: Start | None = None,
 ) -> Iterator[Any]:
-    """Megatron's validated arguments, with the CPU backend around the body where there is no CUDA device.
+    """Megatron's validated arguments. Without a CUDA device, the CPU backend is on inside the context.
 
     Args:
-        extra_args_provider, trains, options: as `take_arguments` takes them.
-        flags: flags that the job itself sets, after the user's.
-        start: the start whose first steps this is.
+        extra_args_provider, trains, options: arguments of `take_arguments`.
+        flags: flags that the job appends to the user's flags.
+        start: the `Start` that runs the steps.
 
     Raises:
-        RamoeError: as `take_arguments`, or an argument that is no Unicode.
+        RamoeError: as `take_arguments`, or an argument is not valid Unicode.
     """
     refuse_unwritable(sys.argv[1:], "command line")
     with cpu_backend() as on_cpu:
@@ -64,18 +65,22 @@ def take_arguments(
     trains: bool = False,
     options: Sequence[type] = (),
 ) -> Any:
-    """The first steps of every start: the arguments on `sys.argv`, validated by Megatron; its tokenizer, and the model's
-    configuration. In a run they become Megatron's global state. A check sets none.
+    """The first steps of every job: validate `sys.argv`, make the tokenizer and the model configuration.
+
+    A run sets Megatron's global state from them. A check sets no global state.
 
     Args:
         extra_args_provider: adds our flags to Megatron's parser.
         left_out: flags that the CPU backend leaves out.
-        trains: whether the job trains. One that does not runs without context parallelism.
-        options: option classes, each of which refuses flags that do not go together.
+        trains: whether the job trains. A job that does not train rejects context parallelism.
+        options: option classes. Each class rejects incompatible flags.
+
+    Returns:
+        The validated arguments.
 
     Raises:
-        RamoeError: what Megatron refuses, or a tokenizer that `check_tokenizer` refuses.
-        Absent: in a check, when there are no arguments that the next steps could go on with.
+        RamoeError: Megatron rejects the flags, or `check_tokenizer` rejects the tokenizer.
+        Absent: in a check, when the arguments are too broken for the next steps.
     """
     correct, relaid = "correct the flag", "change the ranks, the parallel sizes or the batch sizes"
     left = f"; the CPU backend leaves out {', '.join(left_out)}" if left_out else ""
@@ -97,8 +102,8 @@ def take_arguments(
 
     def laid_out() -> str:
         fits(args)
-        told = trial.layout(args) if start.checks else ""  # in a run Megatron has counted its micro-batches
-        return told if trains else told.partition(";")[0]  # an offline job makes its own batches
+        text = trial.layout(args) if start.checks else ""  # in a run the micro-batch calculator is set up
+        return text if trains else text.partition(";")[0]  # an offline job makes its own batches
 
     def tokenizer() -> Any:
         from megatron.training import get_tokenizer
@@ -118,12 +123,17 @@ def take_arguments(
         with trial.micro_batches(args) if start.checks else contextlib.nullcontext():
             return trial.made_from_arguments(args, trains)
 
-    def step(check: str, look: Callable[[], Any], told: Callable[[Any], str] | None, advice: str, *needs: str) -> Step[Any]:
+    def step(
+        check: str, look: Callable[[], Any], told: Callable[[Any], str] | None, advice: str, *needs: str
+    ) -> Step[Any]:
         return start.step(check, refusals_of_megatron()(look), told, advice, needs)
 
     parsed = step("flags", lambda: trial.parsed(extra_args_provider), taken, correct)
     sized = step(  # with --use-checkpoint-args the sizes may be those in the checkpoint
-        "layout", lambda: parsed.value if parsed.value.use_checkpoint_args else fits(parsed.value), None, relaid
+        "layout",
+        lambda: parsed.value if parsed.value.use_checkpoint_args else fits(parsed.value),
+        None,
+        relaid,
     )
     args = step("flags", validated, taken, correct).value
     start.tokenizer = step(
@@ -141,8 +151,10 @@ def take_arguments(
 
 @contextlib.contextmanager
 def refusals_of_megatron() -> Iterator[None]:
-    """Around what depends on the flags alone: whatever Megatron raises becomes a RamoeError with Megatron's file, line
-    and condition."""
+    """Turn any error of Megatron into a RamoeError with Megatron's file, line and condition.
+
+    Use this only around code that depends on the flags alone.
+    """
     try:
         yield
     except (RamoeError, Absent):
@@ -152,20 +164,24 @@ def refusals_of_megatron() -> Iterator[None]:
 
 
 def fork_writer_queue() -> None:
-    """Fork the small process through which Megatron's checkpoint writers report.
+    """Fork the small process that collects the results of Megatron's checkpoint writers.
 
-    Its first save would otherwise spawn one a rank, which imports torch again: three seconds of a core, as long as a small run trains.
-    Called before there are process groups, hence threads. Not where there is a GPU: a fork must not inherit a CUDA context.
+    Without it, Megatron's first save spawns such a process on each rank. A spawned process imports torch
+    again, which takes three seconds of a core, as long as a small training run. Call this before process
+    groups start threads. Do not call it with a GPU, because a forked process must not inherit a CUDA context.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
     manager.start(_live_as_long_as, (os.getpid(),))
-    filesystem_async._results_queue = manager.Queue()  # what get_write_results_queue() returns from now on
+    filesystem_async._results_queue = manager.Queue()  # get_write_results_queue() returns this queue
 
 
 def _live_as_long_as(rank: int) -> None:
-    """In the forked process: a SIGTERM to the whole group asks the rank to save, which needs this process; its end is the rank's."""
+    """Tie the forked process to its rank: it ignores SIGTERM and is killed when the rank ends.
+
+    A SIGTERM to the whole process group asks the rank to save, and the save needs this process.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != rank:
@@ -174,10 +190,10 @@ def _live_as_long_as(rank: int) -> None:
 
 @contextlib.contextmanager
 def command_line(arguments: list[str], on_cpu: bool) -> Iterator[list[str]]:
-    """`sys.argv`, which is where Megatron's parser reads, with these arguments, as the CPU backend runs them where it is on.
+    """Put these arguments into `sys.argv`, which Megatron's parser reads, adapted to the CPU backend if on.
 
     Yields:
-        the flags that the CPU backend leaves out.
+        The flags that the CPU backend leaves out.
     """
     before = sys.argv
     left_out: list[str] = []
@@ -191,12 +207,12 @@ def command_line(arguments: list[str], on_cpu: bool) -> Iterator[list[str]]:
 
 
 def run_job(main: Callable[[], None]) -> None:
-    """Run a job's main: an error meant for the user is printed without a traceback, and ends the job with status 2.
+    """Run a job's main function. A RamoeError is printed without a traceback and ends the job with status 2.
 
-    Rank 0 tells it at once. Another rank does so a moment later, with its number, so that an error that rank 0 did not meet (a
-    file absent on one node, one pipeline stage) is told too, and one that all ranks met is told once. Under
-    `ramoe`, ranks that fail after another one has told its error, since their collectives end with it, say
-    nothing.
+    Rank 0 prints the error at once. Another rank waits `GRACE_SECONDS` and prints the error with its rank
+    number. So an error on all ranks is printed once, and an error that rank 0 does not have is printed too,
+    such as a file that is missing on one node. Under `ramoe`, a rank whose collective fails because another
+    rank has reported an error prints nothing.
     """
     from torch.distributed.checkpoint import CheckpointException  # not an Exception
 
@@ -220,7 +236,7 @@ def run_job(main: Callable[[], None]) -> None:
 
 
 def _leave(status: int) -> None:
-    """Leave with the process group taken down; a rank that failed must not wait for the others."""
+    """Exit the process. Only a successful rank destroys its process group; a failed rank must not wait."""
     import torch
 
     sys.stdout.flush()
@@ -228,13 +244,14 @@ def _leave(status: int) -> None:
     if status == 0 and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if status:
-        for process in multiprocessing.active_children():  # Megatron's checkpoint writer keeps one, which would outlive its parent
+        # Megatron's checkpoint writer would outlive its parent
+        for process in multiprocessing.active_children():
             process.terminate()
         os._exit(status)
 
 
 def memory_peak() -> str:
-    """The most memory that this rank has held: of its device, or of its process where there is none."""
+    """Peak memory of this rank: of its CUDA device, or of its process without one."""
     import resource
 
     import torch
@@ -245,5 +262,5 @@ def memory_peak() -> str:
 
 
 def is_rank_0() -> bool:
-    """Whether this process is the first of the job, before the process group exists."""
+    """Whether this process is rank 0. Also works before the process group exists."""
     return os.environ.get("RANK", "0") == "0"

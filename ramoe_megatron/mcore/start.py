@@ -1,4 +1,4 @@
-"""The steps of a job before its model is built. A run stops at the first failure; a check tries all."""
+"""The steps of a job before its model is built. A run stops at the first error; a check tries every step."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -7,28 +7,30 @@ from ramoe_megatron.mcore.findings import WRITTEN, Finding, State, reason
 
 
 class Absent(Exception):
-    """The input of a step is missing: an earlier step failed, or waits for a file that does not exist yet."""
+    """An input of a step is missing: an earlier step failed, or it needs a file that is not written yet."""
 
 
 class Step[Value]:
     """The result of a step."""
 
     def __init__(self, *value: Value) -> None:
-        """Without a value, the step failed or waits for a file."""
+        """A step without a value failed, or needs a file that is not written yet."""
         self._value = value
 
     @property
     def value(self) -> Value:
-        """The value. Raises Absent if there is none, which only happens in a check."""
+        """The value of the step. Raises Absent if the step has no value, which happens only in a check."""
         if not self._value:
             raise Absent
         return self._value[0]
 
 
 class Start:
-    """Runs a job's steps. The job and its check use the same code, so both find the same faults.
+    """Runs a job's steps. A job and its check share this code, so both find the same errors.
 
-    Attributes: `tokenizer` and `config` (the model's `TransformerConfig`) are the steps that every job takes.
+    Attributes:
+        tokenizer: the step that makes the tokenizer.
+        config: the step that makes the model's `TransformerConfig`.
     """
 
     tokenizer: Step[Any]
@@ -42,9 +44,10 @@ class Start:
     ) -> None:
         """
         Args:
-            checks: only check. A failed step becomes a finding, and the next steps run.
-            coming: in a check, the files that an earlier stage will write, and the name of that stage.
-            kept: the cache of `once`. Command lines that are checked in one process share it.
+            checks: whether this is a check. In a check, an error becomes a finding and the next steps still
+                run.
+            coming: in a check, files that an earlier stage will write, and the name of that stage.
+            kept: the cache of `once`. All command lines that one process checks share it.
         """
         self.checks, self.coming = checks, coming or {}
         self.kept = {} if kept is None else kept
@@ -52,7 +55,7 @@ class Start:
 
     @property
     def findings(self) -> list[Finding]:
-        """The findings of a check: one for each kind of check, in the order of the steps."""
+        """The findings of a check, one for each name of a check, in the order of the steps."""
         return list(self._found.values())
 
     def step[Value](
@@ -63,15 +66,15 @@ class Start:
         advice: str = "",
         needs: Iterable[str | None] = (),
     ) -> Step[Value]:
-        """Take a step.
+        """Run a step.
 
         Args:
-            check: the subject of the step, in the words of the doctor. Several steps may have the same
-                subject.
-            look: the step. In a run, an error of the step is raised.
-            told: gives the text of the check for a valid value; None for no text.
-            advice: the text of the check for an error.
-            needs: files that the step reads. In a check, the step waits for a file that does not exist yet.
+            check: name of the check in the list of findings. Several steps may share a name.
+            look: the step. In a run its errors pass through.
+            told: makes the text of the finding from a valid value; None makes no finding.
+            advice: what to do about an error.
+            needs: files that the step reads. A check skips the step if an earlier stage will write one of
+                them.
         """
         if not self.checks:
             return Step(look())
@@ -81,7 +84,7 @@ class Start:
         try:
             value = look()
             text = told(value) if told else None
-        except Absent:  # the cause has been recorded
+        except Absent:  # the earlier step has recorded the cause
             return Step()
         except (Exception, SystemExit) as error:
             self._record(check, "fatal", reason(error), advice)
@@ -91,11 +94,11 @@ class Start:
         return Step(value)
 
     def warn(self, check: str, found: str, advice: str) -> None:
-        """Record in a check something that does not stop the job but may be a mistake."""
+        """Record a warning: the job would run, but perhaps not as the user intends."""
         self._record(check, "warning", found, advice)
 
     def once[Value](self, key: object, make: Callable[[], Value]) -> Value:
-        """The value of `make`, computed once in this process for each key."""
+        """The result of `make`, called once per key for all command lines of this process."""
         text = repr(key)
         if text not in self.kept:
             self.kept[text] = make()

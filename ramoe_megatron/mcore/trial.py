@@ -1,8 +1,8 @@
-"""The pieces of taking a job's command line: parsed, laid out on ranks and validated, by Megatron's own code.
+"""Parse and validate a job's command line with Megatron's own code, without Megatron's global state.
 
-A job and its check share them (`launch.take_arguments`). They set no global state of Megatron, so one process can check many
-command lines, and no folder or logger comes into being. The CPU backend has to be on where there is no CUDA device, and
-`launch.command_line` around each command line.
+A job and its check share these functions (`launch.take_arguments`). They set no global state of Megatron and
+create no folders or loggers, so one process can check many command lines. Callers wrap each command line in
+`launch.command_line`. Without a CUDA device the CPU backend must be on.
 """
 
 import contextlib
@@ -18,10 +18,11 @@ from ramoe_megatron.mcore import compat
 
 @contextlib.contextmanager
 def standing_for_rank_0(ranks: int, nodes: int) -> Iterator[None]:
-    """The environment that torchrun gives the first rank of `nodes` x `ranks`."""
-    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks * nodes), "LOCAL_WORLD_SIZE": str(ranks)}
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
+    """Set torchrun's environment variables for rank 0 of `nodes` nodes with `ranks` ranks each."""
+    world = str(ranks * nodes)
+    rank_0 = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": str(ranks)}
+    before = {name: os.environ.get(name) for name in rank_0}
+    os.environ.update(rank_0)
     try:
         yield
     finally:
@@ -33,11 +34,11 @@ def standing_for_rank_0(ranks: int, nodes: int) -> Iterator[None]:
 
 
 def parsed(provider: Callable) -> Any:
-    """The arguments as Megatron's parser leaves them. Raises RamoeError for what it refuses."""
+    """Parse `sys.argv` with Megatron's parser. Raises RamoeError for a flag that the parser rejects."""
     from megatron.training.arguments import parse_args
 
     def refusing(parser: Any) -> Any:
-        parser.error = _refuse_flag  # argparse prints a thousand lines of usage for each rank
+        parser.error = _refuse_flag  # argparse would print a thousand lines of usage on each rank
         return provider(parser)
 
     return parse_args(refusing)
@@ -48,13 +49,13 @@ def _refuse_flag(message: str) -> NoReturn:
 
 
 def validated(args: Any) -> Any:
-    """Parsed arguments as Megatron's validation leaves them; what it raises passes."""
+    """Parsed arguments after Megatron's validation. Errors of Megatron pass through."""
     from megatron.training import arguments
 
     names = ("parse_args", "set_global_variables")
     before = {name: getattr(arguments, name) for name in names}
-    arguments.parse_args = lambda *_, **__: args  # making the parser is what takes the time
-    arguments.set_global_variables = lambda *_, **__: None  # tokenizer, TensorBoard, loggers: a later step
+    arguments.parse_args = lambda *_, **__: args  # do not parse again: building the parser is slow
+    arguments.set_global_variables = lambda *_, **__: None  # a later step makes tokenizer and loggers
     try:
         return arguments.parse_and_validate_args(args_defaults={})
     finally:
@@ -63,30 +64,42 @@ def validated(args: Any) -> Any:
 
 
 def refuse_sizes(args: Any) -> None:
-    """Raise RamoeError when the sizes of parsed arguments do not fit the number of ranks, the experts or the batch."""
+    """Raise RamoeError when the parallel sizes do not fit the number of ranks, the experts or the batch."""
     world, tp, pp, cp, ep, etp = _sizes(args)
     if world % (tp * pp * cp):
         raise RamoeError(f"{world} ranks, but TP {tp} x PP {pp} x CP {cp} needs a multiple of {tp * pp * cp}")
     if world % (ep * etp * pp):
-        raise RamoeError(f"{world} ranks, but EP {ep} x expert-TP {etp} x PP {pp} needs a multiple of {ep * etp * pp}")
+        raise RamoeError(
+            f"{world} ranks, but EP {ep} x expert-TP {etp} x PP {pp} needs a multiple of {ep * etp * pp}"
+        )
     if args.num_experts and args.num_experts % ep:
-        raise RamoeError(f"--expert-model-parallel-size {ep} does not divide --num-experts {args.num_experts}")
+        raise RamoeError(
+            f"--expert-model-parallel-size {ep} does not divide --num-experts {args.num_experts}"
+        )
     batch, micro, dp = args.global_batch_size, args.micro_batch_size, world // (tp * pp * cp)
-    if batch and micro and batch % (micro * dp) and not (args.decrease_batch_size_if_needed or args.step_batch_size_schedule):
-        raise RamoeError(f"--global-batch-size {batch} is no multiple of --micro-batch-size {micro} x DP {dp} = {micro * dp}")
+    if (
+        batch
+        and micro
+        and batch % (micro * dp)
+        and not (args.decrease_batch_size_if_needed or args.step_batch_size_schedule)
+    ):
+        raise RamoeError(
+            f"--global-batch-size {batch} is no multiple of "
+            f"--micro-batch-size {micro} x DP {dp} = {micro * dp}"
+        )
 
 
 def refuse_context_parallel(args: Any) -> None:
-    """Raise RamoeError for a parallel layout that the offline jobs do not run."""
+    """Raise RamoeError for context parallelism, which the offline jobs do not support."""
     if args.context_parallel_size > 1:
         raise RamoeError(
-            f"--context-parallel-size {args.context_parallel_size}: the offline jobs score whole sequences; run them with 1 "
-            "(the checkpoint loads in any layout)"
+            f"--context-parallel-size {args.context_parallel_size}: the offline jobs score whole sequences; "
+            "run them with 1 (the checkpoint loads in any layout)"
         )
 
 
 def layout(args: Any) -> str:
-    """The layout of validated arguments in words. Raises AssertionError when the batch sizes do not fit it."""
+    """Describe the parallel layout. Raises AssertionError when the batch sizes do not fit the layout."""
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     world, tp, pp, cp, ep, etp = _sizes(args)
@@ -94,14 +107,15 @@ def layout(args: Any) -> str:
         count = get_num_microbatches()
     dp, micro = args.data_parallel_size, args.micro_batch_size
     return (
-        f"{world} rank{'s' * (world > 1)} = TP {tp} x PP {pp} x CP {cp} x DP {dp}, experts EP {ep} x ETP {etp}; "
-        f"global batch {args.global_batch_size} = {count} micro-batches x {micro} x DP {dp}"
+        f"{world} rank{'s' * (world > 1)} = TP {tp} x PP {pp} x CP {cp} x DP {dp}, "
+        f"experts EP {ep} x ETP {etp}; global batch {args.global_batch_size} = {count} micro-batches x "
+        f"{micro} x DP {dp}"
     )
 
 
 @contextlib.contextmanager
 def micro_batches(args: Any) -> Iterator[None]:
-    """Megatron's global count of micro-batches, as its own start sets it up from validated arguments."""
+    """Set up Megatron's global micro-batch calculator inside the context, as Megatron does at its start."""
     from megatron.core import num_microbatches_calculator as calculator
 
     try:
@@ -121,12 +135,17 @@ def micro_batches(args: Any) -> Iterator[None]:
 
 def _sizes(args: Any) -> tuple[int, int, int, int, int, int]:
     tp, etp = args.tensor_model_parallel_size, args.expert_tensor_parallel_size
-    sizes = (tp, args.pipeline_model_parallel_size, args.context_parallel_size, args.expert_model_parallel_size)
+    sizes = (
+        tp,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+        args.expert_model_parallel_size,
+    )
     return (args.world_size, *sizes, tp if etp is None else etp)
 
 
 def tokenizer(args: Any) -> Any:
-    """Megatron's tokenizer for validated arguments, whose padded vocabulary it sets."""
+    """Build Megatron's tokenizer. Sets the padded vocabulary size in the validated arguments."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     refuse_no_tokenizer(args)
@@ -134,34 +153,40 @@ def tokenizer(args: Any) -> Any:
 
 
 def tokenizer_flags(args: Any) -> dict[str, Any]:
-    """The arguments that a tokenizer is made from."""
+    """The arguments that determine the tokenizer."""
     further = ("vocab_file", "merge_file", "chat_template", "special_tokens")
-    return {name: value for name, value in vars(args).items() if name.startswith("tokenizer") or name in further}
+    return {
+        name: value for name, value in vars(args).items() if name.startswith("tokenizer") or name in further
+    }
 
 
 def refuse_no_tokenizer(args: Any) -> None:
     """Raise RamoeError for a command line that names no tokenizer."""
     if args.tokenizer_type is None:
-        raise RamoeError("--tokenizer-type is missing: expected one of Megatron's, such as SentencePieceTokenizer")
+        raise RamoeError(
+            "--tokenizer-type is missing: expected a type that Megatron has, such as SentencePieceTokenizer"
+        )
 
 
 def made_from_arguments(args: Any, trains: bool) -> Any:
-    """Make, by Megatron's own code, what Megatron makes from validated arguments alone, before any model: what Megatron
-    would refuse later is refused now.
+    """Build everything that Megatron derives from the arguments alone, so that bad arguments fail early.
 
-    For every job: the model's configuration. For a training also: all other configurations, the schedules of learning
-    rate and weight decay, and the number of samples. Megatron's count of micro-batches has to be set up. Without a
-    tokenizer the vocabulary has the smallest padded size.
+    For every job this is the model's configuration. For a training job it is also all other configurations,
+    the schedules of learning rate and weight decay, and the number of samples. Megatron's micro-batch
+    calculator must be set up. Without a tokenizer the vocabulary has the smallest padded size.
 
     Returns:
-        the model's `TransformerConfig`.
+        The model's `TransformerConfig`.
 
     Raises:
-        RamoeError: the sizes do not fit the ranks. What Megatron raises passes.
+        RamoeError: the parallel sizes do not fit the ranks. Errors of Megatron pass through.
     """
     refuse_sizes(args)
-    args = copy.copy(args)  # Megatron writes into them
-    args.padded_vocab_size = getattr(args, "padded_vocab_size", None) or args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    args = copy.copy(args)  # Megatron changes the arguments
+    args.padded_vocab_size = (
+        getattr(args, "padded_vocab_size", None)
+        or args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    )
     args.iteration = 0
     config = compat.model_config_from_args(args)
     if trains:
@@ -172,7 +197,7 @@ def made_from_arguments(args: Any, trains: bool) -> Any:
         get_args, training.get_args = training.get_args, lambda: args
         try:
             if not args.skip_train:
-                optimizer = SimpleNamespace(param_groups=[{}])  # the schedules read nothing else of it
+                optimizer = SimpleNamespace(param_groups=[{}])  # the schedules read only the groups
                 training.get_optimizer_param_scheduler(optimizer)
             training.get_train_valid_test_num_samples()
         finally:

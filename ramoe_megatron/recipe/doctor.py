@@ -1,4 +1,4 @@
-"""`ramoe doctor`: what would stop a job or a recipe, told before it starts. Nothing is started, nothing stays behind."""
+"""`ramoe doctor`: find what would stop a job or a recipe. It starts nothing and leaves no files behind."""
 
 import json
 import subprocess
@@ -25,8 +25,16 @@ JOB_NAMES = ("taxonomy", "profile", "finetune", "evaluate", "steer", "predict")
 _COLOURS = {"ok": "green", "warning": "yellow", "fatal": "bold red"}
 
 
-def job_findings(job: str, words: Sequence[str], ranks: int, nodes: int, environment: Mapping[str, str]) -> list[Finding]:
-    """Findings about this node and a job's command line. `ranks`: per node; `words`: Megatron's flags and ours."""
+def job_findings(
+    job: str, words: Sequence[str], ranks: int, nodes: int, environment: Mapping[str, str]
+) -> list[Finding]:
+    """Findings about this node and a job's command line.
+
+    Args:
+        words: the flags of the job, Megatron's and ours.
+        ranks: ranks per node.
+        environment: variables, as `os.environ` holds them.
+    """
     folder = _value(words, "save" if job == "finetune" else "ramoe-output")
     local = _value(words, "transformer-impl") == "local"
     found = environment_findings(ranks, nodes, Path(folder) if folder else None, environment, local)
@@ -34,13 +42,19 @@ def job_findings(job: str, words: Sequence[str], ranks: int, nodes: int, environ
     return found + answers[job]
 
 
-def recipe_findings(path: Path, changes: Sequence[str], out: Path | None, environment: Mapping[str, str]) -> list[Finding]:
-    """Findings about this node and the stages of a recipe. `changes`, `out`: as `ramoe run` takes them.
+def recipe_findings(
+    path: Path, changes: Sequence[str], out: Path | None, environment: Mapping[str, str]
+) -> list[Finding]:
+    """Findings about this node and the stages of a recipe.
 
-    What an earlier stage is going to write need not be there.
+    Files that an earlier stage will write may be missing.
+
+    Args:
+        changes, out: arguments of `ramoe run`.
+        environment: variables, as `os.environ` holds them.
 
     Raises:
-        RamoeError: the recipe cannot be read, or says what no recipe can.
+        RamoeError: the recipe cannot be read, or is invalid.
     """
     recipe = load_recipe(path, changes)
     folder = (out or Path("runs") / recipe.name).resolve()
@@ -51,7 +65,8 @@ def recipe_findings(path: Path, changes: Sequence[str], out: Path | None, enviro
     coming: dict[str, dict[str, str]] = {}
     try:
         coming = coming_files(plan, Manifest(folder, recipe.name))
-        if (folder / ".lock").is_file():  # else nobody holds it, and asking would make it
+        # without the file no run holds the lock, and `locked` would create the file
+        if (folder / ".lock").is_file():
             with locked(folder):
                 pass
         held = Finding("run folder", "ok", "goes on" if (folder / "manifest.json").is_file() else "new")
@@ -60,17 +75,25 @@ def recipe_findings(path: Path, changes: Sequence[str], out: Path | None, enviro
         coming = {stage.name: _outputs(plan[:place]) for place, stage in enumerate(plan)}
     ranks, nodes = recipe.launch.ranks_per_node, recipe.launch.nodes
     submits = recipe.launch.launcher == "slurm" and "SLURM_JOB_ID" not in environment
-    here = (0, 1) if submits else (ranks, nodes)  # a node that only submits needs no devices; each job looks at its own
+    # a node that only submits needs no devices
+    here = (0, 1) if submits else (ranks, nodes)
     local = {**recipe.model, **recipe.train, **recipe.parallel}.get("transformer-impl") == "local"
     found = [*environment_findings(*here, folder, environment, local, expected_bytes(plan, coming)), held]
 
     def layout() -> str:
-        flags.check_layout(recipe, None)  # devices are told of above
+        flags.check_layout(recipe, None)  # the environment findings cover the devices
         return f"{nodes} x {ranks} ranks"
 
     found.append(fault or attempt("recipe", layout, "change launch, parallel or the batch sizes"))
     lines = [
-        Line(stage.name, stage.command[0].removeprefix(f"{JOBS}."), stage.arguments()[1:], stage.ranks, stage.nodes, coming[stage.name])
+        Line(
+            stage.name,
+            stage.command[0].removeprefix(f"{JOBS}."),
+            stage.arguments()[1:],
+            stage.ranks,
+            stage.nodes,
+            coming[stage.name],
+        )
         for stage in plan
         if stage.ranks
     ]
@@ -86,7 +109,7 @@ def recipe_findings(path: Path, changes: Sequence[str], out: Path | None, enviro
 
 
 def coming_files(plan: Sequence[Stage], manifest: Manifest) -> dict[str, dict[str, str]]:
-    """Stage -> what earlier stages are going to write, though an older result may lie there -> which of them does."""
+    """For each stage: the files that earlier stages will write or overwrite -> name of the writing stage."""
     found: dict[str, dict[str, str]] = {}
     coming: dict[str, str] = {}
     for stage in plan:
@@ -101,9 +124,14 @@ def _outputs(stages: Sequence[Stage]) -> dict[str, str]:
 
 
 def expected_bytes(plan: Sequence[Stage], coming: Mapping[str, Mapping[str, str]]) -> int:
-    """The base's checkpoint, once for every fine-tune that is to run; 0 where there is no base yet."""
+    """Estimate of the bytes that the fine-tunes to run will save: one copy of the base checkpoint each.
+
+    0 if the base checkpoint does not exist yet.
+    """
     report = plan[-1].name if plan else ""
-    running = [stage for stage in plan if stage.kind == "finetune" and stage.name in coming.get(report, {}).values()]
+    running = [
+        stage for stage in plan if stage.kind == "finetune" and stage.name in coming.get(report, {}).values()
+    ]
     base = Path((running and _value(running[0].command, "pretrained-checkpoint")) or "")
     if not running or not (base / CHECKPOINT_MARK).is_file():
         return 0
@@ -112,7 +140,11 @@ def expected_bytes(plan: Sequence[Stage], coming: Mapping[str, Mapping[str, str]
 
 
 def ask(lines: Sequence[Line], environment: Mapping[str, str]) -> tuple[list[str], dict[str, list[Finding]]]:
-    """The flags that Megatron knows, and the findings about each command line: from one process, for Megatron is slow to import."""
+    """Check command lines in one process, because Megatron is slow to import.
+
+    Returns:
+        All known flags, and the findings by name of the line.
+    """
     if not lines:
         return [], {}
     done = subprocess.run(
@@ -126,14 +158,21 @@ def ask(lines: Sequence[Line], environment: Mapping[str, str]) -> tuple[list[str
     for text in done.stdout.splitlines():
         if text.startswith(ANSWER):
             answer = json.loads(text.removeprefix(ANSWER))
-            return answer["flags"], {name: [Finding(**f) for f in found] for name, found in answer["findings"].items()}
+            return answer["flags"], {
+                name: [Finding(**f) for f in found] for name, found in answer["findings"].items()
+            }
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    fault = Finding("Megatron", "fatal", f"cannot be asked: {last}", "check the installation of megatron-core and torch")
+    fault = Finding(
+        "Megatron", "fatal", f"cannot be run: {last}", "check the installation of megatron-core and torch"
+    )
     return [], {line.name: [fault] for line in lines}
 
 
 def merged_findings(answers: Mapping[str, Sequence[Finding]]) -> list[Finding]:
-    """One finding a check from those of all stages: the worst state; stages are named where they differ."""
+    """Merge the findings of all stages into one finding per check.
+
+    The merged finding has the worst state. It names the stages if their findings differ.
+    """
     checks: dict[str, dict[str, Finding]] = {}
     for stage, findings in answers.items():
         for finding in findings:
@@ -143,21 +182,26 @@ def merged_findings(answers: Mapping[str, Sequence[Finding]]) -> list[Finding]:
 
 def _merge(check: str, by_stage: Mapping[str, Finding]) -> Finding:
     worst = max((finding.state for finding in by_stage.values()), key=STATES.index)
-    told: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
     makers: dict[str, None] = {}
     for stage, finding in by_stage.items():
         if worst != "ok" and finding.state == "ok":
             continue
         text = finding.found
-        if text.startswith(WRITTEN):  # each evaluation reads another fine-tune: one line for all
+        if text.startswith(WRITTEN):  # one line for all: each evaluation reads another fine-tune
             makers |= dict.fromkeys(text.removeprefix(WRITTEN).split(", "))
             text = WRITTEN
-        told.setdefault(text, []).append(stage)
-    if WRITTEN in told:
-        told = {f"{WRITTEN}{_names(list(makers))}" if text == WRITTEN else text: stages for text, stages in told.items()}
-    everywhere = len(told) == 1 and len(next(iter(told.values()))) == len(by_stage)
-    found = "\n".join(text if everywhere else f"{_names(stages)}: {text}" for text, stages in told.items())
-    advice = dict.fromkeys(finding.advice for finding in by_stage.values() if finding.state == worst and finding.advice)
+        texts.setdefault(text, []).append(stage)
+    if WRITTEN in texts:
+        texts = {
+            f"{WRITTEN}{_names(list(makers))}" if text == WRITTEN else text: stages
+            for text, stages in texts.items()
+        }
+    everywhere = len(texts) == 1 and len(next(iter(texts.values()))) == len(by_stage)
+    found = "\n".join(text if everywhere else f"{_names(stages)}: {text}" for text, stages in texts.items())
+    advice = dict.fromkeys(
+        finding.advice for finding in by_stage.values() if finding.state == worst and finding.advice
+    )
     return Finding(check, worst, found, "; ".join(advice))
 
 
@@ -165,7 +209,9 @@ def _names(stages: Sequence[str]) -> str:
     kinds: dict[str, list[str]] = {}
     for stage in stages:
         kinds.setdefault(stage.partition("/")[0], []).append(stage)
-    return ", ".join(names[0] if len(names) == 1 else f"{kind} ({len(names)})" for kind, names in kinds.items())
+    return ", ".join(
+        names[0] if len(names) == 1 else f"{kind} ({len(names)})" for kind, names in kinds.items()
+    )
 
 
 def _value(words: Sequence[str], name: str) -> str | None:
@@ -180,7 +226,7 @@ def _value(words: Sequence[str], name: str) -> str | None:
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """The findings, a line each."""
+    """A table of the findings, one row each."""
     shown = Table("check", "state", "found", "what to do")
     for finding in findings:
         state = f"[{_COLOURS[finding.state]}]{finding.state}[/]"
@@ -189,5 +235,5 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 
 def healthy(findings: Sequence[Finding]) -> bool:
-    """Whether nothing is fatal."""
+    """Whether no finding is fatal."""
     return all(finding.state != "fatal" for finding in findings)

@@ -146,7 +146,9 @@ def test_tables_that_do_not_tell_about_an_anchor_are_refused() -> None:
         answered(rows, "en", ["zh", "zh"])
     with pytest.raises(RamoeError, match="found none"):
         answered(rows, "en", [])
-    with pytest.raises(RamoeError, match=r"4 examples, first a, b, c, d, have rows in 'zh', so 'zh' is not the anchor"):
+    with pytest.raises(
+        RamoeError, match=r"4 examples, first a, b, c, d, have rows in 'zh', so 'zh' is not the anchor"
+    ):
         answered(rows, "zh", ["zh"])
     kept = [row for row in rows if (row.id, row.language) not in {("a", "zh"), ("c", "zh")}]
     with pytest.raises(RamoeError, match=r"2 examples, first a, c, have no row in the anchor 'zh'"):

@@ -13,7 +13,13 @@ import yaml
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import FORMATS, load_document, save_document
 from ramoe_megatron.artifacts.priors import Priors
-from ramoe_megatron.artifacts.records import read_divergence, read_examples, read_taxonomy, write_divergence, write_taxonomy
+from ramoe_megatron.artifacts.records import (
+    read_divergence,
+    read_examples,
+    read_taxonomy,
+    write_divergence,
+    write_taxonomy,
+)
 from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.artifacts.usage import UsageFile
 from ramoe_megatron.data.parallel import load_examples

@@ -85,7 +85,11 @@ def test_an_expert_file_whose_tensors_do_not_fit_its_metadata_is_refused_on_load
     for name, tensor, message in [
         ("delta", torch.zeros(2, 3, 5), r"delta has shape \(2, 3, 5\), expected \(2, 3, 4\)"),
         ("delta", torch.full((2, 3, 4), float("inf")), "delta has values that are not finite"),
-        ("english_pattern.last", torch.ones(2, 3, 4), "found rows of english_pattern.last that sum to neither 1 nor 0"),
+        (
+            "english_pattern.last",
+            torch.ones(2, 3, 4),
+            "found rows of english_pattern.last that sum to neither 1 nor 0",
+        ),
     ]:
         save_file({**tensors, name: tensor}, path, metadata)
         with pytest.raises(RamoeError, match=rf"experts\.safetensors: {message}"):

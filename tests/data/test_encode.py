@@ -1,4 +1,4 @@
-"""Laws of encoding, with real tokenizers: the border of prompt and response, chat templates, special tokens."""
+"""Laws of encoding, with real tokenizers: border of prompt and response, templates, special tokens."""
 
 import io
 from pathlib import Path
@@ -85,14 +85,18 @@ def test_chat_template_masks_all_but_the_last_turn(model_file: Path) -> None:
 def test_chat_choices_replace_the_last_turn(model_file: Path) -> None:
     tokenizer = megatron_tokenizer(model_file, "sentencepiece", chat_template=TEMPLATE)
     chat = example(prompt="", response="yes", messages=MESSAGES, choices=("yes", "no"))
-    found = [tokenizer.detokenize(e.ids[e.prompt_length : -1]).strip() for e in encode_choices(chat, tokenizer)]
+    found = [
+        tokenizer.detokenize(e.ids[e.prompt_length : -1]).strip() for e in encode_choices(chat, tokenizer)
+    ]
     assert found == ["yes", "no"]
 
 
 def test_messages_need_a_chat_template_that_only_appends(model_file: Path) -> None:
     chat = example(prompt="", response="no perhaps", messages=MESSAGES)
     for tokenizer in (TOKENIZER, megatron_tokenizer(model_file, "sentencepiece")):
-        with pytest.raises(RamoeError, match="id 'q1', language 'en' has `messages`, but the tokenizer has no chat"):
+        with pytest.raises(
+            RamoeError, match="id 'q1', language 'en' has `messages`, but the tokenizer has no chat"
+        ):
             encode(chat, tokenizer)
     with pytest.raises(RamoeError, match="writes the conversation before the last message differently"):
         encode(chat, megatron_tokenizer(model_file, "sentencepiece", chat_template=FORGETFUL))

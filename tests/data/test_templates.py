@@ -1,4 +1,4 @@
-"""The law of chat templates: what a model is trained to write counts as right, or template and tokenizer are refused by name."""
+"""The law of chat templates: what a model is trained to write is right, or the template is refused."""
 
 import re
 from dataclasses import replace
@@ -25,7 +25,11 @@ from ramoe_megatron.data.tokenizer import train_tokenizer
 from ramoe_megatron.errors import RamoeError
 
 words = st.text(alphabet=st.characters(exclude_categories=["C"]), min_size=1, max_size=20)
-answers = st.one_of(words, words.map(lambda text: f" \n{text} \n"), st.sampled_from(["42", "3.5", "नमस्ते", "EUR .", "final answer", "user"]))
+answers = st.one_of(
+    words,
+    words.map(lambda text: f" \n{text} \n"),
+    st.sampled_from(["42", "3.5", "नमस्ते", "EUR .", "final answer", "user"]),
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,9 @@ def generated(asked: Example, tokenizer: Any) -> str:
     encoded, how = encode(asked, tokenizer), decoding(asked, tokenizer)
     assert how.prompt == encode_prompt(asked, tokenizer) == encoded.ids[: encoded.prompt_length]
     trained = encoded.ids[encoded.prompt_length :]
-    assert [n for n, token in enumerate(trained) if token in how.stops] == [len(trained) - 1], "it stops, and only at the end"
+    assert [n for n, token in enumerate(trained) if token in how.stops] == [len(trained) - 1], (
+        "it stops, and only at the end"
+    )
     return how.answer(trained[:-1], tokenizer)
 
 
@@ -62,13 +68,17 @@ def test_what_is_trained_is_right(tokenizers: dict[str, Any], name: str, questio
         for before in ((question,), ("one ?", "yes", question)):
             asked = chat(answer, *before)
             assert asked.messages is not None
-            asked = replace(asked, messages=(*({"role": role, "content": "Be right."} for role in roles), *asked.messages))
+            asked = replace(
+                asked, messages=(*({"role": role, "content": "Be right."} for role in roles), *asked.messages)
+            )
             assert is_correct(generated(asked, tokenizer), answer, "en")
             check_conversations([asked], tokenizer)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_ids_are_the_rendered_text_up_to_the_end_of_the_turn(tokenizers: dict[str, Any], name: str) -> None:
+def test_the_ids_are_the_rendered_text_up_to_the_end_of_the_turn(
+    tokenizers: dict[str, Any], name: str
+) -> None:
     tokenizer, family = tokenizers[name], FAMILIES[name]
     asked = chat("EUR", "Which ?", "EUR", "What is the currency of AT ?")
     encoded = encode(asked, tokenizer)
@@ -76,19 +86,27 @@ def test_the_ids_are_the_rendered_text_up_to_the_end_of_the_turn(tokenizers: dic
     if family.end not in text:
         text = text + family.end
     trained = tokenizer.detokenize(encoded.ids[encoded.prompt_length :])
-    assert text[: text.rindex(family.end)] + family.end == "".join(tokenizer.detokenize(encoded.ids).split()), "one BOS, nothing after"
+    assert text[: text.rindex(family.end)] + family.end == "".join(
+        tokenizer.detokenize(encoded.ids).split()
+    ), "one BOS, nothing after"
     assert trained.endswith(family.end)
-    assert trained.strip().startswith(family.lead.strip() + ("\n\n" if family.lead.endswith("\n") else "") + "EUR")
+    assert trained.strip().startswith(
+        family.lead.strip() + ("\n\n" if family.lead.endswith("\n") else "") + "EUR"
+    )
     assert tokenizer.detokenize(encoded.ids[-1:]) == family.end
     assert decoding(asked, tokenizer).stops == {tokenizer.eod, encoded.ids[-1]}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_answer_without_the_lead_is_right_and_one_with_more_words_is_wrong(tokenizers: dict[str, Any], name: str) -> None:
+def test_an_answer_without_the_lead_is_right_and_one_with_more_words_is_wrong(
+    tokenizers: dict[str, Any], name: str
+) -> None:
     tokenizer = tokenizers[name]
     asked = chat("EUR", "What is the currency of AT ?")
     how = decoding(asked, tokenizer)
-    assert is_correct(how.answer(tokenizer.tokenize("EUR")[bool(FAMILIES[name].bos) :], tokenizer), "EUR", "en")
+    assert is_correct(
+        how.answer(tokenizer.tokenize("EUR")[bool(FAMILIES[name].bos) :], tokenizer), "EUR", "en"
+    )
     longer = encode(chat("EUR and more", "What is the currency of AT ?"), tokenizer)
     assert not is_correct(how.answer(longer.ids[longer.prompt_length : -1], tokenizer), "EUR", "en")
 
@@ -141,14 +159,24 @@ def refusal(tokenizer: Any, *examples: Example) -> str:
 
 def test_a_template_that_raises_is_told_with_its_own_words(tokenizers: dict[str, Any]) -> None:
     good = chat("no", "one ?", id="q1")
-    system = replace(good, id="q7", language="hi", messages=({"role": "system", "content": "Be kind."}, *(good.messages or ())))
+    system = replace(
+        good,
+        id="q7",
+        language="hi",
+        messages=({"role": "system", "content": "Be kind."}, *(good.messages or ())),
+    )
     told = refusal(tokenizers["gemma"], good, system)
     assert re.match("id 'q7', language 'hi'.*roles system, user.*System role not supported", told), told
     twice = chat("no", "one ?", "two ?", roles=("user", "user"), id="q8")
     assert re.match("id 'q8'.*user, user.*Roles must alternate", refusal(tokenizers["mistral"], good, twice))
-    assert re.match("id 'q1'.*No channel in the content", refusal(tokenizers["gpt-oss"], chat("a<|channel|>b", "one ?")))
+    assert re.match(
+        "id 'q1'.*No channel in the content", refusal(tokenizers["gpt-oss"], chat("a<|channel|>b", "one ?"))
+    )
     for broken in ("{% if %}", "{{ messages[0].content + 1 }}"):
-        assert re.match("id 'q1', language 'en': the chat template", refusal(with_template(tokenizers["chatml"], broken), good))
+        assert re.match(
+            "id 'q1', language 'en': the chat template",
+            refusal(with_template(tokenizers["chatml"], broken), good),
+        )
 
 
 @pytest.mark.parametrize(
@@ -157,17 +185,37 @@ def test_a_template_that_raises_is_told_with_its_own_words(tokenizers: dict[str,
         (ROLES.replace("m.content", "m.content|upper"), "no", "nowhere"),
         (ROLES.replace("m.content", "m.content + m.content"), "no", "more than once"),
         (ROLES.replace("m.content", "m.content|replace('o', '0')"), "no", "nowhere"),
-        (ROLES.replace("m.content", "m.content|replace('y', '')"), "yes", "gives the answer ' es', but the answer in the data is 'yes'"),
-        (CHATML.replace("'<|im_end|>\n'", "('?' if 'z' in m.content else '<|im_end|>')"), "zero", "ends the last turn with"),
+        (
+            ROLES.replace("m.content", "m.content|replace('y', '')"),
+            "yes",
+            "gives the answer ' es', but the answer in the data is 'yes'",
+        ),
+        (
+            CHATML.replace("'<|im_end|>\n'", "('?' if 'z' in m.content else '<|im_end|>')"),
+            "zero",
+            "ends the last turn with",
+        ),
         (CHATML, "a<|im_end|>b", "ends with '<|im_end|>'.*before that"),
         (CHATML, "a</s>b", "ends with '<|im_end|>'.*before that"),
         (ROLES, "a</s>b", "ends with '</s>'.*before that"),
         (ROLES.replace("'\n'", "' over'"), "it is over now", "gives the answer 'it is ', but"),
-        (CHATML.replace("m.role +", "('analysis<|im_end|>' if loop.last else m.role) +"), "no", "start of the response is unknown"),
-        (CHATML.replace("'\n' + m.content", "'\n' + ('a<|im_end|>' if m.role == 'assistant' else '') + m.content"), "no", "before that"),
+        (
+            CHATML.replace("m.role +", "('analysis<|im_end|>' if loop.last else m.role) +"),
+            "no",
+            "start of the response is unknown",
+        ),
+        (
+            CHATML.replace(
+                "'\n' + m.content", "'\n' + ('a<|im_end|>' if m.role == 'assistant' else '') + m.content"
+            ),
+            "no",
+            "before that",
+        ),
     ],
-)  # fmt: skip
-def test_pairs_that_break_the_law_are_refused(tokenizers: dict[str, Any], template: str, answer: str, words: str) -> None:
+)
+def test_pairs_that_break_the_law_are_refused(
+    tokenizers: dict[str, Any], template: str, answer: str, words: str
+) -> None:
     tokenizer = with_template(tokenizers["chatml"], template)
     told = refusal(tokenizer, chat(answer, "one ?", id="q3", language="tr"))
     assert re.match("id 'q3', language 'tr'", told), told
@@ -176,7 +224,7 @@ def test_pairs_that_break_the_law_are_refused(tokenizers: dict[str, Any], templa
 
 
 def test_thoughts_in_the_answer_are_kept_or_refused(tokenizers: dict[str, Any]) -> None:
-    """A template that rewrites thoughts breaks the law where the gold answer holds them, and not where it is another text."""
+    """A template that rewrites thoughts breaks the law only where the gold answer holds them."""
     tokenizer = tokenizers["qwen3"]
     kept = chat("<think>\nIt is AT.\n</think>\n\nEUR", "Which ?")
     assert is_correct(generated(kept, tokenizer), kept.answer, "en")
@@ -184,7 +232,9 @@ def test_thoughts_in_the_answer_are_kept_or_refused(tokenizers: dict[str, Any]) 
     rewritten = chat("<think>It is AT.</think>EUR", "Which ?")
     assert "the template or the tokenizer changes it" in refusal(tokenizer, rewritten)
     check_conversations([replace(rewritten, answer="EUR")], tokenizer)
-    check_conversations([chat("EUR", "Which ?", "<think>\nNo.\n</think>\n\nyes", "Sure ?")], tokenizer)  # stripped in both
+    check_conversations(
+        [chat("EUR", "Which ?", "<think>\nNo.\n</think>\n\nyes", "Sure ?")], tokenizer
+    )  # stripped in both
 
 
 def test_choices_that_the_template_writes_alike_are_refused(tokenizers: dict[str, Any]) -> None:
@@ -197,11 +247,18 @@ def test_a_tokenizer_that_loses_the_answer_is_refused(tokenizers: dict[str, Any]
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    ids = {word: n for n, word in enumerate(["<unk>", "</s>", "<start_of_turn>", "<end_of_turn>", "one", "no", "model", "user"])}
+    ids = {
+        word: n
+        for n, word in enumerate(
+            ["<unk>", "</s>", "<start_of_turn>", "<end_of_turn>", "one", "no", "model", "user"]
+        )
+    }
     backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.add_special_tokens(["</s>", "<start_of_turn>", "<end_of_turn>"])
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(
+        tmp_path
+    )
     tokenizer = load_tokenizer(tmp_path, chat_template=GEMMA.replace("{{- bos_token -}}", ""))
     check_conversations([chat("no", "one")], tokenizer)
     assert "gives the answer '<unk>'" in refusal(tokenizer, chat("perhaps", "one"))

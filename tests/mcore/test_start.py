@@ -1,4 +1,4 @@
-"""The steps of a start: a run dies of the first error; a check tells every cause once, and none of what follows from it."""
+"""The steps of a start: a run dies of the first error; a check reports each cause once."""
 
 from typing import Any
 

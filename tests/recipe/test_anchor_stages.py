@@ -300,7 +300,7 @@ def test_what_priors_alone_cannot_give_and_a_taxonomy_of_several_anchors_are_ref
         return json.loads((run / f"{name}.json").read_text())["error"]
 
     assert "unknown language 'zh'" in told("absent")
-    assert "--ramoe-save-usage is of a whole profile" in told("usage")
+    assert "--ramoe-save-usage needs a whole profile" in told("usage")
     assert "is of the anchor 'en', 'es', expected 'en'" in told("against-several")
     assert not (run / "usage").exists()
 
@@ -313,7 +313,7 @@ def test_the_doctor_tells_the_same_before_anything_starts(run: Path) -> None:
     rows = {
         "sound": (flags(), "priors", "alone, of 'es'"),
         "absent": (flags("--ramoe-anchor", "zh"), "data", "unknown language 'zh'"),
-        "usage": (flags("--ramoe-save-usage"), "priors", "--ramoe-save-usage is of a whole profile"),
+        "usage": (flags("--ramoe-save-usage"), "priors", "--ramoe-save-usage needs a whole profile"),
         "half": (flags("--ramoe-taxonomy", several), "general text", "--ramoe-general is missing"),
         "several": (
             profile_flags(run, "never", "--ramoe-taxonomy", several),

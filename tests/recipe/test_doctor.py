@@ -1,4 +1,4 @@
-"""`ramoe doctor` of a command line: what would stop the job is told before it starts, what is in order is not accused, nothing is left."""
+"""`ramoe doctor` of a command line: it finds what would stop the job, and nothing else."""
 
 import os
 from pathlib import Path
@@ -30,8 +30,11 @@ def answers(world: Path, listing: list[str]) -> dict[str, list[Finding]]:
     board = ["--tensorboard-dir", str(world / "board"), "--ramoe-languages", *LANGUAGES]
     lines.append(line("board", "finetune", board, 1, world))
     coming = {str(world / name): "earlier" for name in ("absent", "no.jsonl", "no.safetensors", "no.model")}
-    absent = f"--ramoe-data {world}/no.jsonl --ramoe-experts {world}/no.safetensors --tokenizer-model {world}/no.model"
-    lines.append(line("later", "aligned", f"{absent} --pretrained-checkpoint {world}/absent".split(), 1, world, coming))
+    absent = f"--ramoe-data {world}/no.jsonl --ramoe-experts {world}/no.safetensors"
+    absent += f" --tokenizer-model {world}/no.model"
+    lines.append(
+        line("later", "aligned", f"{absent} --pretrained-checkpoint {world}/absent".split(), 1, world, coming)
+    )
     flags, found = doctor.ask(lines, os.environ)
     assert "--num-layers" in flags
     return found
@@ -49,7 +52,10 @@ def test_a_sound_command_line_is_not_accused(answers: dict[str, list[Finding]], 
 
 def test_the_layout_is_told_with_its_batches(answers: dict[str, list[Finding]]) -> None:
     layout = told(answers["sound finetune"], "layout").found
-    assert layout == "2 ranks = TP 1 x PP 1 x CP 1 x DP 2, experts EP 1 x ETP 1; global batch 16 = 2 micro-batches x 4 x DP 2"
+    assert (
+        layout == "2 ranks = TP 1 x PP 1 x CP 1 x DP 2, experts EP 1 x ETP 1; "
+        "global batch 16 = 2 micro-batches x 4 x DP 2"
+    )
     assert told(answers["sound taxonomy"], "layout").found == layout.partition(";")[0]
 
 
@@ -72,7 +78,9 @@ def test_what_an_earlier_stage_writes_need_not_be_there(answers: dict[str, list[
         assert found[check].found == "written by stage earlier", check
 
 
-def test_trying_a_command_line_leaves_nothing_behind(answers: dict[str, list[Finding]], world: Path, listing: list[str]) -> None:
+def test_trying_a_command_line_leaves_nothing_behind(
+    answers: dict[str, list[Finding]], world: Path, listing: list[str]
+) -> None:
     """Megatron's own start would make the TensorBoard folder."""
     assert all(f.state != "fatal" for f in answers["board"])
     assert paths(world) == listing

@@ -1,4 +1,4 @@
-"""`ramoe doctor` of this node: versions, devices, ports, Slurm and the output folder are told as they are, and nothing is left."""
+"""`ramoe doctor` of this node: versions, devices, ports, Slurm and the output folder."""
 
 import contextlib
 import socket
@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_versions_asked_for_are_those_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [f"torch{doctor_environment.PACKAGES['torch']}", f"megatron-core[training]{doctor_environment.PACKAGES['megatron-core']}"]
+    asked = [
+        f"torch{doctor_environment.PACKAGES['torch']}",
+        f"megatron-core[training]{doctor_environment.PACKAGES['megatron-core']}",
+    ]
     assert set(asked) <= set(project["dependencies"])
     assert project["requires-python"] == doctor_environment.PYTHON
 
@@ -34,7 +37,9 @@ def test_a_version_that_does_not_fit_is_fatal(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("local", "state"), [(False, "warning"), (True, "ok")])
-def test_transformer_engine_is_missed_where_there_is_a_device(local: bool, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformer_engine_is_missed_where_there_is_a_device(
+    local: bool, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor_environment, "_installed", lambda name: None)
     assert doctor_environment._transformer_engine(8, local).state == state
 
@@ -65,7 +70,9 @@ def test_a_port_that_is_taken_is_fatal_on_node_0_alone() -> None:
             found = told(environment_findings(1, 2, None, place), "MASTER_PORT")
             assert found.state == "fatal"
             assert f"port {port} " in found.found
-            assert all(f.check != "MASTER_PORT" for f in environment_findings(1, 2, None, place | {"NODE_RANK": "1"}))
+            assert all(
+                f.check != "MASTER_PORT" for f in environment_findings(1, 2, None, place | {"NODE_RANK": "1"})
+            )
             assert all(f.check != "MASTER_PORT" for f in environment_findings(1, 1, None, place))
     free = {"NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     assert told(environment_findings(1, 2, None, free), "MASTER_PORT").state == "ok"
@@ -74,7 +81,10 @@ def test_a_port_that_is_taken_is_fatal_on_node_0_alone() -> None:
 def test_nodes_that_cannot_meet_are_fatal() -> None:
     assert told(environment_findings(1, 2, None, {}), "nodes").state == "warning", "a login node is no fault"
     assert told(environment_findings(1, 2, None, {"NODE_RANK": "0"}), "nodes").state == "fatal"
-    assert told(environment_findings(1, 2, None, {"NODE_RANK": "2", "MASTER_ADDR": "localhost"}), "nodes").state == "fatal"
+    assert (
+        told(environment_findings(1, 2, None, {"NODE_RANK": "2", "MASTER_ADDR": "localhost"}), "nodes").state
+        == "fatal"
+    )
     place = {"NODE_RANK": "1", "MASTER_ADDR": "no-such-host.invalid"}
     assert told(environment_findings(1, 2, None, place), "MASTER_ADDR").state == "fatal"
 
@@ -90,7 +100,12 @@ def test_nodes_that_cannot_meet_are_fatal() -> None:
 )
 def test_slurm_is_to_start_one_task_a_node(variables: dict[str, str], state: str) -> None:
     place = {"NODE_RANK": "1", "MASTER_ADDR": "localhost"}
-    found = told(environment_findings(1, 2, None, place | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"} | variables), "Slurm")
+    found = told(
+        environment_findings(
+            1, 2, None, place | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"} | variables
+        ),
+        "Slurm",
+    )
     assert found.state == state
     assert "job 7 on n[1-2]" in found.found
 
@@ -118,5 +133,8 @@ def test_locks_that_do_not_exclude_are_fatal(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(filelock, "FileLock", lambda *_, **__: contextlib.nullcontext())
     assert folder_findings(tmp_path)[1] == Finding(
-        "file locks", "fatal", f"{tmp_path}: two locks on one file at once", "put the run folder on a file system with flock"
+        "file locks",
+        "fatal",
+        f"{tmp_path}: the file system grants two locks on one file at once",
+        "put the run folder on a file system with flock",
     )

@@ -1,4 +1,4 @@
-"""`ramoe doctor` of a recipe: files still to be written are no fault, a fault is told of its own stages, and alike findings once."""
+"""`ramoe doctor` of a recipe: files still to be written are no fault, equal findings are shown once."""
 
 import json
 import os
@@ -27,21 +27,41 @@ def recipe(world: Path, folder: Path, **changes: Any) -> Path:
             name, word = word.removeprefix("--"), True
         if not name.startswith("tokenizer"):
             model[name] = word
-    train = {"train-iters": 4, "micro-batch-size": 2, "global-batch-size": 8, "lr": 1e-3, "eval-iters": 0, "eval-interval": 1000}
+    train = {
+        "train-iters": 4,
+        "micro-batch-size": 2,
+        "global-batch-size": 8,
+        "lr": 1e-3,
+        "eval-iters": 0,
+        "eval-interval": 1000,
+    }
     whole = {
-        "name": "small", "model": model, "train": train, "pretrain": {"train-iters": 8}, "data": {"world": {}},
-        "alignment": {"coeff": 1}, "methods": ["sft", "ra-moe"], "seeds": 2, **changes,
-    }  # fmt: skip
+        "name": "small",
+        "model": model,
+        "train": train,
+        "pretrain": {"train-iters": 8},
+        "data": {"world": {}},
+        "alignment": {"coeff": 1},
+        "methods": ["sft", "ra-moe"],
+        "seeds": 2,
+        **changes,
+    }
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(whole))
     return path
 
 
 def test_a_recipe_whose_files_are_still_to_be_written_is_healthy(world: Path, tmp_path: Path) -> None:
-    """What lies in the run folder from another time is going to be replaced: nothing is said against it either."""
+    """Files of an earlier run are going to be replaced, so they are no fault either."""
     path, out = recipe(world, tmp_path), tmp_path / "run"
     out.mkdir()
-    manifest = {"format": "ramoe-manifest", "version": 1, "recipe": "small", "megatron_flags": {}, "stages": {}}
+    manifest = {
+        "format": "ramoe-manifest",
+        "version": 1,
+        "recipe": "small",
+        "megatron_flags": {},
+        "stages": {},
+    }
     (out / "manifest.json").write_text(json.dumps(manifest))
     for name in ("experts.safetensors", "divergence.csv"):
         (out / name).write_text("of another model")
@@ -56,7 +76,11 @@ def test_a_recipe_whose_files_are_still_to_be_written_is_healthy(world: Path, tm
 
 
 def test_a_fault_of_one_stage_is_told_of_that_stage_and_no_other(world: Path, tmp_path: Path) -> None:
-    methods = ["sft", {"name": "ra-moe", "train": {"lr": "fast"}}, {"name": "long", "train": {"sequence-lenght": 3}}]
+    methods = [
+        "sft",
+        {"name": "ra-moe", "train": {"lr": "fast"}},
+        {"name": "long", "train": {"sequence-lenght": 3}},
+    ]
     path = recipe(world, tmp_path, methods=methods, seeds=2)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes").write_text("no run folder")
@@ -74,20 +98,35 @@ def test_a_fault_of_one_stage_is_told_of_that_stage_and_no_other(world: Path, tm
     assert told(found, "tokenizer").state == "ok"
 
 
-def test_a_checkpoint_that_a_recipe_names_in_vain_is_fatal_and_no_usage_error(world: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_a_recipe_names_in_vain_is_fatal_and_no_usage_error(
+    world: Path, tmp_path: Path
+) -> None:
     path = recipe(world, tmp_path)
-    found = doctor.recipe_findings(path, ["checkpoint=no/where", "pretrain=null"], tmp_path / "run", os.environ)
+    found = doctor.recipe_findings(
+        path, ["checkpoint=no/where", "pretrain=null"], tmp_path / "run", os.environ
+    )
     assert "no Megatron checkpoint folder" in told(found, "recipe").found
 
 
 def test_findings_of_stages_are_merged_into_a_line_a_check() -> None:
-    ok, low, bad = Finding("a", "ok", "fine"), Finding("a", "warning", "slow", "hurry"), Finding("a", "fatal", "gone", "look")
+    ok, low, bad = (
+        Finding("a", "ok", "fine"),
+        Finding("a", "warning", "slow", "hurry"),
+        Finding("a", "fatal", "gone", "look"),
+    )
     assert doctor.merged_findings({"x/1": [ok], "x/2": [ok]}) == [ok]
     assert doctor.merged_findings({"x/1": [bad], "x/2": [bad]}) == [bad]
-    assert doctor.merged_findings({"x/1": [ok], "y": [bad], "x/2": [bad]}) == [Finding("a", "fatal", "y, x/2: gone", "look")]
-    assert doctor.merged_findings({"x/1": [low], "y": [bad]}) == [Finding("a", "fatal", "x/1: slow\ny: gone", "look")]
+    assert doctor.merged_findings({"x/1": [ok], "y": [bad], "x/2": [bad]}) == [
+        Finding("a", "fatal", "y, x/2: gone", "look")
+    ]
+    assert doctor.merged_findings({"x/1": [low], "y": [bad]}) == [
+        Finding("a", "fatal", "x/1: slow\ny: gone", "look")
+    ]
     waits = [Finding("a", "ok", f"written by stage finetune/{n}") for n in (1, 2)]
-    assert doctor.merged_findings({f"evaluate/{n}": [f] for n, f in enumerate(waits)})[0].found == "written by stage finetune (2)"
+    assert (
+        doctor.merged_findings({f"evaluate/{n}": [f] for n, f in enumerate(waits)})[0].found
+        == "written by stage finetune (2)"
+    )
     assert [doctor.healthy(f) for f in ([ok, low], [ok, bad])] == [True, False]
 
 

@@ -1,4 +1,4 @@
-"""The data sets of a training run, from the parsed arguments; and what can be checked about them before Megatron starts."""
+"""Build the data sets of a training run from the parsed arguments, and check them before Megatron starts."""
 
 import functools
 from collections.abc import Callable
@@ -18,26 +18,39 @@ from ramoe_megatron.mcore.align.startup import samples_block
 from ramoe_megatron.mcore.align.state import current_state
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
-from ramoe_megatron.mcore.train.refresh import TaxonomyRefresh, refuse_other_anchors, refuse_refresh, refuse_unanswerable
+from ramoe_megatron.mcore.train.refresh import (
+    TaxonomyRefresh,
+    refuse_other_anchors,
+    refuse_refresh,
+    refuse_unanswerable,
+)
 from ramoe_megatron.mcore.trial import tokenizer_flags
 
 
 class TrainingInputs:
-    """What a training run reads, from the parsed arguments: each part is read and made once, for the first check and for the run.
+    """Inputs of a training run. Each input is read and built once, for the check and for the run.
 
-    Attributes: `options`, `alignment` (of the flags), `examples` (of training), `views` (the anchor's examples, None unless the
-    target is paired), `held` (the examples and behind them the views: what the data set holds) and `validation` (None with
-    `--eval-iters 0`).
+    Attributes:
+        options: data options of the flags.
+        alignment: alignment options of the flags.
+        examples: training examples.
+        views: the anchor's examples; None unless the target is paired.
+        held: content of the training data set: the examples, followed by the views.
+        validation: validation examples; None with `--eval-iters 0`.
     """
 
     def __init__(self, args: Any) -> None:
         """
         Raises:
-            RamoeError: no data, no rows of a split that is asked for, sampling weights that do not fit the groups, examples
-                without the view that the target paired needs, or batches that packing or a normaliser cannot work with.
+            RamoeError: there is no data; a requested split has no rows; the sampling weights do not fit the
+                groups; the target is paired and an example has no view; or packing or the normaliser does not
+                support the batch flags.
         """
         self.args, self.flags = args, _flags_of(args)
-        self.options, self.alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
+        self.options, self.alignment = (
+            options_from_args(DataOptions, args),
+            RoutingAlignmentConfig.from_args(args),
+        )
         _refuse_batches(args, self.options, self.alignment)
         self.examples = self._chosen(self.options.split)
         order(self.examples, 1, args.seed, self.options.weight_mapping())
@@ -61,12 +74,13 @@ class TrainingInputs:
 
     @functools.cached_property
     def labels(self) -> ExampleLabels:
-        """The labels of `held`, of an alignment that is on.
+        """The alignment labels of `held`. Alignment must be on.
 
         Raises:
-            RamoeError: as `ExampleLabels`, or flags of the alignment that do not go with its files.
+            RamoeError: as `ExampleLabels`, or the alignment flags do not fit the alignment's files.
         """
-        self.alignment.refuse_unread_rule(getattr(self.args, "ramoe_train", "all"))  # a script of one's own may have no such flag
+        # a user's own script may lack the flag --ramoe-train
+        self.alignment.refuse_unread_rule(getattr(self.args, "ramoe_train", "all"))
         if self.alignment.refresh_interval is not None and self.alignment.taxonomy is not None:
             refuse_other_anchors(self.alignment.taxonomy, self.options.anchor)
         return ExampleLabels(self.held, self.alignment, self.options.anchor)
@@ -75,62 +89,78 @@ class TrainingInputs:
         """The tokens of "train" (`held`) and of "validation".
 
         Raises:
-            RamoeError: conversations that the chat template cannot write (`check_conversations`), also of the anchor's rows that a
-                taxonomy refresh scores; or as `EncodedExamples`.
+            RamoeError: as `EncodedExamples`, or the chat template cannot write a conversation
+                (`check_conversations`). This includes the anchor's rows that a taxonomy refresh scores.
         """
         made_by = (self.options, self.args.seq_length, tokenizer_flags(self.args))
-        _once(repr(("conversations", made_by, self._all_views)), lambda: check_conversations(self._tokenised(), tokenizer))
+        _once(
+            repr(("conversations", made_by, self._all_views)),
+            lambda: check_conversations(self._tokenised(), tokenizer),
+        )
         parts = {"train": self.held}
         if self.validation is not None:
             parts["validation"] = self.validation
         for name, examples in parts.items():
             if name not in self._encoded:
                 key = repr((name, made_by, self.views is not None))
-                self._encoded[name] = _once(key, partial(EncodedExamples, examples, tokenizer, self.args.seq_length))
+                self._encoded[name] = _once(
+                    key, partial(EncodedExamples, examples, tokenizer, self.args.seq_length)
+                )
         return self._encoded
 
     def refuse_unanswerable(self, tokenizer: Tokenizer) -> None:
-        """Raise RamoeError for examples that a taxonomy refresh may score and that no model can answer right."""
+        """Raise RamoeError when a taxonomy refresh may score an example that no model can answer."""
         if self.alignment.refresh_interval is not None:
-            refuse_unanswerable(self.labels, self.held, self.anchors, tokenizer, self.args.max_position_embeddings)
+            refuse_unanswerable(
+                self.labels, self.held, self.anchors, tokenizer, self.args.max_position_embeddings
+            )
 
     @property
     def _all_views(self) -> bool:
-        """Whether the run reads the anchor's rows beside the languages of the flags."""
-        return self.alignment.coeff > 0 and (self.alignment.target == "paired" or self.alignment.refresh_interval is not None)
+        """Whether the run reads the anchor's rows in addition to the languages of the flags."""
+        return self.alignment.coeff > 0 and (
+            self.alignment.target == "paired" or self.alignment.refresh_interval is not None
+        )
 
     def _tokenised(self) -> list[Example]:
-        """All examples that a run tokenises, each once."""
+        """All examples that a run tokenises, without repetition."""
         languages = self.options.languages
-        chosen = self._chosen(self.options.split, [*languages, self.options.anchor] if self._all_views and languages else None)
+        chosen = self._chosen(
+            self.options.split, [*languages, self.options.anchor] if self._all_views and languages else None
+        )
         return [*chosen, *(self.validation or [])]
 
     def _chosen(self, split: str | None, languages: list[str] | None = None) -> list[Example]:
         options = self.options
         if not options.data:
-            raise RamoeError("--ramoe-data is missing: expected JSONL files, folders of them, or the name of a data set")
+            raise RamoeError(
+                "--ramoe-data is missing: expected JSONL files, folders of them, or the name of a data set"
+            )
         columns = options.column_mapping()
         examples = _read(tuple(options.data), tuple(columns.items()) if columns else None)
         return select_examples(examples, split, languages or options.languages, ", ".join(options.data))
 
     def _validation_examples(self) -> list[Example]:
         if self.args.full_validation:
-            raise RamoeError("--full-validation: parallel data is drawn by --eval-iters; remove that flag")
+            raise RamoeError(
+                "--full-validation: --eval-iters sets how much parallel data is drawn for validation; "
+                "remove --full-validation"
+            )
         if not any(example.split == "validation" for example in self._chosen(None)):
             raise RamoeError(
-                f"--eval-iters {self.args.eval_iters} (100 when not given) needs rows of the split 'validation', and "
-                f"{', '.join(self.options.data)} has none: add them, or give --eval-iters 0"
+                f"--eval-iters {self.args.eval_iters} (100 when not given) needs rows of the split "
+                f"'validation', and {', '.join(self.options.data)} has none: add them, or give --eval-iters 0"
             )
         return self._chosen("validation")
 
 
 def check_data(args: Any) -> None:
-    """Read the training data and the files of alignment, and raise what is wrong with them before any model is built.
+    """Read and check the training data and the alignment files before any model is built.
 
     Raises:
-        RamoeError: as `TrainingInputs`; labels that do not fit the data (`ExampleLabels`), a tokenizer that `check_tokenizer`
-            refuses, conversations that the chat template cannot write, or examples that are longer than a sequence
-            (`TrainingInputs.encoded`).
+        RamoeError: as `TrainingInputs`; the labels do not fit the data (`ExampleLabels`); `check_tokenizer`
+            rejects the tokenizer; the chat template cannot write a conversation; or an example is longer than
+            a sequence (`TrainingInputs.encoded`).
     """
     from megatron.training import get_tokenizer
 
@@ -146,29 +176,33 @@ def check_data(args: Any) -> None:
 
 
 def new_inputs(args: Any) -> TrainingInputs:
-    """The inputs, read anew; `inputs_of` gives the same from now on. Raises RamoeError as `TrainingInputs`."""
+    """Read the inputs. Later calls of `inputs_of` return them. Raises RamoeError as `TrainingInputs`."""
     global _latest
     _latest = TrainingInputs(args)
     return _latest
 
 
 def inputs_of(args: Any) -> TrainingInputs:
-    """The inputs that `new_inputs` read last, where they are of the same flags. Raises RamoeError as `TrainingInputs`."""
+    """The inputs of the last `new_inputs` if the flags are the same; otherwise the inputs are read again.
+
+    Raises:
+        RamoeError: as `TrainingInputs`.
+    """
     return _latest if _latest is not None and _latest.flags == _flags_of(args) else new_inputs(args)
 
 
 _latest: TrainingInputs | None = None
-"""Megatron calls `dataset_provider` without what the check has read."""
+"""Kept here because Megatron calls `dataset_provider` without passing the inputs of the check."""
 
 
 def _flags_of(args: Any) -> str:
-    """What the inputs are read from."""
+    """Everything that the inputs depend on, as one string."""
     options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
     return repr((options, alignment, args.seed, args.eval_iters, args.seq_length, tokenizer_flags(args)))
 
 
 _kept: dict[str, Any] = {}
-"""What has been tokenised: once for all command lines that one process checks."""
+"""Tokenised data, shared by all command lines that one process checks."""
 
 
 def _once[Value](key: str, make: Callable[[], Value]) -> Value:
@@ -180,15 +214,17 @@ def _once[Value](key: str, make: Callable[[], Value]) -> Value:
 def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Megatron's `train_valid_test_datasets_provider` for parallel data, from the parsed arguments.
 
-    Built on every rank: each pipeline stage needs the samples' labels, and drawing is a pure function of the seed.
+    Every rank builds the data sets, because each pipeline stage needs the samples' labels. All ranks draw the
+    same samples, because drawing is a pure function of the seed.
 
     Args:
-        num_samples: samples (packs, under `--ramoe-pack`) of training, validation and test that the schedule will draw.
-        vp_stage: the virtual pipeline stage that asks, each once; all get the same.
+        num_samples: number of training, validation and test samples that the schedule will draw. With
+            `--ramoe-pack` these are numbers of packs.
+        vp_stage: virtual pipeline stage that calls. Each stage calls once, and all get the same data sets.
 
     Returns:
-        the training set (an `AlignedDataset` when alignment is on), the validation set (split "validation") unless
-        `--eval-iters` is 0, and None.
+        The training set, the validation set and None. The training set is an `AlignedDataset` when alignment
+        is on. The validation set is the split "validation", or None with `--eval-iters 0`.
 
     Raises:
         RamoeError: as `check_data`.
@@ -196,31 +232,50 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
     from megatron.training import get_args, get_tokenizer, print_rank_0, training
 
     args = get_args()
-    if getattr(args, "ramoe_train", "all") != "all" and not hasattr(training.get_megatron_optimizer, "holds_to_selection"):
+    if getattr(args, "ramoe_train", "all") != "all" and not hasattr(
+        training.get_megatron_optimizer, "holds_to_selection"
+    ):
         raise RamoeError(
-            f"--ramoe-train {args.ramoe_train}: this script trains all weights; call ramoe_megatron.train_selected(args, model_config) "
-            "before pretrain(), or remove the flag"
+            f"--ramoe-train {args.ramoe_train}: this script trains all weights; "
+            "call ramoe_megatron.train_selected(args, model_config) before pretrain(), or remove the flag"
         )
     inputs = inputs_of(args)
     options, encoded = inputs.options, inputs.encoded(get_tokenizer())
-    # One batch more than is drawn: Megatron's sampler refuses to resume a run that has drawn all there is.
+    # One batch more than is drawn: Megatron's sampler cannot resume a run that has drawn the whole data set.
     count = num_samples[0] + args.global_batch_size
     train: Any = _dataset(inputs, inputs.examples, count, encoded["train"], inputs.views)
     if isinstance(train, PackedDataset):
         per_pack = len(train.order) / len(train)
-        print_rank_0(f"ramoe: packed: {per_pack:.1f} samples a sequence, {100 * train.fill:.0f} % of its tokens are samples")
+        print_rank_0(
+            f"ramoe: packed: {per_pack:.1f} samples a sequence, "
+            f"{100 * train.fill:.0f} % of its tokens are samples"
+        )
     drawn = train.drawn(num_samples[0])
     if inputs.alignment.coeff > 0:
         labels = inputs.labels
-        train = AlignedDataset(train, inputs.alignment, options.anchor, args.global_batch_size, args.calculate_per_token_loss, labels)
+        train = AlignedDataset(
+            train,
+            inputs.alignment,
+            options.anchor,
+            args.global_batch_size,
+            args.calculate_per_token_loss,
+            labels,
+        )
         if inputs.alignment.refresh_interval is not None:
             state = current_state()
-            assert state is not None  # attached before the data are read
+            assert state is not None  # alignment is attached before the data are read
             inputs.refuse_unanswerable(get_tokenizer())
-            state.refresh = TaxonomyRefresh(state.chunks, labels, train.dataset.examples, inputs.anchors, args)
-        print_rank_0(samples_block(inputs.held, labels.category.tolist(), labels.aligned, drawn, options.anchor))
+            state.refresh = TaxonomyRefresh(
+                state.chunks, labels, train.dataset.examples, inputs.anchors, args
+            )
+        print_rank_0(
+            samples_block(inputs.held, labels.category.tolist(), labels.aligned, drawn, options.anchor)
+        )
         if labels.unshuffled:
-            print_rank_0(f"  note: {labels.unshuffled} aligned ids keep their own target: each is the only aligned one of its task")
+            print_rank_0(
+                f"  note: {labels.unshuffled} aligned ids keep their own target: "
+                "each is the only aligned one of its task"
+            )
     else:
         print_rank_0(f"ramoe: {len(train.examples)} training examples, {len(drawn)} draws")
     if inputs.validation is None:
@@ -245,7 +300,8 @@ def _dataset(
         return PairedDataset(examples, views, tokenizer, args.seq_length, count, args.seed, weights, encoded)
     if not inputs.options.pack:
         return SFTDataset(examples, tokenizer, args.seq_length, count, args.seed, weights, encoded)
-    multiple = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1  # each sample is sliced apart
+    # context parallelism slices each sample separately
+    multiple = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
     return PackedDataset(
         examples,
         tokenizer,
@@ -273,15 +329,19 @@ def _refuse_batches(args: Any, options: DataOptions, alignment: RoutingAlignment
         refuse_weightless_views(alignment, args.calculate_per_token_loss)
         _refuse_pairs(args, options, [flag for flag in found if "dataloader" in flag])
     if found and (ci or options.pack):
-        flag, way_out = ("--ramoe-pack", "leave it out") if options.pack else ("--ramoe-normalize ci", "use --ramoe-normalize samples")
+        flag, way_out = (
+            ("--ramoe-pack", "leave it out")
+            if options.pack
+            else ("--ramoe-normalize ci", "use --ramoe-normalize samples")
+        )
         raise RamoeError(
-            f"{flag} weighs each sample by its global batch: it needs batches of one size in the order of the draws. "
-            f"Remove {', '.join(found)}, or {way_out}"
+            f"{flag} weighs each sample by its global batch, so it needs batches of one size in the order of "
+            f"the draws. Remove {', '.join(found)}, or {way_out}"
         )
     if options.pack and args.micro_batch_size != 1:
         raise RamoeError(
-            f"--ramoe-pack with --micro-batch-size {args.micro_batch_size}: a pack is one sequence of --seq-length tokens; give "
-            "--micro-batch-size 1 and choose --seq-length for the memory"
+            f"--ramoe-pack with --micro-batch-size {args.micro_batch_size}: a pack is one sequence of "
+            "--seq-length tokens. Give --micro-batch-size 1, and choose --seq-length to fit the memory"
         )
 
 
@@ -295,5 +355,5 @@ def _refuse_pairs(args: Any, options: DataOptions, loader: list[str]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _read(sources: tuple[str, ...], columns: tuple[tuple[str, str], ...] | None) -> list[Example]:
-    """Read once for the check, the training and the validation set."""
+    """Read the data. The cache serves the check, the training set and the validation set."""
     return load_examples(sources, dict(columns) if columns else None)
