@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from slurm_cluster import SlurmCluster, wait_for
+from slurm_cluster import SlurmCluster, processes, wait_for
 from slurm_world import MORE, ROOT, START, settings
 
 pytestmark = pytest.mark.slurm
@@ -31,8 +31,15 @@ def test_the_stages_by_hand(cluster: SlurmCluster, slurm_world: Path, tmp_path: 
     evaluate, _ = submit("evaluate", finetune, CHECKPOINT=run / "checkpoints/by-hand", METHOD="ra-moe")
     jobs = [taxonomy, profile, finetune, evaluate]
 
+    def ranks_start() -> bool:
+        """On both nodes: a signal that comes before a node's handlers would end the job."""
+        lines = [line for _, line in processes()]
+        return all(
+            any(f"recipe.torchrun --nnodes 2 --node-rank {n}" in line for line in lines) for n in (0, 1)
+        )
+
     wait_for(
-        lambda: said.exists() and "recipe.torchrun" in said.read_text(),
+        ranks_start,
         600,
         "the ranks of the taxonomy",
         cluster.log,

@@ -36,8 +36,7 @@ ENDED = (
     "PREEMPTED",
 )
 # cred_expire: a requeued job may not start again before its old credential has expired (two minutes
-# otherwise). MessageTimeout and MinJobAge: on a busy machine an answer takes longer than ten seconds, and the
-# last job of a test ends more than five minutes after the first one.
+# otherwise). MessageTimeout: on a busy machine an answer takes longer than ten seconds.
 CONF = """
 ClusterName=ramoe
 SlurmctldHost=localhost
@@ -48,7 +47,6 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge/socket,cred_expire=5
 CredType=cred/munge
 MessageTimeout=100
-MinJobAge=3600
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
