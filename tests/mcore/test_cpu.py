@@ -14,8 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import attention_mask_func
 from torch.utils.checkpoint import checkpoint
 
+from ramoe_megatron.mcore.cpu import backend as cpu
 from ramoe_megatron.mcore.cpu.backend import CPU_FLAGS, CUDA_ONLY_FLAGS, cpu_backend, cpu_command_line
-from ramoe_megatron.mcore.cpu.backend import backend as cpu
 
 VARIABLES = ("TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import packed_rows
 import pytest
 import torch
-from layout_errors import measured
+from layout_errors import note
 from layout_laws import BOUND, assert_same, assert_same_figures
 from layout_rows import OTHERS, PER_TOKEN, PRECISIONS, ROWS, SAME_LOSSES, WITHOUT_MTP_LOSS
 from safetensors.torch import load_file
@@ -34,7 +34,7 @@ def test_megatrons_own_losses_are_over_real_tokens(layouts: Path, name: str) -> 
     assert sorted(found) == sorted(expected) == [1, 2, 3, 4]
     for layer, gradient in expected.items():
         difference = (found[layer] - gradient).norm()
-        measured.note(name, float(difference / gradient.norm()))
+        note(name, float(difference / gradient.norm()))
         assert difference <= BOUND * gradient.norm(), f"layer {layer}: {difference} of {gradient.norm()}"
     found_biases, biases = expert_biases(layouts, name), expert_biases(layouts, reference)
     assert found_biases.keys() == biases.keys()
