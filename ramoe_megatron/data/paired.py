@@ -66,8 +66,8 @@ def view_places(examples: Sequence[Example], views: Sequence[Example]) -> np.nda
     if missing:
         raise RamoeError(
             f"{len(missing)} training examples have no view in the anchor language, "
-            f"first {', '.join(missing[:5])}: the target paired needs one of each; "
-            "add them to the data, or use the target example"
+            f"first {', '.join(missing[:5])}; --ramoe-target paired needs a view of each example; "
+            "add the views to the data, or use --ramoe-target example"
         )
     return np.array(
         [n if e.language in anchors else place[e.id] for n, e in enumerate(examples)], dtype=np.int64

@@ -297,7 +297,7 @@ def test_what_has_no_meaning_is_refused(methods: list[Any], changes: dict[str, A
         ),
         (
             {"preset": ["ra-moe"], "alignment": {"refresh-interval": 2, "examples": "all"}},
-            "alignment.refresh-interval does not go with",
+            "alignment.refresh-interval does not work with",
         ),
         ({"preset": ["ra-moe"], "alignment": {"select": "top-m=0"}}, "select: found 'top-m=0'"),
     ],
