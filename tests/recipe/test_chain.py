@@ -183,7 +183,9 @@ def test_where_slurm_cannot_be_asked_status_says_so_and_a_run_is_refused(
     monkeypatch.setenv("PATH", "/nowhere")
     folder.ran("a", 11, "done", "")
     assert folder.states() == {"a": "done", "b": "unknown", "c": "unknown"}
-    with pytest.raises(RamoeError, match=r"slurm\.json names jobs .*squeue is not installed here.*remove that file"):
+    with pytest.raises(
+        RamoeError, match=r"slurm\.json names jobs .*squeue is not installed.*remove that file"
+    ):
         refuse_live(folder.folder, folder.manifest)
     forget(folder.folder)
     refuse_live(folder.folder, folder.manifest)

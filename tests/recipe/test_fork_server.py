@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from slurm_cluster import wait_for
 from small_run import training_flags, write_world
 
 from ramoe_megatron.recipe.fork_server import ForkServer
@@ -164,8 +165,8 @@ def test_a_forked_rank_finds_what_torchrun_gives_it(
         assert outcome.last_lines.count("left in order") == 2
         header = (folder / "log").read_text().splitlines()[0]
         assert (
-            f"-m torch.distributed.run --standalone --nnodes 1 --nproc-per-node 2 -m forked_job {folder} tell"
-            in header
+            "-m ramoe_megatron.recipe.torchrun --standalone --nnodes 1 --nproc-per-node 2 "
+            f"-m forked_job {folder} tell" in header
         )
 
 
@@ -192,7 +193,7 @@ def test_a_rank_that_fails_ends_the_others_and_gives_its_status(
     text, found = relevant_lines(outcome.last_lines)
     assert found == mendable
     assert told in "\n".join(text)  # the other rank may write on its line
-    assert not any(map(alive, pids(tmp_path)))
+    wait_for(lambda: not any(map(alive, pids(tmp_path))), 60, "the end of killed processes")
 
 
 def test_what_outlives_its_ranks_is_ended(
@@ -200,7 +201,7 @@ def test_what_outlives_its_ranks_is_ended(
 ) -> None:
     """The process has the environment of the server, which has no mark, and ignores TERM."""
     assert run(server, environment, tmp_path, "leave").status == 0
-    assert not any(map(alive, pids(tmp_path)))
+    wait_for(lambda: not any(map(alive, pids(tmp_path))), 60, "the end of killed processes")
 
 
 def test_an_interruption_ends_the_ranks_and_not_the_server(
@@ -212,7 +213,7 @@ def test_an_interruption_ends_the_ranks_and_not_the_server(
 
     with pytest.raises(KeyboardInterrupt):
         run(server, environment, tmp_path, "wait", while_running=interrupt)
-    assert not any(map(alive, pids(tmp_path)))
+    wait_for(lambda: not any(map(alive, pids(tmp_path))), 60, "the end of killed processes")
     assert run(server, environment, tmp_path / "after", "tell").status == 0
 
 

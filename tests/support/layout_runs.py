@@ -90,7 +90,7 @@ def resumed(folder: Path, name: str) -> list[str]:
     """The run `name` from its checkpoint of step 5 on."""
     row = ROWS[name]
     start = ["--load", str(folder / name), "--ckpt-step", "5", "--train-iters", str(row.steps)]
-    return training_flags(folder, *start, *alignment_flags(folder), *row.flags)
+    return training_flags(folder, *start, *alignment_flags(folder), *row.flags, losses=row.losses)
 
 
 def bases(folder: Path) -> list[dict[str, Any]]:
