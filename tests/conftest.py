@@ -15,6 +15,8 @@ from hypothesis import settings
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are busy with the other processes
     os.environ["OMP_NUM_THREADS"] = "1"
+    for name in ("COLUMNS", "LINES"):  # of a screen that the processes of the tests do not have
+        os.environ.pop(name, None)
 
 # The first call of many torch functions is slow and CI machines are shared: a deadline per example would only
 # be noise.
