@@ -357,7 +357,9 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path: Path, off
             assert result.exit_code == 2
             assert re.match(f"ramoe: error: {told}", result.stderr)
             stage = Stage("a", ("job", "--x"), {}, ranks=1)
-            runner = _Runner([stage], Manifest(tmp_path, "r"), RunConsole(Console(), 1), place, None, None, 1)
+            runner = _Runner(
+                [stage], Manifest(tmp_path, "r"), RunConsole(Console(), 1), place, None, None, 1, None
+            )
             with pytest.raises(RamoeError, match=told):
                 runner.run(1, stage)
         for other in (Place(1, 2, "n0", port), Place(0, 1, "n0", port)):
