@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from megatron.core.transformer.moe import moe_logging
 from torch import Tensor
 
 from ramoe_megatron.artifacts.files import atomic_write_text, read_json
@@ -147,7 +146,9 @@ class AlignmentState:
         self.begun = True
         if self.coefficient.measures:
             torch.distributed.all_reduce(self._lm_2)
-            tracker = moe_logging.get_moe_metrics_tracker()
+            from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+            tracker = get_moe_metrics_tracker()
             assert isinstance(tracker, AlignmentMetrics)  # `attach` installs it
             self.coefficient.measure(self._lm_2[0] / self._lm_2[1].clamp(min=1), tracker.latest[LOSS])
             self._lm_2.zero_()
