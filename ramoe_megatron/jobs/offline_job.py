@@ -16,7 +16,7 @@ from ramoe_megatron.data.sources import local_files
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.entry import CHECKPOINT_FIX, DATA_FIX, FILE_FIX, FORWARD_ONLY_FLAGS
 from ramoe_megatron.mcore.arguments import DataOptions, arguments_with
-from ramoe_megatron.mcore.checkpoint import named, require_checkpoint
+from ramoe_megatron.mcore.checkpoint import TRACKER, named, require_checkpoint
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, megatron_arguments
 from ramoe_megatron.mcore.start import Start, Step
@@ -231,7 +231,7 @@ def data_digests(sources: Sequence[str]) -> list[dict[str, str]]:
 def checkpoint_name(folder: str) -> str:
     """Name of the checkpoint in artefacts: FOLDER@ITERATION."""
     path = Path(folder)
-    return f"{path.name}@{(path / 'latest_checkpointed_iteration.txt').read_text().strip()}"
+    return f"{path.name}@{(path / TRACKER).read_text().strip()}"
 
 
 class ProgressLines:

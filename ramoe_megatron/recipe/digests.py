@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ramoe_megatron.artifacts.files import sha256
+from ramoe_megatron.mcore.checkpoint import TRACKER
 
 SAMPLE = 1 << 16  # bytes read at the start and at the end of each file of a checkpoint
-CHECKPOINT_MARK = "latest_checkpointed_iteration.txt"
 
 
 def digest_value(value: Any) -> str:
@@ -25,7 +25,7 @@ def digest_path(path: Path, maker: str | None = None) -> str | None:
     """
     if path.is_file():
         return sha256(path)
-    if (path / CHECKPOINT_MARK).is_file():
+    if (path / TRACKER).is_file():
         return digest_checkpoint(path, maker)
     if path.is_dir():
         return digest_value([[str(file.relative_to(path)), sha256(file)] for file in _files(path)])
@@ -47,7 +47,7 @@ def digest_checkpoint(path: Path, maker: str | None = None) -> str:
 
 def latest_checkpoint(path: Path) -> tuple[str, Path]:
     """Content of a checkpoint folder's tracker file, and the folder of the iteration that it names."""
-    mark = (path / CHECKPOINT_MARK).read_text(encoding="utf-8").strip()
+    mark = (path / TRACKER).read_text(encoding="utf-8").strip()
     return mark, path / (mark if mark == "release" else f"iter_{int(mark):07d}" if mark.isdigit() else ".")
 
 

@@ -11,9 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.checkpoint import TRACKER
 from ramoe_megatron.mcore.findings import ANSWER, STATES, WRITTEN, Finding, Line, attempt, reason
 from ramoe_megatron.recipe import megatron_flags as flags
-from ramoe_megatron.recipe.digests import CHECKPOINT_MARK, latest_checkpoint
+from ramoe_megatron.recipe.digests import latest_checkpoint
 from ramoe_megatron.recipe.doctor_environment import environment_findings
 from ramoe_megatron.recipe.launcher import rank_environment
 from ramoe_megatron.recipe.load import load_recipe
@@ -133,7 +134,7 @@ def expected_bytes(plan: Sequence[Stage], coming: Mapping[str, Mapping[str, str]
         stage for stage in plan if stage.kind == "finetune" and stage.name in coming.get(report, {}).values()
     ]
     base = Path((running and _value(running[0].command, "pretrained-checkpoint")) or "")
-    if not running or not (base / CHECKPOINT_MARK).is_file():
+    if not running or not (base / TRACKER).is_file():
         return 0
     _, folder = latest_checkpoint(base)
     return len(running) * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -15,8 +15,8 @@ from typing import Any
 
 from ramoe_megatron.artifacts.files import ANCHOR_FILES, files_by_tokens
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.checkpoint import TRACKER
 from ramoe_megatron.mcore.select.selective_options import READS_USAGE
-from ramoe_megatron.recipe.digests import CHECKPOINT_MARK
 from ramoe_megatron.recipe.megatron_flags import SCORING, relevant, render
 from ramoe_megatron.recipe.methods import Method
 from ramoe_megatron.recipe.schema import Recipe
@@ -87,9 +87,9 @@ class PlanContext:
         if self.recipe.checkpoint is None:
             return self.checkpoint("base")
         folder = find_path(self.recipe.checkpoint, self.recipe_folder, "checkpoint")
-        if folder is None or not (folder / CHECKPOINT_MARK).is_file():
+        if folder is None or not (folder / TRACKER).is_file():
             raise RamoeError(
-                f"checkpoint: {self.recipe.checkpoint} holds no {CHECKPOINT_MARK}, "
+                f"checkpoint: {self.recipe.checkpoint} holds no {TRACKER}, "
                 "so it is no Megatron checkpoint folder: give the folder that Megatron's --save wrote"
             )
         return folder
