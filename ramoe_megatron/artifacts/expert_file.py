@@ -16,6 +16,7 @@ from ramoe_megatron.artifacts.files import package_version
 from ramoe_megatron.artifacts.tensors import (
     TOKENS,
     ModelShape,
+    Profiled,
     bad_metadata,
     check_tensor,
     open_tensors,
@@ -31,7 +32,7 @@ _TENSORS = ("expert_mask", "delta", "task_frequency", "general_frequency", "laye
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertFile:
+class ExpertFile(Profiled):
     """The content of ``experts.safetensors``: task experts, their rule, and the English routing pattern."""
 
     tasks: tuple[str, ...]
@@ -158,16 +159,6 @@ class ExpertFile:
             return self
         parsed = parse_rule(rule)
         return replace(self, expert_mask=task_experts(self.delta, parsed), rule=parsed.as_dict())
-
-    def check_model(self, num_moe_layers: int, num_experts: int, topk: int, score_function: str) -> None:
-        """Raise RamoeError, with every difference, unless the file was profiled on a model of this shape."""
-        self.shape.check(
-            self.path,
-            num_moe_layers=num_moe_layers,
-            num_experts=num_experts,
-            topk=topk,
-            score_function=score_function,
-        )
 
     def task_index(self, task: str) -> int:
         """Index of a task in the tensors; raises RamoeError, with the known tasks, for an unknown name."""

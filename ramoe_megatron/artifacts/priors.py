@@ -18,6 +18,7 @@ from ramoe_megatron.artifacts.files import package_version
 from ramoe_megatron.artifacts.tensors import (
     TOKENS,
     ModelShape,
+    Profiled,
     bad_metadata,
     check_tensor,
     open_tensors,
@@ -27,13 +28,14 @@ from ramoe_megatron.artifacts.tensors import (
 from ramoe_megatron.errors import RamoeError
 
 
-class Priors:
+class Priors(Profiled):
     """An open ``priors.safetensors``: the pooled router distribution of each example's English view.
 
     The tensor stays on disk, mapped into memory; `rows` reads only the rows asked for. A copy sent to another
     process, such as a data-loader worker, opens the file again.
     """
 
+    path: Path
     ids: tuple[str, ...]
     """Ids of the N examples, in the order of the rows."""
     tokens: str
@@ -97,16 +99,6 @@ class Priors:
             "data": [dict(entry) for entry in data],
         }
         save_tensors(path, "ramoe-priors", tensors, {**meta, "package_version": package_version()})
-
-    def check_model(self, num_moe_layers: int, num_experts: int, topk: int, score_function: str) -> None:
-        """Raise RamoeError, with every difference, unless the file was profiled on a model of this shape."""
-        self.shape.check(
-            self.path,
-            num_moe_layers=num_moe_layers,
-            num_experts=num_experts,
-            topk=topk,
-            score_function=score_function,
-        )
 
     def check_ids(self, ids: Sequence[str]) -> None:
         """Raise RamoeError when examples have no row. The message counts the ids and names the first five."""

@@ -33,16 +33,29 @@ class ModelShape:
     """softmax or sigmoid. With sigmoid, the distribution is the scores divided by their sum (our reading)."""
     hidden_size: int
 
-    def check(self, path: Path | None, **model: int | str) -> None:
-        """Raise RamoeError, with every difference, unless these fields of the model agree with the file."""
+
+class Profiled:
+    """An artefact that was profiled on a model."""
+
+    path: Path | None
+    shape: ModelShape
+
+    def check_model(self, num_moe_layers: int, num_experts: int, topk: int, score_function: str) -> None:
+        """Raise RamoeError, with every difference, unless the file was profiled on a model of this shape."""
+        model = {
+            "num_moe_layers": num_moe_layers,
+            "num_experts": num_experts,
+            "topk": topk,
+            "score_function": score_function,
+        }
         differences = [
-            f"{name} is {getattr(self, name)!r} in the file, {value!r} in the model"
+            f"{name} is {getattr(self.shape, name)!r} in the file, {value!r} in the model"
             for name, value in model.items()
-            if getattr(self, name) != value
+            if getattr(self.shape, name) != value
         ]
         if differences:
             raise RamoeError(
-                f"{path}: made from another model: {'; '.join(differences)}. "
+                f"{self.path}: made from another model: {'; '.join(differences)}. "
                 "Profile this checkpoint (ramoe profile), or give the file that was profiled on it"
             )
 

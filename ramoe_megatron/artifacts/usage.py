@@ -15,6 +15,7 @@ from torch import Tensor
 from ramoe_megatron.artifacts.files import package_version
 from ramoe_megatron.artifacts.tensors import (
     ModelShape,
+    Profiled,
     bad_metadata,
     check_tensor,
     open_tensors,
@@ -27,7 +28,7 @@ _TENSORS = ("tokens", "frequency", "gate", "layer_number")
 
 
 @dataclass(frozen=True, slots=True)
-class UsageFile:
+class UsageFile(Profiled):
     """``usage.safetensors``: by language, each expert's share of the tokens and of the gate weight."""
 
     languages: tuple[str, ...]
@@ -93,16 +94,6 @@ class UsageFile:
             raise bad_metadata(path, error) from error
         usage._validate(path)
         return usage
-
-    def check_model(self, num_moe_layers: int, num_experts: int, topk: int, score_function: str) -> None:
-        """Raise RamoeError, with every difference, unless the file was profiled on a model of this shape."""
-        self.shape.check(
-            self.path,
-            num_moe_layers=num_moe_layers,
-            num_experts=num_experts,
-            topk=topk,
-            score_function=score_function,
-        )
 
     def places(self, languages: Sequence[str]) -> list[int]:
         """Indices of the languages; raises RamoeError, with the known languages, if any is absent."""

@@ -7,7 +7,7 @@ import torch
 
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.jobs.shards import SHARD_EXAMPLES, Shards
-from ramoe_megatron.mcore.offline.scoring import ContextFor, Progress, score
+from ramoe_megatron.mcore.offline.scoring import ContextFor, OnProgress, score
 
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline.model import OfflineModel
@@ -33,7 +33,7 @@ def score_parts(
     parts: Sequence[Sequence[Example]],
     limits: Sequence[int],
     shards: Shards,
-    progress: Progress,
+    progress: OnProgress,
     contexts: Callable[[Sequence[Example]], ContextFor] | None = None,
 ) -> dict[tuple[str, str], bool]:
     """Score the parts, one shard each. The shards are numbered from 0.

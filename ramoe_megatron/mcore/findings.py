@@ -55,8 +55,8 @@ def attempt(check: str, look: Callable[[], str], advice: str) -> Finding:
 def reason(error: BaseException) -> str:
     """Describe an error in one line.
 
-    A RamoeError keeps its whole text. Other errors are described by their class, the file and line in
-    Megatron, their text, and the expression that failed with its values.
+    A RamoeError keeps its whole text. Other errors are described by their text, the expression that failed
+    with its values, and their class. An error in Megatron also has Megatron's file and line.
     """
     from ramoe_megatron.errors import RamoeError
 
@@ -65,13 +65,14 @@ def reason(error: BaseException) -> str:
         return text
     frames = list(_frames(error.__traceback__))
     in_megatron = [frame for frame in frames if MEGATRON.search(frame[0].filename)]
-    where = ""
-    if in_megatron:
-        summary, _ = in_megatron[-1]
-        where = f" in {MEGATRON.sub('', summary.filename)}, line {summary.lineno}"
     failed = _failed_expression(*(in_megatron or frames)[-1]) if in_megatron or (frames and not text) else ""
     detail = f"{text} ({failed})" if text and failed else text or failed
-    return f"{type(error).__name__}{where}: {detail[:LONGEST]}"
+    name = type(error).__name__
+    if not in_megatron:
+        return f"{name}: {detail[:LONGEST]}"
+    summary, _ = in_megatron[-1]
+    # Last, because a table may cut the line short
+    return f"{detail[:LONGEST]} ({name} in {MEGATRON.sub('', summary.filename)}, line {summary.lineno})"
 
 
 def _frames(trace: TracebackType | None) -> Iterator[tuple[traceback.FrameSummary, Mapping[str, object]]]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from small_run import offline_flags, outcome, profile_flags, run_table, training_flags, write_world
 from steering_job import LAYERS
 
+from ramoe_megatron.mcore.checkpoint import TRACKER
 from ramoe_megatron.report.inspect import describe
 
 SCRIPT = str(Path(__file__).parents[1] / "support/steering_job.py")
@@ -63,7 +64,7 @@ def flags(folder: Path, output: str, *more: str) -> list[str]:
 
 
 def refused(folder: Path, words: str) -> list[str]:
-    """A command line with a missing checkpoint, so its fault must be found before a model is built.
+    """A command line whose checkpoint has no weights, so its fault must be found before a model is built.
 
     Words that end with --ramoe-experts give a command line without an expert file.
     """
@@ -71,7 +72,7 @@ def refused(folder: Path, words: str) -> list[str]:
     return [
         *given(folder, "refused", *words.removesuffix("--ramoe-experts").split()),
         "--load",
-        str(folder / "nowhere"),
+        str(folder / "weightless"),
     ]
 
 
@@ -79,6 +80,8 @@ def refused(folder: Path, words: str) -> list[str]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("steering")
     write_world(folder)
+    (folder / "weightless").mkdir()
+    (folder / "weightless" / TRACKER).write_text("4")
     saved = ["--train-iters", "4", "--save", str(folder / "base"), "--save-interval", "4"]
     rows: list[dict[str, Any]] = [
         {"name": "base", "job": "finetune", "argv": training_flags(folder, *saved)},

@@ -39,4 +39,4 @@ def test_an_error_in_megatron_has_its_file_and_line() -> None:
     with pytest.raises(ValueError, match="Conflicting") as raised:
         combine_param_group_overrides([{"max_lr": 1.0}, {"max_lr": 2.0}])
     place = f"megatron/core/optimizer_param_scheduler.py, line {raised.traceback[-1].lineno + 1}"
-    assert reason(raised.value) == f"ValueError in {place}: Conflicting overrides for max_lr: 1.0 and 2.0"
+    assert reason(raised.value) == f"Conflicting overrides for max_lr: 1.0 and 2.0 (ValueError in {place})"

@@ -36,12 +36,12 @@ FATAL: dict[str, tuple[str, str, int, str, list[str]]] = {
     "interval": ("finetune", "--save there", 1, "flags", ["save_interval"]),
     "heads": ("finetune", "--num-attention-heads 3", 1, "flags", ["hidden_size % args.num_attention_heads"]),
     "warm-up": ("finetune", "--lr-warmup-iters 5", 1, "flags",
-                ["AssertionError in megatron/core/optimizer_param_scheduler.py, line ",
-                 "self.lr_warmup_steps < self.lr_decay_steps, "
-                 "where self.lr_warmup_steps is 80, self.lr_decay_steps is 32"]),
+                ["self.lr_warmup_steps < self.lr_decay_steps, "
+                 "where self.lr_warmup_steps is 80, self.lr_decay_steps is 32 "
+                 "(AssertionError in megatron/core/optimizer_param_scheduler.py, line "]),
     "unevaluated": ("unevaluated", "", 1, "flags",
-                    ["TypeError in megatron/training/training.py, line ", "// args.eval_interval",
-                     "eval_interval is None"]),
+                    ["// args.eval_interval", "eval_interval is None",
+                     "(TypeError in megatron/training/training.py, line "]),
     "together": ("finetune", "--ramoe-coeff 1", 1, "flags", ["--ramoe-coeff 1.0 without --ramoe-experts"]),
     "tokenizer": ("finetune", "--tokenizer-model absent.model", 1, "tokenizer", ["absent.model"]),
     "tokenizer offline": ("evaluate", "--tokenizer-model absent.model", 1, "tokenizer", ["absent.model"]),

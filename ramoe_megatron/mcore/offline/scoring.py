@@ -13,7 +13,7 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.launch import is_rank_0
 from ramoe_megatron.mcore.offline.model import ContextMaker, MicroBatch, OfflineModel
 
-Progress = Callable[[int], None]
+OnProgress = Callable[[int], None]
 ContextFor = Callable[[Sequence[int]], ContextMaker]
 """Makes the routing contexts of scored sequences, from the index of the example of each sequence."""
 
@@ -26,7 +26,7 @@ def score(
     examples: Sequence[Example],
     limits: Sequence[int],
     context_for: ContextFor | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> list[bool]:
     """Whether the model answers each example correctly, on every rank.
 
@@ -98,7 +98,7 @@ def log_likelihoods(
     model: OfflineModel,
     encoded: Sequence[Encoded],
     context: ContextMaker | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Tensor:
     """Natural log-likelihood of each response and its end token, given its prompt. [N], float64, on every
     rank
@@ -136,7 +136,7 @@ def greedy(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int | Sequence[int],
     context: ContextMaker | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     stops: Sequence[Collection[int]] | None = None,
 ) -> list[list[int]]:
     """The greedy continuation of each prompt, up to its first stop token, on every rank.
