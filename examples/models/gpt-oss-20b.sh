@@ -1,20 +1,23 @@
 # shellcheck shell=bash
 # gpt-oss-20b. Source it: GPUS=16 source examples/models/gpt-oss-20b.sh
 #
-# Sets MODEL_ARGS (the architecture) and, by GPUS (8, 16 or 64, of 80 GB), PARALLEL_ARGS. TOKENIZER: a folder or hub name
-# in place of the default; SEQ_LENGTH: 4096 unless set. Checked against Megatron's parser and validation, never run on GPUs.
+# Sets MODEL_ARGS (the architecture) and, by GPUS (8, 16 or 64, of 80 GB), PARALLEL_ARGS. TOKENIZER: a folder
+# or hub name in place of the default; SEQ_LENGTH: 4096 unless set. Checked against Megatron's parser and
+# validation, never run on GPUs.
 #
 # Published: 20.9B parameters, 3.6B active; 24 layers, 32 experts, top-4, no shared expert.
 #
 # What Megatron 0.19 cannot express of it:
-#  - The published experts are MXFP4 (4 bits): a converter has to make bfloat16 of them, and to part gate and up rows, which interleave.
+#  - The published experts are MXFP4 (4 bits): a converter has to make bfloat16 of them, and to part gate and
+#    up rows, which interleave.
 #  - Attention sinks (--softmax-type learnable) need transformer-engine 2.8 or later; it picks the kernel.
-#  - The clamp comes after the bias, as published, with --moe-grouped-gemm; without it the fused activation clamps before the bias
-#    (then give --no-bias-gelu-fusion).
+#  - The clamp comes after the bias, as published, with --moe-grouped-gemm; without it the fused activation
+#    clamps before the bias (then give --no-bias-gelu-fusion).
 #
-# Memory, by `python -m benchmarks.model_memory`, whose text says what is counted. Weights: with gradients and optimizer. Megatron's
-# activations know no experts and no recompute; ours do, with evenly loaded experts. Leave 10 GB for NCCL, CUDA and uneven experts.
-# Megatron's weights have two thirds of each expert: it does not know that --quick-geglu has a gate.
+# Memory, by `python -m benchmarks.model_memory`, whose text says what is counted. Weights: with gradients and
+# optimizer. Megatron's activations know no experts and no recompute; ours do, with evenly loaded experts.
+# Leave 10 GB for NCCL, CUDA and uneven experts. Megatron's weights have two thirds of each expert: it does
+# not know that --quick-geglu has a gate.
 # memory table
 #  GB per GPU      | Megatron's estimate            | ours
 #  GPUs  EP  DP    | weights  activations  total    | weights  activations  total
@@ -64,8 +67,9 @@ MODEL_ARGS=(
     --moe-aux-loss-coeff 0 # the published 0.9 is not in use there (output_router_logits is off), and would drown the LM loss
 )
 
-# Layout. Tensor parallel size 1: expert parallelism splits what is large. A flag given after these counts in their place; with a tensor
-# parallel size above 1 add --sequence-parallel, and set CUDA_DEVICE_MAX_CONNECTIONS=1.
+# Layout. Tensor parallel size 1: expert parallelism splits what is large. A flag given after these counts in
+# their place; with a tensor parallel size above 1 add --sequence-parallel, and set
+# CUDA_DEVICE_MAX_CONNECTIONS=1.
 case "${GPUS:-}" in
     8) # the optimizer's state takes most of it: nothing of a layer but its input is kept
         expert_parallel=8

@@ -1,19 +1,24 @@
 # shellcheck shell=bash
 # OLMoE-1B-7B (0924). Source it: GPUS=16 source examples/models/olmoe-1b-7b.sh
 #
-# Sets MODEL_ARGS (the architecture) and, by GPUS (8, 16 or 64, of 80 GB), PARALLEL_ARGS. TOKENIZER: a folder or hub name
-# in place of the default; SEQ_LENGTH: 4096 unless set. Checked against Megatron's parser and validation, never run on GPUs.
+# Sets MODEL_ARGS (the architecture) and, by GPUS (8, 16 or 64, of 80 GB), PARALLEL_ARGS. TOKENIZER: a folder
+# or hub name in place of the default; SEQ_LENGTH: 4096 unless set. Checked against Megatron's parser and
+# validation, never run on GPUs.
 #
 # Published: 6.9B parameters, 1.3B active; 16 layers, 64 experts, top-8, no shared expert.
 #
-# What Megatron 0.19 cannot express of it. With the published weights these flags give another function than the published model:
-#  - Its query and key norms run over the whole projection (2048 weights); --qk-layernorm normalises each head of 128 by itself, and
-#    its weights do not fit. A faithful run needs an attention module of its own, by --spec (Megatron-Bridge has one).
-#  - The scale of the load-balancing loss. Megatron's is, a layer, 1/8 (top-k) of that in transformers, and is summed over the 16
-#    layers where transformers takes their mean: the same coefficient is 2 times as strong here.
+# What Megatron 0.19 cannot express of it. With the published weights these flags give another function than
+# the published model:
+#  - Its query and key norms run over the whole projection (2048 weights); --qk-layernorm normalises each head
+#    of 128 by itself, and its weights do not fit. A faithful run needs an attention module of its own, by
+#    --spec (Megatron-Bridge has one).
+#  - The scale of the load-balancing loss. Megatron's is, a layer, 1/8 (top-k) of that in transformers, and is
+#    summed over the 16 layers where transformers takes their mean: the same coefficient is 2 times as strong
+#    here.
 #
-# Memory, by `python -m benchmarks.model_memory`, whose text says what is counted. Weights: with gradients and optimizer. Megatron's
-# activations know no experts and no recompute; ours do, with evenly loaded experts. Leave 10 GB for NCCL, CUDA and uneven experts.
+# Memory, by `python -m benchmarks.model_memory`, whose text says what is counted. Weights: with gradients and
+# optimizer. Megatron's activations know no experts and no recompute; ours do, with evenly loaded experts.
+# Leave 10 GB for NCCL, CUDA and uneven experts.
 # memory table
 #  GB per GPU      | Megatron's estimate            | ours
 #  GPUs  EP  DP    | weights  activations  total    | weights  activations  total
@@ -53,8 +58,9 @@ MODEL_ARGS=(
     --moe-aux-loss-coeff 0.01 # router_aux_loss_coef; on another scale, see above
 )
 
-# Layout. Tensor parallel size 1: expert parallelism splits what is large. A flag given after these counts in their place; with a tensor
-# parallel size above 1 add --sequence-parallel, and set CUDA_DEVICE_MAX_CONNECTIONS=1.
+# Layout. Tensor parallel size 1: expert parallelism splits what is large. A flag given after these counts in
+# their place; with a tensor parallel size above 1 add --sequence-parallel, and set
+# CUDA_DEVICE_MAX_CONNECTIONS=1.
 case "${GPUS:-}" in
     8) # no recompute: everything fits
         expert_parallel=8

@@ -1,23 +1,29 @@
 # shellcheck shell=bash
 # Phi-3.5-MoE (instruct). Source it: GPUS=16 source examples/models/phi-3.5-moe.sh
 #
-# Sets MODEL_ARGS (the architecture) and, by GPUS (8, 16 or 64, of 80 GB), PARALLEL_ARGS. TOKENIZER: a folder or hub name
-# in place of the default; SEQ_LENGTH: 4096 unless set. Checked against Megatron's parser and validation, never run on GPUs.
+# Sets MODEL_ARGS (the architecture) and, by GPUS (8, 16 or 64, of 80 GB), PARALLEL_ARGS. TOKENIZER: a folder
+# or hub name in place of the default; SEQ_LENGTH: 4096 unless set. Checked against Megatron's parser and
+# validation, never run on GPUs.
 #
 # Published: 41.9B parameters, 6.6B active; 32 layers, 16 experts, top-2, no shared expert.
 #
-# What Megatron 0.19 cannot express of it. With the published weights these flags give another function than the published model:
-#  - SparseMixer routing: each of the two experts is weighted by a softmax over the logits within 2 % of the best one left, so the two
-#    weights are often near 1 and 1 (Megatron's sum to 1), and in training the experts are sampled.
-#  - LongRoPE: a factor for each frequency, and a scale of the cosines, also below 4096 positions. Here: plain rotary embedding.
-#  - Biases of the attention's output projection and of the output layer (--add-qkv-bias adds those of q, k and v alone; without
-#    --disable-bias-linear the router and the experts, which have none, would get them too).
-#  - Input jitter of the experts: --moe-input-jitter-eps reaches the router alone; it is left off.
-# A faithful run needs a router, a rotary embedding and an output layer of its own.
+# What Megatron 0.19 cannot express of it. With the published weights these flags give another function than
+# the published model:
+#  - SparseMixer routing: each of the two experts is weighted by a softmax over the logits within 2 % of the
+#    best one left, so the two weights are often near 1 and 1 (Megatron's sum to 1), and in training the
+#    experts are sampled.
+#  - LongRoPE: a factor for each frequency, and a scale of the cosines, also below 4096 positions. Here: plain
+#    rotary embedding.
+#  - Biases of the attention's output projection and of the output layer (--add-qkv-bias adds those of q, k
+#    and v alone; without --disable-bias-linear the router and the experts, which have none, would get them
+#    too).
+#  - Input jitter of the experts: --moe-input-jitter-eps reaches the router alone; it is left off. A faithful
+#    run needs a router, a rotary embedding and an output layer of its own.
 #
-# Memory, by `python -m benchmarks.model_memory`, whose text says what is counted. Weights: with gradients and optimizer. Megatron's
-# activations know no experts and no recompute; ours do, with evenly loaded experts. Leave 10 GB for NCCL, CUDA and uneven experts.
-# Megatron's weights for 8 GPUs count the optimizer, which these flags put on the host.
+# Memory, by `python -m benchmarks.model_memory`, whose text says what is counted. Weights: with gradients and
+# optimizer. Megatron's activations know no experts and no recompute; ours do, with evenly loaded experts.
+# Leave 10 GB for NCCL, CUDA and uneven experts. Megatron's weights for 8 GPUs count the optimizer, which
+# these flags put on the host.
 # memory table
 #  GB per GPU      | Megatron's estimate            | ours
 #  GPUs  EP  DP    | weights  activations  total    | weights  activations  total
@@ -58,8 +64,9 @@ MODEL_ARGS=(
     --moe-aux-loss-coeff 0 # router_aux_loss_coef of the published configuration
 )
 
-# Layout. Tensor parallel size 1: expert parallelism splits what is large. A flag given after these counts in their place; with a tensor
-# parallel size above 1 add --sequence-parallel, and set CUDA_DEVICE_MAX_CONNECTIONS=1.
+# Layout. Tensor parallel size 1: expert parallelism splits what is large. A flag given after these counts in
+# their place; with a tensor parallel size above 1 add --sequence-parallel, and set
+# CUDA_DEVICE_MAX_CONNECTIONS=1.
 case "${GPUS:-}" in
     8) # fits only with the optimizer on the host: about 670 GB of host memory a node
         expert_parallel=8

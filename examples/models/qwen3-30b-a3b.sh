@@ -1,18 +1,21 @@
 # shellcheck shell=bash
 # Qwen3-30B-A3B. Source it: GPUS=16 source examples/models/qwen3-30b-a3b.sh
 #
-# Sets MODEL_ARGS (the architecture) and, by GPUS (8, 16 or 64, of 80 GB), PARALLEL_ARGS. TOKENIZER: a folder or hub name
-# in place of the default; SEQ_LENGTH: 4096 unless set. Checked against Megatron's parser and validation, never run on GPUs.
+# Sets MODEL_ARGS (the architecture) and, by GPUS (8, 16 or 64, of 80 GB), PARALLEL_ARGS. TOKENIZER: a folder
+# or hub name in place of the default; SEQ_LENGTH: 4096 unless set. Checked against Megatron's parser and
+# validation, never run on GPUs.
 #
 # Published: 30.5B parameters, 3.3B active; 48 layers, 128 experts, top-8, no shared expert.
 #
 # What Megatron 0.19 cannot express of it:
-#  - The scale of the load-balancing loss. Megatron's is, a layer, 1/8 (top-k) of that in transformers, and is summed over the 48
-#    layers where transformers takes their mean: the same coefficient is 6 times as strong here.
+#  - The scale of the load-balancing loss. Megatron's is, a layer, 1/8 (top-k) of that in transformers, and is
+#    summed over the 48 layers where transformers takes their mean: the same coefficient is 6 times as strong
+#    here.
 #
-# Memory, by `python -m benchmarks.model_memory`, whose text says what is counted. Weights: with gradients and optimizer. Megatron's
-# activations know no experts and no recompute; ours do, with evenly loaded experts. Leave 10 GB for NCCL, CUDA and uneven experts.
-# Megatron's weights for 8 GPUs count the optimizer, which these flags put on the host.
+# Memory, by `python -m benchmarks.model_memory`, whose text says what is counted. Weights: with gradients and
+# optimizer. Megatron's activations know no experts and no recompute; ours do, with evenly loaded experts.
+# Leave 10 GB for NCCL, CUDA and uneven experts. Megatron's weights for 8 GPUs count the optimizer, which
+# these flags put on the host.
 # memory table
 #  GB per GPU      | Megatron's estimate            | ours
 #  GPUs  EP  DP    | weights  activations  total    | weights  activations  total
@@ -53,8 +56,9 @@ MODEL_ARGS=(
     --moe-aux-loss-coeff 0.001 # router_aux_loss_coef; on another scale, see above
 )
 
-# Layout. Tensor parallel size 1: expert parallelism splits what is large. A flag given after these counts in their place; with a tensor
-# parallel size above 1 add --sequence-parallel, and set CUDA_DEVICE_MAX_CONNECTIONS=1.
+# Layout. Tensor parallel size 1: expert parallelism splits what is large. A flag given after these counts in
+# their place; with a tensor parallel size above 1 add --sequence-parallel, and set
+# CUDA_DEVICE_MAX_CONNECTIONS=1.
 case "${GPUS:-}" in
     8) # fits only with the optimizer on the host: about 490 GB of host memory a node
         expert_parallel=8

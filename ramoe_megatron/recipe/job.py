@@ -1,8 +1,8 @@
 """`python -m ramoe_megatron.recipe.job RUN STAGE`: what each node of a stage's Slurm job runs.
 
-Each node first runs the checks of `recipe.doctor`. Node 0 then checks whether the stage's result is up to
-date, and leads the stage; the other nodes start their ranks when node 0 asks (`recipe.nodes`). Exit status 75
-means that the stage stopped before the time limit and has to be started again. Exit status 2 means an error
+Each node first checks itself (`recipe.doctor_environment`). Node 0 then checks whether the stage's result is
+up to date, and leads the stage; the other nodes start their ranks when node 0 asks (`recipe.nodes`). The
+ranks check the command line and the inputs at their start, before the model is built. Exit status 75 means that the stage stopped before the time limit and has to be started again. Exit status 2 means an error
 that the user has to correct.
 """
 
@@ -15,7 +15,8 @@ from rich.console import Console
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.unfinished import STATUS
 from ramoe_megatron.recipe.chain import read_stage
-from ramoe_megatron.recipe.doctor import environment_findings, findings_table, job_findings
+from ramoe_megatron.recipe.doctor import findings_table
+from ramoe_megatron.recipe.doctor_environment import environment_findings
 from ramoe_megatron.recipe.launcher import Place
 from ramoe_megatron.recipe.manifest import Manifest, locked
 from ramoe_megatron.recipe.nodes import Leader, follow
@@ -60,16 +61,12 @@ def _run(folder: Path, name: str) -> int:
 
 
 def _examine(stage: Stage, place: Place, folder: Path, console: Console) -> None:
-    """Run the checks of `ramoe doctor`, and raise RamoeError when one is fatal.
+    """Check this node, and raise RamoeError when a finding is fatal.
 
     Node 0 prints the findings; other nodes print them only when one is fatal.
     """
-    module, *words = stage.arguments()
     try:
-        if stage.ranks and place.node == 0:
-            found = job_findings(module.rpartition(".")[2], words, stage.ranks, place.nodes, os.environ)
-        else:
-            found = environment_findings(max(1, stage.ranks), place.nodes, folder, os.environ)
+        found = environment_findings(max(1, stage.ranks), place.nodes, folder, os.environ)
     except Stopped as stop:
         if stop.resumes:  # requeued, the job would be warned at its start every time
             raise RamoeError(

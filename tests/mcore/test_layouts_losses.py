@@ -8,7 +8,7 @@ import pytest
 import torch
 from layout_errors import note
 from layout_laws import BOUND, assert_same, assert_same_figures
-from layout_rows import OTHERS, PER_TOKEN, PRECISIONS, ROWS, SAME_LOSSES, WITHOUT_MTP_LOSS
+from layout_rows import OTHERS, PADDING_MATTERS, PER_TOKEN, PRECISIONS, ROWS, SAME_LOSSES, WITHOUT_MTP_LOSS
 from safetensors.torch import load_file
 from small_run import gradients, outcome, weights
 
@@ -67,7 +67,7 @@ def test_each_loss_is_there_and_in_each_layout(layouts: Path) -> None:
     assert all(bias.any() for bias in expert_biases(layouts, "every-one").values())
     assert {ROWS[name].ranks for name in SAME_LOSSES} == {1, 2, 4}
     assert packed_rows.SAME_LOSSES is SAME_LOSSES
-    for layout in ("one", "dp", "tp", "cp", "tp-pp", "tp-cp"):
+    for layout in PADDING_MATTERS:
         assert {f"every-{layout}-longer", f"every-{layout}-longer-tokens"} <= SAME_LOSSES.keys()
 
 

@@ -73,7 +73,7 @@ PADDED: set[str] = set()
 for kind in PACK_KINDS:
     add_packed(f"packed-{kind}", kind)
 for layout, (ranks, flags) in PACK_LAYOUTS.items():
-    for kind in ("alone", "alone-tokens"):
+    for kind in ("alone", "alone-tokens") if layout in ("dp", "tp", "pp", "cp") else ("alone-tokens",):
         add_packed(f"packed-{layout}-{kind}", kind, ranks, flags)
 for layout in ("tp", "cp", "tp-cp"):
     for kind in ("kl", "token"):
