@@ -2,8 +2,9 @@
 
 Each node first checks itself (`recipe.doctor_environment`). Node 0 then checks whether the stage's result is
 up to date, and leads the stage; the other nodes start their ranks when node 0 asks (`recipe.nodes`). The
-ranks check the command line and the inputs at their start, before the model is built. Exit status 75 means that the stage stopped before the time limit and has to be started again. Exit status 2 means an error
-that the user has to correct.
+ranks check the command line and the inputs at their start, before the model is built. Exit status 75 means
+that the stage stopped before the time limit and has to be started again. Exit status 2 means an error that
+the user has to correct.
 """
 
 import os
