@@ -1,7 +1,7 @@
 """Hugging Face to Megatron and back: plan, check, stream, write.
 
-Both directions know every shape before the first byte is written. A file holds a few gigabytes and is renamed when
-it is whole, so an interrupted conversion goes on with the next file. The memory is that of one piece.
+Both directions know every shape before the first byte is written. A file holds a few gigabytes and is renamed
+when it is whole, so an interrupted conversion goes on with the next file. The memory is that of one piece.
 """
 
 import contextlib
@@ -42,8 +42,7 @@ from ramoe_megatron.models.safetensors_folder import (
 from ramoe_megatron.models.torch_dist import COMMON, VERSION, ChunkFile, TorchDist, Written, write_metadata
 
 NOTE, FLAGS, ORIGINAL = "ramoe-model.json", "model_args.yaml", "huggingface"
-"""Beside a checkpoint: which model it is, its Megatron flags, and the files of the Hugging Face folder that are
-no weights."""
+"""Beside a checkpoint: which model it is, its Megatron flags, and the Hugging Face folder without weights."""
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
 FILE_BYTES = 4 << 30
 """Largest `.distcp` file, unless a single piece is larger."""
@@ -249,8 +248,8 @@ def begin(unfinished: Path, plan: Mapping[str, Any], size: int) -> None:
     free = shutil.disk_usage(unfinished.parent).free
     if free < size - present:
         raise RamoeError(
-            f"{unfinished.parent}: {free / 1e9:.1f} GB free, {(size - present) / 1e9:.1f} GB needed; make room, "
-            "or give another --out"
+            f"{unfinished.parent}: {free / 1e9:.1f} GB free, {(size - present) / 1e9:.1f} GB needed; "
+            "make room, or give another --out"
         )
     unfinished.mkdir(exist_ok=True)
     for path in unfinished.rglob(".*.tmp"):  # of an attempt that was killed
@@ -265,7 +264,7 @@ def flags_text(family: Family, flags: Flags) -> str:
 
 
 def copy_others(source: Path, target: Path) -> None:
-    """Copy the files of a Hugging Face folder that are no weights: configuration, tokenizer, chat template."""
+    """Copy the files of a Hugging Face folder that are no weights, such as the tokenizer's."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.endswith(NOT_COPIED):
@@ -309,7 +308,8 @@ def plan_export(checkpoint: Path) -> Export:
             f"{', '.join(dict.fromkeys(missing))[:300]}"
         )
     wrong = [
-        f"{piece.key} is {list(source.shapes[piece.key])}, expected {['...'] * len(piece.place) + list(piece.shape)}"
+        f"{piece.key} is {list(source.shapes[piece.key])}, "
+        f"expected {['...'] * len(piece.place) + list(piece.shape)}"
         for piece in pieces
         if not _fits(piece, source.shapes[piece.key])
     ]

@@ -1,8 +1,8 @@
 """What the families share: a decoder's numbers, its Megatron flags, and its tensors on both sides.
 
 A family is a `Family`: the architecture's name in config.json, its numbers and flags, and the names of its
-tensors. Megatron's names are those of a GPTModel's checkpoint in the torch_dist format, which holds one key for
-all layers that are alike (`decoder.layers.mlp.router.weight` [L, E, H]) and one key a layer otherwise.
+tensors. Megatron's names are those of a GPTModel's checkpoint in the torch_dist format. It holds one key for
+all layers if they are alike (`decoder.layers.mlp.router.weight` [L, E, H]), and one key a layer otherwise.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 
 from ramoe_megatron.models.operations import Copy, GateUp, Operation, QueryKeyValue, Shape
 
+COPY = Copy()
 Flags = dict[str, Any]
 """Megatron's flags without the dashes. True is a bare flag."""
 
@@ -33,7 +34,7 @@ class Piece:
     shape: Shape
     """Shape at that place."""
     parts: tuple[Part, ...]
-    operation: Operation = Copy()
+    operation: Operation = COPY
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _layer_pieces(n: Numbers, names: Names, layer: int) -> Iterator[Piece]:
     prefix, place = (f"decoder.layers.{layer}", ()) if n.dense else ("decoder.layers", (layer,))
     source = f"model.layers.{layer}"
 
-    def one(key: str, shape: Shape, parts: Sequence[str], operation: Operation = Copy(), *more: int) -> Piece:
+    def one(key: str, shape: Shape, parts: Sequence[str], operation: Operation = COPY, *more: int) -> Piece:
         found = tuple(Part(f"{source}.{part}") for part in parts)
         return Piece(f"{prefix}.{key}", (*place, *more), shape, found, operation)
 
@@ -173,7 +174,7 @@ def _layer_pieces(n: Numbers, names: Names, layer: int) -> Iterator[Piece]:
         )
         fc1, fc2 = "mlp.experts.experts.linear_fc1.weight", "mlp.experts.experts.linear_fc2.weight"
         yield one(fc1, (2 * n.expert_width, n.hidden), [gate, up], GateUp(), expert)
-        yield one(fc2, (n.hidden, n.expert_width), [down], Copy(), expert)
+        yield one(fc2, (n.hidden, n.expert_width), [down], COPY, expert)
 
 
 def _expert_pieces(
@@ -191,8 +192,8 @@ def _expert_pieces(
         yield Piece(f"{prefix}.mlp.experts.experts.{linear}", (*place, expert), shape, parts, operation)
 
 
-def extra_states(n: Numbers, grouped: bool = True) -> Iterator[tuple[str, Shape, Shape]]:
-    """Keys of the empty objects that Megatron's layers expect in a checkpoint, with their place and their count.
+def extra_states(n: Numbers) -> Iterator[tuple[str, Shape, Shape]]:
+    """The empty objects that Megatron's layers expect in a checkpoint: key, place and count.
 
     The list covers local and transformer-engine layers; Megatron ignores what it does not look for.
     """

@@ -1,4 +1,4 @@
-"""GPT-OSS: attention sinks, a window in every second layer, YaRN, clamped experts with biases, MXFP4 or bfloat16.
+"""GPT-OSS: attention sinks, a window in every second layer, YaRN, clamped experts with biases, MXFP4.
 
 The tensors of a layer's experts lie in one tensor. Their orientation follows from the name and never from the
 shape, which is square: bfloat16 matrices are [in, out], MXFP4 blocks are rows of [out, in].

@@ -4,11 +4,11 @@ from typing import Any
 
 from ramoe_megatron.models.decoder import Family, Flags, Names, Numbers, decoder_flags, rope_parameters
 
-BLOCK_SPARSE = {
-    "router": "block_sparse_moe.gate",
-    "expert": "block_sparse_moe.experts.{expert}",
-    "gate_up_down": ("w1", "w3", "w2"),
-}
+BLOCK_SPARSE = Names(
+    router="block_sparse_moe.gate",
+    expert="block_sparse_moe.experts.{expert}",
+    gate_up_down=("w1", "w3", "w2"),
+)
 """Names that Phi-3.5-MoE has too."""
 
 
@@ -53,6 +53,6 @@ MIXTRAL = Family(
     "MixtralForCausalLM",
     block_sparse_numbers,
     _flags,
-    lambda config, _: Names(**BLOCK_SPARSE),
+    lambda *_: BLOCK_SPARSE,
     refuse=_refuse,
 )

@@ -1,6 +1,6 @@
-"""Operations that make one Megatron tensor from Hugging Face tensors. Each operation carries its inverse.
+"""Operations that make one Megatron tensor from Hugging Face tensors. Each has its inverse.
 
-An operation moves values and never computes with them, so both directions are exact bit for bit. `Mxfp4` alone
+An operation moves values and never computes with them, so both directions are exact bit for bit. Only `Mxfp4`
 decodes its input and has no inverse.
 
 Shapes: H hidden size, I width of an expert, D size of an attention head, G query groups, n heads in a group.
@@ -65,7 +65,9 @@ class Transpose:
 
 @dataclass(frozen=True)
 class QueryKeyValue:
-    """Query, key and value projections. Megatron stores [G, n + 2, D, ...]: a group's queries, its key, its value.
+    """Query, key and value projections.
+
+    Megatron stores [G, n + 2, D, ...]: the queries of a group, its key and its value.
 
     The parts are the three weights [G n D, H], [G D, H], [G D, H], or the three biases without the H.
     """
@@ -91,7 +93,7 @@ class QueryKeyValue:
 
 @dataclass(frozen=True)
 class GateUp:
-    """Gate and up projection of a gated MLP. Megatron stores them as one tensor [2 I, ...], the gate first."""
+    """Gate and up projection of a gated MLP. Megatron stores one tensor [2 I, ...], the gate first."""
 
     def parts(self, shape: Shape) -> list[Shape]:
         half = (shape[0] // 2, *shape[1:])
@@ -130,8 +132,9 @@ MXFP4_BLOCK = 32
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """A bfloat16 matrix [rows, columns] from MXFP4: 4-bit values, low half of a byte first, times 2^(scale - 127).
+    """A bfloat16 matrix [rows, columns] from MXFP4.
 
+    The values have 4 bits, the low half of a byte first. A block's values are multiplied by 2^(scale - 127).
     The parts are uint8: blocks [rows, columns / 32, 16] and scales [rows, columns / 32]. There is no inverse.
     """
 

@@ -1,5 +1,6 @@
 """Phi-3.5-MoE: SparseMixer routing, LayerNorm, LongRoPE, and biases in the attention and the output layer."""
 
+from dataclasses import replace
 from typing import Any
 
 from ramoe_megatron.models.decoder import Family, Flags, Names, decoder_flags, rope_parameters
@@ -22,9 +23,8 @@ def _flags(config: Any) -> Flags:
 
 def _names(config: Any, _: Any) -> Names:
     bias = bool(config.attention_bias)
-    return Names(
-        **BLOCK_SPARSE, qkv_bias=bias, o_bias=bias, norm_bias=True, lm_head_bias=bool(config.lm_head_bias)
-    )
+    head_bias = bool(config.lm_head_bias)
+    return replace(BLOCK_SPARSE, qkv_bias=bias, o_bias=bias, norm_bias=True, lm_head_bias=head_bias)
 
 
 def _refuse(config: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: a norm on each head's query and key; dense layers by `mlp_only_layers` and `decoder_sparse_step`."""
+"""Qwen3-MoE: a norm on each head's query and key, and dense layers between the others."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def _refuse(config: Any) -> str | None:
     if config.use_sliding_window:
         return "use_sliding_window: only full attention is converted"
     if rope_parameters(config).get("rope_type", "default") != "default":
-        return f"rope_type {rope_parameters(config)['rope_type']}: only the default rotary embedding is converted"
+        return f"rope_type {rope_parameters(config)['rope_type']}: only the default one is converted"
     return None
 
 

@@ -47,7 +47,7 @@ class Stored:
 
 
 class SafetensorsFolder:
-    """The tensors of a folder: `model.safetensors`, or the files that `model.safetensors.index.json` names."""
+    """The tensors of a folder: of `model.safetensors`, or of the files that the index names."""
 
     def __init__(self, folder: Path) -> None:
         """Read the headers of all files.
@@ -74,8 +74,8 @@ class SafetensorsFolder:
         if not path.is_file():
             if not (self.folder / SINGLE).is_file():
                 raise RamoeError(
-                    f"{self.folder}: no {SINGLE} and no {INDEX}. Expected a folder that save_pretrained wrote "
-                    "or that was downloaded from the hub"
+                    f"{self.folder}: no {SINGLE} and no {INDEX}. Expected a folder that save_pretrained "
+                    "wrote or that was downloaded from the hub"
                 )
             return {}
         try:
@@ -87,7 +87,8 @@ class SafetensorsFolder:
         absent = sorted({file for file in named.values() if not (self.folder / file).is_file()})
         if absent:
             raise RamoeError(
-                f"{path} names files that are not in the folder: {', '.join(absent)}; download the folder again"
+                f"{path} names files that are not in the folder: {', '.join(absent)}; "
+                "download the folder again"
             )
         return named
 
@@ -138,7 +139,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one file, in the order of their bytes.
 
     Raises:
-        RamoeError: the file is missing, cut short or no safetensors file, or has a type that is not supported.
+        RamoeError: the file is missing, cut short or no safetensors file, or has an unsupported type.
     """
     try:
         with path.open("rb") as file:

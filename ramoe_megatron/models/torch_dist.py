@@ -1,8 +1,8 @@
-"""Megatron's `torch_dist` checkpoints: reading and writing them piece by piece, without Megatron and its ranks.
+"""Megatron's `torch_dist` checkpoints, read and written piece by piece without Megatron and its ranks.
 
-The format is PyTorch's distributed checkpoint. A tensor is stored in chunks of any shape, each a `torch.save` at
-some offset of a `.distcp` file, and `.metadata` lists them. torch's own writer needs whole tensors in memory; this
-one needs the piece at hand.
+The format is PyTorch's distributed checkpoint. A tensor is stored in chunks of any shape, each a `torch.save`
+at some offset of a `.distcp` file, and `.metadata` lists them. torch's own writer needs whole tensors in memory;
+this one needs the piece at hand.
 """
 
 import io
@@ -142,7 +142,8 @@ class TorchDist:
         path = folder / METADATA
         if not path.is_file():
             raise RamoeError(
-                f"{folder}: no {METADATA}, so it is no torch_dist checkpoint. Save with --ckpt-format torch_dist"
+                f"{folder}: no {METADATA}, so it is no torch_dist checkpoint. "
+                "Save with --ckpt-format torch_dist"
             )
         try:
             with path.open("rb") as file:
@@ -156,7 +157,7 @@ class TorchDist:
         self._chunks: dict[str, list[Chunk]] = {}
         self._by_place: dict[tuple[str, int], dict[Shape, list[Chunk]]] = {}
         ends: dict[str, int] = {}
-        for index, info in metadata.storage_data.items():
+        for info in metadata.storage_data.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
         for name, end in ends.items():
             size = (folder / name).stat().st_size if (folder / name).is_file() else -1
