@@ -1,4 +1,4 @@
-"""`ramoe run --launcher slurm` on a real Slurm: the demo's recipe, tensor parallel across two nodes."""
+"""`ramoe run --launcher slurm` on a real Slurm: a small recipe, tensor parallel across two nodes."""
 
 import json
 import re
@@ -10,25 +10,21 @@ from pathlib import Path
 
 import pytest
 import yaml
+from method_rows import document
 from slurm_cluster import ENDED, SlurmCluster
 
-ROOT = Path(__file__).parents[2]
 # Megatron refuses the two warm-ups together, which neither the recipe nor its schema can know.
 BROKEN = {"name": "sft", "train": {"lr-warmup-fraction": 0.1}}
 pytestmark = pytest.mark.slurm
 
 
-def write_recipe(path: Path, *methods: object) -> None:
-    """The demo, with fewer steps, two target languages, and one rank on each of two nodes."""
-    recipe = yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text())
-    recipe["data"] = {"world": {"max_tokens": 16, "target_shares": {"es": 0.2, "sw": 0.07}}}
-    recipe["pretrain"] |= {
-        "train-iters": 30,
-        "micro-batch-size": 64,
-        "global-batch-size": 64,
-        "lr-warmup-iters": 2,
-    }
-    recipe["train"] |= {"train-iters": 8, "log-interval": 1}
+def write_recipe(path: Path, world: Path, *methods: object) -> None:
+    """Pretraining and fine-tuning, with one rank on each of two nodes."""
+    recipe = document(world, "one")
+    del recipe["checkpoint"]
+    recipe["data"]["pretrain"] = recipe["data"]["general"]
+    recipe["pretrain"] = {"train-iters": 4}
+    recipe["train"] |= {"train-iters": 8, "lr-warmup-iters": 2}
     recipe["parallel"] = {"tensor-model-parallel-size": 2, "sequence-parallel": True}
     recipe |= {"seeds": [1], "methods": list(methods)}
     recipe["launch"] = {
@@ -65,17 +61,19 @@ def rows(said: str) -> dict[str, str]:
     return {line.split()[0]: line for line in said.splitlines()[1:] if line.strip()}
 
 
-def test_the_demo_as_a_chain_across_two_nodes(cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_a_recipe_as_a_chain_across_two_nodes(
+    cluster: SlurmCluster, slurm_world: Path, tmp_path: Path
+) -> None:
     """One method fails: its chain stops with a message, and the others end.
 
     After the fault is corrected, only the missing stages are submitted.
     """
-    recipe, run = tmp_path / "demo.yaml", tmp_path / "run"
-    write_recipe(recipe, BROKEN, "ra-moe")
+    recipe, run = tmp_path / "small.yaml", tmp_path / "run"
+    write_recipe(recipe, slurm_world, BROKEN, "ra-moe")
 
     told = ramoe(cluster, "run", recipe, "--out", run, "--launcher", "slurm", "--dry-run")
     assert told.returncode == 0, told.stderr
-    assert "--dependency=afterok:<data>:<pretrain>" in told.stdout
+    assert "--dependency=afterok:<pretrain>" in told.stdout
     assert "#SBATCH --partition=cpu" in told.stdout
     assert not run.exists()
     assert not cluster.call("squeue", "--noheader").strip(), "nothing was submitted"
@@ -117,7 +115,7 @@ def test_the_demo_as_a_chain_across_two_nodes(cluster: SlurmCluster, tmp_path: P
     assert "8/8 iterations" in shown["finetune/ra-moe-seed1"]
     assert all("cancelled" in shown[stage] for stage in stopped)
 
-    write_recipe(recipe, BROKEN | {"train": {"lr": 2.0e-4}}, "ra-moe")
+    write_recipe(recipe, slurm_world, BROKEN | {"train": {"lr": 2.0e-4}}, "ra-moe")
     done = ramoe(cluster, "run", recipe, "--out", run, "--launcher", "slurm")
     assert done.returncode == 0, done.stderr
     second = {stage: job for stage, job in jobs_of(run).items() if job not in first.values()}

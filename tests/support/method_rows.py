@@ -21,7 +21,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 COMBINED = {"name": "aligned-experts", "preset": ["ra-moe", "esft-token"]}
 
 
-def recipe(folder: Path, layout: str) -> Recipe:
+def document(folder: Path, layout: str) -> dict[str, Any]:
+    """The recipe as it is in a file, of the data and the base model in `folder`."""
     ranks, parallel = LAYOUTS[layout]
     model: dict[str, Any] = {
         "num-layers": 4, "hidden-size": 32, "init-method-std": 0.1, "num-attention-heads": 4,
@@ -39,21 +40,22 @@ def recipe(folder: Path, layout: str) -> Recipe:
         "eval-interval": 1000,
         "num-workers": 0, "log-interval": 1, "weight-decay": 0.1, "save-interval": 100,
     }  # fmt: skip
-    return validate(
-        {
-            "name": "small", "model": model, "train": train, "parallel": parallel,
-            "checkpoint": str(folder / "base"),
-            "tokenizer": {"tokenizer-type": "SentencePieceTokenizer",
-                          "tokenizer-model": str(folder / "tokenizer.model")},
-            "data": {"files": [str(folder / "parallel.jsonl")], "general": [str(folder / "general.jsonl")],
-                     "languages": ["es", "tr"]},
-            "taxonomy": {"max-new-tokens": 4}, "profile": {"select": "top-m=3", "layers": "1-2"},
-            "alignment": {"coeff": 20, "target": "example"},
-            "selection": {"train-budget": 9, "train-top-p": 0.5},
-            "methods": [*METHODS, COMBINED], "launch": {"ranks-per-node": ranks, "batch-tokens": 256},
-        },
-        "recipe",
-    )  # fmt: skip
+    return {
+        "name": "small", "model": model, "train": train, "parallel": parallel,
+        "checkpoint": str(folder / "base"),
+        "tokenizer": {"tokenizer-type": "SentencePieceTokenizer",
+                      "tokenizer-model": str(folder / "tokenizer.model")},
+        "data": {"files": [str(folder / "parallel.jsonl")], "general": [str(folder / "general.jsonl")],
+                 "languages": ["es", "tr"]},
+        "taxonomy": {"max-new-tokens": 4}, "profile": {"select": "top-m=3", "layers": "1-2"},
+        "alignment": {"coeff": 20, "target": "example"},
+        "selection": {"train-budget": 9, "train-top-p": 0.5},
+        "methods": [*METHODS, COMBINED], "launch": {"ranks-per-node": ranks, "batch-tokens": 256},
+    }  # fmt: skip
+
+
+def recipe(folder: Path, layout: str) -> Recipe:
+    return validate(document(folder, layout), "recipe")
 
 
 def stages(folder: Path, layout: str) -> dict[str, Stage]:
