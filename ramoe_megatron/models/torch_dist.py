@@ -1,8 +1,8 @@
 """Megatron's `torch_dist` checkpoints, read and written piece by piece without Megatron and its ranks.
 
 The format is PyTorch's distributed checkpoint. A tensor is stored in chunks of any shape, each a `torch.save`
-at some offset of a `.distcp` file, and `.metadata` lists them. torch's own writer needs whole tensors in memory;
-this one needs the piece at hand.
+at some offset of a `.distcp` file, and `.metadata` lists them. torch's own writer needs whole tensors in
+memory; this one needs only the piece at hand.
 """
 
 import io
