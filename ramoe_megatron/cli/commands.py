@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ramoe_megatron.artifacts.files import refuse_unwritable
+from ramoe_megatron.cli import models
 from ramoe_megatron.cli.show import EXISTING, FILE, FILE_COMMANDS, FOLDER, wide_console
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.unfinished import STATUS
@@ -333,5 +334,5 @@ def methods() -> None:
     wide_console().print(table)
 
 
-for _command in FILE_COMMANDS:
+for _command in (*FILE_COMMANDS, models.convert, models.export):
     main.add_command(_command)
