@@ -1,7 +1,8 @@
-"""Hugging Face folders to Megatron checkpoints and back: bit for bit, and never from or over something wrong."""
+"""Hugging Face folders to Megatron checkpoints and back: bit for bit; what is wrong is refused."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,8 +232,6 @@ def test_nothing_is_overwritten(world: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(world: Path, tmp_path: Path) -> None:
-    import shutil
-
     mixed = tmp_path / "mg"
     shutil.copytree(world / "mixtral-float32/mg", mixed)
     shutil.rmtree(mixed / "release")
