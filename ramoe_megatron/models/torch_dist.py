@@ -87,7 +87,7 @@ class ChunkFile:
 
 @contextlib.contextmanager
 def _without_checksums() -> Iterator[None]:
-    """Leave out the checksum of each `torch.save`, which no reader checks and which takes longer than writing."""
+    """Leave out the checksums of `torch.save`, which no reader checks and which take longer than writing."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
