@@ -77,9 +77,10 @@ def run(
 ) -> None:
     """Run a recipe.
 
-    The stages are data, pretrain, taxonomy, profile, priors, anchors, predict, finetune, steer, evaluate,
-    results and report. A second run skips stages with an up-to-date result; a changed setting reruns the
-    stages that depend on it. STAGE is a stage from this list, or a single one, such as finetune/sft-seed1.
+    The stages are data, pretrain, convert, taxonomy, profile, priors, anchors, predict, finetune, steer,
+    evaluate, results and report. A second run skips stages with an up-to-date result; a changed setting
+    reruns the stages that depend on it. STAGE is a stage from this list, or a single one, such as
+    finetune/sft-seed1.
     """
     from ramoe_megatron.recipe.runner import run_recipe
     from ramoe_megatron.recipe.stages import StageFailed
