@@ -20,8 +20,8 @@ def family_of(folder: Path) -> tuple[Family, Any]:
     """The family of a Hugging Face folder, and its configuration.
 
     Raises:
-        RamoeError: there is no config.json, the architecture is unknown, or the configuration has something
-            that Megatron cannot express.
+        RamoeError: there is no config.json, the architecture is unknown, the model is quantised, or the
+            configuration has something that Megatron cannot express.
     """
     from transformers import AutoConfig
 
@@ -31,13 +31,20 @@ def family_of(folder: Path) -> tuple[Family, Any]:
             f"{folder}: no {CONFIG}; expected a folder that save_pretrained wrote or that was downloaded "
             "from the hub"
         )
-    architectures = read_json(path).get("architectures") or []
+    document = read_json(path)
+    architectures = document.get("architectures") or []
     family = next((found for found in FAMILIES if found.architecture in architectures), None)
     if family is None:
         known = ", ".join(found.architecture for found in FAMILIES)
         raise RamoeError(
             f"{path}: architectures is {architectures}; expected one of {known}. "
             "For other families, Megatron-Bridge converts on a machine with CUDA and transformer-engine"
+        )
+    quantised = (document.get("quantization_config") or {}).get("quant_method")
+    if quantised and (quantised, family) != ("mxfp4", GPT_OSS):
+        raise RamoeError(
+            f"{path}: quantization_config is {quantised}; only the MXFP4 of GPT-OSS is read. "
+            "Give the unquantised model"
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)

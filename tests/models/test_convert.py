@@ -203,6 +203,15 @@ def test_another_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> 
     assert "Megatron-Bridge" in told
 
 
+def test_a_quantised_model_is_refused_by_its_method(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    write_model("mixtral", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "quantization_config is gptq" in refused(folder, tmp_path / "mg")
+
+
 def test_a_file_that_was_cut_short_is_named(world: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     write_model("mixtral", folder)
