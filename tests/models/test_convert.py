@@ -318,3 +318,31 @@ def test_the_commands(world: Path, tmp_path: Path) -> None:
     again = run.invoke(main, ["export", str(tmp_path / "mg"), "--out", str(tmp_path / "hf")])
     assert again.exit_code == 2
     assert "ramoe: error:" in again.output
+
+
+def test_mxfp4_in_and_bfloat16_out(world: Path, tmp_path: Path) -> None:
+    """The exported experts are those that transformers decodes, bit for bit; the rest is unchanged."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    source, folder = world / "gpt-oss-bfloat16/hf", tmp_path / "hf"
+    shutil.copytree(source, folder)
+    plain, packed, expected = tensors(source), {}, {}
+    torch.manual_seed(0)
+    for name, tensor in plain.items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            packed[name] = expected[name] = tensor
+            continue
+        experts, columns, rows = tensor.shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(110, 130, (experts, rows, columns // 32), dtype=torch.uint8)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        expected[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16).contiguous()
+    save_file(packed, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}})
+    )
+    convert(folder, tmp_path / "mg")
+    export(tmp_path / "mg", tmp_path / "back")
+    assert_same_bytes(tensors(tmp_path / "back"), expected)
+    assert json.loads((tmp_path / "back/config.json").read_text()) == config
