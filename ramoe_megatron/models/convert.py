@@ -30,6 +30,7 @@ from ramoe_megatron.artifacts.files import (
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.models.decoder import Family, Flags, Piece, extra_states
 from ramoe_megatron.models.families import CONFIG, family_named, family_of
+from ramoe_megatron.models.note import FLAGS, NOTE, ORIGINAL
 from ramoe_megatron.models.operations import Shape
 from ramoe_megatron.models.safetensors_folder import (
     INDEX,
@@ -41,8 +42,6 @@ from ramoe_megatron.models.safetensors_folder import (
 )
 from ramoe_megatron.models.torch_dist import COMMON, VERSION, ChunkFile, TorchDist, Written, write_metadata
 
-NOTE, FLAGS, ORIGINAL = "ramoe-model.json", "model_args.yaml", "huggingface"
-"""Beside a checkpoint: which model it is, its Megatron flags, and the Hugging Face folder without weights."""
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
 FILE_BYTES = 4 << 30
 """Largest `.distcp` file, unless a single piece is larger."""
