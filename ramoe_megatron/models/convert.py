@@ -194,7 +194,7 @@ def _one_file(
     with atomic_write(path) as temporary:
         file = ChunkFile(temporary)
         if number == 0:
-            file.add_object(COMMON, {"checkpoint_version": VERSION, "iteration": 0})
+            file.add_object(COMMON, [{"checkpoint_version": VERSION, "iteration": 0}])  # Megatron reads [0]
             for key, place, count in extra_states(plan.family.numbers(plan.config)):
                 shard = ".".join(map(str, place)), ".".join(map(str, count))
                 file.add_object(f"{key}._extra_state/shard_{'_'.join(shard)}", [None])
