@@ -4,6 +4,7 @@ The note beside the checkpoint names them, so no flag does. The families without
 Megatron's own modules exactly what transformers computes.
 """
 
+import os
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.families.changes import ChangedLayers, ModelChanges, change_chunks
-from ramoe_megatron.models.note import NOTE, ModelNote, note_in
+from ramoe_megatron.models.note import NOTE, ModelNote, copy_note, note_in
 
 FAMILY_MODULES = ("olmoe", "phimoe", "gpt_oss")
 """Files of this room. Each has a function NAME_changes that makes the `ModelChanges` from the note."""
@@ -68,6 +69,27 @@ def with_modules(config: Any, note: ModelNote | None) -> Any:
     return config
 
 
+def keep_note(args: Any) -> None:
+    """On rank 0, copy the starting checkpoint's note into --save, so that its checkpoints are of the family too.
+
+    Nothing is overwritten. Without a note or without --save nothing is done.
+    """
+    if args.save and os.environ.get("RANK", "0") == "0" and (note := note_of(args)):
+        copy_note(note.folder, Path(args.save))
+
+
 def family_modules(args: Any, config: Any) -> Any:
-    """`with_modules` by the note of the checkpoint that the arguments name, for a script of one's own."""
+    """In a script of one's own: `with_modules` by the checkpoint that the arguments name, and `keep_note`.
+
+    Args:
+        args: Megatron's arguments.
+        config: Megatron's `GPTModelConfig`, before the model is built.
+
+    Returns:
+        `config`.
+
+    Raises:
+        RamoeError: as `with_modules`.
+    """
+    keep_note(args)
     return with_modules(config, note_of(args))
