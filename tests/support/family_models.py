@@ -18,7 +18,7 @@ VOCABULARY = 386  # at least the tokens of small_run's tokenizer; not a multiple
 
 
 def write_checkpoint(name: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Write folder/NAME as a Megatron checkpoint. Returns what transformers computes, as `family_job` does."""
+    """Write the checkpoint folder/NAME. Returns what transformers computes, as `family_job` does."""
     model = make_model(name, vocab_size=VOCABULARY)
     model.set_attn_implementation("eager")
     model.save_pretrained(folder / f"{name}-hf")

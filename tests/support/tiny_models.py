@@ -65,7 +65,11 @@ MODELS = _models()
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A model whose every parameter is random, also norms, biases and sinks; with changes to its configuration."""
+    """A model whose every parameter is random, also norms, biases and sinks.
+
+    Args:
+        changes: values of its configuration other than those of `MODELS`.
+    """
     import transformers
 
     kind, values = MODELS[name]

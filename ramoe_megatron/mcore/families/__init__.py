@@ -70,7 +70,7 @@ def with_modules(config: Any, note: ModelNote | None) -> Any:
 
 
 def keep_note(args: Any) -> None:
-    """On rank 0, copy the starting checkpoint's note into --save, so that its checkpoints are of the family too.
+    """On rank 0, copy the starting checkpoint's note into --save, so that what is saved is of the family too.
 
     Nothing is overwritten. Without a note or without --save nothing is done.
     """

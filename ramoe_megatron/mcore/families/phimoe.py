@@ -52,10 +52,11 @@ class SparseMixerRouter(TopKRouter):
 
 def sparse_mixer(logits_TE: Tensor, jitter: float) -> Tensor:
     """The weights of the experts with the two largest logits, 0 for the others. [T, E]"""
-    competing_TE, weights_TE = logits_TE, torch.zeros_like(logits_TE)
-    for _ in range(2):
-        largest_T1, chosen_T1 = competing_TE.detach().max(-1, keepdim=True)
-        distance_TE = (largest_T1 - logits_TE.detach()) / logits_TE.detach().abs().clamp(min=largest_T1)
+    # Megatron's choice by Megatron's call, so that both choose the same of equal logits.
+    competing_TE, weights_TE, fixed_TE = logits_TE, torch.zeros_like(logits_TE), logits_TE.detach()
+    for chosen_T1 in fixed_TE.topk(2).indices.split(1, dim=-1):
+        largest_T1 = fixed_TE.gather(-1, chosen_T1)
+        distance_TE = (largest_T1 - fixed_TE) / fixed_TE.abs().clamp(min=largest_T1)
         close_TE = competing_TE.masked_fill(distance_TE > 2 * jitter, -math.inf)
         weights_TE = weights_TE.scatter(-1, chosen_T1, close_TE.softmax(-1).gather(-1, chosen_T1))
         competing_TE = competing_TE.scatter(-1, chosen_T1, -math.inf)
