@@ -30,6 +30,7 @@ from ramoe_megatron.artifacts.files import (
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.models.decoder import Family, Flags, Piece, extra_states
 from ramoe_megatron.models.families import CONFIG, family_named, family_of
+from ramoe_megatron.models.note import FLAGS, NOTE, ORIGINAL
 from ramoe_megatron.models.operations import Shape
 from ramoe_megatron.models.safetensors_folder import (
     INDEX,
@@ -41,8 +42,6 @@ from ramoe_megatron.models.safetensors_folder import (
 )
 from ramoe_megatron.models.torch_dist import COMMON, VERSION, ChunkFile, TorchDist, Written, write_metadata
 
-NOTE, FLAGS, ORIGINAL = "ramoe-model.json", "model_args.yaml", "huggingface"
-"""Beside a checkpoint: which model it is, its Megatron flags, and the Hugging Face folder without weights."""
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
 FILE_BYTES = 4 << 30
 """Largest `.distcp` file, unless a single piece is larger."""
@@ -195,7 +194,7 @@ def _one_file(
     with atomic_write(path) as temporary:
         file = ChunkFile(temporary)
         if number == 0:
-            file.add_object(COMMON, {"checkpoint_version": VERSION, "iteration": 0})
+            file.add_object(COMMON, [{"checkpoint_version": VERSION, "iteration": 0}])  # Megatron reads [0]
             for key, place, count in extra_states(plan.family.numbers(plan.config)):
                 shard = ".".join(map(str, place)), ".".join(map(str, count))
                 file.add_object(f"{key}._extra_state/shard_{'_'.join(shard)}", [None])

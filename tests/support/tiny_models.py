@@ -64,12 +64,16 @@ def _models() -> dict[str, tuple[str, dict[str, Any]]]:
 MODELS = _models()
 
 
-def make_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model whose every parameter is random, also norms, biases and sinks."""
+def make_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A model whose every parameter is random, also norms, biases and sinks.
+
+    Args:
+        changes: values of its configuration other than those of `MODELS`.
+    """
     import transformers
 
     kind, values = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**values)
+    config = getattr(transformers, f"{kind}Config")(**values | changes)
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
