@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 8 examples/pretrain_gpt.py MEGATRON_FLAGS --ramoe-data train.jsonl \
         --ramoe-coeff 1.0 --ramoe-experts experts.safetensors --ramoe-taxonomy taxonomy.jsonl
 
-Only the lines marked (1) to (10) are added to Megatron's script. (1), (5), (7) and (9) are always needed. (6)
+Only the lines marked (1) to (11) are added to Megatron's script. (1), (5), (7) and (9) are always needed. (6)
 finds an error in the data before the model is built. The other lines serve one case each: (2) --ramoe-pack,
 (3) --ramoe-coeff-unit lm-loss, (4) megatron-core from a wheel, (8) --ramoe-train, (10) a machine without a
-GPU.
+GPU, (11) a checkpoint of `ramoe convert`.
 """
 
 import sys
@@ -52,6 +52,7 @@ def main():
     args = parse_and_validate_args(extra_args_provider=ramoe_megatron.add_arguments)  # (5) our flags
     ramoe_megatron.check_data(args)  # (6) reads the data and the files of alignment
     model = gpt_config_from_args(args)
+    ramoe_megatron.family_modules(args, model)  # (11) what the note beside the checkpoint asks for
     alignment = ramoe_megatron.RoutingAlignmentConfig.from_args(args)  # (7) routing alignment on the model
     model.pre_wrap_hooks.append(partial(ramoe_megatron.attach, config=alignment))  # (7)
     ramoe_megatron.train_selected(args, model)  # (8) all weights unless --ramoe-train says otherwise

@@ -9,6 +9,7 @@ script. Each name imports Megatron only on its first use.
     cpu_backend              runs Megatron on a machine without a CUDA device
     cpu_command_line         adapts a Megatron command line to the CPU backend
     dataset_provider         Megatron's datasets provider for parallel data
+    family_modules           the modules that a converted model needs; takes a model configuration
     packed_seq_params        the model's argument `packed_seq_params`, for batches of packed samples
     record_lm_loss           reports the loss from a loss function, for --ramoe-coeff-unit lm-loss
     routing_batch            the context manager around the model call in a `forward_step`
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
     from ramoe_megatron.mcore.compat import skip_helper_compilation
     from ramoe_megatron.mcore.cpu.backend import cpu_backend, cpu_command_line
+    from ramoe_megatron.mcore.families import family_modules
     from ramoe_megatron.mcore.select.freeze import train_selected
     from ramoe_megatron.mcore.train.datasets import check_data, dataset_provider
     from ramoe_megatron.mcore.train.step import packed_seq_params, record_lm_loss
@@ -40,6 +42,7 @@ _HOMES = {
     "cpu_command_line": "ramoe_megatron.mcore.cpu.backend",
     "check_data": "ramoe_megatron.mcore.train.datasets",
     "dataset_provider": "ramoe_megatron.mcore.train.datasets",
+    "family_modules": "ramoe_megatron.mcore.families",
     "packed_seq_params": "ramoe_megatron.mcore.train.step",
     "record_lm_loss": "ramoe_megatron.mcore.train.step",
     "routing_batch": "ramoe_megatron.mcore.align.batch",
@@ -56,6 +59,7 @@ __all__ = [
     "cpu_backend",
     "cpu_command_line",
     "dataset_provider",
+    "family_modules",
     "packed_seq_params",
     "record_lm_loss",
     "routing_batch",

@@ -85,8 +85,9 @@ def test_only_mcore_and_the_jobs_import_megatron() -> None:
                 assert room(module) in ("mcore", "jobs"), f"{module} imports Megatron"
 
 
-SAME_IDEA = {"predict", "taxonomy"}
-"""A stage's formulas in `method/` and its job in `jobs/` share the name of the stage."""
+SAME_IDEA = {"predict", "taxonomy", "olmoe", "phimoe", "gpt_oss"}
+"""A stage's formulas in `method/` and its job in `jobs/` share the name of the stage. A family's tensors in
+`models/` and its modules in `mcore/families/` share the name of the family."""
 
 
 def test_no_two_modules_have_one_name() -> None:

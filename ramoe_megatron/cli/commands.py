@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ramoe_megatron.artifacts.files import refuse_unwritable
+from ramoe_megatron.cli import models
 from ramoe_megatron.cli.show import EXISTING, FILE, FILE_COMMANDS, FOLDER, wide_console
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.unfinished import STATUS
@@ -76,9 +77,10 @@ def run(
 ) -> None:
     """Run a recipe.
 
-    The stages are data, pretrain, taxonomy, profile, priors, anchors, predict, finetune, steer, evaluate,
-    results and report. A second run skips stages with an up-to-date result; a changed setting reruns the
-    stages that depend on it. STAGE is a stage from this list, or a single one, such as finetune/sft-seed1.
+    The stages are data, pretrain, convert, taxonomy, profile, priors, anchors, predict, finetune, steer,
+    evaluate, results and report. A second run skips stages with an up-to-date result; a changed setting
+    reruns the stages that depend on it. STAGE is a stage from this list, or a single one, such as
+    finetune/sft-seed1.
     """
     from ramoe_megatron.recipe.runner import run_recipe
     from ramoe_megatron.recipe.stages import StageFailed
@@ -333,5 +335,5 @@ def methods() -> None:
     wide_console().print(table)
 
 
-for _command in FILE_COMMANDS:
+for _command in (*FILE_COMMANDS, models.convert, models.export):
     main.add_command(_command)

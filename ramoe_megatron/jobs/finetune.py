@@ -146,11 +146,13 @@ def train(args: Any, alignment: Any, base: str | None, selection: Any) -> None:
     from ramoe_megatron.mcore import compat
     from ramoe_megatron.mcore.align.attach import attach
     from ramoe_megatron.mcore.checkpoint import explained_mismatch, told_when_unfinished
+    from ramoe_megatron.mcore.families import keep_note
     from ramoe_megatron.mcore.launch import is_rank_0, memory_peak
     from ramoe_megatron.mcore.select.freeze import hold_to
     from ramoe_megatron.mcore.train.datasets import dataset_provider
     from ramoe_megatron.mcore.train.step import forward_step
 
+    keep_note(args)
     model_config = compat.model_config_from_args(args)
     model_config.pre_wrap_hooks.append(partial(attach, config=alignment))
     hold_to(selection, model_config)

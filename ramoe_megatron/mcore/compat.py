@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ramoe_megatron.mcore.families import note_of, with_modules
+
 
 def skip_helper_compilation() -> None:
     """Skip `compile_helpers()` in `initialize_megatron` if the compiled extension can be imported.
@@ -83,22 +85,23 @@ def call_after_each_step(call: Callable[[int], None]) -> None:
 
 def model_config_from_args(args: Any) -> Any:
     """Megatron 0.19's model configuration (`GPTModelConfig`, or `HybridModelConfig` under
-    `--hybrid-layer-pattern`).
+    `--hybrid-layer-pattern`), with the modules of the checkpoint's model family.
 
     Raises:
-        RamoeError: the pattern has layers without a local module.
+        RamoeError: the pattern has layers without a local module, or as `with_modules`.
     """
     from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
+    note = note_of(args)
     if not args.hybrid_layer_pattern:
-        return gpt_config_from_args(args)
+        return with_modules(gpt_config_from_args(args), note)
     config = hybrid_config_from_args(args)
     # Megatron 0.19 would use its transformer-engine stack here too.
     if args.transformer_impl == "local" and args.spec is None:
         from ramoe_megatron.mcore.cpu.hybrid import local_stack_spec
 
         config.hybrid_stack_spec = local_stack_spec(config.transformer, args.hybrid_layer_pattern)
-    return config
+    return with_modules(config, note)
 
 
 def model_type() -> Any:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from ramoe_megatron.artifacts.files import refuse_unwritable
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.recipe.schema import Recipe
+from ramoe_megatron.recipe.schema import HUGGING_FACE, Recipe
 
 Location = tuple[int | str, ...]
 SCALAR = (str, int, float)
@@ -77,7 +77,35 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         refuse_unwritable(change, "--set")
         raw = set_value(raw, change)
     refuse_unwritable(raw, str(path))
-    return validate(raw, str(path), lines)
+    return validate(with_model_of_folder(raw, path.parent), str(path), lines)
+
+
+def with_model_of_folder(raw: dict[str, Any], recipe_folder: Path) -> dict[str, Any]:
+    """The recipe with flags and tokenizer of the Hugging Face folder that `checkpoint` names, if it does.
+
+    Keys that the recipe gives are kept. Raises RamoeError when the folder is absent or cannot be converted.
+    """
+    name = raw.get("checkpoint")
+    if not isinstance(name, str) or not name.startswith(HUGGING_FACE):
+        return raw
+    from ramoe_megatron.models.families import family_of
+
+    given = name.removeprefix(HUGGING_FACE)
+    folder = next((place for place in (recipe_folder / given, Path(given)) if place.is_dir()), None)
+    if folder is None:
+        raise RamoeError(
+            f"checkpoint: {given} is a folder neither in {recipe_folder.resolve()} nor in {Path.cwd()}; "
+            "give a Hugging Face folder"
+        )
+    family, config = family_of(folder)
+    resolved = str(folder.resolve())
+    tokenizer = {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": resolved}
+    return {
+        "tokenizer": tokenizer,
+        **raw,
+        "checkpoint": f"{HUGGING_FACE}{resolved}",
+        "model": {**family.flags(config), **(raw.get("model") or {})},
+    }
 
 
 def validate(raw: dict[str, Any], source: str, lines: dict[Location, int] | None = None) -> Recipe:

@@ -1,6 +1,6 @@
 """The plan of a recipe: its stages in order, each with its command, its inputs and its outputs.
 
-The order is data, pretrain, taxonomy, profile, evaluate/base, predict, finetune/METHOD-seedK,
+The order is data, pretrain or convert, taxonomy, profile, evaluate/base, predict, finetune/METHOD-seedK,
 evaluate/METHOD-seedK, results, report. With several anchors, priors/LANGUAGE and anchors/LANGUAGES-TOKENS
 follow the profile. By this order, the accuracy of the base model and the prediction whether alignment can
 help are known before anything is fine-tuned. Methods that steer at inference have an evaluation and no
@@ -19,7 +19,7 @@ from ramoe_megatron.mcore.checkpoint import TRACKER
 from ramoe_megatron.mcore.select.selective_options import READS_USAGE
 from ramoe_megatron.recipe.megatron_flags import SCORING, relevant, render
 from ramoe_megatron.recipe.methods import Method
-from ramoe_megatron.recipe.schema import Recipe
+from ramoe_megatron.recipe.schema import HUGGING_FACE, Recipe
 from ramoe_megatron.recipe.sections import AlignmentSection, FlagValue, Scalar
 from ramoe_megatron.recipe.stage import JOBS, Stage
 
@@ -37,14 +37,14 @@ def make_plan(recipe: Recipe, out: Path, recipe_folder: Path) -> list[Stage]:
     """
     plan = PlanContext(recipe, out.resolve(), recipe_folder)
     generated = [data_stage(recipe, plan.out, recipe_folder)] if recipe.data.files is None else []
-    pretraining = [pretrain_stage(plan)] if recipe.pretrain is not None else []
+    making = [pretrain_stage(plan)] if recipe.pretrain is not None else convert_stages(plan)
     profiling = [taxonomy_stage(plan), profile_stage(plan), *anchors_stages(plan)]
     offline = [*profiling, evaluate_stage(plan, "base", None, plan.base), predict_stage(plan)]
     tunings = [finetune_stage(plan, method, seed) for method, seed in fine_tunings(plan)]
     evaluations = [evaluate_stage(plan, *run) for run in evaluated(plan)]
     return [
         *generated,
-        *pretraining,
+        *making,
         *offline,
         *tunings,
         *searches(plan),
@@ -84,7 +84,7 @@ class PlanContext:
         return str(find_path(name, self.recipe_folder, key) or name)
 
     def _base(self) -> Path:
-        if self.recipe.checkpoint is None:
+        if self.recipe.checkpoint is None or self.recipe.checkpoint.startswith(HUGGING_FACE):
             return self.checkpoint("base")
         folder = find_path(self.recipe.checkpoint, self.recipe_folder, "checkpoint")
         if folder is None or not (folder / TRACKER).is_file():
@@ -330,6 +330,25 @@ def pretrain_stage(plan: PlanContext) -> Stage:
     if plan.recipe.data.pretrain_weights or plan.recipe.data.files is not None:
         return stage
     return dataclasses.replace(stage, weights=plan.weights, inputs=(*stage.inputs, plan.weights))
+
+
+def convert_stages(plan: PlanContext) -> list[Stage]:
+    """The stage that converts the Hugging Face folder of `checkpoint`, if it names one."""
+    name = plan.recipe.checkpoint or ""
+    if not name.startswith(HUGGING_FACE):
+        return []
+    from ramoe_megatron.models.convert import digest_of
+    from ramoe_megatron.models.safetensors_folder import SafetensorsFolder
+
+    folder = name.removeprefix(HUGGING_FACE)
+    stage = Stage(
+        name="convert",
+        command=("ramoe_megatron.cli", "convert", folder, "--out", str(plan.base)),
+        settings={"job": "convert", "source": digest_of(SafetensorsFolder(Path(folder)))},
+        outputs=(plan.base,),
+        ranks=0,
+    )
+    return [stage]
 
 
 def taxonomy_stage(plan: PlanContext) -> Stage:

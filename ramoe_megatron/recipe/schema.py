@@ -95,6 +95,10 @@ def _named(value: Any) -> Any:
     )
 
 
+HUGGING_FACE = "hf:"
+"""Begins the `checkpoint` of a recipe that is a Hugging Face folder."""
+
+
 class Recipe(Section):
     """One experiment, from data to report."""
 
@@ -103,9 +107,11 @@ class Recipe(Section):
     seed: int = 1
     """Seed of the generated data and of the base model's training."""
     checkpoint: str | None = None
-    """Megatron checkpoint of the base model. Give either this key or `pretrain`."""
+    """Megatron checkpoint of the base model, or hf:FOLDER, a Hugging Face folder that is converted first.
+    Give either this key or `pretrain`."""
     model: Flags
-    """Megatron's flags of the model. With `checkpoint`, the flags that it was trained with."""
+    """Megatron's flags of the model. With `checkpoint`, the flags that it was trained with. With hf:FOLDER,
+    the folder's own flags, changed by those given here."""
     train: Flags
     """Megatron's flags of the fine-tuning runs."""
     parallel: Flags = {}

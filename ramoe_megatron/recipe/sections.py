@@ -238,6 +238,7 @@ WARNING_SECONDS = 300  # between the warning and the time limit, for saving a ch
 KINDS = (
     "data",
     "pretrain",
+    "convert",
     "taxonomy",
     "profile",
     "priors",

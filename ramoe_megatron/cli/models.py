@@ -1,0 +1,76 @@
+"""`ramoe convert` and `ramoe export`: Hugging Face folders to Megatron checkpoints and back."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+
+from ramoe_megatron.cli.show import EXISTING, FOLDER
+
+
+@click.command()
+@click.argument("folder", metavar="HF_FOLDER", type=EXISTING)
+@click.option("--out", type=FOLDER, required=True, help="Folder of the checkpoint. It must be new.")
+@click.option(
+    "--check", is_flag=True, help="Only check the folder and the disk, and tell what would be written."
+)
+def convert(folder: Path, out: Path, check: bool) -> None:
+    """Convert a Hugging Face folder to a Megatron checkpoint.
+
+    The checkpoint loads with --load or --pretrained-checkpoint in any parallel layout. Beside it:
+    model_args.yaml, the model's Megatron flags. No GPU is needed.
+    """
+    from ramoe_megatron.models import convert as engine
+
+    plan = engine.plan_conversion(folder)
+    tensors = sum(len(batch) for batch in plan.batches)
+    click.echo(f"ramoe: {plan.family.name}: {tensors} pieces, {plan.bytes / 1e9:.2f} GB")
+    if check:
+        engine.refuse_taken(out)
+        return
+    with _bar("convert", plan.bytes) as moved:
+        engine.convert(plan, out, moved)
+    click.echo(f"ramoe: wrote {out}; its flags are in {out / engine.FLAGS}")
+
+
+@click.command()
+@click.argument("checkpoint", metavar="CHECKPOINT", type=EXISTING)
+@click.option("--out", type=FOLDER, required=True, help="The Hugging Face folder. It must be new.")
+@click.option("--check", is_flag=True, help="Only check the checkpoint, and tell what would be written.")
+def export(checkpoint: Path, out: Path, check: bool) -> None:
+    """Export a Megatron checkpoint to a Hugging Face folder.
+
+    The checkpoint may have been saved in any parallel layout. Its base model must come from `ramoe convert`.
+    """
+    from ramoe_megatron.models import convert as engine
+
+    plan = engine.plan_export(checkpoint)
+    click.echo(
+        f"ramoe: {plan.note['family']}: {len(plan.tensors)} tensors, {plan.bytes / 1e9:.2f} GB, "
+        f"{len(plan.files)} files"
+    )
+    if check:
+        engine.refuse_taken(out)
+        return
+    with _bar("export", plan.bytes) as moved:
+        engine.export(plan, out, moved)
+    click.echo(f"ramoe: wrote {out}")
+
+
+@contextlib.contextmanager
+def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar of bytes. At the end, the rate in GB/s."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    started = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda count: progress.advance(task, count)
+    seconds = time.monotonic() - started
+    click.echo(
+        f"ramoe: {total / 1e9:.2f} GB in {seconds:.1f} s ({total / 1e9 / max(seconds, 1e-9):.2f} GB/s)"
+    )

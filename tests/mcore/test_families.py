@@ -1,0 +1,300 @@
+"""A converted checkpoint of each family computes with Megatron what transformers computes, in any layout."""
+
+import re
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from family_models import computed, family_flags, write_checkpoint
+from safetensors.torch import load_file
+from small_run import ALONE, load_flags, outcome, run_table, write_world
+from tiny_models import MODELS
+
+from ramoe_megatron.artifacts.files import save_document
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.models.convert import export, plan_export
+from ramoe_megatron.models.note import FLAGS, NOTE, ORIGINAL
+
+SCRIPT = str(Path(__file__).parents[1] / "support/family_job.py")
+TP = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one": (1, ()),
+    "pp": (2, ("--pipeline-model-parallel-size", "2", "--decoder-first-pipeline-num-layers", "1")),
+    "tp": (2, TP),
+    "tp-ep": (4, (*TP, "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")),
+}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("families")
+    write_world(folder)
+    return folder, {name: write_checkpoint(name, folder) for name in MODELS}
+
+
+def forward(folder: Path, name: str, layout: str, checkpoint: str) -> dict[str, Any]:
+    """The row that computes the logits of a checkpoint in a layout: NAME-LAYOUT."""
+    row = f"{name}-{layout}"
+    flags = [*family_flags(folder, name), *LAYOUTS[layout.partition("-after")[0]][1]]
+    files = ["--load", str(folder / checkpoint), "--ramoe-output", str(folder / row)]
+    return {"name": row, "job": SCRIPT, "argv": [*flags, *files, "--ramoe-batch-tokens", "64"]}
+
+
+def training(folder: Path, name: str, layout: str) -> dict[str, Any]:
+    """The row that trains a family for three steps in a layout and saves to the folder NAME-LAYOUT-trained.
+
+    --load is the folder of --save, as in a run that can resume.
+    """
+    row = f"{name}-{layout}-trained"
+    steps = "--micro-batch-size 2 --global-batch-size 8 --train-iters 3 --lr 1e-3 --seed 7 --num-workers 0"
+    unread = "--eval-iters 0 --eval-interval 1000 --log-interval 1 --distributed-timeout-minutes 3"
+    saved = ["--save", str(folder / row), "--load", str(folder / row), "--save-interval", "3"]
+    # no loss of Megatron's, whose value depends on how the batch is split
+    flags = [*family_flags(folder, name), *LAYOUTS[layout][1], *ALONE, "--moe-aux-loss-coeff", "0"]
+    start = [flag for flag in load_flags(folder, name) if flag != "--finetune"]
+    data = ["--ramoe-data", str(folder / "parallel.jsonl")]
+    argv = [*flags, *steps.split(), *unread.split(), *saved, *start, *data]
+    return {"name": row, "job": "finetune", "argv": argv, "everything": True}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request: pytest.FixtureRequest, families: tuple[Path, dict[str, Any]]) -> str:
+    folder, _ = families
+    table = [forward(folder, name, request.param, name) for name in MODELS]
+    run_table(LAYOUTS[request.param][0], table, folder, request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_computes_what_transformers_computes(
+    name: str, layout: str, families: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, expected = families
+    outcome(folder, f"{name}-{layout}")
+    found = load_file(folder / f"{name}-{layout}/family.safetensors")
+    assert found.keys() == expected[name].keys()
+    worst = 0.0
+    for key, right in expected[name].items():
+        if key.startswith("choice"):
+            assert torch.equal(found[key], right), key
+        elif key.startswith("weight"):
+            torch.testing.assert_close(found[key], right, atol=1e-5, rtol=0)
+        else:
+            worst = max(worst, float((found[key] - right).abs().max() / right.std()))
+            assert torch.equal(found[key].argmax(-1), right.argmax(-1)), key
+    assert worst < 1e-4
+
+
+TRAINED = ("olmoe", "phimoe", "gpt-oss")
+"""The families with modules of their own."""
+
+
+@pytest.fixture(scope="module")
+def trained(families: tuple[Path, dict[str, Any]]) -> Path:
+    """Every family after three steps on one rank, and those with own modules in a layout of four ranks."""
+    folder, _ = families
+    table = [training(folder, name, "one") for name in MODELS]
+    table += [forward(folder, name, "one-after", f"{name}-one-trained") for name in MODELS]
+    run_table(1, table, folder, "trained")
+    run_table(4, [training(folder, name, "tp-ep") for name in TRAINED], folder, "trained-4")
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_trained_model_is_exported_to_what_was_trained(name: str, trained: Path) -> None:
+    checkpoint = trained / f"{name}-one-trained"
+    assert len(outcome(trained, f"{name}-one-trained")["gradient_norms"]) == 3
+    export(plan_export(checkpoint), trained / f"{name}-exported")
+    model = transformers.AutoModelForCausalLM.from_pretrained(trained / f"{name}-exported").eval()
+    model.set_attn_implementation("eager")
+    found = load_file(trained / f"{name}-one-after/family.safetensors")
+    for key, right in computed(model).items():
+        torch.testing.assert_close(found[key].float(), right.float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradients_do_not_depend_on_the_layout(name: str, trained: Path) -> None:
+    one, *_ = shards(trained, name, "one", 1)
+    four = shards(trained, name, "tp-ep", 4)
+    compared = 0
+    for key, right in one.items():
+        if key.startswith("gradient."):
+            found = gathered(four, key)
+            torch.testing.assert_close(found, right, atol=1e-5 * float(right.abs().max()), rtol=0, msg=key)
+            compared += 1
+    assert compared > 100
+
+
+def shards(folder: Path, name: str, layout: str, ranks: int) -> list[dict[str, torch.Tensor]]:
+    return [load_file(folder / f"{name}-{layout}-trained.{rank}.safetensors") for rank in range(ranks)]
+
+
+SPLIT = {
+    "word_embeddings.weight": 0, "output_layer.weight": 0, "output_layer.bias": 0, "linear_qkv.weight": 0,
+    "linear_qkv.bias": 0, "softmax_offset": 0, "linear_proj.weight": 1,
+}  # fmt: skip
+"""Ends of the names of weights that TP 2 splits, and the axis. The others are whole on every rank."""
+
+
+def gathered(four: list[dict[str, torch.Tensor]], key: str) -> torch.Tensor:
+    """A whole gradient from those of TP 2 x EP 2, whose second rank has the second half of the experts."""
+    if expert := re.search(r"local_experts\.(\d+)", key):
+        rank, number = divmod(int(expert[1]), 4)
+        return four[rank][key.replace(expert[0], f"local_experts.{number}")]
+    for end, axis in SPLIT.items():
+        if key.endswith(end):
+            return torch.cat([four[0][key], four[1][key]], axis)
+    return four[3][key]
+
+
+@pytest.mark.parametrize("jitter", [0.01, 0.2])
+def test_sparse_mixer_is_that_of_transformers(jitter: float) -> None:
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    from ramoe_megatron.mcore.families.phimoe import sparse_mixer
+
+    generator = torch.Generator().manual_seed(3)
+    levels = torch.tensor([-1.0, 0.0, 1.0, 2.0, 9.0]).repeat(100)[:, None]
+    logits = torch.randn(500, 6, generator=generator) * 0.3 + levels
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    weights, chosen = sparsemixer(theirs, jitter, training=False)
+    expected = torch.zeros_like(logits).scatter(1, chosen, weights)
+    found = sparse_mixer(ours, jitter)
+    assert ((expected > 0) & (expected < 0.99)).any(1).float().mean() > 0.1  # experts do compete
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
+    slope = torch.randn(logits.shape, generator=generator)
+    (expected * slope).sum().backward()
+    (found * slope).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=0)
+
+
+def routers() -> list[Any]:
+    """Megatron's router and SparseMixer's, both with a load-balancing loss and a z-loss."""
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from ramoe_megatron.mcore.families.phimoe import SparseMixerRouter
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=1, num_moe_experts=4, moe_router_topk=2,
+        add_bias_linear=False, moe_aux_loss_coeff=0.1, moe_z_loss_coeff=0.1, use_cpu_initialization=True,
+    )  # fmt: skip
+    alone = types.SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    groups = types.SimpleNamespace(tp=alone, cp=alone, tp_cp=alone, tp_dp_cp=alone)
+    made = [TopKRouter(config, groups), SparseMixerRouter(config, groups, jitter=0.1)]
+    for router in made:
+        router.set_layer_number(1)
+    return made
+
+
+def test_a_sparse_mixer_router_has_the_losses_of_megatron_and_is_observed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    from ramoe_megatron.mcore.carrier import routing_context
+    from ramoe_megatron.mcore.cpu.backend import cpu_backend
+    from ramoe_megatron.mcore.families.phimoe import SparseMixerRouter
+    from ramoe_megatron.mcore.router import open_router
+
+    class Listener:
+        """Attaches a loss to the softmax over all logits, as alignment does."""
+
+        def on_logits(self, router: Any, logits: torch.Tensor) -> torch.Tensor:
+            return logits
+
+        def on_routing(self, router: Any, logits: torch.Tensor, probs: Any, routing_map: Any) -> torch.Tensor:
+            from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+            return MoEAuxLossAutoScaler.apply(probs, logits.softmax(-1)[..., 0].sum())
+
+    monkeypatch.setattr(moe_utils, "reduce_from_tensor_model_parallel_region", lambda counts, _: counts)
+    start = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(1))
+    with cpu_backend():
+        slopes = []
+        for router in routers():
+            open_router(router)
+            router.ramoe_layer = 0
+            logits = start.clone().requires_grad_()
+            with routing_context(Listener()):
+                probs, routing_map = router.routing(logits)
+            (probs * 0).sum().backward()  # only what is attached has a gradient
+            slopes.append(logits.grad)
+        assert isinstance(router, SparseMixerRouter)
+        assert (routing_map.sum(1) == 2).all()
+        assert slopes[0].abs().min() > 0
+        torch.testing.assert_close(slopes[1], slopes[0], atol=0, rtol=0)
+
+
+def test_without_a_note_nothing_changes(tmp_path: Path) -> None:
+    from ramoe_megatron.mcore.families import keep_note, note_of, with_modules
+
+    args = types.SimpleNamespace(load=str(tmp_path), pretrained_checkpoint=None, save=str(tmp_path / "out"))
+    assert note_of(args) is None
+    config = object()
+    assert with_modules(config, note_of(args)) is config
+    keep_note(args)
+    assert not (tmp_path / "out").exists()
+
+
+def note(folder: Path, modules: str | None = "olmoe", family: str = "olmoe") -> Path:
+    body = {"family": family, "modules": modules, "source": {}, "package_version": "0"}
+    save_document(folder / NOTE, "ramoe-model", body)
+    (folder / ORIGINAL).mkdir()
+    (folder / ORIGINAL / "config.json").write_text(family)
+    (folder / FLAGS).write_text("a: 1")
+    return folder
+
+
+def test_the_note_of_a_run_that_resumes_is_that_of_its_folder(tmp_path: Path) -> None:
+    from ramoe_megatron.mcore.families import keep_note, note_of
+
+    base, save = note(tmp_path / "base"), tmp_path / "save"
+    args = types.SimpleNamespace(load=str(save), pretrained_checkpoint=str(base), save=str(save))
+    assert note_of(args).folder == base
+    keep_note(args)
+    assert note_of(args).folder == save
+    assert sorted(path.name for path in save.iterdir()) == sorted([NOTE, FLAGS, ORIGINAL])
+    assert (save / ORIGINAL / "config.json").read_text() == "olmoe"
+    keep_note(
+        types.SimpleNamespace(
+            load=None, pretrained_checkpoint=str(note(tmp_path / "b", "x", "y")), save=str(save)
+        )
+    )
+    assert note_of(args).family == "olmoe"  # nothing is overwritten
+    assert (save / ORIGINAL / "config.json").read_text() == "olmoe"
+
+
+@pytest.mark.parametrize(
+    ("modules", "config", "said"),
+    [
+        ("rwkv", {"transformer_layer_spec": None}, "modules 'rwkv', expected one of olmoe"),
+        ("olmoe", {}, "remove --hybrid-layer-pattern"),
+        ("olmoe", {"transformer_layer_spec": "mine"}, "remove --spec"),
+    ],
+)
+def test_modules_that_cannot_be_used_are_rejected(
+    modules: str, config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    from ramoe_megatron.mcore.families import note_of, with_modules
+
+    args = types.SimpleNamespace(load=str(note(tmp_path / "base", modules)), pretrained_checkpoint=None)
+    with pytest.raises(RamoeError, match=said):
+        with_modules(types.SimpleNamespace(**config), note_of(args))
+
+
+def test_longer_sequences_than_longrope_was_trained_with_are_rejected() -> None:
+    from ramoe_megatron.mcore.families.phimoe import RotaryEmbedding, use_short_factors
+
+    group = types.SimpleNamespace(size=lambda: 1)
+    rope = RotaryEmbedding(8, 1.0, use_cpu_initialization=True, cp_group=group)
+    chunk = types.SimpleNamespace(rotary_pos_emb=rope)
+    before = rope.inv_freq
+    use_short_factors(chunk, [1.0, 2.0, 4.0, 8.0], 16)
+    torch.testing.assert_close(rope.inv_freq * torch.tensor([1.0, 2.0, 4.0, 8.0]), before)
+    assert rope.get_freqs_non_repeated(16).shape == (16, 4)
+    with pytest.raises(RamoeError, match=r"a sequence of 17 tokens.*--seq-length 16"):
+        rope.get_freqs_non_repeated(17)
