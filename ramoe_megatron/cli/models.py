@@ -31,7 +31,7 @@ def convert(folder: Path, out: Path, check: bool) -> None:
         engine.refuse_taken(out)
         return
     with _bar("convert", plan.bytes) as moved:
-        engine.convert(plan, out, moved)
+        engine.convert_folder(plan, out, moved)
     click.echo(f"ramoe: wrote {out}; its flags are in {out / engine.FLAGS}")
 
 
@@ -55,7 +55,7 @@ def export(checkpoint: Path, out: Path, check: bool) -> None:
         engine.refuse_taken(out)
         return
     with _bar("export", plan.bytes) as moved:
-        engine.export(plan, out, moved)
+        engine.export_checkpoint(plan, out, moved)
     click.echo(f"ramoe: wrote {out}")
 
 

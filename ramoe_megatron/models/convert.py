@@ -141,7 +141,7 @@ def _dtype(piece: Piece, tensors: Mapping[str, Stored]) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.uint8 else dtype  # MXFP4 is decoded
 
 
-def convert(plan: Conversion, out: Path, progress: Progress = lambda _: None) -> None:
+def convert_folder(plan: Conversion, out: Path, progress: Progress = lambda _: None) -> None:
     """Write the checkpoint. An interrupted conversion of the same folder goes on where it stopped.
 
     Raises:
@@ -375,7 +375,7 @@ def _shards(
     }
 
 
-def export(plan: Export, out: Path, progress: Progress = lambda _: None) -> None:
+def export_checkpoint(plan: Export, out: Path, progress: Progress = lambda _: None) -> None:
     """Write the Hugging Face folder. An interrupted export of the same checkpoint goes on where it stopped.
 
     Raises:

@@ -15,7 +15,7 @@ from tiny_models import MODELS
 
 from ramoe_megatron.artifacts.files import save_document
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.models.convert import export, plan_export
+from ramoe_megatron.models.convert import export_checkpoint, plan_export
 from ramoe_megatron.models.note import FLAGS, NOTE, ORIGINAL
 
 SCRIPT = str(Path(__file__).parents[1] / "support/family_job.py")
@@ -107,7 +107,7 @@ def trained(families: tuple[Path, dict[str, Any]]) -> Path:
 def test_a_trained_model_is_exported_to_what_was_trained(name: str, trained: Path) -> None:
     checkpoint = trained / f"{name}-one-trained"
     assert len(outcome(trained, f"{name}-one-trained")["gradient_norms"]) == 3
-    export(plan_export(checkpoint), trained / f"{name}-exported")
+    export_checkpoint(plan_export(checkpoint), trained / f"{name}-exported")
     model = transformers.AutoModelForCausalLM.from_pretrained(trained / f"{name}-exported").eval()
     model.set_attn_implementation("eager")
     found = load_file(trained / f"{name}-one-after/family.safetensors")

@@ -48,11 +48,11 @@ def assert_same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.
 
 
 def convert(folder: Path, out: Path) -> None:
-    engine.convert(engine.plan_conversion(folder), out)
+    engine.convert_folder(engine.plan_conversion(folder), out)
 
 
 def export(checkpoint: Path, out: Path) -> None:
-    engine.export(engine.plan_export(checkpoint), out)
+    engine.export_checkpoint(engine.plan_export(checkpoint), out)
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def progress(count):
     moved += count
     if moved > 120_000:
         os.kill(os.getpid(), signal.SIGKILL)
-engine.convert(engine.plan_conversion(Path({str(source)!r})), Path({str(out)!r}), progress)
+engine.convert_folder(engine.plan_conversion(Path({str(source)!r})), Path({str(out)!r}), progress)
 """
     done = subprocess.run([sys.executable, "-c", script], check=False)
     assert done.returncode == -signal.SIGKILL
