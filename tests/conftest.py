@@ -28,6 +28,7 @@ settings.load_profile("ramoe")
 STARTS = (
     "slurm",
     "layouts",
+    "test_families",
     "test_method_layouts",
     "test_selective",
     "test_faults",

@@ -40,6 +40,9 @@ class Alignment:
 def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
     """Add routing alignment to a built Megatron model, before or after it is wrapped.
 
+    With a softmax router, the distribution that is aligned is the softmax over all logits. That is so too
+    where the router has a bias (GPT-OSS) or weighs its experts otherwise (SparseMixer of Phi-3.5-MoE).
+
     Args:
         model: a `GPTModel` or `HybridModel`, a wrapped one, or the list of model chunks of this rank.
         config: the alignment. With coefficient 0 the model is not changed.
