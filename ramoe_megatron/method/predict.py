@@ -237,8 +237,8 @@ def _paper_sentence() -> str:
 
 LIMITS = (
     "The sign has not been shown to forecast anything. In our two comparisons (docs/results/headroom.md, "
-    "docs/results/experiment.md) the sign agreed with the sign of the gain over SFT in 25 of 37 and 21 of 30 pairs "
-    "of task and language, 68 and 70 %. The margins alone, which are how often each sign occurs, "
+    "docs/results/experiment.md) the sign agreed with the sign of the gain over SFT in 25 of 37 and 21 of 30 "
+    "pairs of task and language, 68 and 70 %. The margins alone, which are how often each sign occurs, "
     "give 66 and 60 %; neither difference is beyond chance (Fisher's exact test, p = 0.65 and 0.13). "
     "Before that, the signs agreed in three small worlds (1.1 million parameters). "
     "The test has not been tried on a large model.",
