@@ -136,7 +136,7 @@ def slurm_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The files that take most CPU seconds, and the measured errors of the layout tests."""
+    """The files that take most CPU seconds, and what the tests of layouts and of families measured."""
     reports = [
         report for found in terminalreporter.stats.values() for report in found if hasattr(report, "cpu")
     ]
@@ -147,6 +147,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("CPU seconds by file")
         for name, seconds in spent.most_common(20):
             terminalreporter.line(f"{seconds:7.1f}  {name}")
+    found = [value for report in reports for name, value in report.user_properties if name == "parity"]
+    if found:
+        terminalreporter.section("converted models against transformers: logits, in standard deviations")
+        for model, layout, worst in sorted(found):
+            terminalreporter.line(f"{model:<24} {layout:<8} {worst:.1e}   same first choice, same experts")
     if errors := [error for report in reports for error in report.layout_errors]:
         from layout_errors import table
 

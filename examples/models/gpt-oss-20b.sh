@@ -7,12 +7,9 @@
 #
 # Published: 20.9B parameters, 3.6B active; 24 layers, 32 experts, top-4, no shared expert.
 #
-# What Megatron 0.19 cannot express of it:
-#  - The published experts are MXFP4 (4 bits): a converter has to make bfloat16 of them, and to part gate and
-#    up rows, which interleave.
-#  - Attention sinks (--softmax-type learnable) need transformer-engine 2.8 or later; it picks the kernel.
-#  - The clamp comes after the bias, as published, with --moe-grouped-gemm; without it the fused activation
-#    clamps before the bias (then give --no-bias-gelu-fusion).
+# `ramoe convert` reads the published MXFP4 experts, writes them in bfloat16, and these flags beside them.
+# Attention sinks (--softmax-type learnable) need transformer-engine 2.8 or later on GPUs; it picks the
+# kernel.
 #
 # Memory, by `python -m benchmarks.model_memory`, whose text says what is counted. Weights: with gradients and
 # optimizer. Megatron's activations know no experts and no recompute; ours do, with evenly loaded experts.
@@ -45,6 +42,7 @@ MODEL_ARGS=(
     --quick-geglu                   # gate * sigmoid(1.702 gate) ...
     --glu-linear-offset 1           # ... * (up + 1), biases in all linear layers, the router's too
     --activation-func-clamp-value 7 # swiglu_limit
+    --no-bias-gelu-fusion           # the fused activation clamps before it adds the bias
     --untie-embeddings-and-output-weights
     --position-embedding-type yarn
     --rotary-base 150000
@@ -62,9 +60,10 @@ MODEL_ARGS=(
     --num-experts 32
     --moe-router-topk 4
     --moe-router-score-function softmax # over the chosen 4
+    --expert-tensor-parallel-size 1     # Megatron does not split experts with biases
     --moe-router-dtype fp32             # small differences decide who is in the top-k
     --moe-router-load-balancing-type aux_loss
-    --moe-aux-loss-coeff 0 # the published 0.9 is not in use there (output_router_logits is off), and would drown the LM loss
+    --moe-aux-loss-coeff 0 # the published 0.9 is not in use (output_router_logits is off)
 )
 
 # Layout. Tensor parallel size 1: expert parallelism splits what is large. A flag given after these counts in

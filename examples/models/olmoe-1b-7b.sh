@@ -7,14 +7,10 @@
 #
 # Published: 6.9B parameters, 1.3B active; 16 layers, 64 experts, top-8, no shared expert.
 #
-# What Megatron 0.19 cannot express of it. With the published weights these flags give another function than
-# the published model:
-#  - Its query and key norms run over the whole projection (2048 weights); --qk-layernorm normalises each head
-#    of 128 by itself, and its weights do not fit. A faithful run needs an attention module of its own, by
-#    --spec (Megatron-Bridge has one).
-#  - The scale of the load-balancing loss. Megatron's is, a layer, 1/8 (top-k) of that in transformers, and is
-#    summed over the 16 layers where transformers takes their mean: the same coefficient is 2 times as strong
-#    here.
+# `ramoe convert` writes the checkpoint with a note, by which our jobs give the model its norm over all
+# queries and all keys (docs/models.md). The scale of the load-balancing loss differs. Megatron's is, a layer,
+# 1/8 (top-k) of that in transformers, and is summed over the 16 layers where transformers takes their mean:
+# the same coefficient is 2 times as strong here.
 #
 # Memory, by `python -m benchmarks.model_memory`, whose text says what is counted. Weights: with gradients and
 # optimizer. Megatron's activations know no experts and no recompute; ours do, with evenly loaded experts.
@@ -36,7 +32,7 @@ MODEL_ARGS=(
     --hidden-size 2048
     --num-attention-heads 16 # each with its own key and value
     --kv-channels 128
-    --qk-layernorm # stands in for the norm over the whole projection, see above
+    --qk-layernorm # over the whole projection, see above
     --normalization RMSNorm
     --norm-epsilon 1e-5
     --swiglu

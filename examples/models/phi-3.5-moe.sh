@@ -7,18 +7,10 @@
 #
 # Published: 41.9B parameters, 6.6B active; 32 layers, 16 experts, top-2, no shared expert.
 #
-# What Megatron 0.19 cannot express of it. With the published weights these flags give another function than
-# the published model:
-#  - SparseMixer routing: each of the two experts is weighted by a softmax over the logits within 2 % of the
-#    best one left, so the two weights are often near 1 and 1 (Megatron's sum to 1), and in training the
-#    experts are sampled.
-#  - LongRoPE: a factor for each frequency, and a scale of the cosines, also below 4096 positions. Here: plain
-#    rotary embedding.
-#  - Biases of the attention's output projection and of the output layer (--add-qkv-bias adds those of q, k
-#    and v alone; without --disable-bias-linear the router and the experts, which have none, would get them
-#    too).
-#  - Input jitter of the experts: --moe-input-jitter-eps reaches the router alone; it is left off. A faithful
-#    run needs a router, a rotary embedding and an output layer of its own.
+# `ramoe convert` writes the checkpoint with a note, by which our jobs give the model its SparseMixer router,
+# the biases of the attention's output and of the output layer, and LongRoPE up to 4096 tokens
+# (docs/models.md). In training, the published code samples the experts and jitters their input; here training
+# is deterministic.
 #
 # Memory, by `python -m benchmarks.model_memory`, whose text says what is counted. Weights: with gradients and
 # optimizer. Megatron's activations know no experts and no recompute; ours do, with evenly loaded experts.
@@ -58,7 +50,7 @@ MODEL_ARGS=(
     --moe-ffn-hidden-size 6400
     --num-experts 16
     --moe-router-topk 2
-    --moe-router-score-function softmax # stands in for SparseMixer, see above
+    --moe-router-score-function softmax # of which SparseMixer takes two weights, see above
     --moe-router-dtype fp32             # small differences decide who is in the top-k
     --moe-router-load-balancing-type aux_loss
     --moe-aux-loss-coeff 0 # router_aux_loss_coef of the published configuration

@@ -7,10 +7,9 @@
 #
 # Published: 30.5B parameters, 3.3B active; 48 layers, 128 experts, top-8, no shared expert.
 #
-# What Megatron 0.19 cannot express of it:
-#  - The scale of the load-balancing loss. Megatron's is, a layer, 1/8 (top-k) of that in transformers, and is
-#    summed over the 48 layers where transformers takes their mean: the same coefficient is 6 times as strong
-#    here.
+# The scale of the load-balancing loss differs. Megatron's is, a layer, 1/8 (top-k) of that in transformers,
+# and is summed over the 48 layers where transformers takes their mean: the same coefficient is 6 times as
+# strong here.
 #
 # Memory, by `python -m benchmarks.model_memory`, whose text says what is counted. Weights: with gradients and
 # optimizer. Megatron's activations know no experts and no recompute; ours do, with evenly loaded experts.
@@ -50,7 +49,7 @@ MODEL_ARGS=(
     --moe-ffn-hidden-size 768
     --num-experts 128
     --moe-router-topk 8
-    --moe-router-score-function softmax # over the chosen 8: equal to softmax over all, renormalised (norm_topk_prob)
+    --moe-router-score-function softmax # over the chosen 8 (norm_topk_prob)
     --moe-router-dtype fp32             # small differences decide who is in the top-k
     --moe-router-load-balancing-type aux_loss
     --moe-aux-loss-coeff 0.001 # router_aux_loss_coef; on another scale, see above

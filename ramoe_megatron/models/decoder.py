@@ -215,14 +215,17 @@ def extra_states(n: Numbers) -> Iterator[tuple[str, Shape, Shape]]:
 
 
 def decoder_flags(n: Numbers, config: Any) -> Flags:
-    """The Megatron flags that follow from the sizes alone."""
+    """The Megatron flags that follow from the sizes alone, and the load-balancing loss.
+
+    transformers adds that loss only with `output_router_logits`, and on another scale; see the files of
+    examples/models/.
+    """
+    balanced = getattr(config, "output_router_logits", False)
     flags: Flags = {
         "padded-vocab-size": n.vocabulary,
         "num-layers": n.layers,
         "hidden-size": n.hidden,
         "num-attention-heads": n.heads,
-        "group-query-attention": True,
-        "num-query-groups": n.groups,
         "kv-channels": n.head_size,
         "max-position-embeddings": config.max_position_embeddings,
         "attention-dropout": 0.0,
@@ -234,8 +237,10 @@ def decoder_flags(n: Numbers, config: Any) -> Flags:
         "moe-router-score-function": "softmax",
         "moe-router-dtype": "fp32",
         "moe-router-load-balancing-type": "aux_loss",
-        "moe-aux-loss-coeff": float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0),
+        "moe-aux-loss-coeff": float(config.router_aux_loss_coef) if balanced else 0.0,
     }
+    if n.groups < n.heads:
+        flags |= {"group-query-attention": True, "num-query-groups": n.groups}
     if not n.tied:
         flags["untie-embeddings-and-output-weights"] = True
     if n.dense:

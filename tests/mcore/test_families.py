@@ -2,6 +2,7 @@
 
 import re
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def layout(request: pytest.FixtureRequest, families: tuple[Path, dict[str, Any]]
 
 @pytest.mark.parametrize("name", MODELS)
 def test_computes_what_transformers_computes(
-    name: str, layout: str, families: tuple[Path, dict[str, Any]]
+    name: str, layout: str, families: tuple[Path, dict[str, Any]], record_property: Callable[..., None]
 ) -> None:
     folder, expected = families
     outcome(folder, f"{name}-{layout}")
@@ -86,6 +87,7 @@ def test_computes_what_transformers_computes(
         else:
             worst = max(worst, float((found[key] - right).abs().max() / right.std()))
             assert torch.equal(found[key].argmax(-1), right.argmax(-1)), key
+    record_property("parity", [name, layout, worst])
     assert worst < 1e-4
 
 
