@@ -7,6 +7,7 @@
 #   make check              ruff and mypy
 #   make docs               docs/flags.md and the keys in docs/recipes.md, written from the docstrings
 #   make bench              what alignment and profiling cost beside stock Megatron    (SHAPE=gpu, RANKS=2, ROUNDS=41)
+#   make bench-conversion   a model of 13.8 GB to Megatron and back, beside cp
 #   make install            the virtual environment .venv with the pinned versions; the targets above make it when needed
 #   make PYTHON=/path/to/python3.12 ...       names the interpreter instead of looking for one
 
@@ -14,7 +15,7 @@ SHELL := $(shell command -v bash)
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help find-python venv install test test-fast check demo docs bench clean
+.PHONY: help find-python venv install test test-fast check demo docs bench bench-conversion clean
 
 PYTHON ?=
 SEEDS ?=
@@ -87,6 +88,9 @@ demo: install  # on the CPU backend, also where there is a GPU: transformer-engi
 
 docs: install
 	$(BIN)/python -m ramoe_megatron.cli.reference docs
+
+bench-conversion: install
+	$(BIN)/python -m benchmarks.conversion
 
 bench: install
 	$(BIN)/python -m benchmarks --shape $(SHAPE) --ranks $(RANKS) --rounds $(ROUNDS) --out runs/bench
