@@ -10,7 +10,7 @@ from small_run import SEQUENCE
 from tiny_models import make_model
 
 from ramoe_megatron.mcore.cpu.backend import cpu_command_line
-from ramoe_megatron.models.convert import convert, plan_conversion
+from ramoe_megatron.models.convert import convert_folder, plan_conversion
 from ramoe_megatron.models.note import FLAGS
 from ramoe_megatron.recipe.megatron_flags import render
 
@@ -22,7 +22,7 @@ def write_checkpoint(name: str, folder: Path) -> dict[str, torch.Tensor]:
     model = make_model(name, vocab_size=VOCABULARY)
     model.set_attn_implementation("eager")
     model.save_pretrained(folder / f"{name}-hf")
-    convert(plan_conversion(folder / f"{name}-hf"), folder / name)
+    convert_folder(plan_conversion(folder / f"{name}-hf"), folder / name)
     return computed(model)
 
 
