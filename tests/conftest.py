@@ -147,7 +147,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("CPU seconds by file")
         for name, seconds in spent.most_common(20):
             terminalreporter.line(f"{seconds:7.1f}  {name}")
-    found = [value for report in reports for name, value in report.user_properties if name == "parity"]
+    called = [report for report in reports if report.when == "call"]
+    found = [value for report in called for name, value in report.user_properties if name == "parity"]
     if found:
         terminalreporter.section("converted models against transformers: logits, in standard deviations")
         for model, layout, worst in sorted(found):
