@@ -11,7 +11,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +199,11 @@ def _one_file(
             for key, place, count in extra_states(plan.family.numbers(plan.config)):
                 shard = ".".join(map(str, place)), ".".join(map(str, count))
                 file.add_object(f"{key}._extra_state/shard_{'_'.join(shard)}", [None])
-        for piece in pieces:
-            parts = [plan.source.read(part.name, part.index) for part in piece.parts]
-            tensor = piece.operation.join(parts)
+
+        def joined(piece: Piece) -> Tensor:
+            return piece.operation.join([plan.source.read(part.name, part.index) for part in piece.parts])
+
+        for piece, tensor in ahead(joined, pieces):
             file.add(piece.key, piece.place, tensor)
             progress(tensor.nbytes)
         file.close()
@@ -427,18 +430,32 @@ def _one_shard(
         file.write(header)
         file.truncate(place)
         file.flush()
-        for group in groups:
-            for piece in group:
-                tensor = plan.source.read(piece.key, piece.place)
-                if tensor.shape[:1] > piece.shape[:1]:  # the vocabulary's padding
-                    tensor = tensor[: piece.shape[0]]
-                for part, values in zip(piece.parts, piece.operation.split(tensor), strict=True):
-                    _, shape = plan.tensors[part.name]
-                    number = 0
-                    for index, length in zip(part.index, shape, strict=False):
-                        number = number * length + index
-                    _write_at(file.fileno(), offsets[part.name] + number * values.nbytes, values)
-                progress(tensor.nbytes)
+
+        def parts(piece: Piece) -> list[Tensor]:
+            tensor = plan.source.read(piece.key, piece.place)
+            if tensor.shape[:1] > piece.shape[:1]:  # the vocabulary's padding
+                tensor = tensor[: piece.shape[0]]
+            return piece.operation.split(tensor)
+
+        for piece, split in ahead(parts, [piece for group in groups for piece in group]):
+            for part, values in zip(piece.parts, split, strict=True):
+                _, shape = plan.tensors[part.name]
+                number = 0
+                for index, length in zip(part.index, shape, strict=False):
+                    number = number * length + index
+                _write_at(file.fileno(), offsets[part.name] + number * values.nbytes, values)
+                progress(values.nbytes)
+
+
+def ahead[Value](read: Callable[[Piece], Value], pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Value]]:
+    """Each piece with its value. The next one is read in a thread, so that the disk reads while it writes."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(read, pieces[0]) if pieces else None
+        for place, piece in enumerate(pieces):
+            assert coming is not None
+            value = coming.result()
+            coming = pool.submit(read, pieces[place + 1]) if place + 1 < len(pieces) else None
+            yield piece, value
 
 
 def _write_at(descriptor: int, offset: int, values: Tensor) -> None:
