@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ramoe_megatron.models.olmoe import OLMOE
 from ramoe_megatron.models.safetensors_folder import INDEX, bytes_of, header_of
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "dtype": "bfloat16", "hidden_act": "silu",
     "vocab_size": 50304, "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16,
     "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False,
@@ -71,7 +72,7 @@ def write_random_model(folder: Path, layers: int) -> None:
     from transformers import OlmoeConfig
 
     folder.mkdir(parents=True)
-    config = CONFIG | {"num_hidden_layers": layers}
+    config: dict[str, Any] = CONFIG | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     shapes = {
         part.name: shape
@@ -86,7 +87,7 @@ def write_random_model(folder: Path, layers: int) -> None:
             filled = 0
         shards[-1].append(name)
         filled += 2 * math.prod(shape)
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         where |= dict.fromkeys(names, file)
