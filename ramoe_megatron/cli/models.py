@@ -13,9 +13,7 @@ from ramoe_megatron.cli.show import EXISTING, FOLDER
 @click.command()
 @click.argument("folder", metavar="HF_FOLDER", type=EXISTING)
 @click.option("--out", type=FOLDER, required=True, help="Folder of the checkpoint. It must be new.")
-@click.option(
-    "--check", is_flag=True, help="Only check the folder and the disk, and tell what would be written."
-)
+@click.option("--check", is_flag=True, help="Only check the folder, and tell what would be written.")
 def convert(folder: Path, out: Path, check: bool) -> None:
     """Convert a Hugging Face folder to a Megatron checkpoint.
 
@@ -48,7 +46,7 @@ def export(checkpoint: Path, out: Path, check: bool) -> None:
 
     plan = engine.plan_export(checkpoint)
     click.echo(
-        f"ramoe: {plan.note['family']}: {len(plan.tensors)} tensors, {plan.bytes / 1e9:.2f} GB, "
+        f"ramoe: {plan.note.family}: {len(plan.tensors)} tensors, {plan.bytes / 1e9:.2f} GB, "
         f"{len(plan.files)} files"
     )
     if check:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ramoe_megatron.artifacts.checkpoints import TRACKER
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import digests
 from ramoe_megatron.data.encode import Tokenizer, check_conversations
@@ -16,7 +17,7 @@ from ramoe_megatron.data.sources import local_files
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.entry import CHECKPOINT_FIX, DATA_FIX, FILE_FIX, FORWARD_ONLY_FLAGS
 from ramoe_megatron.mcore.arguments import DataOptions, arguments_with
-from ramoe_megatron.mcore.checkpoint import TRACKER, named, require_checkpoint
+from ramoe_megatron.mcore.checkpoint import named, require_checkpoint
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, megatron_arguments
 from ramoe_megatron.mcore.start import Start, Step

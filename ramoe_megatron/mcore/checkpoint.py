@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ramoe_megatron.artifacts.checkpoints import TRACKER
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.unfinished import tell_unfinished
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def has_checkpoint(folder: str | None) -> bool:

@@ -20,18 +20,18 @@ import torch
 import yaml
 from torch import Tensor
 
+from ramoe_megatron.artifacts.checkpoints import RELEASE, TRACKER, latest_checkpoint
 from ramoe_megatron.artifacts.files import (
     atomic_write,
     atomic_write_text,
-    load_document,
     package_version,
     read_json,
     save_document,
 )
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.models.decoder import Family, Flags, Piece, extra_states
-from ramoe_megatron.models.families import CONFIG, family_named, family_of
-from ramoe_megatron.models.note import FLAGS, NOTE, ORIGINAL
+from ramoe_megatron.models.families import CONFIG, family_of
+from ramoe_megatron.models.note import FLAGS, NOTE, ORIGINAL, ModelNote, note_in
 from ramoe_megatron.models.operations import Shape
 from ramoe_megatron.models.safetensors_folder import (
     INDEX,
@@ -41,9 +41,18 @@ from ramoe_megatron.models.safetensors_folder import (
     bytes_of,
     header_of,
 )
-from ramoe_megatron.models.torch_dist import COMMON, VERSION, ChunkFile, TorchDist, Written, write_metadata
+from ramoe_megatron.models.torch_dist import (
+    COMMON,
+    METADATA,
+    VERSION,
+    ChunkFile,
+    TorchDist,
+    Written,
+    write_metadata,
+)
 
-TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
+PLAN = "plan.json"
+"""In an unfinished output: what it is the output of."""
 FILE_BYTES = 4 << 30
 """Largest `.distcp` file, unless a single piece is larger."""
 SHARD_BYTES = 5 * 10**9
@@ -74,7 +83,7 @@ class Export:
     """A checked plan to export a checkpoint."""
 
     source: TorchDist
-    note: Mapping[str, Any]
+    note: ModelNote
     files: dict[str, list[list[Piece]]]
     """File name -> groups of pieces. A group is all the pieces of some tensors."""
     tensors: dict[str, tuple[torch.dtype, Shape]]
@@ -180,9 +189,6 @@ def convert_folder(plan: Conversion, out: Path, progress: Progress = lambda _: N
     os.replace(unfinished, out)
 
 
-PLAN = "plan.json"
-
-
 def _one_file(
     path: Path, number: int, plan: Conversion, pieces: Sequence[Piece], progress: Progress
 ) -> list[Written]:
@@ -279,20 +285,22 @@ def plan_export(checkpoint: Path) -> Export:
     Raises:
         RamoeError: the checkpoint has no note, or lacks tensors of the family, or has them in another shape.
     """
-    tracker = checkpoint / TRACKER
-    if not tracker.is_file():
+    if not (checkpoint / TRACKER).is_file():
         raise RamoeError(f"{checkpoint}: no checkpoint there (expected a folder with {TRACKER})")
-    iteration = tracker.read_text(encoding="utf-8").strip()
-    folder = checkpoint / (iteration if iteration == RELEASE else f"iter_{int(iteration):07d}")
-    if not (checkpoint / NOTE).is_file():
+    _, folder = latest_checkpoint(checkpoint)
+    note = note_in(checkpoint)
+    if note is None:
         raise RamoeError(
             f"{checkpoint}: no {NOTE}, so the model's family is not known. `ramoe convert` writes it, and "
             "`ramoe finetune` copies it from --pretrained-checkpoint: copy it and the folder "
             f"{ORIGINAL} from the base model's checkpoint"
         )
-    note = load_document(checkpoint / NOTE, "ramoe-model")
-    family = family_named(note["family"])
-    _, config = family_of(checkpoint / ORIGINAL)
+    family, config = family_of(checkpoint / ORIGINAL)
+    if family.name != note.family:
+        raise RamoeError(
+            f"{checkpoint / NOTE} says {note.family}, but {checkpoint / ORIGINAL} is a {family.name} model; "
+            "copy both from one checkpoint"
+        )
     source = TorchDist(folder)
     found: dict[tuple[str, ...], list[Piece]] = {}
     for piece in family.pieces(config, {}):
@@ -323,7 +331,7 @@ def plan_export(checkpoint: Path) -> Export:
     tensors = _exported(pieces, source)
     files = _shards(pieces, tensors)
     total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
-    return Export(source, {**note, "checkpoint": str(checkpoint)}, files, tensors, total)
+    return Export(source, note, files, tensors, total)
 
 
 def _fits(piece: Piece, shape: Shape) -> bool:
@@ -399,8 +407,7 @@ def export_checkpoint(plan: Export, out: Path, progress: Progress = lambda _: No
             continue
         with atomic_write(path) as temporary:
             _one_shard(temporary, header, names, groups, plan, progress)
-    original = Path(plan.note["checkpoint"]) / ORIGINAL
-    copy_others(original, unfinished)
+    copy_others(plan.note.folder / ORIGINAL, unfinished)
     _write_config(unfinished / CONFIG, {dtype for dtype, _ in plan.tensors.values()})
     if len(plan.files) > 1:
         index = {"metadata": {"total_size": plan.bytes}, "weight_map": dict(sorted(where.items()))}
@@ -410,7 +417,7 @@ def export_checkpoint(plan: Export, out: Path, progress: Progress = lambda _: No
 
 
 def _digest(source: TorchDist) -> str:
-    return hashlib.sha256((source.folder / ".metadata").read_bytes()).hexdigest()
+    return hashlib.sha256((source.folder / METADATA).read_bytes()).hexdigest()
 
 
 def _one_shard(

@@ -250,6 +250,18 @@ def decoder_flags(n: Numbers, config: Any) -> Flags:
     return flags
 
 
-def rope_parameters(config: Any) -> Mapping[str, Any]:
-    """The rotary embedding's parameters."""
-    return config.rope_parameters
+def decoder_numbers(config: Any, experts: int, expert_width: int, **own: Any) -> Numbers:
+    """The numbers that all configurations call alike, with those that each family calls by its own name."""
+    return Numbers(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        groups=config.num_key_value_heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocabulary=config.vocab_size,
+        experts=experts,
+        topk=config.num_experts_per_tok,
+        expert_width=expert_width,
+        tied=config.tie_word_embeddings,
+        **own,
+    )

@@ -53,11 +53,3 @@ def family_of(folder: Path) -> tuple[Family, Any]:
     if reason := family.refuse(config):
         raise RamoeError(f"{path}: {reason}")
     return family, config
-
-
-def family_named(name: str) -> Family:
-    """The family of this name. Raises RamoeError, with the known names, for another one."""
-    for family in FAMILIES:
-        if family.name == name:
-            return family
-    raise RamoeError(f"model family {name!r}: expected one of {', '.join(f.name for f in FAMILIES)}")

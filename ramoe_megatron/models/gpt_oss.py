@@ -7,27 +7,24 @@ shape, which is square: bfloat16 matrices are [in, out], MXFP4 blocks are rows o
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ramoe_megatron.models.decoder import Family, Flags, Names, Numbers, Piece, decoder_flags, rope_parameters
+from ramoe_megatron.models.decoder import (
+    Family,
+    Flags,
+    Names,
+    Numbers,
+    Piece,
+    decoder_flags,
+    decoder_numbers,
+)
 from ramoe_megatron.models.operations import Copy, Interleaved, Mxfp4, Transpose
 
 
 def _numbers(config: Any) -> Numbers:
-    return Numbers(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        groups=config.num_key_value_heads,
-        head_size=config.head_dim,
-        vocabulary=config.vocab_size,
-        experts=config.num_local_experts,
-        topk=config.num_experts_per_tok,
-        expert_width=config.intermediate_size,
-        tied=config.tie_word_embeddings,
-    )
+    return decoder_numbers(config, config.num_local_experts, config.intermediate_size)
 
 
 def _flags(config: Any) -> Flags:
-    rope = rope_parameters(config)
+    rope = config.rope_parameters
     return decoder_flags(_numbers(config), config) | {
         "normalization": "RMSNorm",
         "norm-epsilon": config.rms_norm_eps,
@@ -78,7 +75,7 @@ def _refuse(config: Any) -> str | None:
     expected = ["sliding_attention", "full_attention"] * config.num_hidden_layers
     if list(config.layer_types) != expected[: config.num_hidden_layers]:
         return "layer_types: expected a window in every second layer, beginning with the first"
-    if rope_parameters(config).get("rope_type") != "yarn" or rope_parameters(config).get("truncate", True):
+    if config.rope_parameters.get("rope_type") != "yarn" or config.rope_parameters.get("truncate", True):
         return "rope_parameters: expected YaRN with truncate: false"
     quantised = getattr(config, "quantization_config", None)
     method = (

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ramoe_megatron.models.decoder import Family, Flags, Names, Numbers, decoder_flags, rope_parameters
+from ramoe_megatron.models.decoder import Family, Flags, Names, Numbers, decoder_flags, decoder_numbers
 
 BLOCK_SPARSE = Names(
     router="block_sparse_moe.gate",
@@ -14,18 +14,7 @@ BLOCK_SPARSE = Names(
 
 def block_sparse_numbers(config: Any) -> Numbers:
     """The numbers of Mixtral and of Phi-3.5-MoE."""
-    return Numbers(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        groups=config.num_key_value_heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        vocabulary=config.vocab_size,
-        experts=config.num_local_experts,
-        topk=config.num_experts_per_tok,
-        expert_width=config.intermediate_size,
-        tied=config.tie_word_embeddings,
-    )
+    return decoder_numbers(config, config.num_local_experts, config.intermediate_size)
 
 
 def _flags(config: Any) -> Flags:
@@ -35,7 +24,7 @@ def _flags(config: Any) -> Flags:
         "swiglu": True,
         "disable-bias-linear": True,
         "position-embedding-type": "rope",
-        "rotary-base": int(rope_parameters(config)["rope_theta"]),
+        "rotary-base": int(config.rope_parameters["rope_theta"]),
     }
 
 

@@ -2,22 +2,11 @@
 
 from typing import Any
 
-from ramoe_megatron.models.decoder import Family, Flags, Names, Numbers, decoder_flags, rope_parameters
+from ramoe_megatron.models.decoder import Family, Flags, Names, Numbers, decoder_flags, decoder_numbers
 
 
 def _numbers(config: Any) -> Numbers:
-    return Numbers(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        groups=config.num_key_value_heads,
-        head_size=config.hidden_size // config.num_attention_heads,
-        vocabulary=config.vocab_size,
-        experts=config.num_experts,
-        topk=config.num_experts_per_tok,
-        expert_width=config.intermediate_size,
-        tied=config.tie_word_embeddings,
-    )
+    return decoder_numbers(config, config.num_experts, config.intermediate_size)
 
 
 def _flags(config: Any) -> Flags:
@@ -28,7 +17,7 @@ def _flags(config: Any) -> Flags:
         "disable-bias-linear": True,
         "qk-layernorm": True,
         "position-embedding-type": "rope",
-        "rotary-base": int(rope_parameters(config)["rope_theta"]),
+        "rotary-base": int(config.rope_parameters["rope_theta"]),
     }
     if not config.norm_topk_prob:
         flags["moe-router-pre-softmax"] = True

@@ -155,4 +155,5 @@ class Mxfp4:
         return self.then.join([decoded.flatten(-2).to(torch.bfloat16)])
 
     def split(self, tensor: Tensor) -> list[Tensor]:
+        # an export has no MXFP4 pieces: it plans without the tensors of the source
         raise NotImplementedError("MXFP4 is read and never written")

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from ramoe_megatron.models.decoder import Family, Flags, Names, decoder_flags, rope_parameters
+from ramoe_megatron.models.decoder import Family, Flags, Names, decoder_flags
 from ramoe_megatron.models.mixtral import BLOCK_SPARSE, block_sparse_numbers
 
 
@@ -14,7 +14,7 @@ def _flags(config: Any) -> Flags:
         "swiglu": True,
         "disable-bias-linear": True,
         "position-embedding-type": "rope",
-        "rotary-base": int(rope_parameters(config)["rope_theta"]),
+        "rotary-base": int(config.rope_parameters["rope_theta"]),
     }
     if config.attention_bias:
         flags["add-qkv-bias"] = True

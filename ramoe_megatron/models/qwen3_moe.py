@@ -2,29 +2,18 @@
 
 from typing import Any
 
-from ramoe_megatron.models.decoder import Family, Flags, Names, Numbers, decoder_flags, rope_parameters
+from ramoe_megatron.models.decoder import Family, Flags, Names, Numbers, decoder_flags, decoder_numbers
 
 
 def _numbers(config: Any) -> Numbers:
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dense = frozenset(
         layer
         for layer in range(config.num_hidden_layers)
         if layer in (config.mlp_only_layers or []) or (layer + 1) % config.decoder_sparse_step
     )
-    return Numbers(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        groups=config.num_key_value_heads,
-        head_size=head_size,
-        vocabulary=config.vocab_size,
-        experts=config.num_experts,
-        topk=config.num_experts_per_tok,
-        expert_width=config.moe_intermediate_size,
-        tied=config.tie_word_embeddings,
-        dense=dense,
-        dense_width=config.intermediate_size,
+    width = config.moe_intermediate_size
+    return decoder_numbers(
+        config, config.num_experts, width, dense=dense, dense_width=config.intermediate_size
     )
 
 
@@ -35,7 +24,7 @@ def _flags(config: Any) -> Flags:
         "swiglu": True,
         "qk-layernorm": True,
         "position-embedding-type": "rope",
-        "rotary-base": int(rope_parameters(config)["rope_theta"]),
+        "rotary-base": int(config.rope_parameters["rope_theta"]),
     }
     if config.attention_bias:
         flags["add-qkv-bias"] = True
@@ -55,8 +44,8 @@ def _refuse(config: Any) -> str | None:
         return "attention_bias: Megatron has no bias in the output projection alone"
     if config.use_sliding_window:
         return "use_sliding_window: only full attention is converted"
-    if rope_parameters(config).get("rope_type", "default") != "default":
-        return f"rope_type {rope_parameters(config)['rope_type']}: only the default one is converted"
+    if config.rope_parameters.get("rope_type", "default") != "default":
+        return f"rope_type {config.rope_parameters['rope_type']}: only the default one is converted"
     return None
 
 

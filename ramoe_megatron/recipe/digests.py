@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ramoe_megatron.artifacts.checkpoints import TRACKER, latest_checkpoint
 from ramoe_megatron.artifacts.files import sha256
-from ramoe_megatron.mcore.checkpoint import TRACKER
 
 SAMPLE = 1 << 16  # bytes read at the start and at the end of each file of a checkpoint
 
@@ -43,12 +43,6 @@ def digest_checkpoint(path: Path, maker: str | None = None) -> str:
     mark, folder = latest_checkpoint(path)
     files = [[str(file.relative_to(path)), file.stat().st_size, _sample(file)] for file in _files(folder)]
     return digest_value({"mark": mark, "files": files, "maker": maker})
-
-
-def latest_checkpoint(path: Path) -> tuple[str, Path]:
-    """Content of a checkpoint folder's tracker file, and the folder of the iteration that it names."""
-    mark = (path / TRACKER).read_text(encoding="utf-8").strip()
-    return mark, path / (mark if mark == "release" else f"iter_{int(mark):07d}" if mark.isdigit() else ".")
 
 
 def _sample(path: Path) -> str:

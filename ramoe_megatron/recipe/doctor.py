@@ -10,11 +10,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from ramoe_megatron.artifacts.checkpoints import TRACKER, latest_checkpoint
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.checkpoint import TRACKER
 from ramoe_megatron.mcore.findings import ANSWER, STATES, WRITTEN, Finding, Line, attempt, reason
 from ramoe_megatron.recipe import megatron_flags as flags
-from ramoe_megatron.recipe.digests import latest_checkpoint
 from ramoe_megatron.recipe.doctor_environment import environment_findings
 from ramoe_megatron.recipe.launcher import rank_environment
 from ramoe_megatron.recipe.load import load_recipe

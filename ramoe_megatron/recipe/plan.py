@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ramoe_megatron.artifacts.checkpoints import TRACKER
 from ramoe_megatron.artifacts.files import ANCHOR_FILES, files_by_tokens
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.checkpoint import TRACKER
 from ramoe_megatron.mcore.select.selective_options import READS_USAGE
 from ramoe_megatron.recipe.megatron_flags import SCORING, relevant, render
 from ramoe_megatron.recipe.methods import Method

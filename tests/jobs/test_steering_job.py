@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small_run import offline_flags, outcome, profile_flags, run_table, training_flags, write_world
 from steering_job import LAYERS
 
-from ramoe_megatron.mcore.checkpoint import TRACKER
+from ramoe_megatron.artifacts.checkpoints import TRACKER
 from ramoe_megatron.report.inspect import describe
 
 SCRIPT = str(Path(__file__).parents[1] / "support/steering_job.py")
