@@ -1,6 +1,7 @@
 """`ramoe convert` and `ramoe export`: Hugging Face folders to Megatron checkpoints and back."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +21,10 @@ def convert(folder: Path, out: Path, check: bool) -> None:
     The checkpoint loads with --load or --pretrained-checkpoint in any parallel layout. Beside it:
     model_args.yaml, the model's Megatron flags. No GPU is needed.
     """
-    from ramoe_megatron.models import convert as engine
+    with _reading_ahead(None if check else folder):
+        from ramoe_megatron.models import convert as engine
 
-    plan = engine.plan_conversion(folder)
+        plan = engine.plan_conversion(folder)
     tensors = sum(len(batch) for batch in plan.batches)
     click.echo(f"ramoe: {plan.family.name}: {tensors} pieces, {plan.bytes / 1e9:.2f} GB")
     if check:
@@ -42,9 +44,10 @@ def export(checkpoint: Path, out: Path, check: bool) -> None:
 
     The checkpoint may have been saved in any parallel layout. Its base model must come from `ramoe convert`.
     """
-    from ramoe_megatron.models import convert as engine
+    with _reading_ahead(None if check else checkpoint):
+        from ramoe_megatron.models import convert as engine
 
-    plan = engine.plan_export(checkpoint)
+        plan = engine.plan_export(checkpoint)
     click.echo(
         f"ramoe: {plan.note.family}: {len(plan.tensors)} tensors, {plan.bytes / 1e9:.2f} GB, "
         f"{len(plan.files)} files"
@@ -55,6 +58,28 @@ def export(checkpoint: Path, out: Path, check: bool) -> None:
     with _bar("export", plan.bytes) as moved:
         engine.export_checkpoint(plan, out, moved)
     click.echo(f"ramoe: wrote {out}")
+
+
+@contextlib.contextmanager
+def _reading_ahead(folder: Path | None) -> Iterator[None]:
+    """Read the weights of a folder into the page cache during the block, whose imports leave the disk idle."""
+    done = threading.Event()
+
+    def read() -> None:
+        buffer = bytearray(8 << 20)
+        for path in sorted(folder.rglob("*") if folder else ()):
+            if path.suffix in (".safetensors", ".distcp"):
+                with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+                    while not done.is_set() and file.readinto(buffer):
+                        pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield
+    finally:
+        done.set()
+        reader.join()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ memory; this one needs only the piece at hand.
 """
 
 import contextlib
-import io
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from ramoe_megatron.artifacts.files import atomic_write_text
 from ramoe_megatron.errors import RamoeError
@@ -169,6 +169,8 @@ class TorchDist:
         self.dtypes: dict[str, torch.dtype] = {}
         self._chunks: dict[str, list[Chunk]] = {}
         self._by_place: dict[tuple[str, int], dict[Shape, list[Chunk]]] = {}
+        # Kept open, because the system reads ahead only in a file that stays open.
+        self._open: dict[str, BinaryIO] = {}
         ends: dict[str, int] = {}
         for info in metadata.storage_data.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -201,8 +203,18 @@ class TorchDist:
                 first, last = max(begin, offset), min(begin + length, offset + size)
                 theirs.append(slice(first - offset, last - offset))
                 ours.append(slice(first - begin, last - begin))
-            out[tuple(ours)] = self._load(info)[tuple(theirs)]
+            values = self._load(info)[tuple(theirs)]
+            if values.shape == out.shape:
+                out = values  # one chunk has it all: no copy
+            else:
+                out[tuple(ours)] = values
         return out.reshape(shape[len(place) :])
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
 
     def _chunks_at(self, key: str, place: Shape) -> Sequence[Chunk]:
         """The chunks that have a value at these leading indices."""
@@ -217,9 +229,10 @@ class TorchDist:
         return found.get(place, ())
 
     def _load(self, info: _StorageInfo) -> Tensor:
-        with (self.folder / info.relative_path).open("rb") as file:
-            file.seek(info.offset)
-            return torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+        if info.relative_path not in self._open:
+            self._open[info.relative_path] = (self.folder / info.relative_path).open("rb")
+        part = _create_file_view(self._open[info.relative_path], info.offset, info.length)
+        return torch.load(part, map_location="cpu", weights_only=True)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
