@@ -84,6 +84,17 @@ def peak_memory(action: Callable[[], Any], on_cpu: bool) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def operations(action: Callable[[], Any], on_cpu: bool) -> int:
+    """Kernels that an action starts on the device, or operations on the CPU that call no other."""
+    activities = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activities.CPU if on_cpu else activities.CUDA]) as profile:
+        action()
+        torch.cuda.synchronize()
+    if not on_cpu:
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    return sum(event.name.startswith("aten::") and not event.cpu_children for event in profile.events())
+
+
 def _cpu_peak(action: Callable[[], Any]) -> int:
     gc.collect()
     with torch.profiler.profile(

@@ -18,6 +18,12 @@ class Variant:
     tokens: str = "last"
     pooling: str = "sequence"
 
+    @property
+    def aligned(self) -> int:
+        """Number of aligned layers."""
+        first, last = map(int, self.layers.split("-"))
+        return last - first + 1
+
     def config(self, folder: Path) -> RoutingAlignmentConfig:
         """The alignment with the files of `world.write_world`. Target: the example's English routing."""
         return RoutingAlignmentConfig(
@@ -114,13 +120,12 @@ def model_flags(shape: Shape, folder: Path) -> list[str]:
         "--swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --tokenizer-type "
         "SentencePieceTokenizer"
     ).split()
-    return [*flags, "--tokenizer-model", str(folder / "tokenizer.model"), *_precision_flags(shape)]
+    return [*flags, "--tokenizer-model", str(folder / "tokenizer.model"), *(precision_flags(bf16=True) if shape.bf16 else [])]
 
 
-def _precision_flags(shape: Shape) -> list[str]:
-    if not shape.bf16:
-        return []
-    flags = ["--bf16", "--moe-router-dtype", "fp32"]
+def precision_flags(bf16: bool) -> list[str]:
+    """Flags of a CUDA device: the precision, and the layers that are installed."""
+    flags = ["--bf16", "--moe-router-dtype", "fp32"] if bf16 else []
     if importlib.util.find_spec("transformer_engine"):
         return [*flags, "--transformer-impl", "transformer_engine", "--moe-grouped-gemm"]
     unfused = (

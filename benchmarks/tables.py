@@ -31,7 +31,10 @@ def verdict(ratio: Ratio, target: float, at_most: bool) -> str:
 
 
 def training_table(results: Sequence[dict[str, Any]]) -> Table:
-    """Step time and peak memory of each arm, and their ratios to stock Megatron."""
+    """Step time, peak memory and operations of each arm, beside stock Megatron's.
+
+    The operations are those of a step beyond stock Megatron's, divided by the aligned layers.
+    """
     table = Table(
         title=f"Training, against stock Megatron (targets: time <= {TIME}, memory <= {MEMORY})",
         title_justify="left",
@@ -46,12 +49,14 @@ def training_table(results: Sequence[dict[str, Any]]) -> Table:
         "all, MB",
         "ratio",
         f"<= {MEMORY}",
+        "operations a layer",
     )
     for column in columns:
         table.add_column(column, justify="left" if column == "layers aligned" else "right")
     for result in results:
         table.add_section()
         table.add_row(f"[bold]{result['shape']['name']}[/bold]")
+        stock = next(iter(result["arms"].values()))
         for number, (label, arm) in enumerate(result["arms"].items()):
             ratio, held = Ratio(**arm["time"]), arm["bytes"]
             cells = [
@@ -62,8 +67,10 @@ def training_table(results: Sequence[dict[str, Any]]) -> Table:
             ]
             cells += [f"{(held['step'] + held['between']) / 1e6:.1f}", f"{arm['whole']:.4f}"]
             cells += ["met" if max(arm["activations"], arm["whole"]) <= MEMORY else "missed"]
+            more = arm["operations"] - stock["operations"]
+            cells += [f"+{more / arm['aligned']:.0f}" if arm["aligned"] else ""]
             if number == 0:
-                cells = ["1", "", cells[2], "1", cells[4], "1", ""]
+                cells = ["1", "", cells[2], "1", cells[4], "1", "", ""]
             table.add_row(label, f"{1000 * median(arm['seconds']):.0f}", *cells)
     return table
 

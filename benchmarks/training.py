@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import WARM_UP, Ratio, alternate, machine, peak_memory, timed
+from benchmarks.measure import WARM_UP, Ratio, alternate, machine, operations, peak_memory, timed
 from benchmarks.shapes import PRESETS, Shape, training_flags
 from ramoe_megatron.jobs.offline_job import ProgressLines
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
@@ -144,6 +144,12 @@ class Arm:
         }
 
 
+    def operations(self, on_cpu: bool) -> int:
+        """Operations of a step."""
+        self.prepare()
+        return operations(self.step, on_cpu)
+
+
 def main() -> None:
     """Measure the shape that the command line names, and write OUT.json."""
     preset, name, folder, out, rounds = (
@@ -169,7 +175,13 @@ def main() -> None:
         for arm in {id(arm.trained): arm for arm in arms.values()}.values():
             arm.memory(cuda_absent())
         memory = {label: arm.memory(cuda_absent()) for label, arm in arms.items()}
-        measured = {label: figures(label, seconds, memory) | {"losses": losses[label]} for label in arms}
+        counts = {label: arm.operations(cuda_absent()) for label, arm in arms.items()}
+        aligned = {variant.name: variant.aligned for variant in shape.variants}
+        measured = {
+            label: figures(label, seconds, memory)
+            | {"losses": losses[label], "operations": counts[label], "aligned": aligned.get(label, 0)}
+            for label in arms
+        }
         result = {
             "machine": machine(cuda_absent()),
             "shape": asdict(shape),
@@ -257,7 +269,7 @@ def samples(args: Any, rounds: int, alignment: RoutingAlignmentConfig | None = N
     from ramoe_megatron.data.parallel import load_examples
     from ramoe_megatron.mcore.align.labels import AlignedDataset
 
-    steps = WARM_UP + rounds + 4  # the last ones measure memory
+    steps = WARM_UP + rounds + 5  # the last ones measure memory and count operations
     dataset: Any = SFTDataset(
         load_examples(args.ramoe_data),
         get_tokenizer(),

@@ -1,6 +1,7 @@
 """The benchmarks, run from end to end at a tiny shape, write what their tables and a reader need."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,22 +24,14 @@ ROUNDS = 2
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks",
-        "--shape",
-        "tiny",
-        "--rounds",
-        str(ROUNDS),
-        "--out",
-        str(folder),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    own = {"SHAPE": "tiny", "ROUNDS": str(ROUNDS), "OUT": str(folder), "PYTHON": sys.executable}
+    command, environment = ["benchmarks/gpu.sh"], {**os.environ, **own, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     found = {
         name: json.loads((folder / f"{name}-base.json").read_text()) for name in ("training", "profiling")
     }
+    found["parity"] = json.loads((folder / "parity.json").read_text())
     return found | {"printed": done.stdout, "progress": done.stderr}
 
 
@@ -67,6 +60,21 @@ def test_the_estimate_is_the_time_of_the_rounds_so_far(
         "it: 2 of 20 rounds, about 9.0 min left",
         "it: 4 of 20 rounds, about 8.0 min left",
     ]
+
+
+def test_a_converted_model_computes_the_same_on_the_device(figures: dict[str, Any]) -> None:
+    found = figures["parity"]["found"]
+    assert set(found) == {"CPU, bfloat16", "device, float32", "device, bfloat16"}
+    assert found["device, float32"] == {"logits": 0, "router gradients": 0, "same first token": 1}
+    assert found["device, bfloat16"] == found["CPU, bfloat16"]
+    assert 1e-3 < found["CPU, bfloat16"]["logits"] < 0.1
+
+
+def test_alignment_adds_operations_where_it_aligns(figures: dict[str, Any]) -> None:
+    arms = list(figures["training"]["arms"].values())
+    stock, control, *aligned = [arm["operations"] for arm in arms]
+    assert stock == control
+    assert all(stock < count < 2 * stock for count in aligned)
 
 
 def test_every_arm_takes_every_round(figures: dict[str, Any]) -> None:
