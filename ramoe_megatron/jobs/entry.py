@@ -41,7 +41,10 @@ class Job:
         return () if self.trains else FORWARD_ONLY_FLAGS
 
     def main(self) -> None:
-        """Run the job, or check it under --check. Raises RamoeError for wrong flags or inputs."""
+        """Run the job, or check it under --check. Raises RamoeError for an old Megatron, wrong flags or inputs."""
+        from ramoe_megatron.mcore.compat import refuse_old_megatron
+
+        refuse_old_megatron()
         from ramoe_megatron.mcore.arguments import CHECK, job_arguments
         from ramoe_megatron.mcore.launch import megatron_arguments
 

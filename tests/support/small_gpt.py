@@ -1,0 +1,225 @@
+"""A small GPT model made with megatron.core alone, one step of it, and the alignment loss in plain torch.
+
+Run as a script, it attaches the alignment on the Megatron of its PYTHONPATH and prints what it measured, as
+one line of JSON.
+
+The reference shares nothing with the package. It reads the logits of the aligned routers with hooks, and
+takes for each aligned sample KL(pattern, softmax) at its last prompt token in float64. Its gradients at all
+weights are autograd's.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ramoe_megatron.mcore.cpu.backend import cpu_backend
+
+LAYERS, EXPERTS, HIDDEN, VOCABULARY = 4, 8, 32, 64
+ZONE = (1, 2)
+"""Aligned layers. Every layer has experts, so Megatron's numbers are one higher."""
+COEFF, MICRO_BATCHES = 3.0, 2
+PROMPT, LENGTH = (2, 4, 3, 5), (5, 8, 6, 7)
+ALIGNED = ((1, 0, 1, 1), (0, 1, 1, 0))
+"""Which samples of the two micro-batches are aligned."""
+PATTERN_LE = torch.rand(LAYERS, EXPERTS, generator=torch.Generator().manual_seed(3)).softmax(-1)
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """Megatron on the CPU backend, with the process groups of one gloo rank."""
+    with cpu_backend():
+        from megatron.core import parallel_state, tensor_parallel
+
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+
+
+def built(**changes: Any) -> Any:
+    """The model, the same weights in every process."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=4, num_moe_experts=EXPERTS, moe_router_topk=2,
+        moe_ffn_hidden_size=16, add_bias_linear=False, gated_linear_unit=True, use_cpu_initialization=True,
+        bias_dropout_fusion=False, hidden_dropout=0.0, attention_dropout=0.0, normalization="RMSNorm",
+        masked_softmax_fusion=False, gradient_accumulation_fusion=False, moe_router_load_balancing_type="none",
+        **changes,
+    )  # fmt: skip
+    spec = get_gpt_layer_local_spec(num_experts=EXPERTS, normalization="RMSNorm")
+    model = GPTModel(config, spec, VOCABULARY, 16, position_embedding_type="rope").train()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return model
+
+
+def alignment(folder: Path, **changes: Any) -> Any:
+    """The configuration of an alignment to one pattern, with its expert file in `folder`."""
+    from ramoe_megatron.artifacts.expert_file import ExpertFile
+    from ramoe_megatron.artifacts.tensors import ModelShape
+    from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
+    from ramoe_megatron.method.divergence import NoZone
+
+    mask_LE = torch.arange(LAYERS * EXPERTS).view(LAYERS, EXPERTS) % 3 == 0
+    path = folder / "experts.safetensors"
+    ExpertFile(
+        tasks=("sum",), shape=ModelShape(LAYERS, EXPERTS, 2, "softmax", HIDDEN), expert_mask=mask_LE[None],
+        delta=mask_LE[None].float(), task_frequency=PATTERN_LE[None], general_frequency=PATTERN_LE,
+        english_pattern={"last": PATTERN_LE[None]}, layer_number=torch.arange(1, LAYERS + 1),
+        rule={"name": "tau", "tau": 0.3}, zone=NoZone("given by hand"), checkpoint="base",
+        data=[{"path": "parallel.jsonl", "sha256": "0" * 64}], sequences={"task": {"sum": 1}, "general": 1},
+    ).save(path)  # fmt: skip
+    chosen = {"layers": f"{ZONE[0]}-{ZONE[1]}", "divergence": "kl", "examples": "all"} | changes
+    return RoutingAlignmentConfig(coeff=COEFF, experts=str(path), **chosen)
+
+
+def batch(number: int, width: int = 8) -> dict[str, torch.Tensor]:
+    """A micro-batch of samples that are padded to `width`."""
+    tokens = torch.randint(0, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(number))
+    length = torch.tensor(LENGTH)
+    return {
+        "tokens": torch.nn.functional.pad(tokens, (0, width - 8)),
+        "prompt_length": torch.tensor(PROMPT), "length": length,
+        "loss_mask": (torch.arange(width) < length[:, None]).float(),
+        "ramoe_weight": torch.tensor(ALIGNED[number]).float(), "ramoe_task": torch.zeros(4, dtype=torch.int64),
+    }  # fmt: skip
+
+
+def forward(model: Any, micro: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The logits of the next token, [B, S, V]."""
+    width = micro["tokens"].shape[1]
+    places = torch.arange(width).expand(4, width)
+    mask = torch.ones(width, width, dtype=torch.bool).triu(1)[None, None]
+    return model(micro["tokens"], places, mask)
+
+
+def stepped(model: Any, weigh: float = 0.0, width: int = 8) -> dict[str, torch.Tensor]:
+    """Gradients after Megatron's own schedule of the micro-batches, with `weigh` times a loss of the model."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from ramoe_megatron.mcore.align.batch import routing_batch
+
+    def forward_step(data: Iterator[dict[str, torch.Tensor]], chunk: Any) -> Any:
+        micro = next(data)
+        with routing_batch(chunk, micro):
+            output = forward(chunk, micro)
+        return output, lambda logits: (weigh * logits.square().mean(), {})
+
+    model.zero_grad(set_to_none=True)
+    get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=iter([batch(n, width) for n in range(MICRO_BATCHES)]),
+        model=model, num_microbatches=MICRO_BATCHES, seq_length=width, micro_batch_size=4, forward_only=False,
+    )  # fmt: skip
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def reference(model: Any, weigh: float = 0.0) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Each aligned layer's loss without the coefficient, and the gradients of the whole loss."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    found: dict[int, torch.Tensor] = {}
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+
+    def keep(layer: int, router: Any, inputs: tuple[torch.Tensor, ...], _: Any) -> None:
+        found[layer] = inputs[0].double() @ router.weight.double().T
+
+    hooks = [routers[layer].register_forward_hook(partial(keep, layer)) for layer in ZONE]
+    losses, total = dict.fromkeys(ZONE, 0.0), torch.zeros((), dtype=torch.float64)
+    for number in range(MICRO_BATCHES):
+        output = forward(model, batch(number))
+        total = total + weigh * output.square().mean() / MICRO_BATCHES
+        for layer in ZONE:
+            p_E = PATTERN_LE[layer].double()
+            for sample, aligned in enumerate(ALIGNED[number]):
+                q_E = found[layer][PROMPT[sample] - 1, sample].softmax(-1)
+                part = aligned * (p_E * (p_E / q_E).log()).sum() / (4 * MICRO_BATCHES)
+                total, losses[layer] = total + COEFF / len(ZONE) * part, losses[layer] + part.item()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad(set_to_none=True)
+    total.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return [losses[layer] for layer in ZONE], gradients
+
+
+def worst_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest relative error (of the norm) of a weight's gradient. An absent gradient is zero."""
+    errors, scale = [0.0], max(gradient.norm().item() for gradient in expected.values())
+    for name in found.keys() | expected.keys():
+        one, other = (side.get(name, torch.zeros(())) for side in (found, expected))
+        size = max(one.norm().item(), other.norm().item())
+        errors.append((one - other).norm().item() / size if size > 1e-6 * scale else 0.0)
+    return max(errors)
+
+
+class Board:
+    """Stands for TensorBoard's writer: keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, float] = {}
+
+    def add_scalar(self, name: str, value: Any, _: int) -> None:
+        self.seen[name] = float(value)
+
+
+def logged() -> tuple[dict[str, float], dict[str, float]]:
+    """What Megatron's training loop would log after the step: to TensorBoard, and to its table of losses."""
+    board, table = Board(), {"advanced iterations": 1, "skipped iterations": 0}
+    report = {
+        "loss_scale": 1 / MICRO_BATCHES, "iteration": 1, "writer": board, "per_layer_logging": True,
+        "force_initialize": True, "track_names": ["z_loss"], "num_layers": LAYERS, "moe_layer_freq": 1,
+        "total_loss_dict": table,
+    }  # fmt: skip
+    try:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    except ImportError:
+        from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+
+        track_moe_metrics(**report)
+    else:
+        get_moe_metrics_tracker().report(**report)
+    return board.seen, {name: float(value) for name, value in table.items()}
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """One attached step beside the reference, what it logged, and Megatron's own losses in two paddings."""
+    import megatron.core
+
+    import ramoe_megatron
+
+    with one_rank():
+        model = built()
+        losses, expected = reference(model)
+        ramoe_megatron.attach(model, alignment(folder))
+        error = worst_error(stepped(model), expected)
+        seen, table = logged()
+        balanced = built(moe_z_loss_coeff=0.3)
+        narrow, wide = (stepped(balanced, width=width) for width in (8, 12))
+        z_loss, _ = logged()
+        return {
+            "version": megatron.core.__version__, "place": list(megatron.core.__path__)[0], "error": error,
+            "losses": losses, "seen": seen, "table": table, "norm": expected[f"decoder.layers.{ZONE[1]}.mlp.router.weight"].norm().item(),
+            "padding": worst_error(narrow, wide), "z_loss": z_loss["z_loss"],
+        }  # fmt: skip
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as made:
+        print(json.dumps(measure(Path(made))), file=sys.__stdout__)
