@@ -19,7 +19,13 @@ from typing import Any
 
 import torch
 
-from ramoe_megatron.mcore.cpu.backend import cpu_backend
+from ramoe_megatron.mcore.cpu.backend import cpu_backend, uncompiled
+
+with uncompiled():
+    try:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    except ImportError:  # Megatron 0.17. By name and before `attach`, as its training loop does
+        from megatron.core.transformer.moe.moe_utils import track_moe_metrics
 
 LAYERS, EXPERTS, HIDDEN, VOCABULARY = 4, 8, 32, 64
 ZONE = (1, 2)
@@ -28,6 +34,8 @@ COEFF, MICRO_BATCHES = 3.0, 2
 PROMPT, LENGTH = (2, 4, 3, 5), (5, 8, 6, 7)
 ALIGNED = ((1, 0, 1, 1), (0, 1, 1, 0))
 """Which samples of the two micro-batches are aligned."""
+MASK_LE = torch.arange(LAYERS * EXPERTS).view(LAYERS, EXPERTS) % 3 == 0
+"""The task experts."""
 PATTERN_LE = torch.rand(LAYERS, EXPERTS, generator=torch.Generator().manual_seed(3)).softmax(-1)
 
 
@@ -77,11 +85,10 @@ def alignment(folder: Path, **changes: Any) -> Any:
     from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
     from ramoe_megatron.method.divergence import NoZone
 
-    mask_LE = torch.arange(LAYERS * EXPERTS).view(LAYERS, EXPERTS) % 3 == 0
     path = folder / "experts.safetensors"
     ExpertFile(
-        tasks=("sum",), shape=ModelShape(LAYERS, EXPERTS, 2, "softmax", HIDDEN), expert_mask=mask_LE[None],
-        delta=mask_LE[None].float(), task_frequency=PATTERN_LE[None], general_frequency=PATTERN_LE,
+        tasks=("sum",), shape=ModelShape(LAYERS, EXPERTS, 2, "softmax", HIDDEN), expert_mask=MASK_LE[None],
+        delta=MASK_LE[None].float(), task_frequency=PATTERN_LE[None], general_frequency=PATTERN_LE,
         english_pattern={"last": PATTERN_LE[None]}, layer_number=torch.arange(1, LAYERS + 1),
         rule={"name": "tau", "tau": 0.3}, zone=NoZone("given by hand"), checkpoint="base",
         data=[{"path": "parallel.jsonl", "sha256": "0" * 64}], sequences={"task": {"sum": 1}, "general": 1},
@@ -130,18 +137,19 @@ def stepped(model: Any, weigh: float = 0.0, width: int = 8) -> dict[str, torch.T
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def reference(model: Any, weigh: float = 0.0) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Each aligned layer's loss without the coefficient, and the gradients of the whole loss."""
-    from megatron.core.transformer.moe.router import TopKRouter
+def reference(model: Any, weigh: float = 0.0) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """What is to be logged, and the gradients of the alignment loss with `weigh` times a loss of the model.
 
+    A router's logits are those of its `weight`, which of an adapter is the sum of both weights.
+    """
     found: dict[int, torch.Tensor] = {}
-    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
 
     def keep(layer: int, router: Any, inputs: tuple[torch.Tensor, ...], _: Any) -> None:
         found[layer] = inputs[0].double() @ router.weight.double().T
 
-    hooks = [routers[layer].register_forward_hook(partial(keep, layer)) for layer in ZONE]
-    losses, total = dict.fromkeys(ZONE, 0.0), torch.zeros((), dtype=torch.float64)
+    hooks = [model.decoder.layers[n].mlp.router.register_forward_hook(partial(keep, n)) for n in ZONE]
+    losses, masses = torch.zeros(LAYERS), torch.zeros(LAYERS, 2)
+    total = torch.zeros((), dtype=torch.float64)
     for number in range(MICRO_BATCHES):
         output = forward(model, batch(number))
         total = total + weigh * output.square().mean() / MICRO_BATCHES
@@ -149,14 +157,25 @@ def reference(model: Any, weigh: float = 0.0) -> tuple[list[float], dict[str, to
             p_E = PATTERN_LE[layer].double()
             for sample, aligned in enumerate(ALIGNED[number]):
                 q_E = found[layer][PROMPT[sample] - 1, sample].softmax(-1)
-                part = aligned * (p_E * (p_E / q_E).log()).sum() / (4 * MICRO_BATCHES)
-                total, losses[layer] = total + COEFF / len(ZONE) * part, losses[layer] + part.item()
+                part = aligned * (p_E * (p_E / q_E).log()).sum() / (len(PROMPT) * MICRO_BATCHES)
+                total = total + COEFF / len(ZONE) * part
+                losses[layer] += part.item()
+                masses[layer, 1 - aligned] += q_E[MASK_LE[layer]].sum().item()
     for hook in hooks:
         hook.remove()
+    count = sum(map(sum, ALIGNED))
+    masses /= torch.tensor([count, len(PROMPT) * MICRO_BATCHES - count])
+    mean = len(ZONE)
+    figures = {
+        "routing_alignment_loss": losses.sum() / mean,
+        "ramoe/aligned_share": count / (len(PROMPT) * MICRO_BATCHES),
+        "ramoe/task_expert_mass_ci": masses[:, 0].sum() / mean,
+        "ramoe/task_expert_mass_other": masses[:, 1].sum() / mean,
+    } | {f"moe/routing_alignment_loss_layer_{layer}": losses[layer] for layer in ZONE}
     model.zero_grad(set_to_none=True)
     total.backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-    return [losses[layer] for layer in ZONE], gradients
+    return {name: float(value) for name, value in figures.items()}, gradients
 
 
 def worst_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -187,11 +206,7 @@ def logged() -> tuple[dict[str, float], dict[str, float]]:
         "force_initialize": True, "track_names": ["z_loss"], "num_layers": LAYERS, "moe_layer_freq": 1,
         "total_loss_dict": table,
     }  # fmt: skip
-    try:
-        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-    except ImportError:
-        from megatron.core.transformer.moe.moe_utils import track_moe_metrics
-
+    if "track_moe_metrics" in globals():
         track_moe_metrics(**report)
     else:
         get_moe_metrics_tracker().report(**report)
@@ -199,24 +214,25 @@ def logged() -> tuple[dict[str, float], dict[str, float]]:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """One attached step beside the reference, what it logged, and Megatron's own losses in two paddings."""
+    """One attached step beside the reference, what it logged, and Megatron's z-loss in two paddings."""
     import megatron.core
 
     import ramoe_megatron
 
     with one_rank():
         model = built()
-        losses, expected = reference(model)
+        figures, expected = reference(model)
         ramoe_megatron.attach(model, alignment(folder))
         error = worst_error(stepped(model), expected)
         seen, table = logged()
         balanced = built(moe_z_loss_coeff=0.3)
         narrow, wide = (stepped(balanced, width=width) for width in (8, 12))
-        z_loss, _ = logged()
         return {
-            "version": megatron.core.__version__, "place": list(megatron.core.__path__)[0], "error": error,
-            "losses": losses, "seen": seen, "table": table, "norm": expected[f"decoder.layers.{ZONE[1]}.mlp.router.weight"].norm().item(),
-            "padding": worst_error(narrow, wide), "z_loss": z_loss["z_loss"],
+            "version": megatron.core.__version__, "place": list(megatron.core.__path__)[0],
+            "error": error, "gradient": max(gradient.norm().item() for gradient in expected.values()),
+            "figures": figures, "seen": seen, "table": table,
+            "left": model.ramoe_alignment.metrics.sums_LM.abs().sum().item(),
+            "padding": worst_error(narrow, wide), "z_gradients": len(narrow), "z_loss": logged()[0]["z_loss"],
         }  # fmt: skip
 
 
