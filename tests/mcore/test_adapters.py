@@ -5,6 +5,8 @@ all that trains are autograd's of the loss in plain torch (`small_gpt`), and fro
 nothing at or below an aligned router trains, the first step says so.
 """
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 from small_gpt import HIDDEN, ZONE, alignment, batch, built, forward, logged, one_rank, reference, stepped
 from small_gpt import worst_error as worst
+from small_run import run_table
 
 from ramoe_megatron import attach, routing_batch
 from ramoe_megatron.errors import RamoeError
@@ -185,7 +188,7 @@ def test_an_input_that_requires_a_gradient_hides_nothing(
 
 @pytest.mark.parametrize("requires", [False, True])
 def test_recomputed_layers_without_gradients_are_refused(requires: bool, tmp_path: Path) -> None:
-    """Recomputation runs only for an input that requires a gradient: without it, no layer's adapter trains."""
+    """Recomputation runs only for an input that requires a gradient: else no layer's adapter trains."""
     model = attach(frozen(in_attention, **RECOMPUTE), alignment(tmp_path))
     model.output_layer.requires_grad_(True)
     if requires:
@@ -207,3 +210,34 @@ def test_one_trained_place_is_enough(
     requiring_input(model)
     assert stepped(model)
     assert logged()[0]["routing_alignment_loss"] > 0
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two pipeline stages found in each case of `adapted_stages`."""
+    folder = tmp_path_factory.mktemp("stages")
+    script = str(Path(__file__).parents[1] / "support/adapted_stages.py")
+    run_table(2, [{"name": "adapted", "job": script, "argv": [str(folder)]}], folder)
+    return [json.loads((folder / f"adapted.{rank}.stage.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("case", "reached"),
+    [
+        ("first stage only", (True, False)),
+        ("last stage only", (False, True)),
+        ("aligned in the last, trained in the first", (True, False)),
+    ],
+)
+def test_a_pipeline_stage_without_trained_weights_is_not_refused(
+    stages: list[dict[str, Any]], case: str, reached: tuple[bool, bool]
+) -> None:
+    for found, some in zip(stages, reached, strict=True):
+        assert "refusal" not in found[case]
+        assert (found[case]["gradients"] > 0) == some
+        assert found[case]["error"] < BOUND
+
+
+def test_a_loss_that_moves_nothing_is_refused_on_every_pipeline_stage(stages: list[dict[str, Any]]) -> None:
+    for found in stages:
+        assert re.search(NOTHING, found["nothing below"]["refusal"])

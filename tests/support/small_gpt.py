@@ -11,6 +11,7 @@ weights are autograd's.
 import json
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -57,25 +58,49 @@ def one_rank() -> Iterator[None]:
 
 
 def built(**changes: Any) -> Any:
-    """The model, the same weights in every process."""
+    """The model, or this rank's pipeline stage of it: the same weights in every process."""
+    from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
-        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=4, num_moe_experts=EXPERTS, moe_router_topk=2,
-        moe_ffn_hidden_size=16, add_bias_linear=False, gated_linear_unit=True, use_cpu_initialization=True,
+        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=4, num_moe_experts=EXPERTS,
+        moe_router_topk=2, moe_ffn_hidden_size=16, add_bias_linear=False, gated_linear_unit=True, use_cpu_initialization=True,
         bias_dropout_fusion=False, hidden_dropout=0.0, attention_dropout=0.0, normalization="RMSNorm",
-        masked_softmax_fusion=False, gradient_accumulation_fusion=False, moe_router_load_balancing_type="none",
-        **changes,
+        masked_softmax_fusion=False, gradient_accumulation_fusion=False,
+        moe_router_load_balancing_type="none", **changes,
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(num_experts=EXPERTS, normalization="RMSNorm")
-    model = GPTModel(config, spec, VOCABULARY, 16, position_embedding_type="rope").train()
-    generator = torch.Generator().manual_seed(1)
+    ends = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    model = GPTModel(
+        config,
+        spec,
+        VOCABULARY,
+        16,
+        *ends,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    ).train()
     with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+        for name, weight in model.named_parameters():
+            seed = zlib.crc32(whole_name(name).encode())
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) * 0.3)
     return model
+
+
+def whole_name(name: str) -> str:
+    """The name in the whole model of a weight of this rank's stage."""
+    from megatron.core import parallel_state
+
+    stages, stage = (
+        ask() for ask in (parallel_state.get_pipeline_model_parallel_world_size,
+                          parallel_state.get_pipeline_model_parallel_rank)
+    )  # fmt: skip
+    words = name.split(".")
+    if words[:2] == ["decoder", "layers"]:
+        words[2] = str(int(words[2]) + stage * LAYERS // stages)
+    return ".".join(words)
 
 
 def alignment(folder: Path, **changes: Any) -> Any:
@@ -105,7 +130,8 @@ def batch(number: int, width: int = 8) -> dict[str, torch.Tensor]:
         "tokens": torch.nn.functional.pad(tokens, (0, width - 8)),
         "prompt_length": torch.tensor(PROMPT), "length": length,
         "loss_mask": (torch.arange(width) < length[:, None]).float(),
-        "ramoe_weight": torch.tensor(ALIGNED[number]).float(), "ramoe_task": torch.zeros(4, dtype=torch.int64),
+        "ramoe_weight": torch.tensor(ALIGNED[number]).float(),
+        "ramoe_task": torch.zeros(4, dtype=torch.int64),
     }  # fmt: skip
 
 
@@ -118,7 +144,7 @@ def forward(model: Any, micro: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def stepped(model: Any, weigh: float = 0.0, width: int = 8) -> dict[str, torch.Tensor]:
-    """Gradients after Megatron's own schedule of the micro-batches, with `weigh` times a loss of the model."""
+    """Gradients after Megatron's schedule of the micro-batches, with `weigh` times a loss of the model."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from ramoe_megatron.mcore.align.batch import routing_batch
@@ -137,7 +163,9 @@ def stepped(model: Any, weigh: float = 0.0, width: int = 8) -> dict[str, torch.T
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def reference(model: Any, weigh: float = 0.0) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def reference(
+    model: Any, weigh: float = 0.0, zone: tuple[int, ...] = ZONE
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """What is to be logged, and the gradients of the alignment loss with `weigh` times a loss of the model.
 
     A router's logits are those of its `weight`, which of an adapter is the sum of both weights.
@@ -147,40 +175,41 @@ def reference(model: Any, weigh: float = 0.0) -> tuple[dict[str, float], dict[st
     def keep(layer: int, router: Any, inputs: tuple[torch.Tensor, ...], _: Any) -> None:
         found[layer] = inputs[0].double() @ router.weight.double().T
 
-    hooks = [model.decoder.layers[n].mlp.router.register_forward_hook(partial(keep, n)) for n in ZONE]
+    hooks = [model.decoder.layers[n].mlp.router.register_forward_hook(partial(keep, n)) for n in zone]
     losses, masses = torch.zeros(LAYERS), torch.zeros(LAYERS, 2)
     total = torch.zeros((), dtype=torch.float64)
     for number in range(MICRO_BATCHES):
         output = forward(model, batch(number))
         total = total + weigh * output.square().mean() / MICRO_BATCHES
-        for layer in ZONE:
+        for layer in zone:
             p_E = PATTERN_LE[layer].double()
             for sample, aligned in enumerate(ALIGNED[number]):
                 q_E = found[layer][PROMPT[sample] - 1, sample].softmax(-1)
                 part = aligned * (p_E * (p_E / q_E).log()).sum() / (len(PROMPT) * MICRO_BATCHES)
-                total = total + COEFF / len(ZONE) * part
+                total = total + COEFF / len(zone) * part
                 losses[layer] += part.item()
                 masses[layer, 1 - aligned] += q_E[MASK_LE[layer]].sum().item()
     for hook in hooks:
         hook.remove()
     count = sum(map(sum, ALIGNED))
     masses /= torch.tensor([count, len(PROMPT) * MICRO_BATCHES - count])
-    mean = len(ZONE)
+    mean = len(zone)
     figures = {
         "routing_alignment_loss": losses.sum() / mean,
         "ramoe/aligned_share": count / (len(PROMPT) * MICRO_BATCHES),
         "ramoe/task_expert_mass_ci": masses[:, 0].sum() / mean,
         "ramoe/task_expert_mass_other": masses[:, 1].sum() / mean,
-    } | {f"moe/routing_alignment_loss_layer_{layer}": losses[layer] for layer in ZONE}
+    } | {f"moe/routing_alignment_loss_layer_{layer}": losses[layer] for layer in zone}
     model.zero_grad(set_to_none=True)
-    total.backward()
+    if total.requires_grad:
+        total.backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     return {name: float(value) for name, value in figures.items()}, gradients
 
 
 def worst_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """The largest relative error (of the norm) of a weight's gradient. An absent gradient is zero."""
-    errors, scale = [0.0], max(gradient.norm().item() for gradient in expected.values())
+    errors, scale = [0.0], max((gradient.norm().item() for gradient in expected.values()), default=0.0)
     for name in found.keys() | expected.keys():
         one, other = (side.get(name, torch.zeros(())) for side in (found, expected))
         size = max(one.norm().item(), other.norm().item())
@@ -228,7 +257,7 @@ def measure(folder: Path) -> dict[str, Any]:
         balanced = built(moe_z_loss_coeff=0.3)
         narrow, wide = (stepped(balanced, width=width) for width in (8, 12))
         return {
-            "version": megatron.core.__version__, "place": list(megatron.core.__path__)[0],
+            "version": megatron.core.__version__, "place": next(iter(megatron.core.__path__)),
             "error": error, "gradient": max(gradient.norm().item() for gradient in expected.values()),
             "figures": figures, "seen": seen, "table": table,
             "left": model.ramoe_alignment.metrics.sums_LM.abs().sum().item(),

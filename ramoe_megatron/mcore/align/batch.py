@@ -60,8 +60,8 @@ def routing_batch(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
             in evaluation mode.
 
     Raises:
-        RamoeError: the batch lacks a key, an aligned layer of this chunk did not run exactly once, or the loss
-            reaches no trained weight (`reach`).
+        RamoeError: the batch lacks a key, an aligned layer of this chunk did not run exactly once, or the
+            loss reaches no trained weight (`reach`).
     """
     chunk = unwrapped(model)
     if not chunk.training:  # validation data has no alignment labels, and Megatron's losses are off

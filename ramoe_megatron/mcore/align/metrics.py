@@ -31,7 +31,7 @@ COEFFICIENT = "ramoe/coefficient"
 LAYER_NAMES = {LOSS: LOSS, CI_MASS: "ramoe_task_expert_mass_ci", OTHER_MASS: "ramoe_task_expert_mass_other"}
 
 
-class AlignmentMetrics(moe_logging.MoEMetricsTracker):
+class AlignmentMetrics(moe_logging.MoEMetricsTracker):  # type: ignore[name-defined]
     """Megatron's metrics tracker with the alignment metrics added.
 
     `routing_alignment_loss`: the alignment loss without its coefficient, mean over the aligned layers.

@@ -73,8 +73,8 @@ def _nothing_trains(alignment: "Alignment") -> str:
     return (
         "routing alignment: no trained weight is at or below the router of the last aligned MoE layer "
         f"{alignment.layers[-1]} (Megatron's layer {_last_number(alignment)}), so the alignment loss "
-        "changes nothing; unfreeze an aligned router, train weights or adapters in it, in the attention of its "
-        "layer or in a layer below, align later layers, or set --ramoe-coeff 0"
+        "changes nothing; unfreeze an aligned router, train weights or adapters in it, in the attention of "
+        "its layer or in a layer below, align later layers, or set --ramoe-coeff 0"
     )
 
 
