@@ -27,8 +27,8 @@ def refuse_old_megatron() -> None:
 
     with uncompiled():
         import megatron.core
-    found = megatron.core.__version__
-    if Version(found) < Version("0.19.dev0"):
+    found = Version(Version(megatron.core.__version__).public)  # without the commit of a checkout
+    if found < Version("0.19.dev0"):
         raise RamoeError(
             f"megatron-core {found}: the jobs need megatron-core{JOBS_NEED}. "
             f"Run pip install 'megatron-core[training]{JOBS_NEED}'. With 0.17 and 0.18, use "

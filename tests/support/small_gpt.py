@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def built(**changes: Any) -> Any:
 
     config = TransformerConfig(
         num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=4, num_moe_experts=EXPERTS,
-        moe_router_topk=2, moe_ffn_hidden_size=16, add_bias_linear=False, gated_linear_unit=True, use_cpu_initialization=True,
+        moe_router_topk=2, moe_ffn_hidden_size=16, add_bias_linear=False, gated_linear_unit=True,
+        use_cpu_initialization=True,
         bias_dropout_fusion=False, hidden_dropout=0.0, attention_dropout=0.0, normalization="RMSNorm",
         masked_softmax_fusion=False, gradient_accumulation_fusion=False,
         moe_router_load_balancing_type="none", **changes,
@@ -242,6 +244,19 @@ def logged() -> tuple[dict[str, float], dict[str, float]]:
     return board.seen, {name: float(value) for name, value in table.items()}
 
 
+def refused_jobs() -> dict[str, str]:
+    """How each job refuses to run with a flag that does not exist."""
+    from ramoe_megatron.errors import RamoeError
+
+    refusals, sys.argv = {}, ["job", "--no-such-flag"]
+    for name in ("taxonomy", "profile", "finetune", "evaluate", "steer"):
+        try:
+            import_module(f"ramoe_megatron.jobs.{name}").JOB.main()
+        except RamoeError as error:
+            refusals[name] = str(error)
+    return refusals
+
+
 def measure(folder: Path) -> dict[str, Any]:
     """One attached step beside the reference, what it logged, and Megatron's z-loss in two paddings."""
     import megatron.core
@@ -261,7 +276,7 @@ def measure(folder: Path) -> dict[str, Any]:
             "error": error, "gradient": max(gradient.norm().item() for gradient in expected.values()),
             "figures": figures, "seen": seen, "table": table,
             "left": model.ramoe_alignment.metrics.sums_LM.abs().sum().item(),
-            "padding": worst_error(narrow, wide), "z_gradients": len(narrow), "z_loss": logged()[0]["z_loss"],
+            "padding": worst_error(narrow, wide), "z_gradients": len(narrow), "z_loss": logged()[0]["z_loss"], "jobs": refused_jobs(),
         }  # fmt: skip
 
 

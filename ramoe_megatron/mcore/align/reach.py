@@ -15,25 +15,24 @@ What says so, and when:
 Evaluation, passes without gradients and the first pass of recomputed layers are never judged.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ramoe_megatron.errors import RamoeError
 
-if TYPE_CHECKING:
-    from ramoe_megatron.mcore.align.attach import Alignment
-
 ABOVE = frozenset({"output_layer", "final_layernorm", "final_norm", "mtp"})
 """Megatron's names of modules that run after all decoder layers."""
 
 
-def refuse_unmoved(alignment: "Alignment", router: Any, layer: int, logits: Tensor) -> None:
+def refuse_unmoved(alignment: Any, router: Any, layer: int, logits: Tensor) -> None:
     """Raise RamoeError if autograd finds no trained weight behind the last aligned router's logits.
 
     Args:
-        router: an aligned router that runs with gradients. `layer`: its index among the MoE layers.
+        alignment: the attached `Alignment`.
+        router: an aligned router that runs with gradients.
+        layer: its index among the MoE layers.
         logits: the router's logits.
     """
     alignment.state.attached |= logits.requires_grad
@@ -43,10 +42,13 @@ def refuse_unmoved(alignment: "Alignment", router: Any, layer: int, logits: Tens
         raise RamoeError(_nothing_trains(alignment))
 
 
-def refuse_unreached_anywhere(alignment: "Alignment") -> bool:
+def refuse_unreached_anywhere(alignment: Any) -> bool:
     """Raise RamoeError on every rank if, over all ranks, the loss reached no trained weight.
 
     Every rank calls it after a step. One all-reduce.
+
+    Args:
+        alignment: the attached `Alignment`.
 
     Returns:
         whether the question is settled. It is not while no aligned layer has run.
@@ -69,7 +71,7 @@ def refuse_unreached_anywhere(alignment: "Alignment") -> bool:
     return ran
 
 
-def _nothing_trains(alignment: "Alignment") -> str:
+def _nothing_trains(alignment: Any) -> str:
     return (
         "routing alignment: no trained weight is at or below the router of the last aligned MoE layer "
         f"{alignment.layers[-1]} (Megatron's layer {_last_number(alignment)}), so the alignment loss "
@@ -78,7 +80,7 @@ def _nothing_trains(alignment: "Alignment") -> str:
     )
 
 
-def _last_number(alignment: "Alignment") -> int:
+def _last_number(alignment: Any) -> int:
     """Megatron's number (1-based) of the last aligned layer."""
     return alignment.metrics.layer_numbers[alignment.layers[-1]]
 
