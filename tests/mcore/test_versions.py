@@ -56,7 +56,7 @@ def test_attach_gives_the_gradients_and_the_log_of_the_reference(version: str) -
     assert found["z_loss"] > 1
     assert found["z_gradients"] > 0
     assert found["padding"] < BOUND
-    assert found["jobs"].keys() == {"taxonomy", "profile", "finetune", "evaluate", "steer"}
+    assert found["jobs"].keys() == {"taxonomy", "profile", "predict", "finetune", "evaluate", "steer"}
     for refusal in found["jobs"].values():  # before any flag is read
         assert refusal.startswith(f"megatron-core {version}: the jobs need megatron-core>=0.19,<0.21.")
         assert "ramoe_megatron.attach" in refusal

@@ -249,7 +249,7 @@ def refused_jobs() -> dict[str, str]:
     from ramoe_megatron.errors import RamoeError
 
     refusals, sys.argv = {}, ["job", "--no-such-flag"]
-    for name in ("taxonomy", "profile", "finetune", "evaluate", "steer"):
+    for name in ("taxonomy", "profile", "predict", "finetune", "evaluate", "steer"):
         try:
             import_module(f"ramoe_megatron.jobs.{name}").JOB.main()
         except RamoeError as error:
@@ -276,7 +276,8 @@ def measure(folder: Path) -> dict[str, Any]:
             "error": error, "gradient": max(gradient.norm().item() for gradient in expected.values()),
             "figures": figures, "seen": seen, "table": table,
             "left": model.ramoe_alignment.metrics.sums_LM.abs().sum().item(),
-            "padding": worst_error(narrow, wide), "z_gradients": len(narrow), "z_loss": logged()[0]["z_loss"], "jobs": refused_jobs(),
+            "padding": worst_error(narrow, wide), "z_gradients": len(narrow), "z_loss": logged()[0]["z_loss"],
+            "jobs": refused_jobs(),
         }  # fmt: skip
 
 
