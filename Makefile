@@ -9,13 +9,14 @@
 #   make bench              what alignment and profiling cost beside stock Megatron    (SHAPE=gpu, RANKS=2, ROUNDS=41)
 #   make bench-conversion   a model of 13.8 GB to Megatron and back, beside cp
 #   make install            the virtual environment .venv with the pinned versions; the targets above make it when needed
+#   make install-megatrons  older versions of Megatron beside it, for the tests of `attach` (a few MB each)
 #   make PYTHON=/path/to/python3.12 ...       names the interpreter instead of looking for one
 
 SHELL := $(shell command -v bash)
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help find-python venv install test test-fast check demo docs bench bench-conversion clean
+.PHONY: help find-python venv install install-megatrons test test-fast check demo docs bench bench-conversion clean
 
 PYTHON ?=
 SEEDS ?=
@@ -26,6 +27,7 @@ ROUNDS ?= 21
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
+MEGATRONS := 0.17.1 0.18.2
 
 # Each candidate is run, not only found: a pyenv shim exists for every version but fails unless its version is active, and
 # a Debian python3.12 without python3.12-venv cannot make an environment.
@@ -68,6 +70,12 @@ $(VENV)/.made:
 install: $(VENV)/.installed
 $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install-megatrons: $(MEGATRONS:%=$(VENV)/megatron-core-%/.installed)
+$(VENV)/megatron-core-%/.installed: $(VENV)/.made
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $(@D) megatron-core==$*
 	@touch $@
 
 # A file's tests run in one process, the slowest files first (tests/conftest.py).

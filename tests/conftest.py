@@ -48,8 +48,12 @@ STARTS = (
     "test_mcore_launch",
     "test_example_script",
     "test_slurm_scripts",
+    "test_versions",
 )
-SHARED = {"test_slurm_chain": "slurm", "test_slurm_faults": "slurm", "test_slurm_by_hand": "slurm"}
+SHARED = {
+    **dict.fromkeys(("test_slurm_chain", "test_slurm_faults", "test_slurm_by_hand"), "slurm"),
+    "test_adapters": "test_selective",  # one import for the ranks of both
+}
 
 
 def started_by(stem: str) -> str:

@@ -41,7 +41,14 @@ class Job:
         return () if self.trains else FORWARD_ONLY_FLAGS
 
     def main(self) -> None:
-        """Run the job, or check it under --check. Raises RamoeError for wrong flags or inputs."""
+        """Run the job, or check it under --check.
+
+        Raises:
+            RamoeError: Megatron is too old for the jobs, or a flag or an input is wrong.
+        """
+        from ramoe_megatron.mcore.compat import refuse_old_megatron
+
+        refuse_old_megatron()
         from ramoe_megatron.mcore.arguments import CHECK, job_arguments
         from ramoe_megatron.mcore.launch import megatron_arguments
 

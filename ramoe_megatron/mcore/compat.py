@@ -2,11 +2,39 @@
 
 import argparse
 import functools
+import importlib
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.families import note_of, with_modules
+
+JOBS_NEED = ">=0.19,<0.21"
+"""The versions of megatron-core that the jobs run on. `attach` and `routing_batch` need 0.17 or newer."""
+
+
+def refuse_old_megatron() -> None:
+    """Raise RamoeError if the installed Megatron is too old for the jobs.
+
+    Megatron 0.17 and 0.18 have no `gpt_config_from_args`, and their `pretrain()` takes other arguments.
+
+    Remove with Megatron 0.18.
+    """
+    from packaging.version import Version
+
+    from ramoe_megatron.mcore.cpu.backend import uncompiled
+
+    with uncompiled():
+        import megatron.core
+    found = Version(Version(megatron.core.__version__).public)  # without the commit of a checkout
+    if found < Version("0.19.dev0"):
+        raise RamoeError(
+            f"megatron-core {found}: the jobs need megatron-core{JOBS_NEED}. "
+            f"Run pip install 'megatron-core[training]{JOBS_NEED}'. With 0.17 and 0.18, use "
+            "ramoe_megatron.attach and ramoe_megatron.routing_batch in your own training script"
+        )
 
 
 def skip_helper_compilation() -> None:
@@ -109,3 +137,140 @@ def model_type() -> Any:
     from megatron.core.enums import ModelType
 
     return ModelType.encoder_or_decoder
+
+
+def import_early(modules: Iterable[str]) -> None:
+    """Import modules in a process that will fork. One that this version of Megatron lacks is left out.
+
+    Megatron 0.20 has no `megatron.core.tokenizers.text.models`. The import saves time only.
+
+    Remove with Megatron 0.19, and that module from the list in `recipe.fork_server`.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module or not module.startswith("megatron."):
+                raise
+
+
+def moe_logging() -> Any:
+    """Megatron's module `moe_logging`, which holds the tracker of the losses at the routers.
+
+    Megatron 0.17 has functions in `moe_utils` instead. They come back under the names of that module.
+
+    Remove with Megatron 0.17, `_LoggingOf017` and `_TrackerOf017` too.
+    """
+    try:
+        from megatron.core.transformer.moe import moe_logging
+    except ImportError:
+        return _LoggingOf017
+    return moe_logging
+
+
+class _TrackerOf017:
+    """The methods of Megatron 0.18's `MoEMetricsTracker` that we use, on the functions of Megatron 0.17."""
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """The entries of Megatron's losses. There is one set of them in a process."""
+        from megatron.core.transformer.moe import moe_utils
+
+        return moe_utils.get_moe_layer_wise_logging_tracker()
+
+    def report(
+        self,
+        loss_scale: float,
+        iteration: int,
+        writer: Any = None,
+        wandb_writer: Any = None,
+        per_layer_logging: bool = False,
+        **others: Any,
+    ) -> str:
+        """Megatron's report. Its figures go to the loss table, so it has no text."""
+        _LoggingOf017.megatrons("track_moe_metrics")(
+            loss_scale=loss_scale,
+            iteration=iteration,
+            writer=writer,
+            wandb_writer=wandb_writer,
+            per_layer_logging=per_layer_logging,
+            **others,
+        )
+        return ""
+
+    def clear(self) -> None:
+        """Zero Megatron's entries. Megatron's report ends in this call."""
+        _LoggingOf017.megatrons("clear_aux_losses_tracker")()
+
+
+class _LoggingOf017:
+    """Megatron 0.18's module `moe_logging` for Megatron 0.17, as far as we use it."""
+
+    MoEMetricsTracker = _TrackerOf017
+    _current: _TrackerOf017 | None = None
+    _replaced: dict[str, Callable] = {}  # noqa: RUF012 - one for the process
+
+    @classmethod
+    def get_moe_metrics_tracker(cls) -> _TrackerOf017:
+        cls._current = cls._current or _TrackerOf017()
+        return cls._current
+
+    @classmethod
+    def set_moe_metrics_tracker(cls, tracker: _TrackerOf017) -> None:
+        """Make Megatron's functions report to and clear `tracker`."""
+        from megatron.core.transformer.moe import moe_utils
+
+        cls._current = tracker
+        if cls._replaced:
+            return
+        parameters = inspect.signature(moe_utils.track_moe_metrics)
+
+        def track_moe_metrics(*args: Any, **kwargs: Any) -> None:
+            cls.get_moe_metrics_tracker().report(**parameters.bind(*args, **kwargs).arguments)
+
+        def clear_aux_losses_tracker() -> None:
+            cls.get_moe_metrics_tracker().clear()
+
+        for stand_in in (track_moe_metrics, clear_aux_losses_tracker):
+            original = getattr(moe_utils, stand_in.__name__)
+            cls._replaced[stand_in.__name__] = original
+            # Training loops import the functions by name, so each module has its own reference.
+            for module in list(sys.modules.values()):
+                if getattr(module, "__dict__", {}).get(stand_in.__name__) is original:
+                    setattr(module, stand_in.__name__, stand_in)
+
+    @classmethod
+    def megatrons(cls, name: str) -> Callable:
+        """Megatron's own function."""
+        from megatron.core.transformer.moe import moe_utils
+
+        return cls._replaced.get(name) or getattr(moe_utils, name)
+
+
+def hybrid_layer_allocation() -> Any:
+    """Megatron's module that reads `--hybrid-layer-pattern`. Megatron 0.17 has it among the Mamba modules.
+
+    Remove with Megatron 0.17.
+    """
+    try:
+        from megatron.core.models.hybrid import hybrid_layer_allocation
+    except ImportError:
+        from megatron.core.ssm import mamba_hybrid_layer_allocation as hybrid_layer_allocation
+    return hybrid_layer_allocation
+
+
+def graphed_modules(config: Any) -> tuple[str, set[str]]:
+    """The flag that names the modules in CUDA graphs, and the names. No names mean whole layers.
+
+    Megatron 0.17 calls the setting `cuda_graph_scope`. Megatron 0.18 and newer replace that name on
+    construction.
+
+    Remove with Megatron 0.17.
+
+    Args:
+        config: a `TransformerConfig`, or an object with the same attributes.
+    """
+    of_017 = hasattr(config, "cuda_graph_scope") and not hasattr(config, "cuda_graph_modules")
+    name = "cuda_graph_scope" if of_017 else "cuda_graph_modules"
+    modules = getattr(config, name, None) or ()
+    return f"--{name.replace('_', '-')}", {getattr(module, "name", str(module)) for module in modules}

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore import carrier
+from ramoe_megatron.mcore import carrier, compat
 from ramoe_megatron.mcore.cpu.backend import uncompiled
 from ramoe_megatron.mcore.real_tokens import RealRows, RealTokenLosses, counts_tokens
 
 with uncompiled():
-    from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
@@ -151,7 +150,6 @@ def hybrid_moe_layer_numbers(pattern: str) -> list[int]:
 
     MTP layers are left out, and stage boundaries are not counted as layers.
     """
-    decoder = parse_hybrid_pattern(pattern).main_pattern or ""
-    return [
-        number for number, symbol in enumerate(decoder.replace(Symbols.PIPE, ""), 1) if symbol == Symbols.MOE
-    ]
+    hybrid = compat.hybrid_layer_allocation()
+    layers = (hybrid.parse_hybrid_pattern(pattern).main_pattern or "").replace(hybrid.Symbols.PIPE, "")
+    return [number for number, symbol in enumerate(layers, 1) if symbol == hybrid.Symbols.MOE]

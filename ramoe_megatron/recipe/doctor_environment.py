@@ -10,13 +10,14 @@ from pathlib import Path
 
 from ramoe_megatron.artifacts.files import atomic_write_text
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.compat import JOBS_NEED
 from ramoe_megatron.mcore.findings import Finding, attempt
 from ramoe_megatron.recipe.launcher import Place
 from ramoe_megatron.recipe.megatron_flags import cuda_devices
 
 PYTHON = ">=3.12,<3.13"
-PACKAGES = {"torch": ">=2.9", "megatron-core": ">=0.19,<0.20"}
-"""Same as in pyproject.toml. Repeated here because a source tree may run without being installed."""
+PACKAGES = {"torch": ">=2.9", "megatron-core": JOBS_NEED}
+"""What a job needs. Repeated here because a source tree may run without being installed."""
 GIB = 1 << 30
 
 

@@ -8,7 +8,6 @@ driver.
 """
 
 import contextlib
-import importlib
 import json
 import os
 import runpy
@@ -153,12 +152,12 @@ def main(link: socket.socket) -> Sequence[str] | None:
 
     Returns the command to run in each forked rank, and None at the end.
     """
+    from ramoe_megatron.mcore.compat import import_early
     from ramoe_megatron.mcore.cpu.backend import cuda_absent
 
     if not cuda_absent():
         return None
-    for module in IMPORTED:
-        importlib.import_module(module)
+    import_early(IMPORTED)
     sys.stdout.flush()  # otherwise each fork would print what the imports left in the buffer
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the leaders
     link.send(b".")

@@ -9,26 +9,32 @@ from pathlib import Path
 import pytest
 import torch
 from doctor_world import ramoe, told
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from ramoe_megatron.mcore.findings import Finding
 from ramoe_megatron.recipe import doctor_environment
 from ramoe_megatron.recipe.doctor_environment import environment_findings, folder_findings
 
 ROOT = Path(__file__).parents[2]
+MINORS = ["0.16.1", "0.17.1", "0.18.2", "0.19.2", "0.20.0", "0.21.0"]
+"""A version of megatron-core of each kind."""
 
 
 def test_versions_asked_for_are_those_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [
-        f"torch{doctor_environment.PACKAGES['torch']}",
-        f"megatron-core[training]{doctor_environment.PACKAGES['megatron-core']}",
-    ]
-    assert set(asked) <= set(project["dependencies"])
+    assert f"torch{doctor_environment.PACKAGES['torch']}" in project["dependencies"]
+    # `attach` takes older versions than the jobs, and no newer ones
+    jobs = SpecifierSet(doctor_environment.PACKAGES["megatron-core"])
+    (package,) = (Requirement(text) for text in project["dependencies"] if "megatron-core" in text)
+    assert [v for v in MINORS if v in package.specifier] == ["0.17.1", "0.18.2", "0.19.2", "0.20.0"]
+    assert [v for v in MINORS if v in jobs] == ["0.19.2", "0.20.0"]
     assert project["requires-python"] == doctor_environment.PYTHON
 
 
-def test_a_version_that_does_not_fit_is_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"torch": "2.9.1", "megatron-core": "0.20.0"}
+@pytest.mark.parametrize("version", ["0.18.2", "0.21.0"])
+def test_a_version_that_does_not_fit_is_fatal(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torch": "2.9.1", "megatron-core": version}
     monkeypatch.setattr(doctor_environment, "_installed", versions.get)
     found = environment_findings(1, 1, None, {})
     assert {f.check: f.state for f in found}["megatron-core"] == "fatal"

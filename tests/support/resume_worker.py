@@ -36,17 +36,12 @@ RANK = int(os.environ.get("RANK", "0"))
 
 def main() -> None:
     table, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    from ramoe_megatron.mcore.compat import import_early
     from ramoe_megatron.mcore.cpu.backend import cpu_backend
 
     with cpu_backend():
-        for module in (
-            *IMPORTED,
-            *(
-                f"ramoe_megatron.jobs.{name}"
-                for name in ("scores", "profile", "taxonomy", "evaluate", "steer")
-            ),
-        ):
-            importlib.import_module(module)
+        jobs = ("scores", "profile", "taxonomy", "evaluate", "steer")
+        import_early((*IMPORTED, *(f"ramoe_megatron.jobs.{name}" for name in jobs)))
         for row in table:
             with prepared(row, out) if RANK == 0 else contextlib.nullcontext():
                 run_in_fork(row, out)

@@ -42,12 +42,11 @@ if (
 def main() -> None:
     table, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     from ramoe_megatron.mcore.arguments import known_flags
-    from ramoe_megatron.mcore.compat import remember_docstrings
+    from ramoe_megatron.mcore.compat import import_early, remember_docstrings
     from ramoe_megatron.mcore.cpu.backend import cpu_backend
 
     with cpu_backend():
-        for module in (*IMPORTED, "ramoe_megatron.jobs.finetune"):
-            importlib.import_module(module)
+        import_early((*IMPORTED, "ramoe_megatron.jobs.finetune"))
         remember_docstrings()
         known_flags()  # reads them, before there are forks
         for row in table:

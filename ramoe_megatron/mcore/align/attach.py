@@ -7,6 +7,7 @@ Shape suffixes: G tasks, L MoE layers, E experts.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ramoe_megatron.mcore.align.metrics import AlignmentMetrics
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
+from ramoe_megatron.mcore.align.reach import refuse_unreached_anywhere
 from ramoe_megatron.mcore.align.refusals import refuse_foreign_routers, refuse_unsupported
 from ramoe_megatron.mcore.align.resolve import resolve
 from ramoe_megatron.mcore.align.startup import alignment_block
@@ -42,6 +44,9 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
 
     With a softmax router, the distribution that is aligned is the softmax over all logits. That is so too
     where the router has a bias (GPT-OSS) or weighs its experts otherwise (SparseMixer of Phi-3.5-MoE).
+
+    Weights may be frozen and adapters (LoRA) added before or after. The gradient reaches what trains at or
+    below an aligned router. If nothing does, the first training step raises RamoeError (`reach`).
 
     Args:
         model: a `GPTModel` or `HybridModel`, a wrapped one, or the list of model chunks of this rank.
@@ -77,6 +82,7 @@ def attach(model: Any, config: RoutingAlignmentConfig) -> Any:
         ),
         state=state,
     )
+    alignment.metrics.before_report = partial(refuse_unreached_anywhere, alignment)
     observe_routers(model)
     for chunk in chunks(model):
         local = {router.ramoe_layer for router in local_routers(chunk)}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.attach import Alignment
+from ramoe_megatron.mcore.align.reach import refuse_unmoved
 from ramoe_megatron.mcore.align.refusals import unreached
 from ramoe_megatron.mcore.carrier import routing_context
 from ramoe_megatron.mcore.observe import (
@@ -59,7 +60,8 @@ def routing_batch(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
             in evaluation mode.
 
     Raises:
-        RamoeError: the batch lacks a key, or an aligned layer of this chunk did not run exactly once.
+        RamoeError: the batch lacks a key, an aligned layer of this chunk did not run exactly once, or the
+            loss reaches no trained weight (`reach`).
     """
     chunk = unwrapped(model)
     if not chunk.training:  # validation data has no alignment labels, and Megatron's losses are off
@@ -186,11 +188,13 @@ class AlignmentContext(TrainingContext):
         if layer not in self.expected:
             return probs
         self.passed[layer] += 1
+        self.alignment.state.ran = True
         if not (router.training and torch.is_grad_enabled()):
             return probs  # evaluation, or the first pass of a recomputed layer
         if layer in self.attached:
             raise RamoeError(f"MoE layer {layer} attached its alignment loss twice for one micro-batch")
         self.attached.add(layer)
+        refuse_unmoved(self.alignment, router, layer, logits)
         return self._attach(router, layer, logits, probs)
 
     def _attach(self, router: Any, layer: int, logits_SCE: Tensor, probs: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.cpu.backend import uncompiled
 
 with uncompiled():
-    from megatron.core.transformer.moe import moe_logging
+    moe_logging = compat.moe_logging()
 
 COLUMNS = ("loss", "unit", "aligned", "samples", "ci_mass", "ci", "other_mass", "other")
 LOSS, SHARE = "routing_alignment_loss", "ramoe/aligned_share"
@@ -30,7 +31,7 @@ COEFFICIENT = "ramoe/coefficient"
 LAYER_NAMES = {LOSS: LOSS, CI_MASS: "ramoe_task_expert_mass_ci", OTHER_MASS: "ramoe_task_expert_mass_other"}
 
 
-class AlignmentMetrics(moe_logging.MoEMetricsTracker):
+class AlignmentMetrics(moe_logging.MoEMetricsTracker):  # type: ignore[name-defined]
     """Megatron's metrics tracker with the alignment metrics added.
 
     `routing_alignment_loss`: the alignment loss without its coefficient, mean over the aligned layers.
@@ -66,6 +67,8 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         self.printed_coefficient: Tensor | float = 0.0
         self.advanced = 0
         self.latest: dict[str, Tensor] = {}
+        self.before_report: Callable[[], bool] | None = None
+        """Called on every rank before a report, until it returns True."""
 
     @classmethod
     def install(
@@ -139,7 +142,13 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
         total_loss_dict: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> str:
-        """Report Megatron's metrics, then ours, to the loss table, TensorBoard and Weights & Biases."""
+        """Report Megatron's metrics, then ours, to the loss table, TensorBoard and Weights & Biases.
+
+        Raises:
+            RamoeError: at the first report, the alignment loss reaches no trained weight.
+        """
+        if self.before_report is not None and self.before_report():
+            self.before_report = None
         totals_LM = self._totals()  # before Megatron's report, which ends in clear()
         self.latest = figures(totals_LM.sum(dim=0))
         if self.coefficient is not None:
@@ -176,7 +185,11 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):
                         for name, values in layers.items()
                     }
         shown = {name: value for name, value in scalars.items() if value or "task_expert_mass" not in name}
-        self._log_scalars(shown, iteration, writer, wandb_writer)
+        for name, value in shown.items():
+            if writer is not None:
+                writer.add_scalar(name, value, iteration)
+            if wandb_writer is not None:
+                wandb_writer.log({name: value}, iteration)
 
     def _print(self, totals_M: Tensor, table: dict[str, Any]) -> None:
         """Add our metrics to Megatron's loss table.

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore import compat
 
 
 def refuse_unsupported(config: Any) -> None:
@@ -41,15 +42,18 @@ def refuse_hard_steering(config: Any) -> None:
 
 
 def refuse_foreign_routers(model_chunks: Iterable[Any]) -> None:
-    """Raise RamoeError for an MoE layer whose router is not Megatron's.
+    """Raise RamoeError for an MoE layer whose router is not Megatron's and does not contain Megatron's.
 
-    Alignment could not read the routing of such a layer, so the layer would silently not be aligned.
+    Alignment could not read the routing of such a layer, so the layer would silently not be aligned. An
+    adapter around the router contains it.
     """
     from megatron.core.transformer.moe.moe_layer import BaseMoELayer
     from megatron.core.transformer.moe.router import TopKRouter
 
     for module in (module for chunk in model_chunks for module in chunk.modules()):
-        if isinstance(module, BaseMoELayer) and not isinstance(module.router, TopKRouter):
+        if isinstance(module, BaseMoELayer) and not any(
+            isinstance(part, TopKRouter) for part in module.router.modules()
+        ):
             raise RamoeError(
                 f"Megatron layer {module.layer_number} has the router {type(module.router).__name__}, "
                 "but routing alignment needs a TopKRouter (or a subclass of it): "
@@ -70,12 +74,12 @@ def _unreached(config: Any) -> list[tuple[str, str, bool]]:
     def setting(name: str) -> Any:
         return getattr(config, name, None)
 
-    modules = {getattr(module, "name", str(module)) for module in setting("cuda_graph_modules") or ()}
+    named, modules = compat.graphed_modules(config)
     graphs = setting("cuda_graph_impl") or "none"
     # Without named modules whole layers are captured. A captured module replays kernels and runs no Python at
     # the routers.
     graphed_routers = graphs != "none" and (
-        not modules or bool(modules & {"moe", "moe_router", "moe_preprocess", "full"})
+        not modules or bool(modules & {"moe", "moe_router", "moe_preprocess", "full", "full_iteration"})
     )
     granularity, recomputed = setting("recompute_granularity"), setting("recompute_modules") or ()
     recomputed_routers = granularity == "full" or (granularity == "selective" and "moe" in recomputed)
@@ -89,8 +93,7 @@ def _unreached(config: Any) -> list[tuple[str, str, bool]]:
         ),
         (
             f"--cuda-graph-impl {graphs} over the routers",
-            "a replayed graph does not run our code at the routers (--cuda-graph-modules attn mlp leaves "
-            "them out)",
+            f"a replayed graph does not run our code at the routers ({named} attn mlp leaves them out)",
             graphed_routers,
         ),
         (

@@ -222,20 +222,20 @@ def _notes(model_config: Any) -> Iterable[str]:
         yield f"load balancing {', '.join(idle)} has coefficient 0 (--moe-aux-loss-coeff) and does nothing"
     if "global_aux_loss" in acting:
         yield (
-            "Megatron 0.19 divides global_aux_loss by the number of data-parallel ranks: on 2 ranks it acts "
+            "Megatron divides global_aux_loss by the number of data-parallel ranks: on 2 ranks it acts "
             "half as strongly as its coefficient says"
         )
     losses = [*acting, *(["z-loss"] if model_config.moe_z_loss_coeff else [])]
     if losses and model_config.calculate_per_token_loss:
         yield (
-            f"Megatron 0.19 multiplies {', '.join(losses)} by all real tokens under "
+            f"Megatron multiplies {', '.join(losses)} by all real tokens under "
             "--calculate-per-token-loss but divides by the loss tokens: "
             "with masked prompts the effect is stronger than the coefficient says "
             "(4 times, when prompts are 75 % of the tokens); the alignment loss is not affected"
         )
     if "quantile_balancing" in [kind for kind, _ in pairs]:
         yield (
-            "quantile_balancing counts padding, since Megatron 0.19 gives it no mask; --ramoe-pack leaves "
+            "quantile_balancing counts padding, since Megatron gives it no mask; --ramoe-pack leaves "
             "little padding"
         )
     if model_config.moe_expert_capacity_factor is not None:

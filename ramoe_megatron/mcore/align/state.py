@@ -131,6 +131,10 @@ class AlignmentState:
         """This rank's model chunks, unwrapped."""
         self.refresh: RefreshedLabels | None = None
         self.begun = False
+        self.ran = False
+        """Whether an aligned layer of this rank has run in training."""
+        self.attached = False
+        """Whether one has run with logits that require a gradient."""
         self._lm_2 = torch.zeros(2, dtype=torch.float64, device=device)
 
     def record_lm_loss(self, loss: Tensor, tokens: Tensor) -> None:
@@ -146,9 +150,7 @@ class AlignmentState:
         self.begun = True
         if self.coefficient.measures:
             torch.distributed.all_reduce(self._lm_2)
-            from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-
-            tracker = get_moe_metrics_tracker()
+            tracker = compat.moe_logging().get_moe_metrics_tracker()
             assert isinstance(tracker, AlignmentMetrics)  # `attach` installs it
             self.coefficient.measure(self._lm_2[0] / self._lm_2[1].clamp(min=1), tracker.latest[LOSS])
             self._lm_2.zero_()
