@@ -2,8 +2,9 @@
 
 python -m benchmarks.conversion [--layers N] [--out FOLDER]
 
-The shape is OLMoE-1B-7B's: 16 layers, 6.9 billion parameters, 13.8 GB in bfloat16. The disk needs four times
-that. The folders `hf` and `mg` stay in --out; the copy and the exported folder are removed.
+The shape is OLMoE-1B-7B's: 16 layers, 6.9 billion parameters, 13.8 GB in bfloat16. The disk needs three times
+that. The folders `hf` and `mg` stay in --out; the copy and the exported folder are removed. At the end two
+ranks with EP 2 load the checkpoint and profile a few examples, which runs them forward.
 """
 
 import argparse
@@ -14,13 +15,19 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+from benchmarks.shapes import TINY
+from benchmarks.world import write_world
+from ramoe_megatron.models.note import FLAGS
 from ramoe_megatron.models.olmoe import OLMOE
 from ramoe_megatron.models.safetensors_folder import INDEX, bytes_of, header_of
+from ramoe_megatron.recipe.megatron_flags import render
 
 CONFIG: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "dtype": "bfloat16", "hidden_act": "silu",
@@ -30,6 +37,8 @@ CONFIG: dict[str, Any] = {
     "attention_bias": False, "tie_word_embeddings": False, "router_aux_loss_coef": 0.01, "use_cache": True,
     "initializer_range": 0.02, "output_router_logits": False, "eos_token_id": 50279, "pad_token_id": 1,
 }  # fmt: skip
+SHAPE = replace(TINY, hidden=2048, layers=16, experts=64, topk=8, sequence=64)
+"""Of the files that the profile job reads."""
 SHARD = 5 * 10**9
 BLOCK = 64 << 20  # bytes that are compared at once
 
@@ -64,6 +73,8 @@ def main() -> None:
     figures["export / cp"] = figures["export, GB/s"] / figures["cp, GB/s"]
     compare(hf, back)
     shutil.rmtree(back)
+    seconds, memory = measured([*ramoe, "profile", "--ranks", "2", "--", *profile_flags(options.out)])
+    figures |= {"profile on two ranks, s": seconds, "profile, anonymous memory of both, GB": memory / 1e9}
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}, indent=1))
 
 
@@ -99,23 +110,47 @@ def write_random_model(folder: Path, layers: int) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
+def profile_flags(folder: Path) -> list[str]:
+    """Flags of the profile job with EP 2, over a few examples that are written beside the model."""
+    world = folder / "world"
+    if not world.exists():
+        write_world(world, SHAPE)
+    model = yaml.safe_load((folder / "mg" / FLAGS).read_text())
+    own = "--bf16 --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall --seq-length 64".split()
+    own += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(world / "tokenizer.model")]
+    own += ["--load", str(folder / "mg"), "--ramoe-data", str(world / "parallel.jsonl")]
+    own += ["--ramoe-general", str(world / "parallel.jsonl")]
+    own += ["--ramoe-taxonomy", str(world / "taxonomy.jsonl"), "--ramoe-output", str(folder / "profile")]
+    return [*render(model), *own]
+
+
 def measured(command: list[str]) -> tuple[float, int]:
-    """Run a command to its end and to the disk. Returns its seconds and the peak of its anonymous memory."""
+    """Run a command to its end and to the disk.
+
+    Returns its seconds and the peak of the anonymous memory of its processes.
+    """
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     started, peak = time.monotonic(), 0
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
     while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
-        peak = max(peak, 1024 * int(found[0]) if found else 0)
-        time.sleep(0.02)
+        peak = max(peak, anonymous(process.pid))
+        time.sleep(0.05)
     if process.wait():
         raise SystemExit(f"{' '.join(command)}: status {process.returncode}")
     os.sync()
     return time.monotonic() - started, peak
+
+
+def anonymous(process: int) -> int:
+    """Bytes of anonymous memory of a process and its descendants. 0 for one that has ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+        tasks = list(Path(f"/proc/{process}/task").iterdir())
+        children = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
+    return (1024 * int(found[0]) if found else 0) + sum(map(anonymous, children))
 
 
 def forget(folder: Path) -> None:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.parity [--shape cpu|tiny] [--out FOLDER]
 
-The model is a Mixtral with random weights, which `ramoe convert` converts. The CPU computes in float32, the
-device too, and both in bfloat16, which rounds and so routes some tokens to other experts. On the device it may
-be no farther from float32 than on the CPU. Without a CUDA device, everything runs on the CPU. The gradients are
+The model is a Mixtral with random weights, which `ramoe convert` converts. The CPU and the device compute in
+float32 and in bfloat16, which rounds and so routes some tokens to other experts. In bfloat16 the device may
+be no farther from float32 than the CPU. Without a CUDA device, everything runs on the CPU. The gradients are
 those of cross-entropy and alignment together, before clipping.
 """
 
@@ -104,9 +104,10 @@ def flags(folder: Path, shape: Shape, precision: str) -> list[str]:
     """Megatron's flags of one step over the converted model."""
     model = yaml.safe_load((folder / "base" / FLAGS).read_text())
     own = (
-        f"--seq-length {shape.sequence} --micro-batch-size {shape.samples} --global-batch-size {shape.samples} "
-        "--train-iters 1 --lr 1e-12 --lr-decay-style constant --eval-iters 0 --eval-interval 1000 --seed 7 "
-        "--num-workers 0 --moe-token-dispatcher-type alltoall --tokenizer-type SentencePieceTokenizer --finetune"
+        f"--seq-length {shape.sequence} --micro-batch-size {shape.samples} --train-iters 1 --lr 1e-12 "
+        f"--global-batch-size {shape.samples} --lr-decay-style constant --eval-iters 0 --eval-interval 1000 "
+        "--seed 7 --num-workers 0 --moe-token-dispatcher-type alltoall --finetune "
+        "--tokenizer-type SentencePieceTokenizer"
     )
     files = ["--tokenizer-model", str(folder / "world/tokenizer.model"), "--load", str(folder / "base")]
     files += ["--ramoe-data", str(folder / "world/parallel.jsonl")]
@@ -154,8 +155,11 @@ def compute() -> None:
 
 def compare(found: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, float]:
     """Relative differences of logits and router gradients (Frobenius norm), and equal first choices."""
+
     def difference(keys: list[str]) -> float:
-        one, other = (torch.cat([values[key].flatten() for key in keys]).double() for values in (found, right))
+        one, other = (
+            torch.cat([values[key].flatten() for key in keys]).double() for values in (found, right)
+        )
         return float((one - other).norm() / other.norm())
 
     same = found["logits"].argmax(-1) == right["logits"].argmax(-1)

@@ -120,7 +120,8 @@ def model_flags(shape: Shape, folder: Path) -> list[str]:
         "--swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --tokenizer-type "
         "SentencePieceTokenizer"
     ).split()
-    return [*flags, "--tokenizer-model", str(folder / "tokenizer.model"), *(precision_flags(bf16=True) if shape.bf16 else [])]
+    precision = precision_flags(bf16=True) if shape.bf16 else []
+    return [*flags, "--tokenizer-model", str(folder / "tokenizer.model"), *precision]
 
 
 def precision_flags(bf16: bool) -> list[str]:

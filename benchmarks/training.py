@@ -143,7 +143,6 @@ class Arm:
             "between": self.trained.static_bytes,
         }
 
-
     def operations(self, on_cpu: bool) -> int:
         """Operations of a step."""
         self.prepare()
