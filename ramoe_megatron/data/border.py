@@ -54,7 +54,11 @@ def _mendings(prompt: str, response: str) -> list[tuple[str, str, str]]:
     bare, answer = prompt.rstrip(), response.lstrip()
     space = prompt[len(bare) :] + response[: len(response) - len(answer)]
     return [
-        ("move the white space from the end of the prompt to the start of the response", bare, space + answer),
+        (
+            "move the white space from the end of the prompt to the start of the response",
+            bare,
+            space + answer,
+        ),
         ("leave out the white space between prompt and response", bare, answer),
         ("start the response with a space", bare, f" {answer}"),
         ("end the prompt with a line break", f"{bare}\n", answer),

@@ -6,6 +6,7 @@ template can write, and in whether the tokenizer reads special tokens in a text.
 
 import datetime
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,7 +63,7 @@ def shown(token: int, tokenizer: Any) -> str:
     return tokenizer.detokenize([token])
 
 
-def render(messages: Sequence[Mapping[str, str]], tokenizer: Any, answer_follows: bool) -> str:
+def render_chat(messages: Sequence[Mapping[str, str]], tokenizer: Any, answer_follows: bool) -> str:
     """The messages as the tokenizer's chat template writes them; with the header of an answer, if one follows.
 
     Raises:
@@ -72,22 +73,17 @@ def render(messages: Sequence[Mapping[str, str]], tokenizer: Any, answer_follows
     template = tokenizer.chat_template
     if isinstance(template, dict):
         if "default" not in template:
-            raise RamoeError(f"the tokenizer has the templates {', '.join(template)}, and none named 'default'")
+            raise RamoeError(
+                f"the tokenizer has the templates {', '.join(template)}, and none named 'default'"
+            )
         template = template["default"]
-    conversation = [dict(message) for message in messages]
     # Rendered to text and tokenised here, because the result of tokenize=True differs between libraries.
-    options: dict[str, Any] = {"chat_template": template, "add_generation_prompt": answer_follows}
-    library = getattr(tokenizer, "library", None)
-    if library in ("sentencepiece", "tiktoken"):  # Megatron gives their templates no BOS and EOS token
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        texts, _ = render_jinja_template(
-            [conversation], strftime_now=TODAY.strftime, **_ends(tokenizer), **options
-        )
-        return texts[0]
-    if library == "huggingface":
-        options["strftime_now"] = TODAY.strftime
-    return tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+    return tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        chat_template=f"{_prelude(tokenizer, 'strftime_now' in template)}{template}",
+        tokenize=False,
+        add_generation_prompt=answer_follows,
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -100,11 +96,19 @@ def _wrapping(tokenizer: Any) -> tuple[int, int]:
     return before, len(wrap) - before
 
 
-@functools.lru_cache(maxsize=8)
-def _ends(tokenizer: Any) -> dict[str, str]:
-    """The texts of the BOS and the EOS token under the names that chat templates use."""
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod}
-    return {name: tokenizer._tokenizer.ids_to_tokens([i])[0] for name, i in ids.items() if i >= 0}
+@functools.lru_cache(maxsize=16)
+def _prelude(tokenizer: Any, dated: bool) -> str:
+    """What is put before a chat template: names that Megatron leaves out, and the date of `TODAY`."""
+    parts = []
+    if getattr(tokenizer, "library", None) in ("sentencepiece", "tiktoken"):
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod}
+        texts = {name: tokenizer._tokenizer.ids_to_tokens([i])[0] for name, i in ids.items() if i >= 0}
+        parts += [f"{{% set {name} = {json.dumps(text)} %}}" for name, text in texts.items()]
+    if dated:  # a function cannot be handed over: transformers makes a text of it
+        codes = [f"%{code}" for code in "YymdBbAaHMSIpj"]
+        filters = "".join(f"|replace({code!r}, {TODAY.strftime(code)!r})" for code in codes)
+        parts.append(f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}")
+    return "".join([*parts, "{{ '' }}"]) if parts else ""  # a block would take the line break after it
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ramoe_megatron.data.answers import is_correct
 from ramoe_megatron.data.border import border_fault, differing
-from ramoe_megatron.data.chat import control_tokens, render, tokenize, tokenize_rendered
+from ramoe_megatron.data.chat import control_tokens, render_chat, tokenize, tokenize_rendered
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 
@@ -343,7 +343,7 @@ def _render(example: Example, tokenizer: Any, messages: Sequence[dict[str, str]]
             "`prompt` and `response`."
         )
     try:
-        return render(messages, tokenizer, answer_follows=len(messages) < len(example.messages))
+        return render_chat(messages, tokenizer, answer_follows=len(messages) < len(example.messages))
     except RamoeError as error:
         raise RamoeError(f"{_name(example)}: {error}") from error
     except Exception as error:  # a template can raise anything, mostly jinja2.TemplateError

@@ -159,9 +159,7 @@ def read_conversations(
 
     def look() -> None:
         found, tokenizer = examples.value, start.tokenizer.value
-        start.once(
-            ("conversations", choice, tokenizer_flags(args)), lambda: check_examples(found, tokenizer)
-        )
+        start.once(("conversations", choice, tokenizer_flags(args)), lambda: check_examples(found, tokenizer))
 
     start.step(check, look, None, DATA_FIX)
 

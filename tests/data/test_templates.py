@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from chat_templates import CHATML, FAMILIES, GEMMA, QWEN3, ROLES, chat, load_tokenizer, write_tokenizer
-from data_rows import TEXT, SmallTokenizer, example
+from data_rows import TEXT, example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ramoe_megatron.data.answers import is_correct
+from ramoe_megatron.data.chat import TODAY
 from ramoe_megatron.data.encode import (
     check_examples,
     decoding,
@@ -44,7 +45,8 @@ def with_template(tokenizer: Any, template: str) -> Any:
 
 
 def rendered(asked: Example, tokenizer: Any) -> str:
-    return tokenizer.apply_chat_template([dict(m) for m in asked.messages or ()], tokenize=False)
+    text = tokenizer.apply_chat_template([dict(m) for m in asked.messages or ()], tokenize=False)
+    return re.sub(r"\d{4}-\d\d-\d\d", f"{TODAY:%Y-%m-%d}", text)
 
 
 def generated(asked: Example, tokenizer: Any) -> str:
@@ -135,7 +137,6 @@ def test_prompt_and_response_are_encoded_as_without_a_template(
     assert (how.prompt, how.stops) == (ids(prompt), {tokenizer.eod})
     assert how.answer(ids(response)[bos:], tokenizer) == tokenizer.detokenize(ids(response)[bos:])
     assert len(encode_answer(plain, tokenizer).ids) == len(ids(prompt)) + len(ids(response)) - bos + 1
-    check_examples([plain], SmallTokenizer())
 
 
 def test_sentencepiece_ends_the_turn_with_a_piece_or_with_text(tmp_path: Path) -> None:
