@@ -12,15 +12,15 @@ SHOWN = 3
 def border_fault(prompt: str, response: str, tokenizer: Any) -> str | None:
     """What is wrong at the border, and what to do; None if nothing is.
 
-    The ids of prompt and response, tokenised apart, must be those of one text. That text is prompt + response.
-    A tokenizer that begins every text with a space (SentencePiece) begins the response with one, so for it
-    the text is prompt + space + response, with no further space at the border.
+    The ids of prompt and response, tokenised apart, must be those of one text, prompt + response. A tokenizer
+    that begins every text with a space (SentencePiece) begins the response with one. For it the text is
+    prompt + space + response, with no further space at the border.
     """
     if _is_sound(prompt, response, tokenizer):
         return None
     apart, together = _apart(prompt, response, tokenizer), tokenize(prompt + response, tokenizer, start=True)
     advice = next(
-        (text for text, *mended in _mendings(prompt, response) if _is_sound(*mended, tokenizer)),
+        (text for text, start, end in _mendings(prompt, response) if _is_sound(start, end, tokenizer)),
         "end the prompt with another separator, or give `messages`",
     )
     return f"{differing(apart, together, tokenizer)}. To do: {advice}"

@@ -64,7 +64,7 @@ def shown(token: int, tokenizer: Any) -> str:
 
 
 def render_chat(messages: Sequence[Mapping[str, str]], tokenizer: Any, answer_follows: bool) -> str:
-    """The messages as the tokenizer's chat template writes them; with the header of an answer, if one follows.
+    """The messages as the tokenizer's chat template writes them, and the header of an answer that follows.
 
     Raises:
         RamoeError: the tokenizer has several named templates and none is named "default".

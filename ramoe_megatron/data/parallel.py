@@ -229,8 +229,8 @@ def _messages(value: Any, place: str) -> tuple[dict[str, str], ...]:
     for n, message in enumerate(value):
         if lost := next((name for name in _BESIDE_CONTENT if message.get(name)), None):
             raise RamoeError(
-                f"{place}: message {n + 1} of 'messages' has {lost!r}, and only 'role' and 'content' are given "
-                "to the chat template. Write it into 'content' as the template does, or leave it out."
+                f"{place}: message {n + 1} of 'messages' has {lost!r}, and the chat template gets only "
+                "'role' and 'content'. Write it into 'content' as the template does, or leave it out."
             )
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
 

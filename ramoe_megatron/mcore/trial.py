@@ -200,8 +200,9 @@ def _refuse_tiktoken_size(args: Any) -> None:
     special, size = args.tiktoken_num_special_tokens, args.vocab_size or DEFAULT_TIKTOKEN_MAX_VOCAB
     if size > len(tokens) + special:
         raise RamoeError(
-            f"--tokenizer-model {args.tokenizer_model}: {len(tokens)} tokens and --tiktoken-num-special-tokens "
-            f"{special}, fewer than --vocab-size {size}. Give --vocab-size {len(tokens) + special}"
+            f"--tokenizer-model {args.tokenizer_model}: {len(tokens)} tokens and "
+            f"--tiktoken-num-special-tokens {special}, fewer than --vocab-size {size}. "
+            f"Give --vocab-size {len(tokens) + special}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Megatron's tokenizer flags, through the start of real jobs: three kinds of tokenizers, and what is refused."""
+"""Megatron's tokenizer flags, through the start of real jobs: three kinds, and what is refused."""
 
 import json
 import re
@@ -84,8 +84,8 @@ def refused(
     flags = without_value(without_value(model_flags(folder), "--tokenizer-model"), "--tokenizer-type")
     own = ["--ramoe-data", str(folder / f"{data}.jsonl"), "--max-position-embeddings", "256"]
     if job == "finetune":
-        own += "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --eval-iters 0 --eval-interval 9 --seq-length 256".split()
-        own += ["--pretrained-checkpoint", str(folder / "base"), "--finetune"]
+        own += "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --eval-iters 0 --eval-interval 9".split()
+        own += ["--seq-length", "256", "--pretrained-checkpoint", str(folder / "base"), "--finetune"]
     else:
         own += [
             "--load",
