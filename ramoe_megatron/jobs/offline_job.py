@@ -150,7 +150,7 @@ def read_offline(start: Start, args: Any, data: DataOptions | None = None) -> Of
 def read_conversations(
     start: Start, args: Any, examples: Step[list[Example]], choice: object, check: str = "data"
 ) -> None:
-    """The step that tries the tokenizer's chat template on the examples that have `messages`.
+    """The step that tries the tokenizer and its chat template on all examples (`check_examples`).
 
     Args:
         choice: key of the examples; command lines with the same key and tokenizer are tried once.
