@@ -89,8 +89,8 @@ class TrainingInputs:
         """The tokens of "train" (`held`) and of "validation".
 
         Raises:
-            RamoeError: as `EncodedExamples` and `check_examples`. This includes the anchor's rows that a taxonomy
-                refresh scores.
+            RamoeError: as `EncodedExamples` and `check_examples`. This includes the anchor's rows that a
+                taxonomy refresh scores.
         """
         made_by = (self.options, self.args.seq_length, tokenizer_flags(self.args))
         _once(
