@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ramoe_megatron.data.answers import is_correct
+from ramoe_megatron.data.border import border_fault, differing
+from ramoe_megatron.data.chat import control_tokens, render_chat, tokenize, tokenize_rendered
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 
@@ -90,7 +92,7 @@ class _Turn:
     """Text of the tail before `ending`, without outer white space."""
 
     def decoding(self, tokenizer: Tokenizer) -> Decoding:
-        lead = tokenizer.detokenize(_tokenize(self.lead, tokenizer)).strip()
+        lead = tokenizer.detokenize(tokenize_rendered(self.lead, tokenizer)).strip()
         return Decoding(self.prompt, frozenset([tokenizer.eod, *self.ending[:1]]), lead, self.close)
 
 
@@ -103,7 +105,8 @@ def encode(example: Example, tokenizer: Tokenizer) -> Encoded:
     """Ids of prompt + response + end token.
 
     Prompt and response are tokenised separately. So no token covers parts of both, and a prompt has the same
-    ids in training and in scoring. The end token is the tokenizer's end of document.
+    ids in training and in scoring. `check_examples` refuses examples that have other tokens together. The end
+    token is the tokenizer's end of document.
 
     With `messages`, the tokenizer's chat template writes both. The prompt is the conversation before the last
     message, with the header of the assistant's turn. The response is what the whole conversation adds to the
@@ -118,14 +121,14 @@ def encode(example: Example, tokenizer: Tokenizer) -> Encoded:
     if example.messages is not None:
         return _encode_turn(example, tokenizer, _turn(example, tokenizer))
     prompt = encode_prompt(example, tokenizer)
-    return Encoded([*prompt, *_tokenize(example.response, tokenizer), tokenizer.eod], len(prompt))
+    return Encoded([*prompt, *tokenize(example.response, tokenizer), tokenizer.eod], len(prompt))
 
 
 def encode_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
     """Ids of the prompt, as in `encode`. Generation starts from them."""
     if example.messages is None:
-        return _tokenize(example.prompt, tokenizer, start=True) if example.prompt else []
-    return _tokenize(_render(example, tokenizer, example.messages[:-1]), tokenizer)
+        return tokenize(example.prompt, tokenizer, start=True) if example.prompt else []
+    return tokenize_rendered(_render(example, tokenizer, example.messages[:-1]), tokenizer)
 
 
 def encode_choices(example: Example, tokenizer: Tokenizer) -> list[Encoded]:
@@ -150,31 +153,79 @@ def decoding(example: Example, tokenizer: Tokenizer) -> Decoding:
     return _turn(example, tokenizer).decoding(tokenizer)
 
 
-def check_conversations(examples: Iterable[Example], tokenizer: Tokenizer) -> None:
-    """Try the chat template on every example with `messages`, before a model is built.
+def check_examples(examples: Iterable[Example], tokenizer: Tokenizer) -> None:
+    """Check what the tokenizer and its chat template make of every example, before a model is built.
 
-    A model that writes exactly its training data must be scored as right.
+    A model that writes exactly its training data must be scored as right, and its tokens must be those that
+    the tokenizer makes of the whole text.
 
     Raises:
         RamoeError: as `encode`; for an answer that the template or the tokenizer changes; for two choices
-            that the template renders to the same text.
+            that the template renders to the same text; for an end token inside a response; for a prompt and
+            response that have other tokens together than apart. The last message counts the examples, and has
+            place, id and tokens of the first.
     """
+    faults, asked = [], 0
     for example in examples:
-        if example.messages is None:
-            continue
-        turn = _turn(example, tokenizer)
-        encoded = _encode_turn(example, tokenizer, turn)
-        if example.choices is not None:
-            _refuse_equal_choices(example, encode_choices(example, tokenizer))
-        elif example.answer == example.response:
-            written = encoded.ids[encoded.prompt_length : -1]  # up to the stop
-            text = turn.decoding(tokenizer).answer(written, tokenizer)
-            if not is_correct(text, example.answer, example.language):
-                raise RamoeError(
-                    f"{_name(example)}: a model that writes the last message as the chat template does gives "
-                    f"the answer {text!r}, but the answer in the data is {example.answer!r}: "
-                    f"the template or the tokenizer changes it. {INSTEAD}"
-                )
+        asked += 1
+        if example.messages is not None:
+            _check_conversation(example, tokenizer)
+        if fault := next(
+            (fault for answered in _answered(example) if (fault := _border_fault(answered, tokenizer))), None
+        ):
+            faults.append(f"{_name(example)}: {fault}")
+    if faults:
+        raise RamoeError(
+            f"{len(faults)} of {asked} examples have other tokens at the border of prompt and response when "
+            f"the two are tokenised together. {'The first is ' if len(faults) > 1 else ''}{faults[0]}."
+        )
+
+
+def _answered(example: Example) -> list[Example]:
+    """The example with its response, and with each of its choices."""
+    return [example, *(_with_response(example, choice) for choice in example.choices or ())]
+
+
+def _border_fault(example: Example, tokenizer: Tokenizer) -> str | None:
+    """What is wrong at the border of prompt and response, and what to do; None if nothing is.
+
+    Raises RamoeError for an end token inside the response.
+    """
+    if example.messages is not None:
+        start = _render(example, tokenizer, example.messages[:-1])
+        whole = _render(example, tokenizer, example.messages)
+        apart, together = (tokenize_rendered(text, tokenizer) for text in (start, whole))
+        if together[: len(apart)] == apart:
+            return None
+        apart += tokenize_rendered(whole[len(start) :], tokenizer)
+        return (
+            f"{differing(apart, together, tokenizer)}. To do: begin the last message without white space, or "
+            "use a template whose header of the assistant's turn ends with a token of its own"
+        )
+    if not example.prompt:
+        return None
+    if tokenizer.eod in tokenize(example.response, tokenizer):
+        raise RamoeError(
+            f"{_name(example)}: the response {example.response!r} has the end token in it, and generation "
+            "would stop there. Leave it out: each response gets one at its end."
+        )
+    return border_fault(example.prompt, example.response, tokenizer)
+
+
+def _check_conversation(example: Example, tokenizer: Tokenizer) -> None:
+    turn = _turn(example, tokenizer)
+    encoded = _encode_turn(example, tokenizer, turn)
+    if example.choices is not None:
+        _refuse_equal_choices(example, encode_choices(example, tokenizer))
+    elif example.answer == example.response:
+        written = encoded.ids[encoded.prompt_length : -1]  # up to the stop
+        text = turn.decoding(tokenizer).answer(written, tokenizer)
+        if not is_correct(text, example.answer, example.language):
+            raise RamoeError(
+                f"{_name(example)}: a model that writes the last message as the chat template does gives "
+                f"the answer {text!r}, but the answer in the data is {example.answer!r}: "
+                f"the template or the tokenizer changes it. {INSTEAD}"
+            )
 
 
 def encode_answer(example: Example, tokenizer: Tokenizer) -> Encoded:
@@ -194,27 +245,6 @@ def _with_response(example: Example, response: str) -> Example:
     return replace(example, response=response, messages=(*example.messages[:-1], last))
 
 
-def _tokenize(text: str, tokenizer: Tokenizer, start: bool = False) -> list[int]:
-    """Ids of the text; with `start` also what the tokenizer puts before any text, such as a BOS token.
-
-    Hugging Face tokenizers put such tokens around every text. They would be wrong before a response, after a
-    prompt, or around a rendered chat template, which writes its own.
-    """
-    before, after = _wrapping(tokenizer)
-    ids = list(tokenizer.tokenize(text))
-    return ids[0 if start else before : len(ids) - after]
-
-
-@functools.lru_cache(maxsize=8)
-def _wrapping(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The number of tokens that the tokenizer puts before every text, and after every text."""
-    wrap, letter = list(tokenizer.tokenize("")), list(tokenizer.tokenize("a"))
-    before = next(
-        (i for i, (one, other) in enumerate(zip(wrap, letter, strict=False)) if one != other), len(wrap)
-    )
-    return before, len(wrap) - before
-
-
 def _turn(example: Example, tokenizer: Tokenizer) -> _Turn:
     """The chat template's text around the last message, found by rendering the turn with other content."""
     assert example.messages is not None
@@ -226,7 +256,7 @@ def _turn(example: Example, tokenizer: Tokenizer) -> _Turn:
             f"{_name(example)}: the chat template writes the content of the last message "
             f"{'more than once' if content else 'nowhere'}. {INSTEAD}"
         )
-    return _Turn(start, _tokenize(start, tokenizer), lead, tail, *_ending(tail, tokenizer))
+    return _Turn(start, tokenize_rendered(start, tokenizer), lead, tail, *_ending(tail, tokenizer))
 
 
 @functools.lru_cache(maxsize=8)
@@ -234,10 +264,11 @@ def _ending(tail: str, tokenizer: Tokenizer) -> tuple[list[int], str]:
     """`ending` and `close` of a turn with this tail."""
 
     def ids_of(text: str) -> list[int]:
-        return _added(CONTENT + text, CONTENT, _tokenize(CONTENT, tokenizer), tokenizer)
+        return _added(CONTENT + text, CONTENT, tokenize_rendered(CONTENT, tokenizer), tokenizer)
 
     ids = ids_of(tail)
-    texts = [tokenizer.detokenize([token]).strip() for token in ids]
+    named = {token: text for text, token in control_tokens(tokenizer).items()}
+    texts = [named.get(token) or tokenizer.detokenize([token]).strip() for token in ids]
     first = next((n for n, text in enumerate(texts) if text), None)
     ends = [n for n, token in enumerate(ids) if token == tokenizer.eod]
     # a single token writes the first word of the tail
@@ -255,11 +286,10 @@ def _encode_turn(example: Example, tokenizer: Tokenizer, turn: _Turn) -> Encoded
             f"{_name(example)}: the chat template ends the last turn with {added[-40:]!r}, "
             f"but other answers with {turn.tail!r}, so the end of the answer is unknown. {INSTEAD}"
         )
-    if turn.ending:
-        response, ending = _added(turn.start + added, turn.start, turn.prompt, tokenizer), turn.ending
-    else:
-        text = turn.start + added.removesuffix(turn.tail) + turn.tail.rstrip()
-        response, ending = [*_added(text, turn.start, turn.prompt, tokenizer), tokenizer.eod], [tokenizer.eod]
+    text = turn.start + (added if turn.ending else added.removesuffix(turn.tail) + turn.tail.rstrip())
+    response, ending = _added(text, turn.start, turn.prompt, tokenizer), turn.ending
+    if not ending:
+        response, ending = [*response, tokenizer.eod], [tokenizer.eod]
     stop = next((n for n, token in enumerate(response) if token in (ending[0], tokenizer.eod)), None)
     if stop is None or response[stop:] != ending:
         raise RamoeError(
@@ -272,8 +302,10 @@ def _encode_turn(example: Example, tokenizer: Tokenizer, turn: _Turn) -> Encoded
 
 def _added(text: str, start: str, before: list[int], tokenizer: Tokenizer) -> list[int]:
     """Ids that a text adds to `before`, the ids of its start. A token that crosses the border is split."""
-    ids = _tokenize(text, tokenizer)
-    return ids[len(before) :] if ids[: len(before)] == before else _tokenize(text[len(start) :], tokenizer)
+    ids = tokenize_rendered(text, tokenizer)
+    if ids[: len(before)] == before:
+        return ids[len(before) :]
+    return tokenize_rendered(text[len(start) :], tokenizer)
 
 
 def _after(example: Example, start: str, whole: str) -> str:
@@ -296,7 +328,8 @@ def _refuse_equal_choices(example: Example, encoded: Sequence[Encoded]) -> None:
 
 
 def _name(example: Example) -> str:
-    return f"id {example.id!r}, language {example.language!r}"
+    where = f"{example.place}: " if example.place else ""
+    return f"{where}id {example.id!r}, language {example.language!r}"
 
 
 def _render(example: Example, tokenizer: Any, messages: Sequence[dict[str, str]] | None) -> str:
@@ -305,17 +338,14 @@ def _render(example: Example, tokenizer: Any, messages: Sequence[dict[str, str]]
     assert messages is not None
     if not getattr(tokenizer, "chat_template", None):
         raise RamoeError(
-            f"{_name(example)} has `messages`, but the tokenizer has no chat template. "
-            "Use a tokenizer that has one, or give `prompt` and `response`."
+            f"{_name(example)} has `messages`, but the tokenizer has no chat template. Give the model's own "
+            "with --chat-template (the template's text, not a file), use a tokenizer that has one, or give "
+            "`prompt` and `response`."
         )
-    # Rendered to text and tokenised here, because the result of tokenize=True differs between tokenizer
-    # libraries.
     try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=len(messages) < len(example.messages),
-        )
+        return render_chat(messages, tokenizer, answer_follows=len(messages) < len(example.messages))
+    except RamoeError as error:
+        raise RamoeError(f"{_name(example)}: {error}") from error
     except Exception as error:  # a template can raise anything, mostly jinja2.TemplateError
         roles = ", ".join(message["role"] for message in messages)
         raise RamoeError(

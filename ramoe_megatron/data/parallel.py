@@ -8,7 +8,7 @@ a hub data set. Errors name the file and the line. Text is never converted: "NA"
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ramoe_megatron.artifacts.files import refuse_unwritable
@@ -39,9 +39,11 @@ class Example:
     messages: tuple[dict[str, str], ...] | None = None
     """A conversation, tokenised with the chat template. Each message has "role" and "content"; the last
     message is the assistant's."""
+    place: str = field(default="", compare=False, repr=False)
+    """File and line of the row, for messages."""
 
 
-FIELDS = tuple(field.name for field in fields(Example))
+FIELDS = tuple(entry.name for entry in fields(Example) if entry.name != "place")
 OPTIONAL = ("answer", "choices", "messages")
 """Fields that a row may lack. In a CSV file, an empty cell of such a field means that the field is absent."""
 
@@ -204,7 +206,9 @@ def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> 
             raise RamoeError(f"{place}: answer {answer!r} is none of the choices {choices!r}.")
         choices = tuple(choices)
     example = Example(
-        text("id"), text("language"), text("task"), prompt, response, answer, choices, text("split"), messages
+        *(text("id"), text("language"), text("task"), prompt, response, answer, choices, text("split")),
+        messages,
+        place,
     )
     refuse_unwritable(
         {column: row.get(column) for name in FIELDS if (column := columns.get(name, name))}, place
@@ -222,7 +226,17 @@ def _messages(value: Any, place: str) -> tuple[dict[str, str], ...]:
             f"{place}: field 'messages' must be a list of two or more objects with the strings 'role' and "
             "'content', of which the last has role 'assistant' and some content."
         )
+    for n, message in enumerate(value):
+        if lost := next((name for name in _BESIDE_CONTENT if message.get(name)), None):
+            raise RamoeError(
+                f"{place}: message {n + 1} of 'messages' has {lost!r}, and the chat template gets only "
+                "'role' and 'content'. Write it into 'content' as the template does, or leave it out."
+            )
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
+
+
+_BESIDE_CONTENT = ("reasoning_content", "reasoning", "thinking", "tool_calls")
+"""Fields in which chat data have what an assistant writes beside the content."""
 
 
 def _counts(counter: Counter[str]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ramoe_megatron.artifacts.checkpoints import TRACKER
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import digests
-from ramoe_megatron.data.encode import Tokenizer, check_conversations
+from ramoe_megatron.data.encode import Tokenizer, check_examples
 from ramoe_megatron.data.limits import new_token_limits
 from ramoe_megatron.data.parallel import Example, load_examples, pair_with_anchor
 from ramoe_megatron.data.sources import local_files
@@ -150,7 +150,7 @@ def read_offline(start: Start, args: Any, data: DataOptions | None = None) -> Of
 def read_conversations(
     start: Start, args: Any, examples: Step[list[Example]], choice: object, check: str = "data"
 ) -> None:
-    """The step that tries the tokenizer's chat template on the examples that have `messages`.
+    """The step that tries the tokenizer and its chat template on all examples (`check_examples`).
 
     Args:
         choice: key of the examples; command lines with the same key and tokenizer are tried once.
@@ -159,9 +159,7 @@ def read_conversations(
 
     def look() -> None:
         found, tokenizer = examples.value, start.tokenizer.value
-        start.once(
-            ("conversations", choice, tokenizer_flags(args)), lambda: check_conversations(found, tokenizer)
-        )
+        start.once(("conversations", choice, tokenizer_flags(args)), lambda: check_examples(found, tokenizer))
 
     start.step(check, look, None, DATA_FIX)
 

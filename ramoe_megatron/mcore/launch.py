@@ -112,7 +112,7 @@ def take_arguments(
         if start.checks:
             made = trial.tokenizer(args)
         else:
-            trial.refuse_no_tokenizer(args)
+            trial.refuse_tokenizer_flags(args)
             set_global_variables(args)
             made = get_tokenizer()
         check_tokenizer(made, f"{args.tokenizer_type} {args.tokenizer_model or ''}".strip())

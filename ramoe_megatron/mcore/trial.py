@@ -7,6 +7,7 @@ create no folders or loggers, so one process can check many command lines. Calle
 
 import contextlib
 import copy
+import json
 import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -148,23 +149,60 @@ def tokenizer(args: Any) -> Any:
     """Build Megatron's tokenizer. Sets the padded vocabulary size in the validated arguments."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    refuse_no_tokenizer(args)
+    refuse_tokenizer_flags(args)
     return build_tokenizer(args)
 
 
 def tokenizer_flags(args: Any) -> dict[str, Any]:
     """The arguments that determine the tokenizer."""
-    further = ("vocab_file", "merge_file", "chat_template", "special_tokens")
+    further = ("vocab_file", "merge_file", "vocab_size", "chat_template", "special_tokens", "metadata_path")
     return {
-        name: value for name, value in vars(args).items() if name.startswith("tokenizer") or name in further
+        name: value
+        for name, value in vars(args).items()
+        if name.startswith(("tokenizer", "tiktoken")) or name in further
     }
 
 
-def refuse_no_tokenizer(args: Any) -> None:
-    """Raise RamoeError for a command line that names no tokenizer."""
+def refuse_tokenizer_flags(args: Any) -> None:
+    """Raise RamoeError for tokenizer flags for which Megatron has no message, or one without advice.
+
+    They are a missing type, the legacy mode of SentencePiece, and a vocabulary of tiktoken that does not have
+    the size of the flags.
+    """
     if args.tokenizer_type is None:
         raise RamoeError(
             "--tokenizer-type is missing: expected a type that Megatron has, such as SentencePieceTokenizer"
+        )
+    if "SentencePiece" in args.tokenizer_type and args.tokenizer_sentencepiece_legacy:
+        raise RamoeError(
+            "--tokenizer-sentencepiece-legacy: in this mode Megatron's tokenizer has no end token. Leave the "
+            "flag out: a chat template can write the control tokens of the model file without it"
+        )
+    if args.tokenizer_type == "TikTokenizer" and os.path.isfile(args.tokenizer_model or ""):
+        _refuse_tiktoken_size(args)
+
+
+def _refuse_tiktoken_size(args: Any) -> None:
+    """Raise RamoeError unless --vocab-size is at most the tokens of the file and the special tokens."""
+    from megatron.core.tokenizers.text.libraries.tiktoken_tokenizer import DEFAULT_TIKTOKEN_MAX_VOCAB
+
+    try:
+        with open(args.tokenizer_model, encoding="utf-8") as file:
+            tokens = json.load(file)
+    except ValueError:
+        tokens = None
+    if not isinstance(tokens, list) or not args.tokenizer_model.endswith(".json"):
+        raise RamoeError(
+            f"--tokenizer-model {args.tokenizer_model}: Megatron's TikTokenizer reads a file *.json with a "
+            "list of objects `rank`, `token_bytes` (base64) and `token_str`. Write the merges of a .tiktoken "
+            "file in this form"
+        )
+    special, size = args.tiktoken_num_special_tokens, args.vocab_size or DEFAULT_TIKTOKEN_MAX_VOCAB
+    if size > len(tokens) + special:
+        raise RamoeError(
+            f"--tokenizer-model {args.tokenizer_model}: {len(tokens)} tokens and "
+            f"--tiktoken-num-special-tokens {special}, fewer than --vocab-size {size}. "
+            f"Give --vocab-size {len(tokens) + special}"
         )
 
 

@@ -270,6 +270,10 @@ def test_missing_field_is_named(tmp_path: Path, name: str) -> None:
         ({"choices": "EUR"}, "field 'choices' is 'EUR', expected a list"),
         ({"messages": MESSAGES[:3]}, "last has role 'assistant'"),
         ({"messages": [{"role": "user"}]}, "field 'messages' must be"),
+        (
+            {"messages": [*MESSAGES[:-1], {**MESSAGES[-1], "reasoning_content": "It is AT."}]},
+            "'messages' has 'reasoning_content'.*Write it into 'content' as the template does",
+        ),
     ],
 )
 def test_bad_values_are_told_with_their_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 from chat_templates import CHATML, FAMILIES, GEMMA, QWEN3, ROLES, chat, load_tokenizer, write_tokenizer
-from data_rows import TEXT, SmallTokenizer, example
+from data_rows import TEXT, example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ramoe_megatron.data.answers import is_correct
+from ramoe_megatron.data.chat import TODAY
 from ramoe_megatron.data.encode import (
-    check_conversations,
+    check_examples,
     decoding,
     encode,
     encode_answer,
@@ -44,7 +45,8 @@ def with_template(tokenizer: Any, template: str) -> Any:
 
 
 def rendered(asked: Example, tokenizer: Any) -> str:
-    return tokenizer.apply_chat_template([dict(m) for m in asked.messages or ()], tokenize=False)
+    text = tokenizer.apply_chat_template([dict(m) for m in asked.messages or ()], tokenize=False)
+    return re.sub(r"\d{4}-\d\d-\d\d", f"{TODAY:%Y-%m-%d}", text)
 
 
 def generated(asked: Example, tokenizer: Any) -> str:
@@ -72,7 +74,7 @@ def test_what_is_trained_is_right(tokenizers: dict[str, Any], name: str, questio
                 asked, messages=(*({"role": role, "content": "Be right."} for role in roles), *asked.messages)
             )
             assert is_correct(generated(asked, tokenizer), answer, "en")
-            check_conversations([asked], tokenizer)
+            check_examples([asked], tokenizer)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -118,7 +120,7 @@ def test_choices_and_lengths_go_the_same_way(tokenizers: dict[str, Any], name: s
     encoded = encode_choices(asked, tokenizer)
     assert encoded[1] == encode(asked, tokenizer)
     assert [encode(chat(choice, "yes ?"), tokenizer) for choice in ("yes", "no", "perhaps")] == encoded
-    check_conversations([asked], tokenizer)
+    check_examples([asked], tokenizer)
     assert encode_answer(asked, tokenizer) == encoded[1]
 
 
@@ -135,7 +137,6 @@ def test_prompt_and_response_are_encoded_as_without_a_template(
     assert (how.prompt, how.stops) == (ids(prompt), {tokenizer.eod})
     assert how.answer(ids(response)[bos:], tokenizer) == tokenizer.detokenize(ids(response)[bos:])
     assert len(encode_answer(plain, tokenizer).ids) == len(ids(prompt)) + len(ids(response)) - bos + 1
-    check_conversations([plain], SmallTokenizer())
 
 
 def test_sentencepiece_ends_the_turn_with_a_piece_or_with_text(tmp_path: Path) -> None:
@@ -146,14 +147,14 @@ def test_sentencepiece_ends_the_turn_with_a_piece_or_with_text(tmp_path: Path) -
         for answer in ("EUR", " no, perhaps\n", "٣", "a<b|c"):
             asked = chat(answer, "What is one ?")
             assert is_correct(generated(asked, tokenizer), answer, "en")
-            check_conversations([asked], tokenizer)
+            check_examples([asked], tokenizer)
         last = encode(chat("EUR", "What is one ?"), tokenizer).ids[-1]
         assert tokenizer._tokenizer.ids_to_tokens([last]) == [end]
 
 
 def refusal(tokenizer: Any, *examples: Example) -> str:
     with pytest.raises(RamoeError) as error:
-        check_conversations(examples, tokenizer)
+        check_examples(examples, tokenizer)
     return str(error.value)
 
 
@@ -228,11 +229,11 @@ def test_thoughts_in_the_answer_are_kept_or_refused(tokenizers: dict[str, Any]) 
     tokenizer = tokenizers["qwen3"]
     kept = chat("<think>\nIt is AT.\n</think>\n\nEUR", "Which ?")
     assert is_correct(generated(kept, tokenizer), kept.answer, "en")
-    check_conversations([kept], tokenizer)
+    check_examples([kept], tokenizer)
     rewritten = chat("<think>It is AT.</think>EUR", "Which ?")
     assert "the template or the tokenizer changes it" in refusal(tokenizer, rewritten)
-    check_conversations([replace(rewritten, answer="EUR")], tokenizer)
-    check_conversations(
+    check_examples([replace(rewritten, answer="EUR")], tokenizer)
+    check_examples(
         [chat("EUR", "Which ?", "<think>\nNo.\n</think>\n\nyes", "Sure ?")], tokenizer
     )  # stripped in both
 
@@ -240,7 +241,7 @@ def test_thoughts_in_the_answer_are_kept_or_refused(tokenizers: dict[str, Any]) 
 def test_choices_that_the_template_writes_alike_are_refused(tokenizers: dict[str, Any]) -> None:
     asked = chat("no", "one ?", choices=("yes", "no ", "no"))
     assert "the same text for the choices ['no ', 'no']" in refusal(tokenizers["gemma"], asked)
-    check_conversations([asked], tokenizers["chatml"])
+    check_examples([asked], tokenizers["chatml"])
 
 
 def test_a_tokenizer_that_loses_the_answer_is_refused(tokenizers: dict[str, Any], tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_a_tokenizer_that_loses_the_answer_is_refused(tokenizers: dict[str, Any]
         tmp_path
     )
     tokenizer = load_tokenizer(tmp_path, chat_template=GEMMA.replace("{{- bos_token -}}", ""))
-    check_conversations([chat("no", "one")], tokenizer)
+    check_examples([chat("no", "one")], tokenizer)
     assert "gives the answer '<unk>'" in refusal(tokenizer, chat("perhaps", "one"))
 
 

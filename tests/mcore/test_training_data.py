@@ -175,7 +175,7 @@ def test_data_that_does_not_fit_is_told(folder: Path, changes: dict[str, Any], w
 
 def test_validation_examples_and_the_views_of_pairs_must_fit_too(folder: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    long = "1 + 1 = " * 20
+    long = "1 + 1 = " * 20 + "1 + 1 ="
     for changed, changes in (
         ([*rows, {**rows[0], "id": "sum/v", "split": "validation", "prompt": long}], {"eval_iters": 1}),
         (

@@ -1,13 +1,17 @@
 """`checkpoint: hf:FOLDER`: the folder's flags, its tokenizer, and a stage that converts it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from chat_templates import FAMILIES, chat, load_tokenizer, write_tokenizer
 from method_rows import document
 from tiny_models import write_model
 
+from ramoe_megatron.data.encode import encode
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.models.convert import copy_others
 from ramoe_megatron.recipe.load import load_recipe
 from ramoe_megatron.recipe.plan import make_plan
 
@@ -58,6 +62,28 @@ def test_a_stage_converts_the_folder_before_anything_reads_it(folder: Path, tmp_
     (folder / "model/model.safetensors").unlink(missing_ok=True)
     again = make_plan(load_recipe(recipe(folder)), tmp_path / "run", folder)[0]
     assert again.settings != first.settings, "another folder is converted anew"
+
+
+def test_the_jobs_write_chats_with_the_template_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    """`checkpoint` is the only key: the stages' flags make the tokenizer with its own template and tokens.
+
+    The folder that the conversion writes has them too.
+    """
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    write_tokenizer(model, FAMILIES["phi-3.5"])
+    stages = make_plan(load_recipe(recipe(folder, checkpoint=f"hf:{model}")), tmp_path / "run", folder)
+    (words,) = [stage.command for stage in stages if stage.name == "taxonomy"]
+    assert "--chat-template" not in words
+    copy_others(model, tmp_path / "converted")
+    named = words[words.index("--tokenizer-model") + 1]
+    assert words[words.index("--tokenizer-type") + 1] == "HuggingFaceTokenizer"
+    asked = chat("EUR", "Which ?")
+    for place in (named, tmp_path / "converted"):
+        tokenizer = load_tokenizer(Path(place))
+        assert tokenizer.chat_template == FAMILIES["phi-3.5"].template
+        last = encode(asked, tokenizer).ids[-1:]
+        assert tokenizer.detokenize(last).strip() == FAMILIES["phi-3.5"].end != FAMILIES["phi-3.5"].eos
 
 
 def test_an_absent_folder_is_refused(folder: Path) -> None:

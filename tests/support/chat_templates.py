@@ -1,10 +1,14 @@
 """Chat templates in the form of well-known models, each with a small tokenizer with its special tokens."""
 
+import base64
+import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 from data_rows import TEXT, example
 
 from ramoe_megatron.data.parallel import Example
@@ -52,7 +56,8 @@ PHI = """{%- for m in messages -%}
 {{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>\n' }}{%- else -%}{{ eos_token }}{%- endif -%}"""
-GPT_OSS = """{{- '<|start|>system<|message|>Channels: analysis, final.<|end|>' -}}
+GPT_OSS = """{{- '<|start|>system<|message|>Date: ' + strftime_now('%Y-%m-%d')
+    + '. Channels: analysis, final.<|end|>' -}}
 {%- for m in messages -%}
 {%- if m.role == 'assistant' -%}
 {%- if '<|channel|>' in m.content -%}{{ raise_exception('No channel in the content') }}{%- endif -%}
@@ -74,6 +79,14 @@ LLAMA2 = """{%- for m in messages -%}
 {%- if m.role == 'user' -%}{{ bos_token + '[INST] ' + m.content|trim + ' [/INST]' }}
 {%- else -%}{{ ' ' + m.content|trim + ' ' + eos_token }}{%- endif -%}
 {%- endfor -%}"""
+MIXTRAL = MISTRAL.replace("'[INST] '", "' [INST] '")
+OLMOE = """{{- eos_token -}}
+{%- for m in messages -%}
+{{ '<|' + m.role + '|>\n' + m.content }}
+{%- if m.role == 'assistant' -%}{{ eos_token }}{%- endif -%}
+{%- if not loop.last or add_generation_prompt -%}{{ '\n' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>\n' }}{%- endif -%}"""
 ROLES = """{%- for m in messages -%}{{ m.role + ': ' + m.content + '\n' }}{%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'assistant:' }}{%- endif -%}"""
 SIGNED = ROLES.replace("m.content + '\\n'", "m.content + '\n-- END --\n'")
@@ -98,11 +111,15 @@ class Family:
     """With one, the tokenizer writes it before every text."""
     system: bool = True
     """Whether the template takes a system message."""
+    metaspace: bool = False
+    """A tokenizer of Llama's form: a space before every text, BPE without other splits, byte fallback."""
 
 
 IM = ("<|im_start|>", "<|im_end|>")
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 HARMONY = ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>")
+PHI_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+"""They take the white space after them."""
 BLOCK = "<think>\n\n</think>\n\n"
 FAMILIES = {
     "qwen2.5": Family(QWEN2, IM, "<|im_end|>", "<|im_end|>"),
@@ -125,11 +142,14 @@ FAMILIES = {
     ),
     "llama2": Family(LLAMA2, (), "</s>", "</s>", bos="<s>", system=False),
     "mistral": Family(MISTRAL, ("[INST]", "[/INST]"), "</s>", "</s>", bos="<s>", system=False),
-    "phi": Family(PHI, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<|endoftext|>", "<|end|>"),
+    "phi": Family(PHI, PHI_TOKENS, "<|endoftext|>", "<|end|>"),
     "gpt-oss": Family(GPT_OSS, HARMONY, "<|return|>", "<|return|>", "<|channel|>final<|message|>"),
     "gpt-oss-other-eos": Family(
         GPT_OSS, HARMONY, "<|endoftext|>", "<|return|>", "<|channel|>final<|message|>"
     ),
+    "mixtral": Family(MIXTRAL, (), "</s>", "</s>", bos="<s>", system=False, metaspace=True),
+    "olmoe": Family(OLMOE, (), "<|endoftext|>", "<|endoftext|>"),
+    "phi-3.5": Family(PHI, PHI_TOKENS, "<|endoftext|>", "<|end|>", metaspace=True),
     "chatml": Family(CHATML, IM, "</s>", "<|im_end|>", bos="<s>"),
     "chatml-in-pieces": Family(CHATML, (), "</s>", "</s>"),
     "gemma": Family(
@@ -138,29 +158,17 @@ FAMILIES = {
     "no-end": Family(ROLES, (), "</s>", "</s>"),
     "signed": Family(SIGNED, (), "</s>", "</s>"),
 }
-SWALLOWS = (
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|end|>",
-)  # Phi's tokens take the white space after them
 
 
 def write_tokenizer(folder: Path, family: Family, texts: Sequence[str] = TEXT) -> Path:
-    """A Hugging Face tokenizer: byte-level BPE, trained on `texts`, with the family's tokens and template."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """A Hugging Face tokenizer: BPE, trained on `texts`, with the family's tokens and template."""
+    from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=340, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    backend.train_from_iterator(texts, trainer)
+    backend = (_metaspace if family.metaspace else _byte_level)(texts)
     thinking = ("<think>", "</think>")  # in Qwen3 these are added tokens that are not special
     backend.add_special_tokens(
-        [AddedToken(t, special=True, rstrip=t in SWALLOWS) for t in family.special if t not in thinking]
+        [AddedToken(t, special=True, rstrip=t in PHI_TOKENS) for t in family.special if t not in thinking]
     )
     backend.add_tokens([AddedToken(t, special=False) for t in family.special if t in thinking])
     ends = [token for token in (family.bos, family.eos) if token]
@@ -175,6 +183,87 @@ def write_tokenizer(folder: Path, family: Family, texts: Sequence[str] = TEXT) -
     made.chat_template = family.template
     made.save_pretrained(folder)
     return folder
+
+
+def _byte_level(texts: Sequence[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def _metaspace(texts: Sequence[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    learned = Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.Metaspace()
+    learned.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=120, show_progress=False))
+    found = json.loads(learned.to_str())["model"]
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *found["vocab"]]
+    backend = Tokenizer(
+        models.BPE(
+            {piece: n for n, piece in enumerate(pieces)},
+            [tuple(pair) for pair in found["merges"]],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return backend
+
+
+def write_sentencepiece(path: Path, control: Sequence[str] = (), own: Sequence[str] = ()) -> Path:
+    """A SentencePiece model with control symbols, which it reads in no text, and symbols that it reads."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        control_symbols=list(control),
+        user_defined_symbols=list(own),
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+TIKTOKEN_SPECIAL = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
+
+
+def write_tiktoken(path: Path) -> int:
+    """A vocabulary of Megatron's TikTokenizer: all bytes, and words of TEXT by growing beginnings.
+
+    Returns:
+        The number of tokens.
+    """
+    words = dict.fromkeys(f" {word}".encode() for text in TEXT for word in text.split())
+    grown = dict.fromkeys(part for word in words for n in range(2, len(word) + 1) for part in (word[:n],))
+    tokens = [*(bytes([byte]) for byte in range(256)), *grown]
+    path.write_text(
+        json.dumps(
+            [
+                {"rank": n, "token_bytes": base64.b64encode(token).decode(), "token_str": repr(token)}
+                for n, token in enumerate(tokens)
+            ]
+        )
+    )
+    return len(tokens)
 
 
 def load_tokenizer(folder: Path, library: str = "huggingface", **options: Any) -> Any:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from ramoe_megatron.data.dataset import EncodedExamples, SFTDataset
-from ramoe_megatron.data.encode import Tokenizer, check_conversations, check_tokenizer
+from ramoe_megatron.data.encode import Tokenizer, check_examples, check_tokenizer
 from ramoe_megatron.data.packing import PackedDataset
 from ramoe_megatron.data.paired import PairedDataset, view_places
 from ramoe_megatron.data.parallel import Example, load_examples, select_examples
@@ -89,13 +89,13 @@ class TrainingInputs:
         """The tokens of "train" (`held`) and of "validation".
 
         Raises:
-            RamoeError: as `EncodedExamples`, or the chat template cannot write a conversation
-                (`check_conversations`). This includes the anchor's rows that a taxonomy refresh scores.
+            RamoeError: as `EncodedExamples` and `check_examples`. This includes the anchor's rows that a
+                taxonomy refresh scores.
         """
         made_by = (self.options, self.args.seq_length, tokenizer_flags(self.args))
         _once(
             repr(("conversations", made_by, self._all_views)),
-            lambda: check_conversations(self._tokenised(), tokenizer),
+            lambda: check_examples(self._tokenised(), tokenizer),
         )
         parts = {"train": self.held}
         if self.validation is not None:
