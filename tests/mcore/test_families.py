@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from family_models import computed, family_flags, write_checkpoint
+from family_models import computed, family_flags, finetune_flags
 from safetensors.torch import load_file
-from small_run import ALONE, load_flags, outcome, run_table, weights, write_world
+from small_run import load_flags, outcome, run_table, weights
 from tiny_models import MODELS
 
 from ramoe_megatron.artifacts.files import save_document
@@ -30,13 +30,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("families")
-    write_world(folder)
-    return folder, {name: write_checkpoint(name, folder) for name in MODELS}
-
-
 def forward(folder: Path, name: str, layout: str, checkpoint: str) -> dict[str, Any]:
     """The row that computes the logits of a checkpoint in a layout: NAME-LAYOUT."""
     row = f"{name}-{layout}"
@@ -51,14 +44,11 @@ def training(folder: Path, name: str, layout: str, kind: str = "trained") -> dic
     --load is the folder of --save, as in a run that can resume.
     """
     row = f"{name}-{layout}-{kind}"
-    steps = "--micro-batch-size 2 --global-batch-size 8 --train-iters 3 --lr 1e-3 --seed 7 --num-workers 0"
-    unread = "--eval-iters 0 --eval-interval 1000 --log-interval 1 --distributed-timeout-minutes 3"
+    steps = "--micro-batch-size 2 --global-batch-size 8 --train-iters 3".split()
     saved = ["--save", str(folder / row), "--load", str(folder / row), "--save-interval", "3"]
-    # no loss of Megatron's, whose value depends on how the batch is split
-    flags = [*family_flags(folder, name), *LAYOUTS[layout][1], *ALONE, "--moe-aux-loss-coeff", "0"]
     start = [flag for flag in load_flags(folder, name) if flag != "--finetune"]
     data = ["--ramoe-data", str(folder / "parallel.jsonl")]
-    argv = [*flags, *steps.split(), *unread.split(), *saved, *start, *data]
+    argv = [*finetune_flags(folder, name), *LAYOUTS[layout][1], *steps, *saved, *start, *data]
     return {"name": row, "job": "finetune", "argv": argv, "everything": True}
 
 

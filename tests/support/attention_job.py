@@ -107,7 +107,7 @@ def refusals(model: Any, packed: Any) -> list[str]:
     for window, other in (
         (None, {"attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool)}),
         (None, {"attn_mask_type": AttnMaskType.no_mask}),
-        ((4, 0), {}),
+        ((4, 1), {}),
         (None, {"packed_seq_params": replace(packed, qkv_format="sbhd")}),
         (None, {"packed_seq_params": replace(packed, local_cp_size=1)}),
     ):
