@@ -1,5 +1,6 @@
 """A converted checkpoint of each family computes with Megatron what transformers computes, in any layout."""
 
+import json
 import re
 import types
 from collections.abc import Callable
@@ -13,11 +14,13 @@ from family_models import computed, family_flags, finetune_flags
 from safetensors.torch import load_file
 from small_run import load_flags, outcome, run_table, weights
 from tiny_models import MODELS
+from torch.distributed.checkpoint import FileSystemReader
 
 from ramoe_megatron.artifacts.files import save_document
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.models.convert import export_checkpoint, plan_export
 from ramoe_megatron.models.note import FLAGS, NOTE, ORIGINAL
+from ramoe_megatron.models.torch_dist import COMMON
 
 SCRIPT = str(Path(__file__).parents[1] / "support/family_job.py")
 OWN_SCRIPT = str(Path(__file__).parents[2] / "examples/pretrain_gpt.py")
@@ -79,6 +82,33 @@ def test_computes_what_transformers_computes(
             assert torch.equal(found[key].argmax(-1), right.argmax(-1)), key
     record_property("parity", [name, layout, worst])
     assert worst < 1e-4
+
+
+FOR_TRANSFORMER_ENGINE = re.compile(
+    r"decoder\.layers\.(\d+\.)?(pre_mlp_layernorm\.(weight|bias)|(pre_mlp_layernorm|self_attention\."
+    r"(core_attention|q_layernorm|k_layernorm))\._extra_state/.*)|decoder\.final_layernorm\._extra_state/.*"
+)
+"""What a conversion writes for transformer-engine's layers alone: the norm before the experts under the name
+that they have for it, and the empty objects of their norms and attention."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_megatron_looks_for_exactly_what_a_conversion_writes(
+    name: str, layout: str, families: tuple[Path, dict[str, Any]]
+) -> None:
+    """Keys, shapes and objects of `sharded_state_dict()` of the real model, over all ranks."""
+    folder, _ = families
+    read = json.loads((folder / f"{name}-{layout}/keys.json").read_text())
+    sought = {(key, tuple(shape)) for key, shape in read}
+    written = {
+        (key, tuple(getattr(entry, "size", ())))
+        for key, entry in FileSystemReader(folder / name / "release")
+        .read_metadata()
+        .state_dict_metadata.items()
+    }
+    assert sought - written == set()
+    more = {key for key, _ in written - sought}
+    assert more - {COMMON} == {key for key, _ in written if FOR_TRANSFORMER_ENGINE.fullmatch(key)}
 
 
 TRAINED = ("olmoe", "phimoe", "gpt-oss")

@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def checkpoint_entries(chunk: Any) -> set[tuple[str, tuple[int, ...]]]:
-    """Key and global shape of all that Megatron looks for in our checkpoint; of an object, its shards."""
+    """Key and global shape of all that Megatron looks for in our checkpoint; an object has no shape."""
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
@@ -87,8 +87,8 @@ def checkpoint_entries(chunk: Any) -> set[tuple[str, tuple[int, ...]]]:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = chunk.sharded_state_dict(metadata={"dp_cp_group": group})
     apply_factories(state)
-    found: set[tuple[str, tuple[int, ...]]] = set()
-    for value in nested_values(state):
-        assert isinstance(value, ShardedTensor | ShardedObject), value
-        found.add((value.key, tuple(value.global_shape)))
-    return found
+    values = list(nested_values(state))
+    found = {(value.key, tuple(value.global_shape)) for value in values if isinstance(value, ShardedTensor)}
+    objects = {(value.unique_key, ()) for value in values if isinstance(value, ShardedObject)}
+    assert len(values) == sum(isinstance(value, ShardedTensor | ShardedObject) for value in values)
+    return found | objects
