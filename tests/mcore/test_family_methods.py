@@ -12,7 +12,7 @@ import torch
 from family_reference import (
     checkpoint_place,
     float64_model,
-    log_likelihood,
+    log_likelihoods,
     lumped_kl,
     megatron_gradients,
     router_logits,
@@ -73,22 +73,24 @@ def aligned_loss(folder: Path, name: str, model: Any) -> torch.Tensor:
     category = {(row.id, row.language): row.category for row in read_taxonomy(folder / "taxonomy.jsonl")}
     experts = ExpertFile.load(folder / f"{name}-profile/experts.safetensors")
 
-    def last(example: Any) -> list[torch.Tensor]:
-        encoded = encode(example, read)
-        found = router_logits(model, encoded.ids[:-1])
-        return [logits[encoded.prompt_length - 1].softmax(-1) for logits in found]
+    def last(chosen: list[Any]) -> list[torch.Tensor]:
+        """L x [B, E]"""
+        encoded = [encode(example, read) for example in chosen]
+        end = [sequence.prompt_length - 1 for sequence in encoded]
+        found = router_logits(model, [sequence.ids for sequence in encoded])
+        return [logits[range(len(end)), end].softmax(-1) for logits in found]
 
-    total = torch.zeros((), dtype=torch.float64)
-    for index in order(rows, SAMPLES, 7):
-        example = rows[index]
-        if category.get((example.id, example.language)) == "ci":
-            task = experts.tasks.index(example.task)
-            p, q = last(english[example.id]), last(example)
-            for layer in ZONE:
-                total = total + lumped_kl(
-                    p[layer].detach(), q[layer], experts.expert_mask[task, layer].bool()
-                )
-    return total / len(ZONE) / SAMPLES
+    drawn = [rows[index] for index in order(rows, SAMPLES, 7)]
+    chosen = [example for example in drawn if category.get((example.id, example.language)) == "ci"]
+    assert 3 < len(chosen) < SAMPLES
+    p_LBE, q_LBE = last([english[example.id] for example in chosen]), last(chosen)
+    divergences = [
+        lumped_kl(p_LBE[layer][place].detach(), q_LBE[layer][place], mask.bool())
+        for place, example in enumerate(chosen)
+        for layer in ZONE
+        for mask in [experts.expert_mask[experts.tasks.index(example.task), layer]]
+    ]
+    return torch.stack(divergences).sum() / len(ZONE) / SAMPLES
 
 
 @pytest.mark.parametrize("name", ALIGNED)
@@ -157,22 +159,23 @@ def test_an_evaluation_decides_by_transformers_log_likelihoods(
     found, document = evaluated(runs, method)
     model, read = float64_model("phimoe"), tokenizer(runs)
     experts = ExpertFile.load(runs / "phimoe-profile/experts.safetensors")
-    right, mass = {}, {}
-    for example in examples(runs, "validation"):
-        mask = experts.expert_mask[experts.tasks.index(example.task)].bool()
-        raised = mask.clone()
-        raised[0] = False  # only layers 1 and 2 are steered
-        with steered_phimoe(raised, strength) as logits:
-            scores = [
-                log_likelihood(model, choice.ids, choice.prompt_length, read.processor.vocab_size())
-                for choice in encode_choices(example, read)
-            ]
-        right[example.id, example.language] = scores[0] > scores[1]
-        last = encode(example, read).prompt_length - 1
-        own = [logits[layer][last].softmax(-1)[mask[layer]].sum() for layer in range(3)]
-        mass.setdefault((example.task, example.language), []).append(torch.stack(own))
-    assert found == right
-    assert len(set(right.values())) == 2
+    rows = examples(runs, "validation")
+    task = [experts.tasks.index(example.task) for example in rows]
+    mask_BLE = experts.expert_mask[task].bool()
+    pairs = [choice for example in rows for choice in encode_choices(example, read)]
+    raised_LBE = mask_BLE.repeat_interleave(2, 0).transpose(0, 1).clone()
+    raised_LBE[0] = False  # only layers 1 and 2 are steered
+    with steered_phimoe(raised_LBE, strength) as logits_LBSE:
+        scores = log_likelihoods(model, pairs, read.processor.vocab_size())
+    right = [gold > other for gold, other in zip(scores[::2], scores[1::2], strict=True)]
+    assert found == {(row.id, row.language): decision for row, decision in zip(rows, right, strict=True)}
+    assert len(set(right)) == 2
+    mass: dict[tuple[str, str], list[torch.Tensor]] = {}
+    for place, example in enumerate(rows):
+        last = pairs[2 * place].prompt_length - 1
+        q_LE = torch.stack([logits[2 * place, last].softmax(-1) for logits in logits_LBSE])
+        own = (q_LE * mask_BLE[place]).sum(-1)
+        mass.setdefault((example.task, example.language), []).append(own)
     for row in document["mass"]:
         expected = torch.stack(mass.pop((row["task"], row["language"]))).mean(0)
         assert row["mass"] == pytest.approx(expected.tolist(), rel=BOUND)

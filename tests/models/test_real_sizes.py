@@ -148,8 +148,11 @@ def test_a_published_model_is_planned_in_full(name: str, tmp_path: Path) -> None
     assert plan.bytes == 2 * written
     largest = max(math.prod(shape) * dtype.itemsize for dtype, shape in model.shapes.values())
     assert largest <= plan.memory <= 1.3 * largest + 1e9
-    shown = CliRunner().invoke(
-        main, ["convert", str(tmp_path / name), "--out", str(tmp_path / "out"), "--check"]
-    )
+
+
+def test_the_command_tells_the_size_and_the_memory(tmp_path: Path) -> None:
+    write_folder(tmp_path / "hf", MODELS["gpt-oss-20b"])
+    words = ["convert", str(tmp_path / "hf"), "--out", str(tmp_path / "out"), "--check"]
+    shown = CliRunner().invoke(main, words)
     assert shown.exit_code == 0, shown.output
-    assert f"{plan.bytes / 1e9:.2f} GB, at most {plan.memory / 1e9:.2f} GB" in shown.output
+    assert "41.83 GB, at most 1.16 GB of them in memory" in shown.output

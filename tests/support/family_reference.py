@@ -1,10 +1,10 @@
 """What transformers computes in float64 with the tiny models: routing alignment, and scores under steering.
 
-Shape suffixes: S tokens of a sequence, L MoE layers, E experts, V vocabulary.
+Shape suffixes: B sequences, S their tokens, L MoE layers, E experts, V vocabulary.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from family_models import VOCABULARY
 from tiny_models import make_model
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from ramoe_megatron.data.encode import Encoded
 from ramoe_megatron.models.convert import convert_folder, plan_conversion
 from ramoe_megatron.models.torch_dist import TorchDist
 
@@ -25,16 +27,22 @@ def float64_model(name: str) -> Any:
     return model
 
 
-def router_logits(model: Any, ids: list[int]) -> list[Tensor]:
-    """All logits of each layer's router, with the router's bias if it has one. L x [S, E]"""
+def padded(sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Ids with padding at the end, which causal attention never sees. [B, S]"""
+    return pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
+
+
+def router_logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """All logits of each layer's router, with the router's bias if it has one. L x [B, S, E]"""
     routers = [module for module in model.modules() if type(module).__name__.endswith("Router")]
     seen: list[Tensor] = []
     hooks = [router.register_forward_hook(lambda *call: seen.append(call[-1][0])) for router in routers]
-    model(torch.tensor([ids]))
+    ids = padded(sequences)
+    model(ids)
     for hook in hooks:
         hook.remove()
     assert len(seen) == len(routers)
-    return seen
+    return [logits.view(*ids.shape, -1) for logits in seen]
 
 
 def megatron_gradients(model: Any, folder: Path) -> TorchDist:
@@ -51,20 +59,21 @@ def megatron_gradients(model: Any, folder: Path) -> TorchDist:
 
 
 @contextlib.contextmanager
-def steered_phimoe(mask_LE: Tensor, strength: float) -> Iterator[list[Tensor]]:
-    """Soft steering (arXiv 2510.04694) before transformers' SparseMixer.
+def steered_phimoe(mask_LBE: Tensor, strength: float) -> Iterator[list[Tensor]]:
+    """Soft steering (arXiv 2510.04694) before transformers' SparseMixer, in one forward pass.
 
-    Yields the list of the raised logits, [S, E] each, that the forward passes append to.
+    Yields the list that gets each layer's raised logits. [B, S, E]
     """
     from transformers.models.phimoe import modeling_phimoe
 
     mixer, seen = modeling_phimoe.sparsemixer, []
 
     def raised(logits: Tensor, **more: Any) -> Any:
-        mask_E = mask_LE[len(seen) % len(mask_LE)]
-        spread = (logits - logits.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
-        seen.append(torch.where(mask_E, logits + strength * spread, logits))
-        return mixer(seen[-1], **more)
+        mask_BE = mask_LBE[len(seen)]
+        own = logits.view(len(mask_BE), -1, logits.shape[-1])
+        spread = (own - own.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
+        seen.append(torch.where(mask_BE[:, None], own + strength * spread, own))
+        return mixer(seen[-1].view_as(logits), **more)
 
     modeling_phimoe.sparsemixer = raised
     try:
@@ -73,11 +82,15 @@ def steered_phimoe(mask_LE: Tensor, strength: float) -> Iterator[list[Tensor]]:
         modeling_phimoe.sparsemixer = mixer
 
 
-def log_likelihood(model: Any, ids: list[int], prompt: int, vocabulary: int) -> float:
-    """Of all tokens after the prompt. Tokens outside the tokenizer's vocabulary have no probability."""
+def log_likelihoods(model: Any, encoded: Sequence[Encoded], vocabulary: int) -> list[float]:
+    """Of each sequence's tokens after its prompt. Only the tokenizer's vocabulary has probability."""
     with torch.no_grad():
-        logits_SV = model(torch.tensor([ids[:-1]])).logits[0, prompt - 1 :, :vocabulary]
-    return float(logits_SV.log_softmax(-1).gather(1, torch.tensor(ids[prompt:])[:, None]).sum())
+        logits_BSV = model(padded([sequence.ids for sequence in encoded])).logits[..., :vocabulary]
+    found = []
+    for logits_SV, sequence in zip(logits_BSV.log_softmax(-1), encoded, strict=True):
+        places = range(sequence.prompt_length, len(sequence.ids))
+        found.append(sum(float(logits_SV[place - 1, sequence.ids[place]]) for place in places))
+    return found
 
 
 def lumped_kl(p_E: Tensor, q_E: Tensor, mask_E: Tensor) -> Tensor:
