@@ -85,11 +85,13 @@ def test_computes_what_transformers_computes(
 
 
 FOR_TRANSFORMER_ENGINE = re.compile(
-    r"decoder\.layers\.(\d+\.)?(pre_mlp_layernorm\.(weight|bias)|(pre_mlp_layernorm|self_attention\."
-    r"(core_attention|q_layernorm|k_layernorm))\._extra_state/.*)|decoder\.final_layernorm\._extra_state/.*"
+    r"decoder\.layers\.(\d+\.)?pre_mlp_layernorm\.(weight|bias)"
+    r"|decoder\.layers\.(\d+\.)?(pre_mlp_layernorm|self_attention\.(core_attention|[qk]_layernorm))"
+    r"\._extra_state/.*"
+    r"|(decoder\.final_layernorm|output_layer)\._extra_state/.*"
 )
 """What a conversion writes for transformer-engine's layers alone: the norm before the experts under the name
-that they have for it, and the empty objects of their norms and attention."""
+that they have for it, and the empty objects of their norms, attention and output layer."""
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -100,12 +102,8 @@ def test_megatron_looks_for_exactly_what_a_conversion_writes(
     folder, _ = families
     read = json.loads((folder / f"{name}-{layout}/keys.json").read_text())
     sought = {(key, tuple(shape)) for key, shape in read}
-    written = {
-        (key, tuple(getattr(entry, "size", ())))
-        for key, entry in FileSystemReader(folder / name / "release")
-        .read_metadata()
-        .state_dict_metadata.items()
-    }
+    entries = FileSystemReader(folder / name / "release").read_metadata().state_dict_metadata
+    written = {(key, tuple(getattr(entry, "size", ()))) for key, entry in entries.items()}
     assert sought - written == set()
     more = {key for key, _ in written - sought}
     assert more - {COMMON} == {key for key, _ in written if FOR_TRANSFORMER_ENGINE.fullmatch(key)}

@@ -81,8 +81,8 @@ def aligned_loss(folder: Path, name: str, model: Any) -> torch.Tensor:
         return [logits[range(len(end)), end].softmax(-1) for logits in found]
 
     drawn = [rows[index] for index in order(rows, SAMPLES, 7)]
-    chosen = [example for example in drawn if category.get((example.id, example.language)) == "ci"]
-    assert 3 < len(chosen) < SAMPLES
+    chosen = [example for example in drawn if category.get((example.id, example.language)) in ("ci", "cc")]
+    assert 5 < len(chosen) < SAMPLES
     p_LBE, q_LBE = last([english[example.id] for example in chosen]), last(chosen)
     divergences = [
         lumped_kl(p_LBE[layer][place].detach(), q_LBE[layer][place], mask.bool())

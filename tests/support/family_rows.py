@@ -71,15 +71,14 @@ def profile(folder: Path, name: str) -> dict[str, Any]:
 
 def alignment(folder: Path, name: str) -> list[str]:
     made = folder / f"{name}-profile"
-    flags = (
-        f"--ramoe-coeff {COEFF} --ramoe-layers {ZONE[0]}-{ZONE[1]} --ramoe-tokens last --ramoe-target example"
-    )
+    flags = f"--ramoe-coeff {COEFF} --ramoe-layers {ZONE[0]}-{ZONE[1]} --ramoe-examples ci+cc"
     files = [
         "--ramoe-taxonomy",
         str(folder / "taxonomy.jsonl"),
         "--ramoe-priors",
         str(made / "priors.safetensors"),
     ]
+    flags += " --ramoe-tokens last --ramoe-target example"
     return [*flags.split(), *files, "--ramoe-experts", str(made / "experts.safetensors")]
 
 
