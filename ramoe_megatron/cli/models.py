@@ -26,7 +26,10 @@ def convert(folder: Path, out: Path, check: bool) -> None:
 
         plan = engine.plan_conversion(folder)
     tensors = sum(len(batch) for batch in plan.batches)
-    click.echo(f"ramoe: {plan.family.name}: {tensors} pieces, {plan.bytes / 1e9:.2f} GB")
+    click.echo(
+        f"ramoe: {plan.family.name}: {tensors} pieces, {plan.bytes / 1e9:.2f} GB, "
+        f"at most {plan.memory / 1e9:.2f} GB of them in memory"
+    )
     if check:
         engine.refuse_taken(out)
         return

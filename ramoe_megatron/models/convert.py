@@ -32,7 +32,7 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.models.decoder import Family, Flags, Piece, extra_states
 from ramoe_megatron.models.families import CONFIG, family_of
 from ramoe_megatron.models.note import FLAGS, NOTE, ORIGINAL, ModelNote, note_in
-from ramoe_megatron.models.operations import Shape
+from ramoe_megatron.models.operations import Copy, Shape
 from ramoe_megatron.models.safetensors_folder import (
     INDEX,
     SINGLE,
@@ -76,6 +76,8 @@ class Conversion:
     """Pieces of each `.distcp` file."""
     bytes: int
     """Bytes that will be written."""
+    memory: int
+    """Most bytes of tensors that are in memory at once: a piece that is written, and the next one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,9 @@ def plan_conversion(folder: Path) -> Conversion:
             filled = 0
         batches[-1].append(piece)
         filled += size
-    return Conversion(source, family, config, batches, sum(sizes))
+    made = [_work(piece, source.tensors) * size for piece, size in zip(pieces, sizes, strict=True)]
+    memory = max(size + then for size, then in zip(sizes, [*made[1:], 0], strict=True))
+    return Conversion(source, family, config, batches, sum(sizes), max(memory, made[0]))
 
 
 def check_tensors(folder: Path, tensors: Mapping[str, Stored], pieces: Iterable[Piece]) -> None:
@@ -149,6 +153,13 @@ def check_tensors(folder: Path, tensors: Mapping[str, Stored], pieces: Iterable[
 def _dtype(piece: Piece, tensors: Mapping[str, Stored]) -> torch.dtype:
     dtype = tensors[piece.parts[0].name].dtype
     return torch.bfloat16 if dtype == torch.uint8 else dtype  # MXFP4 is decoded
+
+
+def _work(piece: Piece, tensors: Mapping[str, Stored]) -> int:
+    """Bytes that are in memory while a piece is made, in sizes of the piece (measured, rounded up)."""
+    if tensors[piece.parts[0].name].dtype == torch.uint8:
+        return 9  # MXFP4 is looked up by numbers of 8 bytes
+    return 1 if piece.operation == Copy() else 4
 
 
 def convert_folder(plan: Conversion, out: Path, progress: Progress = lambda _: None) -> None:

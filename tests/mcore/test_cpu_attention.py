@@ -96,16 +96,24 @@ def test_training_is_the_same_on_one_and_two_context_parallel_ranks(world: Path,
     assert ("routing_alignment_loss" in logged[0]["first"]) == (name != "plain")
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.sampled_from([1, 2, 3]))
-def test_every_query_sees_the_rows_before_it_in_its_own_sample(units: list[int], cp: int) -> None:
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    st.sampled_from([1, 2, 3]),
+    st.none() | st.integers(0, 12),
+)
+def test_every_query_sees_the_rows_before_it_in_its_own_sample(
+    units: list[int], cp: int, window: int | None
+) -> None:
+    """With a window, only the nearest of them."""
     lengths = [2 * cp * unit for unit in units]
     borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     rows = _rows_of_ranks(sum(lengths), cp, borders, None)
     keys = torch.cat(rows)
     seen = torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool)
     for mine in rows:
-        seen[mine[:, None], keys[None]] = ~masked_pairs(mine, keys, borders)
-    assert torch.equal(seen, torch.block_diag(*(torch.ones(n, n) for n in lengths)).tril().bool())
+        seen[mine[:, None], keys[None]] = ~masked_pairs(mine, keys, borders, window)
+    expected = torch.block_diag(*(torch.ones(n, n) for n in lengths)).tril().bool()
+    assert torch.equal(seen, expected if window is None else expected.triu(-window))
 
 
 def test_what_causal_attention_would_get_wrong_is_refused(world: Path) -> None:

@@ -1,5 +1,6 @@
 """A converted checkpoint of each family computes with Megatron what transformers computes, in any layout."""
 
+import json
 import re
 import types
 from collections.abc import Callable
@@ -9,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from family_models import computed, family_flags, write_checkpoint
+from family_models import computed, family_flags, finetune_flags
 from safetensors.torch import load_file
-from small_run import ALONE, load_flags, outcome, run_table, weights, write_world
+from small_run import load_flags, outcome, run_table, weights
 from tiny_models import MODELS
+from torch.distributed.checkpoint import FileSystemReader
 
 from ramoe_megatron.artifacts.files import save_document
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.models.convert import export_checkpoint, plan_export
 from ramoe_megatron.models.note import FLAGS, NOTE, ORIGINAL
+from ramoe_megatron.models.torch_dist import COMMON
 
 SCRIPT = str(Path(__file__).parents[1] / "support/family_job.py")
 OWN_SCRIPT = str(Path(__file__).parents[2] / "examples/pretrain_gpt.py")
@@ -28,13 +31,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp": (2, TP),
     "tp-ep": (4, (*TP, "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")),
 }
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("families")
-    write_world(folder)
-    return folder, {name: write_checkpoint(name, folder) for name in MODELS}
 
 
 def forward(folder: Path, name: str, layout: str, checkpoint: str) -> dict[str, Any]:
@@ -51,14 +47,11 @@ def training(folder: Path, name: str, layout: str, kind: str = "trained") -> dic
     --load is the folder of --save, as in a run that can resume.
     """
     row = f"{name}-{layout}-{kind}"
-    steps = "--micro-batch-size 2 --global-batch-size 8 --train-iters 3 --lr 1e-3 --seed 7 --num-workers 0"
-    unread = "--eval-iters 0 --eval-interval 1000 --log-interval 1 --distributed-timeout-minutes 3"
+    steps = "--micro-batch-size 2 --global-batch-size 8 --train-iters 3".split()
     saved = ["--save", str(folder / row), "--load", str(folder / row), "--save-interval", "3"]
-    # no loss of Megatron's, whose value depends on how the batch is split
-    flags = [*family_flags(folder, name), *LAYOUTS[layout][1], *ALONE, "--moe-aux-loss-coeff", "0"]
     start = [flag for flag in load_flags(folder, name) if flag != "--finetune"]
     data = ["--ramoe-data", str(folder / "parallel.jsonl")]
-    argv = [*flags, *steps.split(), *unread.split(), *saved, *start, *data]
+    argv = [*finetune_flags(folder, name), *LAYOUTS[layout][1], *steps, *saved, *start, *data]
     return {"name": row, "job": "finetune", "argv": argv, "everything": True}
 
 
@@ -89,6 +82,31 @@ def test_computes_what_transformers_computes(
             assert torch.equal(found[key].argmax(-1), right.argmax(-1)), key
     record_property("parity", [name, layout, worst])
     assert worst < 1e-4
+
+
+FOR_TRANSFORMER_ENGINE = re.compile(
+    r"decoder\.layers\.(\d+\.)?pre_mlp_layernorm\.(weight|bias)"
+    r"|decoder\.layers\.(\d+\.)?(pre_mlp_layernorm|self_attention\.(core_attention|[qk]_layernorm))"
+    r"\._extra_state/.*"
+    r"|(decoder\.final_layernorm|output_layer)\._extra_state/.*"
+)
+"""What a conversion writes for transformer-engine's layers alone: the norm before the experts under the name
+that they have for it, and the empty objects of their norms, attention and output layer."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_megatron_looks_for_exactly_what_a_conversion_writes(
+    name: str, layout: str, families: tuple[Path, dict[str, Any]]
+) -> None:
+    """Keys, shapes and objects of `sharded_state_dict()` of the real model, over all ranks."""
+    folder, _ = families
+    read = json.loads((folder / f"{name}-{layout}/keys.json").read_text())
+    sought = {(key, tuple(shape)) for key, shape in read}
+    entries = FileSystemReader(folder / name / "release").read_metadata().state_dict_metadata
+    written = {(key, tuple(getattr(entry, "size", ()))) for key, entry in entries.items()}
+    assert sought - written == set()
+    more = {key for key, _ in written - sought}
+    assert more - {COMMON} == {key for key, _ in written if FOR_TRANSFORMER_ENGINE.fullmatch(key)}
 
 
 TRAINED = ("olmoe", "phimoe", "gpt-oss")

@@ -67,6 +67,7 @@ def build_model(cp: int) -> Any:
     config = TransformerConfig(
         num_layers=2, hidden_size=HIDDEN, num_attention_heads=4, num_query_groups=2, normalization="RMSNorm",
         use_cpu_initialization=True, context_parallel_size=cp, attention_dropout=0.0, hidden_dropout=0.0,
+        window_size=(3, 0), window_attn_skip_freq=2, softmax_type="learnable",
     )  # fmt: skip
     torch.manual_seed(3)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -107,7 +108,7 @@ def refusals(model: Any, packed: Any) -> list[str]:
     for window, other in (
         (None, {"attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool)}),
         (None, {"attn_mask_type": AttnMaskType.no_mask}),
-        ((4, 0), {}),
+        ((4, 1), {}),
         (None, {"packed_seq_params": replace(packed, qkv_format="sbhd")}),
         (None, {"packed_seq_params": replace(packed, local_cp_size=1)}),
     ):

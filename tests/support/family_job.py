@@ -1,5 +1,6 @@
 """A job for the tests: the logits of random sequences, and the experts that every token was routed to."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,30 @@ def main() -> None:
 
         for group in model.groups([len(sequence.ids) for sequence in encoded]):
             model.run(encoded, group, read, context=lambda micro: Choices(micro, found))
+        keys = {entry for chunk in model.chunks for entry in checkpoint_entries(chunk)}
         ranks: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(ranks, found)
+        of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_ranks, keys)
         if torch.distributed.get_rank() == 0:
             out = Path(str(options.output))
             out.mkdir(parents=True, exist_ok=True)
             together = {key: value for rank in ranks for key, value in rank.items()}
             save_file({k: v.contiguous() for k, v in together.items()}, out / "family.safetensors")
+            (out / "keys.json").write_text(json.dumps(sorted(set().union(*of_ranks))))
+
+
+def checkpoint_entries(chunk: Any) -> set[tuple[str, tuple[int, ...]]]:
+    """Key and global shape of all that Megatron looks for in our checkpoint; an object has no shape."""
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state = chunk.sharded_state_dict(metadata={"dp_cp_group": group})
+    apply_factories(state)
+    values = list(nested_values(state))
+    found = {(value.key, tuple(value.global_shape)) for value in values if isinstance(value, ShardedTensor)}
+    objects = {(value.unique_key, ()) for value in values if isinstance(value, ShardedObject)}
+    assert len(values) == sum(isinstance(value, ShardedTensor | ShardedObject) for value in values)
+    return found | objects

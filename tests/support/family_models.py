@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import yaml
 from family_job import sequences
-from small_run import SEQUENCE
+from small_run import ALONE, SEQUENCE
 from tiny_models import make_model
 
 from ramoe_megatron.mcore.cpu.backend import cpu_command_line
@@ -55,3 +55,13 @@ def family_flags(folder: Path, name: str) -> list[str]:
     more = ["--seq-length", str(SEQUENCE), "--tokenizer-type", "SentencePieceTokenizer"]
     more += ["--tokenizer-model", str(folder / "tokenizer.model"), "--moe-token-dispatcher-type", "alltoall"]
     return cpu_command_line([*render(flags), *more])[0]
+
+
+def finetune_flags(folder: Path, name: str) -> list[str]:
+    """Flags of a fine-tuning of the checkpoint folder/NAME, without its data and its number of steps.
+
+    Megatron adds no loss at the routers, because its value depends on how the batch is split.
+    """
+    steps = "--lr 1e-3 --seed 7 --num-workers 0 --eval-iters 0 --eval-interval 1000 --log-interval 1"
+    waits = ["--distributed-timeout-minutes", "3"]
+    return [*family_flags(folder, name), *ALONE, "--moe-aux-loss-coeff", "0", *steps.split(), *waits]

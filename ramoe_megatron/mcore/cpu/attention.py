@@ -60,9 +60,19 @@ def attention_stand_ins() -> list[tuple[Any, str, Any]]:
             # Every rank's queries use every key. The backward pass sums over ranks and returns each rank's
             # rows.
             key, value = (gather_from_sequence_parallel_region(rows, group=group) for rows in (key, value))
+        softmax = self.scale_mask_softmax
+        window = softmax.window_size
         rows_of_rank = _rows_of_ranks(key.shape[0], cp, cu_seqlens, key.device)
-        masked_QK = masked_pairs(rows_of_rank[cp_rank], torch.cat(rows_of_rank), cu_seqlens)
-        return stock_forward(self, query, key, value, masked_QK[None, None], attn_mask_type, attention_bias)
+        masked_QK = masked_pairs(
+            rows_of_rank[cp_rank], torch.cat(rows_of_rank), cu_seqlens, window[0] if window else None
+        )
+        # With a window the softmax would make a mask of its own, of one whole sequence.
+        softmax.window_size = None
+        try:
+            masked = masked_QK[None, None]
+            return stock_forward(self, query, key, value, masked, attn_mask_type, attention_bias)
+        finally:
+            softmax.window_size = window
 
     return [
         (DotProductAttention, "__init__", init_with_context_parallelism),
@@ -70,20 +80,27 @@ def attention_stand_ins() -> list[tuple[Any, str, Any]]:
     ]
 
 
-def masked_pairs(query_row_Q: Tensor, key_row_K: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """True where a query must not see a key: a later key, or a key of another packed sample. [Q, K], bool
+def masked_pairs(
+    query_row_Q: Tensor, key_row_K: Tensor, cu_seqlens: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """True where a query must not see a key. [Q, K], bool
+
+    Such a key is later, before the window, or of another packed sample.
 
     Args:
         query_row_Q, key_row_K: global rows (`placement.py`).
         cu_seqlens: borders of the packed samples; None when not packed.
+        window: keys before the query that it sees; None for all.
     """
-    later_QK = key_row_K[None, :] > query_row_Q[:, None]
+    masked_QK = key_row_K[None, :] > query_row_Q[:, None]
+    if window is not None:
+        masked_QK = masked_QK | (key_row_K[None, :] < query_row_Q[:, None] - window)
     if cu_seqlens is None:
-        return later_QK
+        return masked_QK
     sample_Q, sample_K = (
         torch.searchsorted(cu_seqlens.long(), row, right=True) for row in (query_row_Q, key_row_K)
     )
-    return later_QK | (sample_Q[:, None] != sample_K[None, :])
+    return masked_QK | (sample_Q[:, None] != sample_K[None, :])
 
 
 def _rows_of_ranks(length: int, cp: int, cu_seqlens: Tensor | None, device: Any) -> list[Tensor]:
@@ -107,9 +124,10 @@ def _context_parallel_group(attention: Any) -> Any:
 def _refuse_other_masks(
     attention: Any, attention_mask: Tensor | None, mask_type: Any, packed_seq_params: Any
 ) -> None:
-    """Raise RamoeError for anything but plain causal attention within each sample."""
+    """Raise RamoeError for anything but causal attention within each sample, with or without a window."""
     from megatron.core.transformer.enums import AttnMaskType
 
+    window = attention.scale_mask_softmax.window_size
     where = "--context-parallel-size above 1" if packed_seq_params is None else "packed samples"
     found = [
         name
@@ -119,7 +137,10 @@ def _refuse_other_masks(
                 mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal),
             ),
             ("an attention mask of the caller's (pass None)", attention_mask is not None),
-            ("--window-size", attention.scale_mask_softmax.window_size is not None),
+            (
+                f"--window-size {window} (expected LEFT,0 with LEFT of 0 or more)",
+                window is not None and (window[0] < 0 or window[1] != 0),
+            ),
             ("cross-attention", attention.attention_type != "self"),
             ("--hybrid-context-parallel", getattr(packed_seq_params, "local_cp_size", None) is not None),
             (
