@@ -114,7 +114,7 @@ def profile_flags(folder: Path) -> list[str]:
     """Flags of the profile job with EP 2, over a few examples that are written beside the model."""
     world = folder / "world"
     if not world.exists():
-        write_world(world, SHAPE)
+        write_world(world, SHAPE, examples=4)
     model = yaml.safe_load((folder / "mg" / FLAGS).read_text())
     own = "--bf16 --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall --seq-length 64".split()
     own += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(world / "tokenizer.model")]

@@ -26,10 +26,13 @@ TASKS = ("even", "odd")
 EXAMPLES = 64
 
 
-def write_world(folder: Path, shape: Shape) -> None:
+def write_world(folder: Path, shape: Shape, examples: int = EXAMPLES) -> None:
     """Write a tokenizer, parallel examples that nearly fill a sequence, and the files of stages 1 and 2.
 
     Three quarters of an example are its prompt.
+
+    Args:
+        examples: number of them in each of two languages.
     """
     folder.mkdir(parents=True, exist_ok=True)
     generator = random.Random(0)
@@ -38,7 +41,7 @@ def write_world(folder: Path, shape: Shape) -> None:
     (folder / "tokenizer.model").write_bytes(train_tokenizer(texts, VOCABULARY, apart=LETTERS))
 
     rows, taxonomy = [], []
-    for number in range(EXAMPLES):
+    for number in range(examples):
         task = TASKS[number % 2]
         for language in ("en", "xx"):
             prompt, response = (

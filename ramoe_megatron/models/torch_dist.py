@@ -6,6 +6,7 @@ memory; this one needs only the piece at hand.
 """
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -231,7 +232,8 @@ class TorchDist:
     def _load(self, info: _StorageInfo) -> Tensor:
         if info.relative_path not in self._open:
             self._open[info.relative_path] = (self.folder / info.relative_path).open("rb")
-        part = _create_file_view(self._open[info.relative_path], info.offset, info.length)
+        file = cast(io.IOBase, self._open[info.relative_path])
+        part = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
         return torch.load(part, map_location="cpu", weights_only=True)
 
 
