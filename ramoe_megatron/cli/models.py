@@ -65,7 +65,7 @@ def export(checkpoint: Path, out: Path, check: bool) -> None:
 
 @contextlib.contextmanager
 def _reading_ahead(folder: Path | None) -> Iterator[None]:
-    """Read the weights of a folder into the page cache while the block imports, which leaves the disk idle."""
+    """Read the weights of a folder into the page cache while the block imports: the disk is idle then."""
     done = threading.Event()
 
     def read() -> None:
