@@ -32,6 +32,7 @@ def convert(folder: Path, out: Path, check: bool) -> None:
     )
     if check:
         engine.refuse_taken(out)
+        engine.refuse_full(out, plan.bytes)
         return
     with _bar("convert", plan.bytes) as moved:
         engine.convert_folder(plan, out, moved)
@@ -57,6 +58,7 @@ def export(checkpoint: Path, out: Path, check: bool) -> None:
     )
     if check:
         engine.refuse_taken(out)
+        engine.refuse_full(out, plan.bytes)
         return
     with _bar("export", plan.bytes) as moved:
         engine.export_checkpoint(plan, out, moved)

@@ -249,6 +249,17 @@ def refuse_taken(out: Path) -> None:
         raise RamoeError(f"{out} exists already; nothing is overwritten: give another --out, or remove it")
 
 
+def refuse_full(out: Path, size: int) -> None:
+    """Raise RamoeError when the disk of the output has no room for so many bytes."""
+    place = next(folder for folder in out.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise RamoeError(
+            f"{place}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB needed; "
+            "make room, or give another --out"
+        )
+
+
 def begin(unfinished: Path, plan: Mapping[str, Any], size: int) -> None:
     """Make the folder of an unfinished output, or take up the one of the same plan.
 
@@ -261,16 +272,9 @@ def begin(unfinished: Path, plan: Mapping[str, Any], size: int) -> None:
             raise RamoeError(
                 f"{unfinished} is the unfinished output of another model; remove it, or give another --out"
             )
-    else:
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
     present = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
-    free = shutil.disk_usage(unfinished.parent).free
-    if free < size - present:
-        raise RamoeError(
-            f"{unfinished.parent}: {free / 1e9:.1f} GB free, {(size - present) / 1e9:.1f} GB needed; "
-            "make room, or give another --out"
-        )
-    unfinished.mkdir(exist_ok=True)
+    refuse_full(unfinished, size - present)
+    unfinished.mkdir(parents=True, exist_ok=True)
     for path in unfinished.rglob(".*.tmp"):  # of an attempt that was killed
         path.unlink()
     atomic_write_text(note, json.dumps(dict(plan)))

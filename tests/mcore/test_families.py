@@ -111,28 +111,33 @@ def test_megatron_looks_for_exactly_what_a_conversion_writes(
 
 TRAINED = ("olmoe", "phimoe", "gpt-oss")
 """The families with modules of their own."""
+TRAININGS = [(name, layout) for layout in ("one", "pp") for name in MODELS] + [(n, "tp-ep") for n in TRAINED]
+"""Family and layout of each training of three steps."""
 
 
 @pytest.fixture(scope="module")
 def trained(families: tuple[Path, dict[str, Any]]) -> Path:
-    """Every family after three steps on one rank, and those with own modules in a layout of four ranks."""
+    """The checkpoints of `TRAININGS`, each with the logits that Megatron computes of it in its layout."""
     folder, _ = families
-    table = [training(folder, name, "one") for name in MODELS]
-    table += [forward(folder, name, "one-after", f"{name}-one-trained") for name in MODELS]
-    own = training(folder, "phimoe", "one", "own")
-    run_table(1, [*table, own | {"job": OWN_SCRIPT}], folder, "trained")
-    run_table(4, [training(folder, name, "tp-ep") for name in TRAINED], folder, "trained-4")
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for name, layout in TRAININGS:
+        after = forward(folder, name, f"{layout}-after", f"{name}-{layout}-trained")
+        tables.setdefault(layout, []).extend([training(folder, name, layout), after])
+    tables["one"].append(training(folder, "phimoe", "one", "own") | {"job": OWN_SCRIPT})
+    for layout, table in tables.items():
+        run_table(LAYOUTS[layout][0], table, folder, f"trained-{layout}")
     return folder
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_trained_model_is_exported_to_what_was_trained(name: str, trained: Path) -> None:
-    checkpoint = trained / f"{name}-one-trained"
-    assert len(outcome(trained, f"{name}-one-trained")["gradient_norms"]) == 3
-    export_checkpoint(plan_export(checkpoint), trained / f"{name}-exported")
-    model = transformers.AutoModelForCausalLM.from_pretrained(trained / f"{name}-exported").eval()
+@pytest.mark.parametrize(("name", "layout"), TRAININGS)
+def test_a_trained_model_is_exported_to_what_was_trained(name: str, layout: str, trained: Path) -> None:
+    checkpoint = trained / f"{name}-{layout}-trained"
+    assert len(outcome(trained, checkpoint.name)["gradient_norms"]) == 3
+    exported = trained / f"{name}-{layout}-exported"
+    export_checkpoint(plan_export(checkpoint), exported)
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
     model.set_attn_implementation("eager")
-    found = load_file(trained / f"{name}-one-after/family.safetensors")
+    found = load_file(trained / f"{name}-{layout}-after/family.safetensors")
     for key, right in computed(model).items():
         torch.testing.assert_close(found[key].float(), right.float(), atol=1e-4, rtol=0)
 
