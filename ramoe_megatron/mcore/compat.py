@@ -54,6 +54,41 @@ def skip_helper_compilation() -> None:
     utils.compile_helpers = lambda: None
 
 
+def merge_halves_in_place() -> None:
+    """Put the halves of a gated projection together without a copy when a checkpoint is loaded.
+
+    Megatron 0.19 loads gate and up into views of the weight and then concatenates all views of the model to
+    new tensors. So loading takes two thirds of the experts' memory again.
+
+    Remove when the `merge_fn` of `apply_swiglu_sharded_factory` returns the weight itself.
+    """
+    from megatron.core.transformer import mlp
+    from megatron.core.transformer.moe import experts
+
+    made = mlp.apply_swiglu_sharded_factory
+    if hasattr(made, "__wrapped__"):
+        return
+
+    @functools.wraps(made)
+    def apply_swiglu_sharded_factory(*args: Any, **kwargs: Any) -> Any:
+        factory = made(*args, **kwargs)
+        factory.merge_fn = functools.partial(_merged, factory.merge_fn)
+        return factory
+
+    mlp.apply_swiglu_sharded_factory = experts.apply_swiglu_sharded_factory = apply_swiglu_sharded_factory
+
+
+def _merged(concatenate: Callable[[Any], Any], halves: Any) -> Any:
+    """The weight whose views the two halves are, or a new tensor if they are apart."""
+    first, second = halves
+    end = first.data_ptr() + first.nbytes
+    if not (first.is_contiguous() and second.is_contiguous() and second.data_ptr() == end):
+        return concatenate(halves)
+    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return concatenate(halves)
+    return first.as_strided((len(first) + len(second), *first.shape[1:]), first.stride())
+
+
 def printable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Escape the per cent signs in Megatron 0.19's help texts, on which `--help` fails.
 

@@ -49,6 +49,7 @@ def megatron_arguments(
     refuse_unwritable(sys.argv[1:], "command line")
     with cpu_backend() as on_cpu:
         compat.skip_helper_compilation()
+        compat.merge_halves_in_place()
         with command_line([*sys.argv[1:], *flags], on_cpu) as left_out:
             if left_out and is_rank_0():
                 print(f"ramoe: the CPU backend leaves out {', '.join(left_out)}", flush=True)
