@@ -255,8 +255,7 @@ def refuse_full(out: Path, size: int) -> None:
     free = shutil.disk_usage(place).free
     if free < size:
         raise RamoeError(
-            f"{place}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB needed; "
-            "make room, or give another --out"
+            f"{place}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB needed; make room, or give another --out"
         )
 
 
@@ -267,11 +266,10 @@ def begin(unfinished: Path, plan: Mapping[str, Any], size: int) -> None:
         RamoeError: the folder is of another plan, or the disk has no room for what is missing.
     """
     note = unfinished / PLAN
-    if unfinished.exists():
-        if not note.is_file() or read_json(note) != dict(plan):
-            raise RamoeError(
-                f"{unfinished} is the unfinished output of another model; remove it, or give another --out"
-            )
+    if unfinished.exists() and (not note.is_file() or read_json(note) != dict(plan)):
+        raise RamoeError(
+            f"{unfinished} is the unfinished output of another model; remove it, or give another --out"
+        )
     present = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
     refuse_full(unfinished, size - present)
     unfinished.mkdir(parents=True, exist_ok=True)
