@@ -23,7 +23,7 @@ ANSWERS = {"continent": ("002", "019", "142", "150"), "language": ("ar", "en", "
 """Task -> the answers to choose from, as codes of CLDR. Each is the answer of equally many questions."""
 COUNTS = {"train": 3, "test": 4}
 """Split -> questions of each answer."""
-WORDS = 40
+WORDS = 25
 """Words of a row of general text."""
 SEED = 1
 
