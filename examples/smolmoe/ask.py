@@ -69,6 +69,7 @@ def megatron_answer(checkpoint: Path, question: str) -> str:
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as in the recipe: a GPU would need transformer-engine
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     turns = ({"role": "user", "content": question}, {"role": "assistant", "content": "?"})
