@@ -35,8 +35,9 @@ def main() -> None:
         print(f"transformers: {transformers_answer(options.folder, options.question)}")
     else:
         raise RamoeError(
-            f"{options.folder}: neither a Hugging Face folder ({CONFIG}) nor a checkpoint of `ramoe convert`; "
-            "give the folder that make_model.py, `ramoe convert`, `ramoe run` or `ramoe export` wrote"
+            f"{options.folder}: neither a Hugging Face folder ({CONFIG}) nor a checkpoint of "
+            "`ramoe convert`; give a folder that make_model.py, `ramoe convert`, `ramoe run` or "
+            "`ramoe export` wrote"
         )
 
 

@@ -1,9 +1,10 @@
 """Write parallel questions in English and Spanish, and general English text.
 
-    python examples/smolmoe/make_data.py runs/smolmoe-data
+    python examples/smolmoe/make_data.py --out runs/smolmoe-data
 
-The questions are facts of Unicode CLDR, which the library Babel ships: the continent and the official language
-of a territory. Names, not codes, are asked for and answered. The general text is this repository's licence.
+The questions are facts of Unicode CLDR, which the library Babel ships: the continent and the official
+language of a territory. Questions and answers have names, not codes. The general text is this repository's
+licence.
 """
 
 import argparse
@@ -31,7 +32,7 @@ SEED = 1
 def main() -> None:
     """Write parallel.jsonl and general.jsonl into the folder."""
     parser = argparse.ArgumentParser(prog="make_data.py")
-    parser.add_argument("out", type=Path, help="the folder to write to")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
     out = parser.parse_args().out
     for name, rows in (("parallel", list(parallel_rows())), ("general", list(general_rows()))):
         atomic_write_text(out / f"{name}.jsonl", write_rows(rows))

