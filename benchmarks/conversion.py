@@ -131,7 +131,9 @@ def measured(command: list[str]) -> tuple[float, int]:
     """
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     started, peak = time.monotonic(), 0
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    # a fixed threshold: else glibc keeps what building the model frees, 2 GB a rank
+    own = {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    process = subprocess.Popen(command, env={**os.environ, **own})
     while process.poll() is None:
         peak = max(peak, anonymous(process.pid))
         time.sleep(0.05)

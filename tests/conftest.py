@@ -47,6 +47,7 @@ STARTS = (
     "test_runner",
     "test_mcore_launch",
     "test_example_script",
+    "test_smolmoe",
     "test_slurm_scripts",
     "test_versions",
 )

@@ -21,7 +21,7 @@ from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.report.artefact_tables import summary_table
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = (".", "docs", "docs/results", "examples", "benchmarks", "slurm")
+FOLDERS = (".", "docs", "docs/results", "examples", "examples/smolmoe", "benchmarks", "slurm")
 TEXTS = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for folder in FOLDERS
