@@ -91,7 +91,10 @@ def operations(action: Callable[[], Any], on_cpu: bool) -> int:
         action()
         torch.cuda.synchronize()
     if not on_cpu:
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+        on_device = [
+            event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA
+        ]
+        return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
     return sum(event.name.startswith("aten::") and not event.cpu_children for event in profile.events())
 
 

@@ -93,7 +93,8 @@ def computed(shape: str, folder: Path, where: str, precision: str) -> dict[str, 
     command += ["-m", "benchmarks.parity", "compute", shape, str(folder), name, precision]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     unseen = {"CUDA_VISIBLE_DEVICES": ""} if where == "CPU" else {}
-    environment = {**os.environ, "PYTHONPATH": path, **unseen}
+    exact = {"NVIDIA_TF32_OVERRIDE": "0"} if precision == "float32" else {}  # transformer-engine allows TF32
+    environment = {**os.environ, "PYTHONPATH": path, **unseen, **exact}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{done.stdout}{done.stderr}benchmarks: {name}: status {done.returncode}")

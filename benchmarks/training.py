@@ -89,6 +89,7 @@ class Arm:
 
         set_moe_metrics_tracker(self.tracker)
         self.before()
+        self.tracker.before_report = None  # a training makes this check once, not at every step
 
     def step(self, schedule: Callable | None = None) -> None:
         """One step of Megatron's training loop. `schedule` replaces Megatron's forward-backward function."""

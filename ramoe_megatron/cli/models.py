@@ -3,11 +3,12 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import click
 
+from ramoe_megatron.artifacts.checkpoints import TRACKER, latest_checkpoint
 from ramoe_megatron.cli.show import EXISTING, FOLDER
 
 
@@ -21,7 +22,7 @@ def convert(folder: Path, out: Path, check: bool) -> None:
     The checkpoint loads with --load or --pretrained-checkpoint in any parallel layout. Beside it:
     model_args.yaml, the model's Megatron flags. No GPU is needed.
     """
-    with _reading_ahead(None if check else folder):
+    with _reading_ahead([] if check else folder.glob("*.safetensors")):
         from ramoe_megatron.models import convert as engine
 
         plan = engine.plan_conversion(folder)
@@ -31,8 +32,7 @@ def convert(folder: Path, out: Path, check: bool) -> None:
         f"at most {plan.memory / 1e9:.2f} GB of them in memory"
     )
     if check:
-        engine.refuse_taken(out)
-        engine.refuse_full(out, plan.bytes)
+        engine.refuse_output(plan, out)
         return
     with _bar("convert", plan.bytes) as moved:
         engine.convert_folder(plan, out, moved)
@@ -48,7 +48,7 @@ def export(checkpoint: Path, out: Path, check: bool) -> None:
 
     The checkpoint may have been saved in any parallel layout. Its base model must come from `ramoe convert`.
     """
-    with _reading_ahead(None if check else checkpoint):
+    with _reading_ahead([] if check else _files_of(checkpoint)):
         from ramoe_megatron.models import convert as engine
 
         plan = engine.plan_export(checkpoint)
@@ -57,34 +57,38 @@ def export(checkpoint: Path, out: Path, check: bool) -> None:
         f"{len(plan.files)} files"
     )
     if check:
-        engine.refuse_taken(out)
-        engine.refuse_full(out, plan.bytes)
+        engine.refuse_output(plan, out)
         return
     with _bar("export", plan.bytes) as moved:
         engine.export_checkpoint(plan, out, moved)
     click.echo(f"ramoe: wrote {out}")
 
 
+def _files_of(checkpoint: Path) -> Iterator[Path]:
+    """The weight files of a checkpoint's latest iteration; none if there is no checkpoint."""
+    if (checkpoint / TRACKER).is_file():
+        yield from latest_checkpoint(checkpoint)[1].glob("*.distcp")
+
+
 @contextlib.contextmanager
-def _reading_ahead(folder: Path | None) -> Iterator[None]:
-    """Read the weights of a folder into the page cache while the block imports: the disk is idle then."""
+def _reading_ahead(files: Iterable[Path]) -> Iterator[None]:
+    """Read files into the page cache while the block imports torch and plans, which leaves the disk idle."""
     done = threading.Event()
 
     def read() -> None:
         buffer = bytearray(8 << 20)
-        for path in sorted(folder.rglob("*") if folder else ()):
-            if path.suffix in (".safetensors", ".distcp"):
-                with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
-                    while not done.is_set() and file.readinto(buffer):
-                        pass
+        with contextlib.suppress(OSError):
+            for path in sorted(files):
+                with path.open("rb", buffering=0) as file:
+                    while file.readinto(buffer):
+                        if done.is_set():
+                            return
 
-    reader = threading.Thread(target=read)
-    reader.start()
+    threading.Thread(target=read, daemon=True).start()
     try:
         yield
     finally:
         done.set()
-        reader.join()
 
 
 @contextlib.contextmanager

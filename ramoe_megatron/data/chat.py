@@ -105,9 +105,12 @@ def _prelude(tokenizer: Any, dated: bool) -> str:
         texts = {name: tokenizer._tokenizer.ids_to_tokens([i])[0] for name, i in ids.items() if i >= 0}
         parts += [f"{{% set {name} = {json.dumps(text)} %}}" for name, text in texts.items()]
     if dated:  # a function cannot be handed over: transformers makes a text of it
-        codes = [f"%{code}" for code in "YymdBbAaHMSIpj"]
+        codes = [f"%{code}" for code in (*"YymdBbAaHMSIpjFe", "-d", "-m")]
         filters = "".join(f"|replace({code!r}, {TODAY.strftime(code)!r})" for code in codes)
-        parts.append(f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}")
+        unknown = "{{ raise_exception('the date format ' ~ format ~ ' is not known here') }}"
+        known = f"{{% if '%' in written %}}{unknown}{{% endif %}}{{{{ written }}}}"
+        written = f"{{% set written = format{filters} %}}{known}"
+        parts.append(f"{{% macro strftime_now(format) %}}{written}{{% endmacro %}}")
     return "".join([*parts, "{{ '' }}"]) if parts else ""  # a block would take the line break after it
 
 

@@ -183,7 +183,8 @@ def check_examples(examples: Iterable[Example], tokenizer: Tokenizer) -> None:
 
 def _answered(example: Example) -> list[Example]:
     """The example with its response, and with each of its choices."""
-    return [example, *(_with_response(example, choice) for choice in example.choices or ())]
+    others = [choice for choice in example.choices or () if choice != example.response]
+    return [example, *(_with_response(example, choice) for choice in others)]
 
 
 def _border_fault(example: Example, tokenizer: Tokenizer) -> str | None:

@@ -22,7 +22,7 @@ from ramoe_megatron.mcore.launch import run_job
 
 def main() -> None:
     """Check the command lines on stdin."""
-    compat.refuse_old_megatron()
+    compat.refuse_other_megatron()
     lines = [Line(**entry) for entry in json.load(sys.stdin)]
     with cpu_backend() as on_cpu:
         compat.remember_docstrings()

@@ -46,9 +46,9 @@ class Job:
         Raises:
             RamoeError: Megatron is too old for the jobs, or a flag or an input is wrong.
         """
-        from ramoe_megatron.mcore.compat import refuse_old_megatron
+        from ramoe_megatron.mcore.compat import refuse_other_megatron
 
-        refuse_old_megatron()
+        refuse_other_megatron()
         from ramoe_megatron.mcore.arguments import CHECK, job_arguments
         from ramoe_megatron.mcore.launch import megatron_arguments
 

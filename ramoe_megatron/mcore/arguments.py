@@ -120,7 +120,7 @@ def job_arguments(*options: type) -> Callable[[argparse.ArgumentParser], argpars
 
 def known_flags() -> set[str]:
     """Every flag that a training job accepts: Megatron's and ours. Raises RamoeError for an old Megatron."""
-    compat.refuse_old_megatron()
+    compat.refuse_other_megatron()
     from megatron.training.arguments import add_megatron_arguments
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))

@@ -15,13 +15,14 @@ JOBS_NEED = ">=0.19,<0.21"
 """The versions of megatron-core that the jobs run on. `attach` and `routing_batch` need 0.17 or newer."""
 
 
-def refuse_old_megatron() -> None:
-    """Raise RamoeError if the installed Megatron is too old for the jobs.
+def refuse_other_megatron() -> None:
+    """Raise RamoeError if the jobs do not run on the installed Megatron.
 
     Megatron 0.17 and 0.18 have no `gpt_config_from_args`, and their `pretrain()` takes other arguments.
 
     Remove with Megatron 0.18.
     """
+    from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
     from ramoe_megatron.mcore.cpu.backend import uncompiled
@@ -29,7 +30,7 @@ def refuse_old_megatron() -> None:
     with uncompiled():
         import megatron.core
     found = Version(Version(megatron.core.__version__).public)  # without the commit of a checkout
-    if found < Version("0.19.dev0"):
+    if not SpecifierSet(JOBS_NEED).contains(found.base_version):
         raise RamoeError(
             f"megatron-core {found}: the jobs need megatron-core{JOBS_NEED}. "
             f"Run pip install 'megatron-core[training]{JOBS_NEED}'. With 0.17 and 0.18, use "
@@ -80,6 +81,8 @@ def merge_halves_in_place() -> None:
 
 def _merged(concatenate: Callable[[Any], Any], halves: Any) -> Any:
     """The weight whose views the two halves are, or a new tensor if they are apart."""
+    if len(halves) != 2:  # FSDP2 has a part of the weight on each rank
+        return concatenate(halves)
     first, second = halves
     end = first.data_ptr() + first.nbytes
     if not (first.is_contiguous() and second.is_contiguous() and second.data_ptr() == end):

@@ -79,6 +79,11 @@ class Conversion:
     memory: int
     """Most bytes of tensors that are in memory at once: a piece that is written, and the next one."""
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What an unfinished output says that it is the output of."""
+        return {"source": digest_of(self.source)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Export:
@@ -90,6 +95,12 @@ class Export:
     """File name -> groups of pieces. A group is all the pieces of some tensors."""
     tensors: dict[str, tuple[torch.dtype, Shape]]
     bytes: int
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What an unfinished output says that it is the output of."""
+        digest = hashlib.sha256((self.source.folder / METADATA).read_bytes()).hexdigest()
+        return {"source": f"{self.source.folder.resolve()} {digest}"}
 
 
 def plan_conversion(folder: Path) -> Conversion:
@@ -168,10 +179,7 @@ def convert_folder(plan: Conversion, out: Path, progress: Progress = lambda _: N
     Raises:
         RamoeError: `out` holds something else, or the disk is too small.
     """
-    digest = digest_of(plan.source)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    refuse_taken(out)
-    begin(unfinished, {"source": digest}, plan.bytes)
+    unfinished = begin(plan, out)
     weights = unfinished / RELEASE
     weights.mkdir(exist_ok=True)
     files: dict[str, list[Written]] = {}
@@ -189,7 +197,7 @@ def convert_folder(plan: Conversion, out: Path, progress: Progress = lambda _: N
         {
             "family": plan.family.name,
             "modules": plan.family.modules,
-            "source": {"folder": plan.source.folder.name, "sha256": digest},
+            "source": {"folder": plan.source.folder.name, "sha256": digest_of(plan.source)},
             "package_version": package_version(),
         },
     )
@@ -249,33 +257,42 @@ def refuse_taken(out: Path) -> None:
         raise RamoeError(f"{out} exists already; nothing is overwritten: give another --out, or remove it")
 
 
-def refuse_full(out: Path, size: int) -> None:
-    """Raise RamoeError when the disk of the output has no room for so many bytes."""
-    place = next(folder for folder in out.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < size:
-        raise RamoeError(
-            f"{place}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB needed; make room, or give another --out"
-        )
-
-
-def begin(unfinished: Path, plan: Mapping[str, Any], size: int) -> None:
-    """Make the folder of an unfinished output, or take up the one of the same plan.
+def refuse_output(plan: Conversion | Export, out: Path) -> Path:
+    """The folder in which the output is made before it is moved to its place.
 
     Raises:
-        RamoeError: the folder is of another plan, or the disk has no room for what is missing.
+        RamoeError: the output exists, the folder is the unfinished output of another plan, or the disk has
+            no room for what is missing.
     """
+    refuse_taken(out)
+    unfinished = out.with_name(f".{out.name}.unfinished")
     note = unfinished / PLAN
-    if unfinished.exists() and (not note.is_file() or read_json(note) != dict(plan)):
+    if unfinished.exists() and (not note.is_file() or read_json(note) != plan.identity):
         raise RamoeError(
             f"{unfinished} is the unfinished output of another model; remove it, or give another --out"
         )
-    present = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
-    refuse_full(unfinished, size - present)
+    missing = plan.bytes - sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
+    place = next(folder for folder in out.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < missing:
+        raise RamoeError(
+            f"{place}: {free / 1e9:.1f} GB free, {missing / 1e9:.1f} GB needed; "
+            "make room, or give another --out"
+        )
+    return unfinished
+
+
+def begin(plan: Conversion | Export, out: Path) -> Path:
+    """Make the folder of an unfinished output, or take up the one of the same plan.
+
+    Raises RamoeError as `refuse_output`.
+    """
+    unfinished = refuse_output(plan, out)
     unfinished.mkdir(parents=True, exist_ok=True)
     for path in unfinished.rglob(".*.tmp"):  # of an attempt that was killed
         path.unlink()
-    atomic_write_text(note, json.dumps(dict(plan)))
+    atomic_write_text(unfinished / PLAN, json.dumps(plan.identity))
+    return unfinished
 
 
 def flags_text(family: Family, flags: Flags) -> str:
@@ -405,9 +422,7 @@ def export_checkpoint(plan: Export, out: Path, progress: Progress = lambda _: No
     Raises:
         RamoeError: `out` holds something else, or the disk is too small.
     """
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    refuse_taken(out)
-    begin(unfinished, {"source": f"{plan.source.folder.resolve()} {_digest(plan.source)}"}, plan.bytes)
+    unfinished = begin(plan, out)
     where: dict[str, str] = {}
     for name, groups in plan.files.items():
         names = list(dict.fromkeys(part.name for group in groups for piece in group for part in piece.parts))
@@ -425,12 +440,9 @@ def export_checkpoint(plan: Export, out: Path, progress: Progress = lambda _: No
     if len(plan.files) > 1:
         index = {"metadata": {"total_size": plan.bytes}, "weight_map": dict(sorted(where.items()))}
         atomic_write_text(unfinished / INDEX, json.dumps(index, indent=2) + "\n")
+    plan.source.close()
     (unfinished / PLAN).unlink()
     os.replace(unfinished, out)
-
-
-def _digest(source: TorchDist) -> str:
-    return hashlib.sha256((source.folder / METADATA).read_bytes()).hexdigest()
 
 
 def _one_shard(

@@ -170,8 +170,8 @@ class TorchDist:
         self.dtypes: dict[str, torch.dtype] = {}
         self._chunks: dict[str, list[Chunk]] = {}
         self._by_place: dict[tuple[str, int], dict[Shape, list[Chunk]]] = {}
-        # Kept open, because the system reads ahead only in a file that stays open.
-        self._open: dict[str, BinaryIO] = {}
+        # Kept open for the next read, because the system reads ahead only in a file that stays open.
+        self._open: tuple[str, BinaryIO] | None = None
         ends: dict[str, int] = {}
         for info in metadata.storage_data.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -212,10 +212,10 @@ class TorchDist:
         return out.reshape(shape[len(place) :])
 
     def close(self) -> None:
-        """Close the files."""
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
+        """Close the file that was read last."""
+        if self._open is not None:
+            self._open[1].close()
+        self._open = None
 
     def _chunks_at(self, key: str, place: Shape) -> Sequence[Chunk]:
         """The chunks that have a value at these leading indices."""
@@ -230,9 +230,10 @@ class TorchDist:
         return found.get(place, ())
 
     def _load(self, info: _StorageInfo) -> Tensor:
-        if info.relative_path not in self._open:
-            self._open[info.relative_path] = (self.folder / info.relative_path).open("rb")
-        file = cast(io.IOBase, self._open[info.relative_path])
+        if self._open is None or self._open[0] != info.relative_path:
+            self.close()
+            self._open = info.relative_path, (self.folder / info.relative_path).open("rb")
+        file = cast(io.IOBase, self._open[1])
         part = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
         return torch.load(part, map_location="cpu", weights_only=True)
 

@@ -283,6 +283,11 @@ engine.convert_folder(engine.plan_conversion(Path({str(source)!r})), Path({str(o
     assert len(whole) == 2
     time.sleep(0.01)
     monkeypatch.setattr(engine, "FILE_BYTES", 50_000)
+    plan = engine.plan_conversion(source)
+    with monkeypatch.context() as full:  # what is written already needs no room
+        usage = type("Usage", (), {"free": plan.bytes - 90_000})
+        full.setattr(engine.shutil, "disk_usage", lambda _: usage)
+        assert engine.refuse_output(plan, out).is_dir()
     convert(source, out)
     for path, when in whole.items():
         assert (out / "release" / path.name).stat().st_mtime_ns == when, "it was written again"
