@@ -243,9 +243,8 @@ def test_the_date_that_a_template_writes_is_the_same_every_day(builders: dict[st
 
 def test_a_date_that_cannot_be_written_is_refused(builders: dict[str, Build]) -> None:
     template = GPT_OSS.replace("%Y-%m-%d", "%e of %B, week %U")
-    assert "the date format 1 of January, week %U is not known" in told(
-        builders[KINDS[0]](template), chat("no", "one ?")
-    ).replace("  ", " ").replace("format  1", "format 1")
+    message = told(builders[KINDS[0]](template), chat("no", "one ?"))
+    assert "the date format %e of %B, week %U is not known" in message
 
 
 def test_of_several_templates_the_default_is_used(tmp_path: Path) -> None:
