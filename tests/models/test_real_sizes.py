@@ -6,7 +6,9 @@ are written out here, from the models' published configurations and totals.
 
 import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from click.testing import CliRunner
 
 from ramoe_megatron.cli import main
+from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.models.convert import plan_conversion
 from ramoe_megatron.models.safetensors_folder import INDEX, header_of
 
@@ -150,9 +153,17 @@ def test_a_published_model_is_planned_in_full(name: str, tmp_path: Path) -> None
     assert largest <= plan.memory <= 1.3 * largest + 1e9
 
 
-def test_the_command_tells_the_size_and_the_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("free", "status"), [(42, 0), (41, 2)])
+def test_the_command_tells_the_size_and_the_memory_and_looks_for_room(
+    free: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free * 10**9))
     write_folder(tmp_path / "hf", MODELS["gpt-oss-20b"])
     words = ["convert", str(tmp_path / "hf"), "--out", str(tmp_path / "out"), "--check"]
     shown = CliRunner().invoke(main, words)
-    assert shown.exit_code == 0, shown.output
     assert "41.83 GB, at most 1.16 GB of them in memory" in shown.output
+    if status == 0:
+        assert shown.exit_code == 0, shown.output
+    else:
+        assert isinstance(shown.exception, RamoeError)
+        assert "41.0 GB free, 41.8 GB needed" in str(shown.exception)
