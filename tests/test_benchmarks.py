@@ -62,12 +62,11 @@ def test_the_estimate_is_the_time_of_the_rounds_so_far(
     ]
 
 
-def test_a_converted_model_computes_the_same_on_the_device(figures: dict[str, Any]) -> None:
+def test_a_converted_model_in_bfloat16_is_near_float32(figures: dict[str, Any]) -> None:
     found = figures["parity"]["found"]
-    assert set(found) == {"CPU, bfloat16", "device, float32", "device, bfloat16"}
-    assert found["device, float32"] == {"logits": 0, "router gradients": 0, "same first token": 1}
-    assert found["device, bfloat16"] == found["CPU, bfloat16"]
+    assert set(found) == {"CPU, bfloat16"}
     assert 1e-3 < found["CPU, bfloat16"]["logits"] < 0.1
+    assert 1e-3 < found["CPU, bfloat16"]["router gradients"] < 1
 
 
 def test_alignment_adds_operations_where_it_aligns(figures: dict[str, Any]) -> None:
