@@ -14,13 +14,12 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.measure import environment, torchrun
 from benchmarks.shapes import PRESETS
 from benchmarks.tables import machine_line, profiling_table, training_table
 from benchmarks.world import write_world
 from ramoe_megatron.recipe.launcher import launch
 from ramoe_megatron.recipe.output import Progress
-
-ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
@@ -59,21 +58,13 @@ def main() -> None:
 def measured(module: str, shape: str, arguments: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Run one benchmark under torchrun, and return what it wrote."""
     out, log = (options.out / f"{module}-{shape}.{ending}" for ending in ("json", "log"))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(options.ranks),
-    ]
-    command += ["-m", f"benchmarks.{module}", *arguments, str(out.resolve()), str(options.rounds)]
+    command = torchrun(module, options.ranks, *arguments, str(out.resolve()), str(options.rounds))
     threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     log.unlink(missing_ok=True)
     print(f"{module} of shape {shape}: starts (log: {log})", file=sys.stderr, flush=True)
-    status = launch(command, environment, log, Shown(f"{module} of shape {shape}")).status
+    status = launch(
+        command, environment(OMP_NUM_THREADS=str(threads)), log, Shown(f"{module} of shape {shape}")
+    ).status
     if status:
         # The report of torchrun, which follows, is left out.
         told = log.read_text().split("torch/distributed/elastic")[0].splitlines()[-20:]

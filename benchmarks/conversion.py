@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.measure import environment
 from benchmarks.shapes import TINY
 from benchmarks.world import write_world
 from ramoe_megatron.models.note import FLAGS
@@ -129,11 +130,9 @@ def measured(command: list[str]) -> tuple[float, int]:
 
     Returns its seconds and the peak of the anonymous memory of its processes.
     """
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     started, peak = time.monotonic(), 0
     # a fixed threshold: else glibc keeps what building the model frees, 2 GB a rank
-    own = {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    process = subprocess.Popen(command, env={**os.environ, **own})
+    process = subprocess.Popen(command, env=environment(MALLOC_MMAP_THRESHOLD_=str(1 << 20)))
     while process.poll() is None:
         peak = max(peak, anonymous(process.pid))
         time.sleep(0.05)

@@ -3,6 +3,7 @@
 import gc
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 
+ROOT = Path(__file__).parents[1]
 WARM_UP = 3
 RESAMPLES = 4000
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a process that imports the benchmarks and the package from this tree."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **changes}
+
+
+def torchrun(module: str, ranks: int, *arguments: str) -> list[str]:
+    """The command that runs a module of the benchmarks on ranks of this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*command, "-m", f"benchmarks.{module}", *arguments]
 
 
 @dataclass(frozen=True)

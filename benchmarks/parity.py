@@ -10,11 +10,10 @@ those of cross-entropy and alignment together, before clipping.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.measure import environment, torchrun
 from benchmarks.shapes import PRESETS, Shape, precision_flags
 from benchmarks.world import VOCABULARY, write_world
 from ramoe_megatron.models.convert import convert_folder, plan_conversion
 from ramoe_megatron.models.note import FLAGS
 from ramoe_megatron.recipe.megatron_flags import render
 
-ROOT = Path(__file__).parents[1]
 FLOAT32_LIMIT = 1e-3
 """Largest relative difference of logits and router gradients in float32."""
 FARTHER = 1.5
@@ -40,7 +39,7 @@ DIFFERENCES = ("logits", "router gradients")
 
 
 def main() -> None:
-    """Compute the three, print their differences, and write OUT/parity.json. Status 1 above a limit."""
+    """Compute all, print their differences, and write OUT/parity.json. Status 1 above a limit."""
     if len(sys.argv) > 1 and sys.argv[1] == "compute":
         from ramoe_megatron.mcore.launch import run_job
 
@@ -90,13 +89,11 @@ def write_converted(folder: Path, shape: Shape) -> None:
 def computed(shape: str, folder: Path, where: str, precision: str) -> dict[str, Tensor]:
     """Run `compute` in a process of its own. Returns what it wrote."""
     name = f"{where}-{precision}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    command += ["-m", "benchmarks.parity", "compute", shape, str(folder), name, precision]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = torchrun("parity", 1, "compute", shape, str(folder), name, precision)
     unseen = {"CUDA_VISIBLE_DEVICES": ""} if where == "CPU" else {}
     exact = {"NVIDIA_TF32_OVERRIDE": "0"} if precision == "float32" else {}  # transformer-engine allows TF32
-    environment = {**os.environ, "PYTHONPATH": path, **unseen, **exact}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    own = environment(**unseen, **exact)
+    done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{done.stdout}{done.stderr}benchmarks: {name}: status {done.returncode}")
     return load_file(folder / f"{name}.safetensors")
@@ -150,7 +147,7 @@ def compute() -> None:
                     found[key[key.index("decoder") :]] = parameter.main_grad.float().cpu().clone()
             return losses
 
-        before: Callable[[], Any] = lambda: attach(trained.model, config)  # noqa: E731
+        before = partial(attach, trained.model, config)
         Arm(args, trained, forward_step, samples(args, 1, config), before).step(schedule)
         save_file(found, folder / f"{name}.safetensors")
 
