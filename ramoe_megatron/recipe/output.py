@@ -47,12 +47,20 @@ def parse_progress(line: str) -> Progress | None:
     return None
 
 
-def relevant_lines(lines: Sequence[str]) -> tuple[list[str], bool]:
+def relevant_lines(lines: Sequence[str], *others: Sequence[str]) -> tuple[list[str], bool]:
     """The lines that say why a job failed, and whether the user can correct the reason (a RamoeError).
 
     The lines are the text of the first RamoeError with its indented lines, or else the exceptions that ranks
-    raised, or else the last lines without torchrun's own summary.
+    raised, or else the last lines without torchrun's own summary. `others` is the output on other nodes: it
+    is read when `lines` holds no reason, because node 0 is ended once another node has failed.
     """
+    reasons = [_reason(each) for each in (lines, *others)]
+    told, mendable, _ = next((reason for reason in reasons if reason[2]), reasons[0])
+    return told, mendable
+
+
+def _reason(lines: Sequence[str]) -> tuple[list[str], bool, bool]:
+    """The lines, whether the user can correct the reason, and whether the lines hold one."""
     for place, line in enumerate(lines):
         if (start := line.find(ERROR_PREFIX)) >= 0:
             text = [line[start + len(ERROR_PREFIX) :]]
@@ -60,7 +68,7 @@ def relevant_lines(lines: Sequence[str]) -> tuple[list[str], bool]:
                 if not more.startswith("  "):
                     break
                 text.append(more)
-            return text, True
+            return text, True, True
     summary = next((place for place, line in enumerate(lines) if _SUMMARY.search(line)), len(lines))
     plain = [line for line in lines[:summary] if line.strip() and parse_progress(line) is None]
     raised = [
@@ -71,7 +79,7 @@ def relevant_lines(lines: Sequence[str]) -> tuple[list[str], bool]:
     raised += [
         f"rank {rank} was ended by {name}" for rank, name in _KILLED.findall("\n".join(lines[summary:]))
     ]
-    return (list(dict.fromkeys(raised))[-3:] or plain[-12:]), False
+    return (list(dict.fromkeys(raised))[-3:] or plain[-12:]), False, bool(raised)
 
 
 def _with_source(raised: str, before: Sequence[str]) -> str:

@@ -88,10 +88,12 @@ def _stage(
     ours = entry is not None and (job is None or entry.job == str(job))
     lines = _tail(folder / log_of(name)) if entry else []
     progress, line = _told(lines)
+    others: list[list[str]] = []
+    if entry:
+        logs = sorted((folder / "logs").glob(f"{log_of(name).stem}.node-*.log"), reverse=True)
+        others = [_tail(log) for log in logs]
     # Megatron prints the iterations on its last rank, which may be on another node.
-    if entry and not progress:
-        logs = (folder / "logs").glob(f"{log_of(name).stem}.node-*.log")
-        progress = next((told for log in sorted(logs, reverse=True) if (told := _told(_tail(log))[0])), "")
+    progress = progress or next((told for each in others if (told := _told(each)[0])), "")
     number = str(job) if job is not None else (entry.job if entry and entry.job else "")
     nodes = queued.nodes if queued and queued.nodes else (entry.nodes if entry and entry.nodes else "")
     if queued and queued.state == "PENDING":
@@ -118,7 +120,7 @@ def _stage(
     if entry.state == "started":
         return StageStatus(name, "running" if held else "interrupted", number, nodes, progress, line)
     if entry.state == "failed":
-        line = " ".join(relevant_lines(lines)[0][:2])
+        line = " ".join(relevant_lines(lines, *others)[0][:2])
     return StageStatus(name, entry.state, number, nodes, progress, line)
 
 

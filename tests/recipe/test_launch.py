@@ -237,6 +237,14 @@ def test_without_one_it_is_the_exceptions_or_else_the_last_lines() -> None:
     )
 
 
+def test_the_reason_may_stand_in_the_output_of_another_node() -> None:
+    """Node 0 is ended once another node has failed, often before its own ranks raise."""
+    here, there = ["start", "warnings.warn("], ["start", "[rank1]: ValueError: bad shape"]
+    assert relevant_lines(here, ["start"], there) == (["ValueError: bad shape"], False)
+    assert relevant_lines(there, ["ramoe: error: other"]) == (["ValueError: bad shape"], False)
+    assert relevant_lines(here, ["start"]) == (here, False)
+
+
 def test_of_a_killed_rank_the_signal_is_told_but_not_that_of_those_which_torchrun_ended_after_it() -> None:
     summary = [
         "E1122 13:36 site-packages/torch/distributed/elastic/multiprocessing/api.py:1002] failed "
