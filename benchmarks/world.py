@@ -26,13 +26,14 @@ TASKS = ("even", "odd")
 EXAMPLES = 64
 
 
-def write_world(folder: Path, shape: Shape, examples: int = EXAMPLES) -> None:
+def write_world(folder: Path, shape: Shape, examples: int = EXAMPLES, score: str = "softmax") -> None:
     """Write a tokenizer, parallel examples that nearly fill a sequence, and the files of stages 1 and 2.
 
     Three quarters of an example are its prompt.
 
     Args:
         examples: number of them in each of two languages.
+        score: the routers' score function.
     """
     folder.mkdir(parents=True, exist_ok=True)
     generator = random.Random(0)
@@ -54,7 +55,7 @@ def write_world(folder: Path, shape: Shape, examples: int = EXAMPLES) -> None:
     (folder / "parallel.jsonl").write_text(write_rows(rows), encoding="utf-8")
     write_taxonomy(folder / "taxonomy.jsonl", taxonomy)
 
-    model = ModelShape(shape.layers, shape.experts, shape.topk, "softmax", shape.hidden)
+    model = ModelShape(shape.layers, shape.experts, shape.topk, score, shape.hidden)
     size_GLE = (len(TASKS), shape.layers, shape.experts)
     delta_GLE = torch.rand(size_GLE) - 0.5
     mask_GLE = torch.zeros(size_GLE).scatter(-1, delta_GLE.topk(shape.topk).indices, 1.0).bool()
