@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.placement import local_rows
-from ramoe_megatron.method.losses import pool
+from ramoe_megatron.method.losses import pool, widen
 
 TOKEN_CHOICES = ("prompt", "response", "all", "last")
 
@@ -32,9 +32,10 @@ def router_distribution(logits: Tensor, score_function: str) -> Tensor:
     Raises:
         RamoeError: Megatron 0.19 has no such score function.
     """
-    logits = logits.float()
     if score_function == "softmax":
-        return logits.softmax(dim=-1)
+        return logits.softmax(dim=-1, dtype=torch.float32)
+    if logits.dtype != torch.float32:
+        logits = logits.float()
     if score_function == "sigmoid":
         scores = logits.sigmoid()
     elif score_function == "sqrtsoftplus":
@@ -66,16 +67,21 @@ class TokenSelection:
         self.prompt_length_B, self.length_B = prompt_length_B, length_B
         self.start_B, self.cu_seqlens = start_B, cu_seqlens
         self._local: dict[int, LocalTokens] = {}
+        self._divisor: dict[str, Tensor] = {}
 
     def count(self, choice: str) -> Tensor:
         """Number of chosen tokens of each whole sample, over all ranks. [B], float32"""
-        counts = {
-            "prompt": self.prompt_length_B,
-            "response": self.length_B - self.prompt_length_B,
-            "all": self.length_B,
-            "last": self.prompt_length_B.clamp(max=1),
-        }
-        return counts[choice].float()
+        if choice == "prompt":
+            return self.prompt_length_B.float()
+        if choice == "response":
+            return (self.length_B - self.prompt_length_B).float()
+        return (self.length_B if choice == "all" else self.prompt_length_B.clamp(max=1)).float()
+
+    def divisor(self, choice: str) -> Tensor:
+        """The same, at least 1; computed once for all routers. [B, 1]"""
+        if choice not in self._divisor:
+            self._divisor[choice] = self.count(choice).clamp(min=1)[:, None]
+        return self._divisor[choice]
 
     def local(self, router: Any, count: int) -> "LocalTokens":
         """The tokens in the `count` rows at this rank's router; computed once for all routers of a chunk."""
@@ -107,6 +113,7 @@ class LocalTokens:
     position_SC: Tensor
     sample_S: Tensor | None
     _chosen: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _left_out: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def chosen(self, choice: str) -> Tensor:
         """True at the chosen tokens. Read-only, since all routers share the tensor. [S, C], bool"""
@@ -127,40 +134,52 @@ class LocalTokens:
             return self.position_SC < length
         return self.position_SC == prompt_length - 1
 
+    def left_out(self, choice: str) -> Tensor:
+        """True at all other tokens. Read-only. [S, C, 1], bool"""
+        if choice not in self._left_out:
+            self._left_out[choice] = ~self.chosen(choice)[..., None]
+        return self._left_out[choice]
+
     def sum(self, values_SCX: Tensor, choice: str) -> Tensor:
         """Each sample's sum over the chosen rows of this rank. [B, X], at least float32"""
-        chosen_SC = self.chosen(choice)
         if self.sample_S is None:
-            return pool(values_SCX, chosen_SC)[0]
-        values_SX = values_SCX.to(torch.promote_types(values_SCX.dtype, torch.float32)).masked_fill(
-            ~chosen_SC[..., None], 0.0
-        )[:, 0]
-        return values_SX.new_zeros(len(self.selection.length_B), values_SX.shape[-1]).index_add(
-            0, self.sample_S, values_SX
-        )
+            return pool(values_SCX, self.left_out(choice))
+        kept_SX = widen(values_SCX).masked_fill(self.left_out(choice), 0.0).flatten(0, 1)
+        return self._sum_of_samples(kept_SX)
+
+    def times_chosen(self, map_SCE: Tensor, choice: str) -> Tensor:
+        """In how many of each sample's chosen rows of this rank an expert is in the map. [B, E], float32
+
+        Args:
+            map_SCE: a router's map, bool.
+        """
+        kept_SCE = map_SCE & self.chosen(choice)[..., None]
+        if self.sample_S is None:
+            return kept_SCE.sum(dim=0, dtype=torch.float32)
+        return self._sum_of_samples(kept_SCE.flatten(0, 1).float())
+
+    def _sum_of_samples(self, values_SX: Tensor) -> Tensor:
+        assert self.sample_S is not None
+        shape = (len(self.selection.length_B), values_SX.shape[-1])
+        return values_SX.new_zeros(shape).index_add_(0, self.sample_S, values_SX)
 
     def last(self, values_SCX: Tensor) -> tuple[Tensor, Tensor]:
-        """The values at each sample's last prompt token [B, X], and whether that row is on this rank [B].
+        """The values at each sample's last prompt token [B, X], and whether it is on another rank [B, 1].
 
-        If the row is on another rank, the values are those of some other row.
+        In the latter case, and without a prompt, the values are those of some other row.
         """
-        place_B, column_B, here_B = self._last
-        return values_SCX[place_B, column_B], here_B
+        row_B, absent_B1 = self._last
+        return values_SCX.flatten(0, 1).index_select(0, row_B), absent_B1
 
     @functools.cached_property
-    def _last(self) -> tuple[Tensor, Tensor, Tensor]:
-        row_B = (
-            self.selection.prompt_length_B
-            - 1
-            + (0 if self.selection.start_B is None else self.selection.start_B)
-        )
-        place_B = torch.searchsorted(self.row_S, row_B).clamp(max=len(self.row_S) - 1)
-        column_B = (
-            torch.arange(len(row_B), device=row_B.device)
-            if self.sample_S is None
-            else torch.zeros_like(row_B)
-        )
-        return place_B, column_B, (self.row_S[place_B] == row_B) & (self.selection.prompt_length_B > 0)
+    def _last(self) -> tuple[Tensor, Tensor]:
+        selection = self.selection
+        last_B = selection.prompt_length_B - 1 + (0 if selection.start_B is None else selection.start_B)
+        place_B = torch.searchsorted(self.row_S, last_B).clamp(max=len(self.row_S) - 1)
+        here_B = (self.row_S[place_B] == last_B) & (selection.prompt_length_B > 0)
+        if self.sample_S is None:  # rows of all columns, one after another
+            place_B = place_B * len(last_B) + torch.arange(len(last_B), device=last_B.device)
+        return place_B, ~here_B[:, None]
 
     def spread(self, values_BX: Tensor) -> Tensor:
         """Each sample's value at its rows, for broadcasting. Padded: [1, B, X]; packed: [S, 1, X]"""
@@ -187,22 +206,29 @@ def pooled_distributions(
 ) -> Mapping[str, Tensor]:
     """For each token choice, the mean router distribution over the chosen tokens of each whole sample. [B, E]
 
-    A sample without chosen tokens gets zeros, and must have weight 0. All choices share one reduction.
+    A sample without chosen tokens gets zeros, and must have weight 0. All choices share one softmax and one
+    reduction over the ranks.
     """
     local = selection.local(router, logits_SCE.shape[0])
-    p_SCE = router_distribution(logits_SCE, router.score_function) if set(choices) - {"last"} else None
-    numerators = []
-    for choice in choices:
-        if choice == "last":  # one row a sample: scores of other rows are not needed
-            logits_BE, here_B = local.last(logits_SCE)
-            p_BE = router_distribution(logits_BE, router.score_function)
-            numerators.append(p_BE.masked_fill(~here_B[:, None], 0.0))
-        else:
-            assert p_SCE is not None
-            numerators.append(local.sum(p_SCE, choice))
-    totals = sum_over_sequence(router, torch.stack(numerators)).unbind()
+    sums: dict[str, Tensor] = {}
+    if "last" in choices:  # one row a sample: scores of other rows are not needed
+        logits_BE, absent_B1 = local.last(logits_SCE)
+        sums["last"] = router_distribution(logits_BE, router.score_function).masked_fill(absent_B1, 0.0)
+    if over_rows := [choice for choice in choices if choice != "last"]:
+        p_SCE = router_distribution(logits_SCE, router.score_function)
+        parts = {"prompt", "response"} <= set(over_rows)
+        for choice in over_rows:
+            if choice != "all" or not parts:
+                sums[choice] = local.sum(p_SCE, choice)
+        if parts and "all" in over_rows:
+            sums["all"] = sums["prompt"] + sums["response"]
+    if len(sums) == 1:
+        totals = (sum_over_sequence(router, sums[choices[0]]),)
+    else:
+        totals = sum_over_sequence(router, torch.stack([sums[choice] for choice in choices])).unbind()
     return {
-        choice: total_BE / selection.count(choice).clamp(min=1)[:, None]
+        # the last prompt token is one token
+        choice: total_BE if choice == "last" else total_BE / selection.divisor(choice)
         for choice, total_BE in zip(choices, totals, strict=True)
     }
 
@@ -210,7 +236,17 @@ def pooled_distributions(
 def mean_over_tokens(router: Any, values_SCX: Tensor, selection: TokenSelection, choice: str) -> Tensor:
     """Mean of the values over the chosen tokens of each whole sample; 0 without chosen tokens. [B, X]"""
     local = selection.local(router, values_SCX.shape[0])
-    return (
-        sum_over_sequence(router, local.sum(values_SCX, choice))
-        / selection.count(choice).clamp(min=1)[:, None]
-    )
+    return sum_over_sequence(router, local.sum(values_SCX, choice)) / selection.divisor(choice)
+
+
+def frequencies(
+    router: Any, map_SCE: Tensor, selection: TokenSelection, choices: Sequence[str]
+) -> list[Tensor]:
+    """For each token choice, the share of each whole sample's chosen tokens with an expert in the map. [B, E]
+
+    `map_SCE` is the router's map, bool. A sample without chosen tokens gets zeros.
+    """
+    local = selection.local(router, map_SCE.shape[0])
+    counts = torch.stack([local.times_chosen(map_SCE, choice) for choice in choices])
+    totals = sum_over_sequence(router, counts).unbind()
+    return [total / selection.divisor(choice) for choice, total in zip(choices, totals, strict=True)]

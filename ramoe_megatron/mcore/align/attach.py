@@ -2,9 +2,10 @@
 
 The method is RA-MoE (arXiv 2605.28306; our reading).
 
-Shape suffixes: G tasks, L MoE layers, E experts.
+Shape suffixes: G tasks, L MoE layers, Z aligned layers of a chunk, E experts.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,38 @@ class Alignment:
     """Weight of each aligned layer, mean 1."""
     metrics: AlignmentMetrics
     state: AlignmentState
+
+    @functools.cached_property
+    def _chunks(self) -> dict[tuple[int, ...], "ChunkAlignment"]:
+        return {}
+
+    def of_chunk(self, layers: tuple[int, ...]) -> "ChunkAlignment":
+        """The tensors of the aligned layers of a model chunk, ascending; made once."""
+        if layers not in self._chunks:
+            device = self.expert_mask_GLE.device
+            index_Z = torch.tensor(layers, dtype=torch.int64, device=device)
+            places = [self.layers.index(layer) for layer in layers]
+            weights = [self.layer_weight[layer] for layer in layers]
+            self._chunks[layers] = ChunkAlignment(
+                layers,
+                self.expert_mask_GLE.index_select(1, index_Z).transpose(0, 1).contiguous(),
+                self.pattern_GLE.index_select(1, index_Z).transpose(0, 1).contiguous(),
+                torch.tensor(weights, dtype=torch.float32, device=device),
+                torch.tensor(places, dtype=torch.int64, device=device),
+            )
+        return self._chunks[layers]
+
+
+@dataclass(frozen=True)
+class ChunkAlignment:
+    """The tensors of an alignment in the aligned layers of one model chunk."""
+
+    layers: tuple[int, ...]
+    expert_mask_ZGE: Tensor
+    pattern_ZGE: Tensor
+    weight_Z: Tensor
+    place_Z: Tensor
+    """Place of each layer among the aligned layers of the whole model."""
 
 
 def attach(model: Any, config: RoutingAlignmentConfig) -> Any:

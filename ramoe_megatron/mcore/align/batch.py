@@ -16,6 +16,7 @@ rank, C its columns (packed: 1, else B), E experts.
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,10 +24,13 @@ from torch import Tensor
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.attach import Alignment
+from ramoe_megatron.mcore.align.metrics import LoggedSamples
 from ramoe_megatron.mcore.align.reach import refuse_unmoved
 from ramoe_megatron.mcore.align.refusals import unreached
 from ramoe_megatron.mcore.carrier import routing_context
+from ramoe_megatron.mcore.cpu.backend import uncompiled
 from ramoe_megatron.mcore.observe import (
+    LocalTokens,
     TokenSelection,
     mean_over_tokens,
     pooled_distributions,
@@ -34,7 +38,16 @@ from ramoe_megatron.mcore.observe import (
 )
 from ramoe_megatron.mcore.real_tokens import RealTokens
 from ramoe_megatron.mcore.router import open_losses, unwrapped
-from ramoe_megatron.method.losses import divergence, mass
+from ramoe_megatron.method.losses import (
+    Reference,
+    WeightedDivergence,
+    reference,
+    task_expert_halves,
+    weighted_divergence,
+)
+
+with uncompiled():
+    from megatron.core.jit import jit_fuser
 
 BATCH_KEYS = ("ramoe_weight", "ramoe_task", "ramoe_target")
 """Keys of a batch beside prompt_length and length: weight [B] (0 = not aligned), task [B] (row of the expert
@@ -44,6 +57,10 @@ pack each key has a leading dimension of 1."""
 
 PACK_KEYS = ("start", "cu_seqlens", "sample_share")
 """Additional keys of a batch of packed samples (`data.packing`)."""
+
+
+compiled_divergence = jit_fuser(weighted_divergence)
+"""`weighted_divergence`, compiled where Megatron compiles: on a machine with a CUDA device."""
 
 
 @contextlib.contextmanager
@@ -141,6 +158,20 @@ class TrainingContext:
         """No check without alignment."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What one aligned layer needs of a micro-batch and that does not depend on its routing."""
+
+    weight_B: Tensor
+    """What the divergence of each sample is multiplied by in the attached loss."""
+    inside_BE: Tensor
+    """The task experts of each sample. bool"""
+    halves_B2E: Tensor
+    """`task_expert_halves` of them."""
+    known: Reference | None
+    """The English side; None where it is the routing of a partner in the micro-batch."""
+
+
 class AlignmentContext(TrainingContext):
     """Routing context of an aligned micro-batch: attaches and records the loss at each aligned router."""
 
@@ -181,6 +212,8 @@ class AlignmentContext(TrainingContext):
         self.target_BZE = batch.get("ramoe_target")
         self.loss_tokens_B = loss_tokens(batch["loss_mask"], batch["length"], batch.get("start"))
         self.expected, self.passed, self.attached = expected, dict.fromkeys(expected, 0), set[int]()
+        self._prepared: dict[int, Prepared] | None = None
+        self._share_SC: Tensor | None = None
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
         """Attach the layer's loss to `probs` when training with gradients."""
@@ -201,51 +234,83 @@ class AlignmentContext(TrainingContext):
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
         alignment, config = self.alignment, self.alignment.config
-        mask_BE = alignment.expert_mask_GLE[self.task_B, layer]
+        if self._prepared is None:
+            self._prepared = self._prepare(router.calculate_per_token_loss)
+        layer_of, name = self._prepared[layer], config.divergence
         if config.pooling == "sequence" or config.tokens == "last":  # for one token both poolings are equal
             q_BE = pooled_distributions(router, logits_SCE, self.selection, (config.tokens,))[config.tokens]
-            # The English view's routing at the current weights. `divergence` passes no gradient to it.
-            target_BE = self._target(layer) if self.partner_B is None else q_BE[self.partner_B]
-            divergence_B = divergence(config.divergence, target_BE, q_BE, mask_BE)
+            known = layer_of.known
+            if known is None:  # the English view's routing at the current weights, without gradient
+                assert self.partner_B is not None
+                target_BE = q_BE.detach().index_select(0, self.partner_B)
+                known = reference(name, target_BE, layer_of.inside_BE, layer_of.halves_B2E)
+            loss, divergence_B, masses_B2 = WeightedDivergence.apply(
+                q_BE, layer_of.weight_B, name, compiled_divergence, *known
+            )
         else:
-            divergence_B, q_BE = self._by_token(router, logits_SCE, self._target(layer), mask_BE)
-        # A sample of weight zero must contribute exactly 0, whatever its divergence (empty prompt, missing
-        # prior).
-        divergence_B = torch.where(self.weight_B > 0, divergence_B, torch.zeros_like(divergence_B))
-
-        per_token = router.calculate_per_token_loss
-        unit_B = self.loss_tokens_B if per_token else torch.ones_like(self.weight_B)
-        share = 1.0 if per_token else self.share
-        weighted_B = self.weight_B * unit_B * divergence_B * alignment.layer_weight[layer]
-        loss = alignment.state.coefficient.now() * share / len(alignment.layers) * weighted_B.sum()
+            loss, divergence_B, masses_B2 = self._by_token(router, logits_SCE, layer_of)
         alignment.metrics.record_alignment(
-            layer,
-            loss=weighted_B.detach(),
-            unit=unit_B,
-            aligned=self.weight_B > 0,
-            ci=self.ci_B,
-            has_task=self.has_task_B,
-            task_mass=mass(q_BE.detach(), mask_BE),
+            layer, self.logged, divergence_B, masses_B2, alignment.layer_weight[layer]
         )
         return MoEAuxLossAutoScaler.apply(probs, loss)
 
-    def _target(self, layer: int) -> Tensor:
-        if self.target_BZE is not None and self.alignment.config.target == "example":
-            return self.target_BZE[:, self.alignment.layers.index(layer)]
-        return self.alignment.pattern_GLE[self.task_B, layer]
+    def _prepare(self, per_token: bool) -> dict[int, "Prepared"]:
+        """What does not depend on the routing, for all aligned layers at once."""
+        alignment, layers = self.alignment, tuple(sorted(self.expected))
+        own, config = alignment.of_chunk(layers), alignment.config
+        aligned_B = self.weight_B > 0
+        unit_B = self.loss_tokens_B if per_token else torch.ones_like(self.weight_B)
+        weight_B = self.weight_B * unit_B
+        self.logged = LoggedSamples.of(weight_B, unit_B, aligned_B, self.ci_B, self.has_task_B)
+        scale = alignment.state.coefficient.now() * (1.0 if per_token else self.share) / len(alignment.layers)
+        weight_ZB = own.weight_Z[:, None] * (scale * weight_B)
+        inside_ZBE = own.expert_mask_ZGE.index_select(1, self.task_B)
+        halves_ZB2E = task_expert_halves(inside_ZBE)
+        parts: list[Sequence[Any]] = [weight_ZB.unbind(), inside_ZBE.unbind(), halves_ZB2E.unbind()]
+        if self.partner_B is not None:
+            return {
+                layer: Prepared(*one, None)
+                for layer, one in zip(layers, zip(*parts, strict=True), strict=True)
+            }
+        if config.target == "example":
+            assert self.target_BZE is not None
+            target_ZBE = self.target_BZE.transpose(0, 1).index_select(0, own.place_Z)
+        else:
+            target_ZBE = own.pattern_ZGE.index_select(1, self.task_B)
+        # A sample of weight zero must contribute exactly 0, whatever its target (a missing prior).
+        target_ZBE = target_ZBE.masked_fill(~aligned_B[:, None], 0.0)
+        known_Z = reference(config.divergence, target_ZBE, inside_ZBE, halves_ZB2E)
+        parts.append([Reference(*one) for one in zip(*(part.unbind() for part in known_Z), strict=True)])
+        return {layer: Prepared(*one) for layer, one in zip(layers, zip(*parts, strict=True), strict=True)}
 
     def _by_token(
-        self, router: Any, logits_SCE: Tensor, target_BE: Tensor, mask_BE: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The means of the tokens' divergences [B] and of their distributions [B, E].
+        self, router: Any, logits_SCE: Tensor, layer_of: "Prepared"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of this rank's rows, and the means over tokens of the divergences [B] and the masses [B, 2].
 
-        The distributions are for the log and have no gradient.
+        Autograd reads only the loss's gradient, which each rank has of its own rows.
         """
-        config, local = self.alignment.config, self.selection.local(router, logits_SCE.shape[0])
+        tokens, local = self.alignment.config.tokens, self.selection.local(router, logits_SCE.shape[0])
+        known = layer_of.known
+        assert known is not None  # a paired target is of whole samples
         p_SCE = router_distribution(logits_SCE, router.score_function)
-        divergence_SC = divergence(config.divergence, local.spread(target_BE), p_SCE, local.spread(mask_BE))
-        divergence_B = mean_over_tokens(router, divergence_SC[..., None], self.selection, config.tokens)[:, 0]
-        return divergence_B, mean_over_tokens(router, p_SCE.detach(), self.selection, config.tokens)
+        if local.sample_S is not None:
+            known = Reference(*(part.index_select(0, local.sample_S)[:, None] for part in known))
+        weight_SC = self._share_of_token(local) * local.spread(layer_of.weight_B)
+        loss, divergence_SC, masses_SC2 = WeightedDivergence.apply(
+            p_SCE, weight_SC, self.alignment.config.divergence, compiled_divergence, *known
+        )
+        figures_SC3 = torch.cat([divergence_SC[..., None], masses_SC2], dim=-1)
+        figures_B3 = mean_over_tokens(router, figures_SC3, self.selection, tokens)
+        return loss, figures_B3[:, 0], figures_B3[:, 1:]
+
+    def _share_of_token(self, local: LocalTokens) -> Tensor:
+        """1 / the number of chosen tokens of its sample at each chosen token of this rank, else 0. [S, C]"""
+        if self._share_SC is None:
+            tokens = self.alignment.config.tokens
+            share_B = 1.0 / self.selection.divisor(tokens)[:, 0]
+            self._share_SC = local.chosen(tokens) * local.spread(share_B)
+        return self._share_SC
 
     def check_consumed(self) -> None:
         """Raise RamoeError unless every expected layer ran exactly once.

@@ -9,11 +9,13 @@ Biases get the metrics of each step, and the printed line gets the mean over the
 Megatron's printed `lm loss` excludes a step that the optimizer skipped (float16 overflow), but its losses at
 the routers include it and so read too large. Our metrics exclude it.
 
-Shape suffixes: L MoE layers, M columns of the sums, B samples of the micro-batch. "..." is L or empty.
+Shape suffixes: L MoE layers, Z aligned layers of a chunk, M columns of the sums, B samples of a micro-batch, N
+samples of all its micro-batches. "..." is L or empty.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +31,43 @@ LOSS, SHARE = "routing_alignment_loss", "ramoe/aligned_share"
 CI_MASS, OTHER_MASS = "ramoe/task_expert_mass_ci", "ramoe/task_expert_mass_other"
 COEFFICIENT = "ramoe/coefficient"
 LAYER_NAMES = {LOSS: LOSS, CI_MASS: "ramoe_task_expert_mass_ci", OTHER_MASS: "ramoe_task_expert_mass_other"}
+
+
+WAITING = 1 << 14
+"""Largest number of recorded layers whose figures wait for their sums. A training that reports each step stays far
+below it."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoggedSamples:
+    """The samples of a micro-batch as the log counts them, the same at every aligned layer."""
+
+    columns_MB: Tensor
+    """For each of `COLUMNS`, what a sample adds to it, or what its divergence or its mass is multiplied by. [M, B],
+    float32"""
+
+    @classmethod
+    def of(
+        cls, weight_B: Tensor, unit_B: Tensor, aligned_B: Tensor, ci_B: Tensor, has_task_B: Tensor
+    ) -> "LoggedSamples":
+        """
+        Args:
+            weight_B: what the divergence is multiplied by in the sum of the losses.
+            unit_B: each sample's weight in the mean: 1, or its number of loss tokens.
+            aligned_B: whether a sample is aligned. bool
+            ci_B: whether a sample is right in English and wrong in its own language. bool
+            has_task_B: whether a sample's task experts are known and it has tokens to pool. bool
+        """
+        ci_B, other_B = ci_B & has_task_B, ~ci_B & has_task_B
+        one_B = torch.ones_like(unit_B)
+        columns = [weight_B, unit_B, aligned_B, one_B, ci_B, ci_B, other_B, other_B]
+        return cls(torch.stack([column.float() for column in columns]))
+
+
+class _Recorded(NamedTuple):
+    samples: LoggedSamples
+    divergence_B: Tensor
+    masses_B2: Tensor
 
 
 class AlignmentMetrics(moe_logging.MoEMetricsTracker):  # type: ignore[name-defined]
@@ -62,7 +101,9 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):  # type: ignore[name-defi
         super().__init__()
         self.coefficient = coefficient
         self.layer_numbers = tuple(layer_numbers)
-        self.sums_LM = torch.zeros(len(layer_numbers), len(COLUMNS), dtype=torch.float32, device=device)
+        self._sums_LM = torch.zeros(len(layer_numbers), len(COLUMNS), dtype=torch.float32, device=device)
+        self._waiting: dict[int, list[_Recorded]] = {}
+        self._layer_weight: dict[int, float] = {}
         self.printed_M = torch.zeros(len(COLUMNS), dtype=torch.float64, device=device)
         self.printed_coefficient: Tensor | float = 0.0
         self.advanced = 0
@@ -88,33 +129,50 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):  # type: ignore[name-defi
         return tracker
 
     def record_alignment(
-        self,
-        layer: int,
-        loss: Tensor,
-        unit: Tensor,
-        aligned: Tensor,
-        ci: Tensor,
-        has_task: Tensor,
-        task_mass: Tensor,
+        self, layer: int, samples: LoggedSamples, divergence_B: Tensor, masses_B2: Tensor, weight: float = 1.0
     ) -> None:
-        """Add one micro-batch at one aligned layer, without a copy to the host.
+        """Keep one micro-batch at one aligned layer. Nothing is computed until the sums are read.
 
         Args:
             layer: index among the MoE layers.
-            loss: each sample's weighted divergence. [B]
-            unit: each sample's weight in the mean: 1, or its number of loss tokens. [B]
-            aligned: whether a sample is aligned. [B], bool
-            ci: whether a sample is right in English and wrong in its own language. [B], bool
-            has_task: whether a sample's task experts are known and it has tokens to pool. [B], bool
-            task_mass: routing mass on the sample's task experts. [B]
+            samples: the samples of the micro-batch, one object for all layers.
+            divergence_B: each sample's divergence, finite. [B]
+            masses_B2: routing mass on the sample's task experts, and on all others, finite. [B, 2]
+            weight: weight of the layer.
         """
-        groups = [
-            column
-            for group in (ci & has_task, ~ci & has_task)
-            for column in (task_mass.masked_fill(~group, 0.0), group)
-        ]
-        columns = [loss, unit, aligned, torch.ones_like(unit), *groups]
-        self.sums_LM[layer] += torch.stack([column.sum().float() for column in columns])
+        self._waiting.setdefault(layer, []).append(_Recorded(samples, divergence_B, masses_B2))
+        self._layer_weight[layer] = weight
+        if sum(map(len, self._waiting.values())) > WAITING:
+            self._add_waiting()
+
+    @property
+    def sums_LM(self) -> Tensor:
+        """The sums of this rank since the last `clear`. [L, M], float32"""
+        self._add_waiting()
+        return self._sums_LM
+
+    def _add_waiting(self) -> None:
+        """Add what was recorded. Layers that saw the same micro-batches are added together."""
+        waiting, self._waiting = self._waiting, {}
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for layer, recorded in sorted(waiting.items()):
+            groups.setdefault(tuple(id(one.samples) for one in recorded), []).append(layer)
+        for layers in groups.values():
+            recorded = [one for layer in layers for one in waiting[layer]]
+            columns_MN = torch.cat([one.samples.columns_MB for one in waiting[layers[0]]], dim=1)
+            divergence_ZN = torch.cat([one.divergence_B for one in recorded]).view(len(layers), -1)
+            mass_ZN = torch.cat([one.masses_B2 for one in recorded]).view(len(layers), -1, 2)[..., 0]
+            # multiplied by one where a column is a plain count
+            of_column = [
+                divergence_ZN,
+                *[torch.ones_like(mass_ZN)] * 3,
+                *[mass_ZN, torch.ones_like(mass_ZN)] * 2,
+            ]
+            sums_ZM = (torch.stack(of_column, dim=1) * columns_MN).sum(dim=-1)
+            weights = [self._layer_weight[layer] for layer in layers]
+            if any(weight != 1.0 for weight in weights):
+                sums_ZM[:, 0] *= torch.tensor(weights, device=sums_ZM.device)
+            self._sums_LM.index_add_(0, torch.tensor(layers, device=sums_ZM.device), sums_ZM)
 
     def reduced(self) -> dict[str, Tensor]:
         """The metrics of the step over all ranks, means over the aligned layers. One all-reduce of [L, M]."""
@@ -217,7 +275,8 @@ class AlignmentMetrics(moe_logging.MoEMetricsTracker):  # type: ignore[name-defi
     def clear(self) -> None:
         """Zero Megatron's entries and ours."""
         super().clear()
-        self.sums_LM.zero_()
+        self._waiting.clear()
+        self._sums_LM.zero_()
 
 
 def figures(sums: Tensor) -> dict[str, Tensor]:

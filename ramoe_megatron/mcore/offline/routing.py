@@ -15,6 +15,7 @@ from ramoe_megatron.mcore.carrier import RoutingContext
 from ramoe_megatron.mcore.observe import (
     TOKEN_CHOICES,
     TokenSelection,
+    frequencies,
     mean_over_tokens,
     pooled_distributions,
     sum_over_sequence,
@@ -86,18 +87,18 @@ class _Listen:
     ) -> None:
         self.micro, self.buffers, self.speaks, self.steered = micro, buffers, speaks, steered
         self.selection = TokenSelection(micro.batch["prompt_length"], micro.batch["length"])
+        self.place_B, self.real_B1 = micro.places.clamp(min=0), micro.real[:, None].float()
 
     def on_logits(self, router: Any, logits: Tensor) -> Tensor:
         return self.steered.on_logits(router, logits) if self.steered else logits
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
         choices = [name for name in self.buffers if name in TOKEN_CHOICES]
-        chosen_SBE = routing_map.view_as(logits).float()
-        for name in self.buffers:
-            if name.startswith(COUNTED):
-                frequency_BE = mean_over_tokens(
-                    router, chosen_SBE, self.selection, name.removeprefix(COUNTED)
-                )
+        counted = [name for name in self.buffers if name.startswith(COUNTED)]
+        if counted:
+            tokens = [name.removeprefix(COUNTED) for name in counted]
+            shares = frequencies(router, routing_map.view_as(logits), self.selection, tokens)
+            for name, frequency_BE in zip(counted, shares, strict=True):
                 self._write(name, router.ramoe_layer, frequency_BE)
         if "gate" in self.buffers:
             gate_BE = mean_over_tokens(router, probs.view_as(logits).float(), self.selection, "all")
@@ -111,8 +112,7 @@ class _Listen:
         if self.speaks:
             # Each place is written once and was zero before. A mask as index would make the host wait for the
             # device at every layer.
-            real_B1 = self.micro.real[:, None].to(value_BE.dtype)
-            self.buffers[name][:, layer].index_add_(0, self.micro.places.clamp(min=0), value_BE * real_B1)
+            self.buffers[name][:, layer].index_add_(0, self.place_B, value_BE * self.real_B1)
 
 
 def last_prompt_logits(model: OfflineModel, encoded: Sequence[Encoded]) -> Tensor:
@@ -133,12 +133,9 @@ class _CaptureLogits(_Listen):
         super().__init__(micro, {"logits": logits_NLE}, speaks)
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
-        last_BE, here_B = self.selection.local(router, logits.shape[0]).last(logits.float())
-        self._write(
-            "logits",
-            router.ramoe_layer,
-            sum_over_sequence(router, last_BE.masked_fill(~here_B[:, None], 0.0)),
-        )
+        last_BE, absent_B1 = self.selection.local(router, logits.shape[0]).last(logits)
+        here_BE = last_BE.float().masked_fill(absent_B1, 0.0)
+        self._write("logits", router.ramoe_layer, sum_over_sequence(router, here_BE))
         return probs
 
 
