@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks.measure import environment, torchrun
 from benchmarks.shapes import PRESETS
-from benchmarks.tables import machine_line, profiling_table, training_table
+from benchmarks.tables import machine_line, operations_table, profiling_table, training_table
 from benchmarks.world import write_world
 from ramoe_megatron.recipe.launcher import launch
 from ramoe_megatron.recipe.output import Progress
@@ -38,6 +38,10 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 140)
+    # Counted on two ranks where the CPU can stand for them, so that the parallel layouts are in it.
+    ranks = options.ranks if options.shape == "gpu" else max(2, options.ranks)
+    counted = measured("operations", options.shape, [options.shape], options, ranks)
+    console.print(operations_table(counted))
     trained, profiled = [], None
     with tempfile.TemporaryDirectory() as name:
         for shape in PRESETS[options.shape]:
@@ -55,16 +59,21 @@ def main() -> None:
     console.print(f"figures and logs: {options.out}")
 
 
-def measured(module: str, shape: str, arguments: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Run one benchmark under torchrun, and return what it wrote."""
+def measured(
+    module: str, shape: str, arguments: list[str], options: argparse.Namespace, ranks: int | None = None
+) -> dict[str, Any]:
+    """Run one benchmark under torchrun, and return what it wrote.
+
+    Args:
+        ranks: by default those of the options.
+    """
+    ranks = ranks or options.ranks
     out, log = (options.out / f"{module}-{shape}.{ending}" for ending in ("json", "log"))
-    command = torchrun(module, options.ranks, *arguments, str(out.resolve()), str(options.rounds))
-    threads = max(1, len(os.sched_getaffinity(0)) // options.ranks)
+    command = torchrun(module, ranks, *arguments, str(out.resolve()), str(options.rounds))
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     log.unlink(missing_ok=True)
     print(f"{module} of shape {shape}: starts (log: {log})", file=sys.stderr, flush=True)
-    status = launch(
-        command, environment(OMP_NUM_THREADS=str(threads)), log, Shown(f"{module} of shape {shape}")
-    ).status
+    status = launch(command, threads_of(threads), log, Shown(f"{module} of shape {shape}")).status
     if status:
         # The report of torchrun, which follows, is left out.
         told = log.read_text().split("torch/distributed/elastic")[0].splitlines()[-20:]
@@ -77,6 +86,11 @@ def measured(module: str, shape: str, arguments: list[str], options: argparse.Na
             )
         )
     return json.loads(out.read_text())
+
+
+def threads_of(count: int) -> dict[str, str]:
+    """The environment of a rank with so many threads. Waiting threads sleep, so CPU time is work alone."""
+    return environment(OMP_NUM_THREADS=str(count), OMP_WAIT_POLICY="passive")
 
 
 class Shown:

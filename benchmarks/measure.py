@@ -1,6 +1,7 @@
 """Alternating measurements, their ratio with an interval, peak memory, and the machine."""
 
 import gc
+import itertools
 import os
 import platform
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,37 +54,46 @@ class Ratio:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def alternate(
-    arms: dict[str, Callable[[], float]],
+class Seconds(NamedTuple):
+    """The time of an action."""
+
+    wall: float
+    """Depends on what else runs on the machine."""
+    cpu: float
+    """CPU time of this process, all threads together."""
+
+
+def alternate[T](
+    arms: dict[str, Callable[[], T]],
     rounds: int,
     warm_up: int = WARM_UP,
     after_round: Callable[[int], object] = lambda count: None,
-) -> dict[str, list[float]]:
-    """Seconds of every arm in every round after warm-up.
+) -> dict[str, list[T]]:
+    """What every arm returns in every round after warm-up, such as its seconds.
 
     The order within a round rotates, so that no arm always follows the same one. `after_round` is called with
     1 after each round, also during warm-up.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    found: dict[str, list[T]] = {name: [] for name in arms}
     names = list(arms)
     for number in range(warm_up + rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             taken = arms[name]()
             if number >= warm_up:
-                seconds[name].append(taken)
+                found[name].append(taken)
         after_round(1)
-    return seconds
+    return found
 
 
-def timed(action: Callable[[], Any]) -> float:
-    """Wall-clock seconds of an action, from when all ranks are ready until this device is done."""
+def timed(action: Callable[[], Any]) -> Seconds:
+    """Seconds of an action, from when all ranks are ready until this device is done."""
     torch.distributed.barrier()
     torch.cuda.synchronize()
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     action()
     torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def peak_memory(action: Callable[[], Any], on_cpu: bool) -> int:
@@ -99,7 +109,11 @@ def peak_memory(action: Callable[[], Any], on_cpu: bool) -> int:
 
 
 def operations(action: Callable[[], Any], on_cpu: bool) -> int:
-    """Kernels that an action starts on the device, or operations on the CPU that call no other."""
+    """Kernels that an action starts on the device; on the CPU the operations that would start a kernel.
+
+    Those are the operations that compute or copy and call no other such operation. Views and allocations
+    start no kernel. The number is the same on any machine and does not depend on its load.
+    """
     activities = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activities.CPU if on_cpu else activities.CUDA]) as profile:
         action()
@@ -109,7 +123,31 @@ def operations(action: Callable[[], Any], on_cpu: bool) -> int:
             event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA
         ]
         return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
-    return sum(event.name.startswith("aten::") and not event.cpu_children for event in profile.events())
+    assert profile.profiler is not None
+    return innermost(
+        [
+            (event.start_thread_id(), event.start_ns(), event.end_ns())
+            for event in profile.profiler.kineto_results.events()
+            if event.name().startswith("aten::") and event.name().removeprefix("aten::") not in NO_KERNEL
+        ]
+    )
+
+
+NO_KERNEL = frozenset(
+    "_has_compatible_shallow_copy_type _reshape_alias _to_copy _unsafe_view alias as_strided chunk detach "
+    "detach_ empty empty_like empty_strided expand expand_as flatten is_pinned lift_fresh narrow new_empty "
+    "new_empty_strided permute promote_types reshape resize_ resolve_conj resolve_neg result_type select set_ "
+    "slice split split_with_sizes squeeze t to transpose unbind unfold unsqueeze view view_as".split()
+)
+"""Names of torch's operations that look at a tensor in another way, allocate it, or only call others."""
+
+
+def innermost(spans: Sequence[tuple[int, int, int]]) -> int:
+    """Number of spans (thread, start, end) that hold no other of their thread."""
+    found, starts = 0, sorted(spans, key=lambda span: (span[0], span[1], -span[2]))
+    for span, following in itertools.pairwise([*starts, (-1, 0, 0)]):
+        found += following[0] != span[0] or following[1] >= span[2]
+    return found
 
 
 def _cpu_peak(action: Callable[[], Any]) -> int:

@@ -1,17 +1,19 @@
 """Operations that alignment adds at the routers of a micro-batch: exact numbers, the same on any machine.
 
-    torchrun --nproc-per-node N -m benchmarks.operations OUT.json
+    torchrun --nproc-per-node N -m benchmarks.operations PRESET OUT.json [ROUNDS]
 
 A stack of Megatron's routers runs forward and backward, as in a training step, with its losses over the real
 tokens. Each option of the alignment is counted with one and with two aligned layers. The difference is what
-another aligned layer adds. What is left is made once for a micro-batch, or once for a step.
+another aligned layer adds. What is left is made once for a micro-batch, or once for a step, however many
+layers are aligned.
 """
 
+import functools
 import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +25,10 @@ from torch import Tensor
 from benchmarks.measure import operations
 from benchmarks.shapes import TINY
 from benchmarks.world import TASKS, write_world
+from ramoe_megatron.jobs.offline_job import ProgressLines
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
 from ramoe_megatron.mcore.cpu.backend import cpu_backend, cuda_absent, uncompiled
 from ramoe_megatron.method.losses import DIVERGENCES
-
-AT_MOST = 40
-"""Target: operations of an aligned layer in a micro-batch."""
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 SHAPE = replace(TINY, layers=4, samples=4)
@@ -56,20 +56,30 @@ class Case:
         return ", ".join([*words, *([self.layout] if self.layout else [])])
 
 
-def cases(ranks: int) -> list[Case]:
-    """Every divergence with every target, choice of tokens and pooling; then what changes the batch."""
+def cases(ranks: int, few: bool = False) -> list[Case]:
+    """Every divergence with every target, choice of tokens and pooling; then what changes the batch.
+
+    Args:
+        ranks: with two, a few cases in the layouts of two ranks too.
+        few: in one rank's layout too, only the default options and what takes the most operations.
+    """
     found = []
-    for layout in ("",) if ranks == 1 else ("tp", "cp"):
-        for divergence, target, tokens, pooling in itertools.product(
-            DIVERGENCES, ("profile", "example", "paired"), ("last", "prompt"), ("sequence", "token")
-        ):
-            if pooling == "token" and (target == "paired" or tokens == "last"):
-                continue  # refused, or the same as sequence
-            found.append(Case(divergence, target, tokens, pooling, layout=layout))
-        for pooling, tokens in (("sequence", "last"), ("sequence", "prompt"), ("token", "all")):
-            base = Case(tokens=tokens, pooling=pooling, layout=layout)
+    for layout in ("", "tp", "cp") if ranks == 2 else ("",):
+        pooled = [Case(tokens=tokens, layout=layout) for tokens in ("last", "prompt")]
+        by_token = Case(tokens="all", pooling="token", layout=layout)
+        paired = replace(pooled[0], target="paired")
+        if few or layout:
+            found += [pooled[0], paired, replace(paired, divergence="js"), replace(pooled[1], packed=True)]
+            found += [replace(by_token, packed=True, score=score) for score in ("softmax", "sqrtsoftplus")]
+            continue
+        for divergence, target in itertools.product(DIVERGENCES, ("profile", "example", "paired")):
+            found += [replace(one, divergence=divergence, target=target) for one in pooled]
+            if target != "paired":  # refused by token
+                found.append(replace(by_token, divergence=divergence, target=target))
+        for base in (*pooled, by_token):
             changes: list[dict[str, Any]] = [{"packed": True}, {"per_token": True}, {"bf16": True}]
             changes += [{"score": score} for score in SCORES[1:]]
+            changes += [{"score": SCORES[2], "packed": True}]
             found += [replace(base, **change) for change in changes]
     return found
 
@@ -132,10 +142,9 @@ def count(case: Case, folder: Path, layers: int | None) -> int:
         if layers:
             attach(chunk, config(case, folder, layers))
             metrics = chunk.ramoe_alignment.metrics
-        ranks = torch.distributed.get_world_size()
         micro = batch(case)
         rows, columns = micro["loss_mask"].shape[::-1]
-        shape = (rows // ranks, columns, SHAPE.hidden)
+        shape = (rows // (2 if case.layout else 1), columns, SHAPE.hidden)
         dtype = torch.bfloat16 if case.bf16 else torch.float32
         hidden = torch.randn(shape, dtype=dtype, device=torch.cuda.current_device(), requires_grad=True)
 
@@ -196,9 +205,24 @@ def batch(case: Case) -> dict[str, Tensor]:
 
 
 def measure(case: Case, folder: Path) -> dict[str, int]:
-    """The operations of a step: without us, with our losses over real tokens, with alignment; and a layer's."""
-    stock, real, one, two = (count(case, folder, layers) for layers in (None, 0, 1, 2))
-    return {"stock": stock, "real tokens": real, "one": one, "two": two, "layer": two - one}
+    """Operations that one aligned layer adds to a step, and that every micro-batch adds once.
+
+    The latter includes what the log does once a step.
+    """
+    one, two = (count(case, folder, layers) for layers in (1, 2))
+    return {"layer": two - one, "once": 2 * one - two - _without(_batch_alone(case), folder)}
+
+
+def _batch_alone(case: Case) -> Case:
+    """A case with the same operations where nothing is aligned."""
+    return Case(
+        packed=case.packed, bf16=case.bf16, per_token=case.per_token, score=case.score, layout=case.layout
+    )
+
+
+@functools.cache
+def _without(case: Case, folder: Path) -> int:
+    return count(case, folder, 0)
 
 
 @contextmanager
@@ -211,14 +235,17 @@ def world() -> Iterator[Path]:
 
 
 def main() -> None:
-    """Count every case on this number of ranks, and write OUT.json."""
+    """Count the cases of a preset on this number of ranks, and write OUT.json."""
+    preset, out = sys.argv[1], Path(sys.argv[2])
     torch.distributed.init_process_group("gloo" if cuda_absent() else "nccl")
     with world() as folder:
-        found: Mapping[str, Any] = {
-            str(case): measure(case, folder) for case in cases(torch.distributed.get_world_size())
-        }
+        chosen = cases(torch.distributed.get_world_size(), few=preset == "tiny")
+        progress, found = ProgressLines(len(chosen), "options"), {}
+        for case in chosen:
+            found[str(case)] = measure(case, folder)
+            progress(1)
     if torch.distributed.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found, indent=1))
+        out.write_text(json.dumps({"cases": found}, indent=1))
     torch.distributed.destroy_process_group()
 
 

@@ -14,12 +14,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import Ratio, alternate, machine, timed
+from benchmarks.measure import Ratio, Seconds, alternate, machine, operations, peak_memory, timed
 from benchmarks.shapes import PRESETS, Shape, profiling_flags
 from benchmarks.world import sequences
 from ramoe_megatron.data.encode import Encoded
@@ -39,36 +40,25 @@ class Passes:
         self.model, self.encoded, self.folder = model, encoded, folder
         self.kept_bytes = {BARE: 0}
 
-    def bare(self) -> float:
-        """Seconds of the bare forward passes."""
-        return timed(self._forward)
-
-    def ours(self) -> float:
-        """Seconds with the frequencies and pooled distributions of every sequence."""
-        from ramoe_megatron.mcore.offline.routing import sequence_routing
-
-        def profile() -> None:
-            routing = sequence_routing(self.model, self.encoded)
-            kept = [*routing.frequency_NLE.values(), *routing.pooled_NLE.values()]
-            self.kept_bytes[OURS] = sum(tensor.nbytes for tensor in kept)
-
-        return timed(profile)
-
-    def trace(self) -> float:
-        """Seconds with Megatron's tracer, including writing its file."""
-        with tracer(self.model.chunks, self.folder) as active:
-
-            def forward_and_write() -> None:
-                self._forward()
-                active.flush()
-
-            seconds = timed(forward_and_write)
-            self.kept_bytes[TRACE] = Path(active.output_path).stat().st_size
-        return seconds
-
-    def _forward(self) -> None:
+    def bare(self) -> None:
+        """The bare forward passes."""
         for group in self.model.groups([len(sequence.ids) for sequence in self.encoded]):
             self.model.run(self.encoded, group, None)
+
+    def ours(self) -> None:
+        """With the frequencies and pooled distributions of every sequence."""
+        from ramoe_megatron.mcore.offline.routing import sequence_routing
+
+        routing = sequence_routing(self.model, self.encoded)
+        kept = [*routing.frequency_NLE.values(), *routing.pooled_NLE.values()]
+        self.kept_bytes[OURS] = sum(tensor.nbytes for tensor in kept)
+
+    def trace(self) -> None:
+        """With Megatron's tracer, including writing its file."""
+        with tracer(self.model.chunks, self.folder) as active:
+            self.bare()
+            active.flush()
+            self.kept_bytes[TRACE] = Path(active.output_path).stat().st_size
 
 
 @contextmanager
@@ -121,25 +111,37 @@ def main() -> None:
 def measure(model: Any, shape: Shape, folder: Path, factor: int, rounds: int) -> dict[str, Any]:
     """All three passes at `factor` times the shape's sequence length.
 
-    Returns tokens per second, speed relative to the bare pass, and the kept bytes.
+    Returns seconds, speed relative to the bare pass, operations, and bytes at the peak and kept.
     """
+    from ramoe_megatron.mcore.cpu.backend import cuda_absent
+
     encoded = sequences(model.tokenizer, SEQUENCES * shape.samples * model.dp, factor * shape.sequence)
     tokens = sum(len(sequence.ids) - 1 for sequence in encoded)
     passes = Passes(model, encoded, folder)
     arms = {BARE: passes.bare, OURS: passes.ours, TRACE: passes.trace}
     unit = f"rounds of {len(arms)} passes at {factor * shape.sequence} tokens a sequence"
-    seconds = alternate(arms, rounds, WARM_UP, ProgressLines(WARM_UP + rounds, unit))
+    progress = ProgressLines(WARM_UP + rounds, unit)
+    turns = {label: partial(timed, arm) for label, arm in arms.items()}
+    found = alternate(turns, rounds, WARM_UP, progress)
+    on_cpu = cuda_absent()
+    counts = {label: operations(arm, on_cpu) for label, arm in arms.items()}
+    peaks = {label: peak_memory(arm, on_cpu) for label, arm in arms.items()}
+
+    def speed(label: str, time: str) -> dict[str, Any]:
+        own, bare = ([getattr(one, time) for one in found[name]] for name in (label, BARE))
+        return {"seconds": own, "ratio": asdict(Ratio.of(bare, own))}
+
     return {
         "sequences": len(encoded),
         "tokens": tokens,
         "passes": {
             label: {
-                "seconds": taken,
-                "tokens_per_second": tokens / float(torch.tensor(taken).median()),
-                "speed": asdict(Ratio.of(seconds[BARE], taken)),
+                **{time: speed(label, time) for time in Seconds._fields},
+                "operations": counts[label],
+                "peak_bytes": peaks[label],
                 "kept_bytes": passes.kept_bytes[label],
             }
-            for label, taken in seconds.items()
+            for label in arms
         },
     }
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import WARM_UP, Ratio, alternate, machine, operations, peak_memory, timed
+from benchmarks.measure import WARM_UP, Ratio, Seconds, alternate, machine, operations, peak_memory, timed
 from benchmarks.shapes import PRESETS, Shape, training_flags
 from ramoe_megatron.jobs.offline_job import ProgressLines
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig, add_arguments
@@ -119,8 +119,8 @@ class Arm:
         )
         self.losses, self.iteration = losses, self.iteration + 1
 
-    def seconds(self) -> float:
-        """Wall-clock time of a step."""
+    def seconds(self) -> Seconds:
+        """The time of a step."""
         self.prepare()
         return timed(self.step)
 
@@ -174,12 +174,13 @@ def main() -> None:
         # comes first.
         for arm in {id(arm.trained): arm for arm in arms.values()}.values():
             arm.memory(cuda_absent())
-        memory = {label: arm.memory(cuda_absent()) for label, arm in arms.items()}
-        counts = {label: arm.operations(cuda_absent()) for label, arm in arms.items()}
-        aligned = {variant.name: variant.aligned for variant in shape.variants}
+        progress, memory, counts = ProgressLines(len(arms), "arms: memory and operations"), {}, {}
+        for label, arm in arms.items():
+            memory[label] = arm.memory(cuda_absent())
+            counts[label] = arm.operations(cuda_absent())
+            progress(1)
         measured = {
-            label: figures(label, seconds, memory)
-            | {"losses": losses[label], "operations": counts[label], "aligned": aligned.get(label, 0)}
+            label: figures(label, seconds, memory) | {"losses": losses[label], "operations": counts[label]}
             for label in arms
         }
         result = {
@@ -194,12 +195,25 @@ def main() -> None:
         save(arms[STOCK])
 
 
-def figures(label: str, seconds: dict[str, list[float]], memory: dict[str, dict[str, int]]) -> dict[str, Any]:
+def figures(
+    label: str, seconds: dict[str, list[Seconds]], memory: dict[str, dict[str, int]]
+) -> dict[str, Any]:
     """The figures of an arm: seconds and bytes, and their ratios to stock Megatron."""
     own, stock = memory[label], memory[STOCK]
+    times = {
+        name: {
+            "seconds": [getattr(one, name) for one in seconds[label]],
+            "ratio": asdict(
+                Ratio.of(
+                    [getattr(one, name) for one in seconds[label]],
+                    [getattr(one, name) for one in seconds[STOCK]],
+                )
+            ),
+        }
+        for name in Seconds._fields
+    }
     return {
-        "seconds": seconds[label],
-        "time": asdict(Ratio.of(seconds[label], seconds[STOCK])),
+        **times,
         "bytes": own,
         "activations": own["activations"] / stock["activations"],
         "whole": (own["step"] + own["between"]) / (stock["step"] + stock["between"]),

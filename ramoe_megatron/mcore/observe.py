@@ -27,24 +27,22 @@ def router_distribution(logits: Tensor, score_function: str) -> Tensor:
     """Router probabilities over all experts, before top-k, in float32 (arXiv 2605.28306). [..., E]
 
     The precision is our reading. No paper says what to align for routers with sigmoid or sqrt-softplus
-    scores; our reading is the scores divided by their sum.
+    scores; our reading is the scores divided by their sum, which is the softmax of their logarithms.
 
     Raises:
         RamoeError: Megatron 0.19 has no such score function.
     """
-    if score_function == "softmax":
-        return logits.softmax(dim=-1, dtype=torch.float32)
     if logits.dtype != torch.float32:
         logits = logits.float()
     if score_function == "sigmoid":
-        scores = logits.sigmoid()
+        logits = torch.nn.functional.logsigmoid(logits)
     elif score_function == "sqrtsoftplus":
-        scores = torch.nn.functional.softplus(logits).sqrt()
-    else:
+        logits = torch.nn.functional.softplus(logits).log() / 2
+    elif score_function != "softmax":
         raise RamoeError(
             f"--moe-router-score-function {score_function}: expected softmax, sigmoid or sqrtsoftplus"
         )
-    return scores / scores.sum(dim=-1, keepdim=True)
+    return logits.softmax(dim=-1)
 
 
 class TokenSelection:

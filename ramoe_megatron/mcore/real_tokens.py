@@ -23,6 +23,7 @@ Shape suffixes: S rows of the sequence dimension on this rank, C columns (packed
 E experts.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,23 +71,26 @@ class RealTokens:
 
 @dataclass(frozen=True)
 class RealRows:
-    """The real tokens among a router's rows (`local`), and their number in each whole sample (`length_B`)."""
+    """The real tokens among a router's rows (`local`), and their number in each whole sample (`length_B`).
+
+    What follows from them is computed once for all routers.
+    """
 
     local: LocalTokens
     length_B: Tensor
     share: float | Tensor
 
-    @property
+    @functools.cached_property
     def padding_SC(self) -> Tensor:
         """True at padding, as Megatron's routers expect. [S, C], bool"""
         return ~self.local.chosen("all")
 
-    @property
+    @functools.cached_property
     def total(self) -> Tensor:
         """Number of real tokens of the micro-batch, over the ranks that share its sequences. []"""
         return self.length_B.sum()
 
-    @property
+    @functools.cached_property
     def part(self) -> Tensor:
         """Fraction of these tokens that is on this rank. []"""
         return self.local.chosen("all").sum() / self.total.clamp(min=1)
@@ -113,7 +117,7 @@ class RealTokenLosses(TopKRouter):
 
     def attach_and_log_load_balancing_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """As Megatron's, with the mean number of real tokens of the ranks that share the sequences."""
-        if self.real_rows is not None:
+        if self.real_rows is not None and self.calculate_per_token_loss:  # Megatron reads it only there
             kwargs["valid_token_count"] = self.real_rows.total / self.tp_cp_group.size()
         return super().attach_and_log_load_balancing_loss(*args, **kwargs)
 

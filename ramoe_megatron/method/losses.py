@@ -132,7 +132,7 @@ def value_and_slope(name: str, known: Reference, q: Tensor) -> tuple[Tensor, Ten
     bin_mass = _BINS[name](q, known.inside, masses)
     floored = bin_mass.clamp_min(TINY)
     value = (known.q_en * (known.log_bin - floored.log())).sum(dim=-1)
-    return value, (known.minus_bin / floored).masked_fill(bin_mass < TINY, 0.0), masses
+    return value, torch.where(bin_mass < TINY, 0.0, known.minus_bin / floored), masses
 
 
 def weighted_divergence(
@@ -181,8 +181,7 @@ class WeightedDivergence(torch.autograd.Function):
 
 def widen(q: Tensor) -> Tensor:
     """`q` in float32, or as it is in a wider type."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q if q.dtype == wide else q.to(wide)
+    return q if q.dtype in (torch.float32, torch.float64) else q.float()
 
 
 def _log(q: Tensor) -> Tensor:

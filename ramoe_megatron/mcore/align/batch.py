@@ -213,7 +213,7 @@ class AlignmentContext(TrainingContext):
         self.loss_tokens_B = loss_tokens(batch["loss_mask"], batch["length"], batch.get("start"))
         self.expected, self.passed, self.attached = expected, dict.fromkeys(expected, 0), set[int]()
         self._prepared: dict[int, Prepared] | None = None
-        self._share_SC: Tensor | None = None
+        self._weight_of_row: dict[int, Tensor] | None = None
 
     def on_routing(self, router: Any, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
         """Attach the layer's loss to `probs` when training with gradients."""
@@ -286,7 +286,7 @@ class AlignmentContext(TrainingContext):
     def _by_token(
         self, router: Any, logits_SCE: Tensor, layer_of: "Prepared"
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of this rank's rows, and the means over tokens of the divergences [B] and the masses [B, 2].
+        """The loss of this rank's rows; the means over tokens of the divergences [B] and the masses [B, 2].
 
         Autograd reads only the loss's gradient, which each rank has of its own rows.
         """
@@ -296,7 +296,9 @@ class AlignmentContext(TrainingContext):
         p_SCE = router_distribution(logits_SCE, router.score_function)
         if local.sample_S is not None:
             known = Reference(*(part.index_select(0, local.sample_S)[:, None] for part in known))
-        weight_SC = self._share_of_token(local) * local.spread(layer_of.weight_B)
+        if self._weight_of_row is None:
+            self._weight_of_row = self._weights_of_rows(local)
+        weight_SC = self._weight_of_row[router.ramoe_layer]
         loss, divergence_SC, masses_SC2 = WeightedDivergence.apply(
             p_SCE, weight_SC, self.alignment.config.divergence, compiled_divergence, *known
         )
@@ -304,13 +306,14 @@ class AlignmentContext(TrainingContext):
         figures_B3 = mean_over_tokens(router, figures_SC3, self.selection, tokens)
         return loss, figures_B3[:, 0], figures_B3[:, 1:]
 
-    def _share_of_token(self, local: LocalTokens) -> Tensor:
-        """1 / the number of chosen tokens of its sample at each chosen token of this rank, else 0. [S, C]"""
-        if self._share_SC is None:
-            tokens = self.alignment.config.tokens
-            share_B = 1.0 / self.selection.divisor(tokens)[:, 0]
-            self._share_SC = local.chosen(tokens) * local.spread(share_B)
-        return self._share_SC
+    def _weights_of_rows(self, local: LocalTokens) -> dict[int, Tensor]:
+        """For each aligned layer, what the divergence at each row of this rank is multiplied by. [S, C]"""
+        assert self._prepared is not None
+        tokens = self.alignment.config.tokens
+        weight_ZB = torch.stack([layer_of.weight_B for layer_of in self._prepared.values()])
+        weight_ZB = weight_ZB / self.selection.divisor(tokens)[:, 0]
+        rows_SCZ = local.spread(weight_ZB.T) * local.chosen(tokens)[..., None]
+        return dict(zip(self._prepared, rows_SCZ.unbind(dim=-1), strict=True))
 
     def check_consumed(self) -> None:
         """Raise RamoeError unless every expected layer ran exactly once.

@@ -9,8 +9,8 @@ Biases get the metrics of each step, and the printed line gets the mean over the
 Megatron's printed `lm loss` excludes a step that the optimizer skipped (float16 overflow), but its losses at
 the routers include it and so read too large. Our metrics exclude it.
 
-Shape suffixes: L MoE layers, Z aligned layers of a chunk, M columns of the sums, B samples of a micro-batch, N
-samples of all its micro-batches. "..." is L or empty.
+Shape suffixes: L MoE layers, Z recorded layers, M columns of the sums, B samples of a micro-batch, N samples
+of all micro-batches of a step. "..." is L or empty.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,8 +34,7 @@ LAYER_NAMES = {LOSS: LOSS, CI_MASS: "ramoe_task_expert_mass_ci", OTHER_MASS: "ra
 
 
 WAITING = 1 << 14
-"""Largest number of recorded layers whose figures wait for their sums. A training that reports each step stays far
-below it."""
+"""The most recorded layers whose figures wait for their sums, in a program that never reports a step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +42,8 @@ class LoggedSamples:
     """The samples of a micro-batch as the log counts them, the same at every aligned layer."""
 
     columns_MB: Tensor
-    """For each of `COLUMNS`, what a sample adds to it, or what its divergence or its mass is multiplied by. [M, B],
-    float32"""
+    """For each of `COLUMNS`, what a sample adds to it, or what its divergence or its mass is multiplied by.
+    [M, B], float32"""
 
     @classmethod
     def of(
