@@ -136,8 +136,8 @@ def operations(action: Callable[[], Any], on_cpu: bool) -> int:
 NO_KERNEL = frozenset(
     "_has_compatible_shallow_copy_type _reshape_alias _to_copy _unsafe_view alias as_strided chunk detach "
     "detach_ empty empty_like empty_strided expand expand_as flatten is_pinned lift_fresh narrow new_empty "
-    "new_empty_strided permute promote_types reshape resize_ resolve_conj resolve_neg result_type select set_ "
-    "slice split split_with_sizes squeeze t to transpose unbind unfold unsqueeze view view_as".split()
+    "new_empty_strided permute promote_types reshape resize_ resolve_conj resolve_neg result_type select "
+    "set_ slice split split_with_sizes squeeze t to transpose unbind unfold unsqueeze view view_as".split()
 )
 """Names of torch's operations that look at a tensor in another way, allocate it, or only call others."""
 

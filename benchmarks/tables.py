@@ -33,7 +33,7 @@ def verdict(ratio: Ratio, target: float, at_most: bool) -> str:
 
 
 def training_table(results: Sequence[dict[str, Any]]) -> Table:
-    """Operations, CPU time and peak memory of each arm's step, beside stock Megatron's. Wall time: a remark."""
+    """Operations, CPU time and peak memory of each arm's step, beside stock Megatron's."""
     table = Table(
         title=f"Training, against stock Megatron (targets: CPU time <= {TIME}, memory <= {MEMORY})",
         title_justify="left",

@@ -53,6 +53,7 @@ STARTS = (
 )
 SHARED = {
     **dict.fromkeys(("test_slurm_chain", "test_slurm_faults", "test_slurm_by_hand"), "slurm"),
+    "test_operations": "test_cpu_attention",
     "test_adapters": "test_selective",  # one import for the ranks of both
     "test_family_methods": "test_families",
 }

@@ -14,6 +14,7 @@ import pytest
 from benchmarks import profiling
 from benchmarks.__main__ import Shown
 from benchmarks.measure import WARM_UP, Ratio, alternate, peak_memory
+from benchmarks.operations import Case
 from benchmarks.tables import verdict
 from ramoe_megatron.recipe.output import Progress
 
@@ -28,9 +29,8 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     command, environment = ["benchmarks/gpu.sh"], {**os.environ, **own, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    found = {
-        name: json.loads((folder / f"{name}-base.json").read_text()) for name in ("training", "profiling")
-    }
+    files = {"training": "training-base", "profiling": "profiling-base", "operations": "operations-tiny"}
+    found = {name: json.loads((folder / f"{file}.json").read_text()) for name, file in files.items()}
     found["parity"] = json.loads((folder / "parity.json").read_text())
     return found | {"printed": done.stdout, "progress": done.stderr}
 
@@ -39,6 +39,7 @@ def test_progress_names_what_is_measured_and_how_far_it_is(figures: dict[str, An
     lines = figures["progress"].splitlines()
     for what, rounds in (
         ("training of shape base: {} of {} rounds of 4 arms", WARM_UP + ROUNDS),
+        ("training of shape base: {} of {} arms: memory and operations", 4),
         ("profiling of shape base: {} of {} rounds of 3 passes", profiling.WARM_UP + ROUNDS),
     ):
         assert any(line.startswith(what.format(1, rounds)) for line in lines)
@@ -74,12 +75,24 @@ def test_alignment_adds_operations_where_it_aligns(figures: dict[str, Any]) -> N
     stock, control, *aligned = [arm["operations"] for arm in arms]
     assert stock == control
     assert all(stock < count < 2 * stock for count in aligned)
+    assert all(str(count) in figures["printed"] for count in (stock, *aligned))
+
+
+def test_operations_of_a_layer_are_printed_for_each_option(figures: dict[str, Any]) -> None:
+    cases = figures["operations"]["cases"]
+    assert str(Case()) in cases
+    for options, found in cases.items():
+        (line,) = [
+            line for line in figures["printed"].splitlines() if f"{options} " in line.replace("│", " ")
+        ]
+        assert f" {found['layer']} " in line
+        assert f" {found['once']} " in line
 
 
 def test_every_arm_takes_every_round(figures: dict[str, Any]) -> None:
     arms = figures["training"]["arms"]
     assert len(arms) == 4
-    assert {len(arm["seconds"]) for arm in arms.values()} == {ROUNDS}
+    assert {len(arm[time]["seconds"]) for arm in arms.values() for time in ("wall", "cpu")} == {ROUNDS}
     assert all(
         label in figures["printed"]
         for label in ("stock Megatron", "bare forward pass", "Megatron's routing trace")

@@ -155,8 +155,8 @@ def test_pieces_of_a_pack_add_up(tokens: str, tp: int, cp: int) -> None:
             rows += local.row_S.tolist()
             part = values[mine][t * count : (t + 1) * count]
             total += local.sum(part, tokens)
-            last, here = local.last(part)
-            torch.testing.assert_close(last.masked_fill(~here[:, None], 0.0), local.sum(part, "last"))
+            last, absent = local.last(part)
+            torch.testing.assert_close(last.masked_fill(absent, 0.0), local.sum(part, "last"))
     assert sorted(rows) == list(range(SEQ))
     torch.testing.assert_close(total, whole.sum(values, tokens))
 

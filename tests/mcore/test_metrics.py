@@ -14,8 +14,17 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_logging
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.align import state
-from ramoe_megatron.mcore.align.metrics import CI_MASS, COEFFICIENT, LOSS, OTHER_MASS, SHARE, AlignmentMetrics
+from ramoe_megatron.mcore.align import metrics, state
+from ramoe_megatron.mcore.align.metrics import (
+    CI_MASS,
+    COEFFICIENT,
+    COLUMNS,
+    LOSS,
+    OTHER_MASS,
+    SHARE,
+    AlignmentMetrics,
+    LoggedSamples,
+)
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.align.state import AlignmentState
 
@@ -62,10 +71,15 @@ def samples(count: int, seed: int) -> dict[str, torch.Tensor]:
 
 def record(tracker: AlignmentMetrics, batch: dict[str, torch.Tensor], where: slice = slice(None)) -> None:
     """A micro-batch in both aligned layers; in the second one half the loss and half the mass."""
+    part = {name: values[where] for name, values in batch.items()}
+    weight, count = (
+        torch.full_like(part["unit"], 2.0),
+        [part[n] for n in ("unit", "aligned", "ci", "has_task")],
+    )
+    logged = LoggedSamples.of(weight, *count)
     for layer, share in zip(ZONE, (1.0, 0.5), strict=True):
-        part = {name: values[where] for name, values in batch.items()}
-        part |= {name: part[name] * share for name in ("loss", "task_mass")}
-        tracker.record_alignment(layer, **part)
+        masses = torch.stack([share * part["task_mass"], 1 - share * part["task_mass"]], dim=-1)
+        tracker.record_alignment(layer, logged, part["loss"] / 2, masses, weight=share)
 
 
 def report(
@@ -102,6 +116,35 @@ def test_the_figures_are_their_definitions_and_micro_batches_add_up() -> None:
     for name, value in expected.items():
         assert found[name].item() == pytest.approx(value.item(), rel=1e-6), name
         assert again[name].item() == pytest.approx(value.item(), rel=1e-6), name
+
+
+def test_layers_in_another_order_and_without_some_micro_batch_have_their_own_sums(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As recompute and pipeline stages record them. Where a program never reports, sums are taken early."""
+    batches = [
+        LoggedSamples.of(*(samples(4, seed)[n] for n in ("unit", "unit", "aligned", "ci", "has_task")))
+        for seed in (1, 2)
+    ]
+    figures = {
+        (layer, n): (torch.rand(4), torch.rand(4, 2))
+        for layer in ZONE
+        for n in (0, 1)
+        if (layer, n) != (2, 0)
+    }
+    orders = [sorted(figures), sorted(figures, reverse=True), sorted(figures, key=lambda key: key[1])]
+    found = []
+    for waiting, order in ((metrics.WAITING, orders[0]), (metrics.WAITING, orders[1]), (1, orders[2])):
+        monkeypatch.setattr(metrics, "WAITING", waiting)
+        tracker = AlignmentMetrics(NUMBERS, "cpu")
+        for layer, n in order:
+            tracker.record_alignment(layer, batches[n], *figures[layer, n])
+        found.append(tracker.sums_LM.clone())
+    for sums in found[1:]:
+        torch.testing.assert_close(sums, found[0])
+    alone = figures[2, 1][0] * batches[1].columns_MB[0]
+    torch.testing.assert_close(found[0][2, 0], alone.sum())
+    assert found[0][:, COLUMNS.index("samples")].tolist() == [0, 8, 4, 0]
 
 
 def test_layers_are_written_under_megatrons_own_numbers_and_their_mean_is_the_figure() -> None:

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.losses import DIVERGENCES, TINY, divergence, lumped, mass, pool
+from ramoe_megatron.method.losses import (
+    DIVERGENCES,
+    TINY,
+    WeightedDivergence,
+    mass,
+    pool,
+    reference,
+    value_and_slope,
+    weighted_divergence,
+)
 
 names = pytest.mark.parametrize("name", DIVERGENCES)
 
@@ -30,6 +39,40 @@ def routings(draw: st.DrawFn, zeros: bool = True) -> tuple[Tensor, Tensor, Tenso
     mask = torch.rand(layers, experts, generator=generator) < 0.5
     mask[:, 0], mask[:, 1] = True, False
     return distribution(), distribution(), mask
+
+
+def divergence(name: str, q_en: Tensor, q_tg: Tensor, mask: Tensor) -> Tensor:
+    """The divergences themselves. [...]"""
+    return value_and_slope(name, reference(name, q_en, mask), q_tg)[0]
+
+
+def weighted(name: str, q_en: Tensor, q_tg: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Their weighted sum, with a gradient. []"""
+    known = reference(name, q_en, mask)
+    weight = torch.ones(q_tg.shape[:-1], dtype=known.q_en.dtype) if weight is None else weight
+    return WeightedDivergence.apply(q_tg, weight, name, weighted_divergence, *known)[0]
+
+
+def lumped(q: Tensor, mask: Tensor) -> Tensor:
+    """One bin for each task expert and one for all others, which stands last; a bin of no expert holds 0."""
+    return torch.cat([q.masked_fill(~mask, 0.0), q.masked_fill(mask, 0.0).sum(-1, keepdim=True)], dim=-1)
+
+
+def two_bins(q: Tensor, mask: Tensor) -> Tensor:
+    return torch.stack([q.masked_fill(~mask, 0.0).sum(-1), q.masked_fill(mask, 0.0).sum(-1)], dim=-1)
+
+
+def floored_kl(a: Tensor, b: Tensor) -> Tensor:
+    return (a * (a.clamp_min(TINY).log() - b.clamp_min(TINY).log())).sum(-1)
+
+
+BY_BINS = {
+    "lumped-kl": lambda a, b, mask: floored_kl(lumped(a, mask), lumped(b, mask)),
+    "mass": lambda a, b, mask: floored_kl(two_bins(a, mask), two_bins(b, mask)),
+    "kl": lambda a, b, mask: floored_kl(a, b),
+    "js": lambda a, b, mask: (floored_kl(a, (a + b) / 2) + floored_kl(b, (a + b) / 2)) / 2,
+}
+"""Each divergence over its bins, whose gradient is autograd's."""
 
 
 def kl(a: Tensor, b: Tensor) -> Tensor:
@@ -139,15 +182,37 @@ def test_the_order_of_experts_does_not_matter(
 @given(routings(zeros=False))
 def test_gradient_agrees_with_finite_differences(name: str, case: tuple[Tensor, Tensor, Tensor]) -> None:
     q_en, q_tg, mask = case
-    logits = q_tg.log().requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: divergence(name, q_en, z.softmax(-1), mask), (logits,))
+    logits, weight = q_tg.log().requires_grad_(), torch.linspace(0.5, 2, len(q_tg), dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda z: weighted(name, q_en, z.softmax(-1), mask, weight), (logits,))
+
+
+@names
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@settings(max_examples=25)
+@given(routings())
+def test_value_and_gradient_are_those_of_the_bins(
+    name: str, dtype: torch.dtype, bound: float, case: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Errors are relative to the largest term: to the gradient's norm, and to the sum of the terms' sizes."""
+    q_en, q_tg, mask = case
+    q_tg = (q_tg + 1e-3) / (q_tg + 1e-3).sum(-1, keepdim=True)  # away from the floor
+    weight = torch.linspace(0.5, 2, len(q_tg), dtype=dtype)
+    found, expected = (q_tg.to(kind).requires_grad_() for kind in (dtype, torch.float64))
+    total = weighted(name, q_en.to(dtype), found, mask, weight)
+    by_bins = BY_BINS[name](q_en.to(dtype).double(), expected, mask)
+    total.backward()
+    (by_bins * weight.double()).sum().backward()
+    assert found.grad is not None
+    assert expected.grad is not None
+    torch.testing.assert_close(total.double(), (by_bins * weight.double()).sum(), rtol=bound, atol=4 * bound)
+    assert (found.grad.double() - expected.grad).norm() <= 2 * bound * expected.grad.norm() + bound
 
 
 @names
 def test_only_the_target_side_gets_a_gradient(name: str) -> None:
     q_en = torch.tensor([0.7, 0.2, 0.1], requires_grad=True)
     q_tg = torch.tensor([0.1, 0.2, 0.7], requires_grad=True)
-    divergence(name, q_en, q_tg, torch.tensor([True, False, False])).backward()
+    weighted(name, q_en, q_tg, torch.tensor([True, False, False])).backward()
     assert q_en.grad is None
     assert q_tg.grad is not None
     assert q_tg.grad.abs().sum() > 0
@@ -162,7 +227,7 @@ def test_value_and_gradient_are_finite_at_zeros(name: str, dtype: torch.dtype) -
     for q_en in (*corners, below):
         for start in (*corners, below):
             q_tg = start.clone().requires_grad_()
-            value = divergence(name, q_en, q_tg, mask)
+            value = weighted(name, q_en, q_tg, mask)
             assert value.dtype == torch.float32
             value.backward()
             assert value.isfinite()
@@ -186,7 +251,7 @@ def test_leading_dimensions_broadcast(name: str) -> None:
 @pytest.mark.parametrize("name", ["lumped-kl", "mass"])
 def test_a_layer_without_task_experts_asks_for_nothing(name: str) -> None:
     logits = torch.randn(6, requires_grad=True)
-    value = divergence(name, torch.rand(6).softmax(-1), logits.softmax(-1), torch.zeros(6, dtype=torch.bool))
+    value = weighted(name, torch.rand(6).softmax(-1), logits.softmax(-1), torch.zeros(6, dtype=torch.bool))
     value.backward()
     assert value.abs() < 1e-6
     assert logits.grad is not None
@@ -210,21 +275,18 @@ def test_pooling_in_pieces_equals_pooling_at_once_and_ignores_padding(
     generator = torch.Generator().manual_seed(seed)
     p = torch.rand(tokens, batch, 4, generator=generator, dtype=torch.float64).softmax(-1)
     keep = torch.rand(tokens, batch, generator=generator) < 0.6
-    numerator, count = pool(p.masked_fill(~keep[..., None], float("nan")), keep)
+    numerator = pool(p.masked_fill(~keep[..., None], float("nan")), ~keep[..., None])
     cut = tokens // 2
-    first, second = pool(p[:cut], keep[:cut]), pool(p[cut:], keep[cut:])
-    torch.testing.assert_close(numerator, first[0] + second[0])
-    torch.testing.assert_close(count, first[1] + second[1])
+    pieces = [pool(p[piece], ~keep[piece, :, None]) for piece in (slice(cut), slice(cut, None))]
+    torch.testing.assert_close(numerator, pieces[0] + pieces[1])
     for b in range(batch):
-        assert count[b] == keep[:, b].sum()
         torch.testing.assert_close(numerator[b], p[keep[:, b], b].sum(0))
 
 
 def test_pooling_sums_in_float32() -> None:
-    numerator, count = pool(torch.full((4096, 1, 2), 0.5, dtype=torch.bfloat16), torch.ones(4096, 1))
-    assert numerator.dtype == count.dtype == torch.float32
+    numerator = pool(torch.full((4096, 1, 2), 0.5, dtype=torch.bfloat16), torch.zeros(4096, 1, 1).bool())
+    assert numerator.dtype == torch.float32
     assert numerator.tolist() == [[2048.0, 2048.0]]
-    assert count.tolist() == [4096.0]
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
