@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -25,6 +26,7 @@ from ramoe_megatron.artifacts.tensors import (
     save_tensors,
     shape_from,
 )
+from ramoe_megatron.artifacts.texts import ArrowTexts
 from ramoe_megatron.errors import RamoeError
 
 
@@ -36,8 +38,6 @@ class Priors(Profiled):
     """
 
     path: Path
-    ids: tuple[str, ...]
-    """Ids of the N examples, in the order of the rows."""
     tokens: str
     """Token choice of the pooling, one of `TOKENS`."""
     shape: ModelShape
@@ -51,18 +51,22 @@ class Priors(Profiled):
         self.path = Path(path)
         handle, meta = open_tensors(self.path, "ramoe-priors")
         try:
-            self.ids = tuple(json.loads(bytes(handle.get_tensor("ids").numpy())))
+            self.texts = ArrowTexts.of(json.loads(bytes(handle.get_tensor("ids").numpy())))
             self.tokens, self.shape, self.checkpoint = meta["tokens"], shape_from(meta), meta["checkpoint"]
             self.data, self.package_version = tuple(meta["data"]), meta["package_version"]
             self._priors = handle.get_slice("priors")
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise bad_metadata(self.path, error) from error
-        _check_ids(self.path, self.ids)
+        _check_ids(self.path, self.texts)
         found = tuple(self._priors.get_shape())
-        expected = (len(self.ids), self.shape.num_moe_layers, self.shape.num_experts)
+        expected = (len(self.texts), self.shape.num_moe_layers, self.shape.num_experts)
         if found != expected:
             raise RamoeError(f"{self.path}: priors has shape {found}, expected {expected}; profile again")
-        self._place = {id_: n for n, id_ in enumerate(self.ids)}
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Ids of the N examples, in the order of the rows."""
+        return self.texts[:]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Priors":
@@ -102,13 +106,18 @@ class Priors(Profiled):
 
     def check_ids(self, ids: Sequence[str]) -> None:
         """Raise RamoeError when examples have no row. The message counts the ids and names the first five."""
-        missing = [id_ for id_ in dict.fromkeys(ids) if id_ not in self._place]
-        if missing:
+        self._places(ids)
+
+    def _places(self, ids: Sequence[str]) -> np.ndarray:
+        places = self.texts.find(ids)
+        if (places < 0).any():
+            missing = list(dict.fromkeys(ids[n] for n in np.flatnonzero(places < 0).tolist()))
             raise RamoeError(
                 f"{self.path}: {len(missing)} of {len(set(ids))} examples have no English prior, "
                 f"first {', '.join(missing[:5])}; profile again with data that has these examples "
                 "(--ramoe-save-priors), or train on data with an English view of each example"
             )
+        return places
 
     def rows(self, ids: Sequence[str]) -> Tensor:
         """The distributions of these examples, float32 [n, L, E], in the order of ``ids``, which may repeat.
@@ -116,10 +125,8 @@ class Priors(Profiled):
         Raises:
             RamoeError: ids are missing, as `check_ids`.
         """
-        self.check_ids(ids)
         out = torch.empty(len(ids), self.shape.num_moe_layers, self.shape.num_experts)
-        for n, id_ in enumerate(ids):
-            place = self._place[id_]
+        for n, place in enumerate(self._places(ids).tolist()):
             out[n] = self._priors[place : place + 1][0]
         return out
 
@@ -128,7 +135,8 @@ class Priors(Profiled):
 
 
 def _check_ids(path: Path, ids: Sequence[str]) -> None:
-    if len(set(ids)) != len(ids):
+    texts = ids if isinstance(ids, ArrowTexts) else ArrowTexts.of(ids)
+    if (texts.find(texts) != np.arange(len(ids))).any():
         twice = [id_ for id_, count in Counter(ids).items() if count > 1][:5]
         raise RamoeError(
             f"{path}: ids occur twice, first {', '.join(twice)}; expected one English view of each id, "

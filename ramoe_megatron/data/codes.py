@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ramoe_megatron.artifacts.texts import ArrowTexts
+
 
 class Codes(Sequence[str]):
     """The texts of one field of N examples, stored as the distinct texts and a code for each example.
@@ -51,13 +53,13 @@ class Codes(Sequence[str]):
         found, first = np.unique(self.codes if which is None else self.codes[which], return_index=True)
         return [self.names[int(code)] for code in found[np.argsort(first)]]
 
-    def among(self, texts: Iterable[str]) -> np.ndarray:
+    def among(self, texts: Sequence[str]) -> np.ndarray:
         """Whether the text of each example is one of ``texts``. bool [N]"""
-        return np.isin(self.codes, self.find(list(texts)))
+        return np.isin(self.codes, self.find(texts))
 
     def find(self, texts: Sequence[str]) -> np.ndarray:
         """The code of each text; -1 for a text that no example has. int64 [texts]"""
-        if isinstance(self.names, Findable):
+        if isinstance(self.names, ArrowTexts):
             return self.names.find(texts)
         place = {name: code for code, name in enumerate(self.names)}
         return np.array([place.get(text, -1) for text in texts], dtype=np.int64)
@@ -65,14 +67,6 @@ class Codes(Sequence[str]):
     def mapped(self, values: Sequence[Any], dtype: Any) -> np.ndarray:
         """A value for each example from the value of each of the ``names``. [N]"""
         return np.array(values, dtype=dtype)[self.codes]
-
-
-class Findable(Sequence[str]):
-    """Texts that look up many texts at once."""
-
-    @abstractmethod
-    def find(self, texts: Sequence[str]) -> np.ndarray:
-        """The place of each text; -1 for a text that is absent. int64 [texts]"""
 
 
 class CodedExamples(Sequence[Any]):

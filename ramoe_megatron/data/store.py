@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import numpy as np
 
 from ramoe_megatron.artifacts.files import atomic_write_text, package_version
+from ramoe_megatron.artifacts.texts import ArrowTexts
 from ramoe_megatron.data.cache import Cache, key_of, mapped
-from ramoe_megatron.data.codes import CodedExamples, Codes, Findable
+from ramoe_megatron.data.codes import CodedExamples, Codes
 from ramoe_megatron.data.parallel import Example, checked_examples
 from ramoe_megatron.data.sources import hub_version, local_files
 from ramoe_megatron.errors import RamoeError
@@ -32,27 +33,6 @@ VERSION = 1
 BLOCK_ROWS = 4096
 CODED = ("id", "task", "language", "split")
 type Progress = Callable[[int], None]
-
-
-class ArrowTexts(Findable):
-    """Texts in a mapped Arrow file."""
-
-    def __init__(self, texts: "pyarrow.Array") -> None:
-        self._texts = texts
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def __getitem__(self, place: Any) -> Any:
-        return self._texts[place].as_py()
-
-    def find(self, texts: Sequence[str]) -> np.ndarray:
-        import pyarrow
-        import pyarrow.compute
-
-        sought = texts._texts if isinstance(texts, ArrowTexts) else pyarrow.array(list(texts), "string")
-        found = pyarrow.compute.index_in(sought, value_set=self._texts)
-        return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 class StoredExamples(CodedExamples):
@@ -162,7 +142,7 @@ def _write(folder: Path, examples: Iterable[Example], progress: Progress) -> Non
             table = {name: [getattr(example, name) for example in block] for name in schema.names}
             file.write_batch(pyarrow.RecordBatch.from_pydict(table, schema))
             progress(len(block))
-    ids = pyarrow.record_batch({"id": pyarrow.array(names[0], "string")})
+    ids = pyarrow.record_batch({"id": pyarrow.array(list(names[0]), "string")})
     with pyarrow.ipc.new_stream(str(folder / "ids.arrow"), ids.schema) as file:
         file.write_batch(ids)
     np.save(folder / "codes.npy", np.array([np.frombuffer(found, np.int32) for found in codes]))
@@ -182,19 +162,21 @@ class _Opened:
         self.names: list[Sequence[str]] = [ArrowTexts(ids.column(0)), *others]
         rows = pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / "rows.arrow"))).read_all()
         self._batches = rows.to_batches()
+        self._firsts = np.cumsum([0, *(len(batch) for batch in self._batches)])
         self._lists = [field.name for field in _schema() if pyarrow.types.is_list(field.type)]
 
     def examples(self, rows: np.ndarray) -> Iterator[Example]:
         """The examples of these rows, in this order. Neighbours in one batch are read at once."""
         import pyarrow
 
-        batch = rows // BLOCK_ROWS
+        batch = np.searchsorted(self._firsts, rows, side="right") - 1
         borders = [0, *(np.flatnonzero(np.diff(batch)) + 1).tolist(), len(rows)]
         for start, end in itertools.pairwise(borders):
             if start == end:
                 continue
-            inside = pyarrow.array(rows[start:end] % BLOCK_ROWS)
-            for row in self._batches[int(batch[start])].take(inside).to_pylist():
+            number = int(batch[start])
+            inside = pyarrow.array(rows[start:end] - self._firsts[number])
+            for row in self._batches[number].take(inside).to_pylist():
                 lists = {name: tuple(row[name]) for name in self._lists if row[name] is not None}
                 yield Example(**row | lists)
 

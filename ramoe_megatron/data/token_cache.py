@@ -95,7 +95,7 @@ def cached_tokens(
 
 def tokenizer_content(tokenizer: Any) -> list[str] | None:
     """Digests of all that a tokenizer and its chat template do; None for a tokenizer of an unknown kind."""
-    inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
+    inner: Any = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
     if (backend := getattr(inner, "backend_tokenizer", None)) is not None:
         content = backend.to_str().encode()
     elif hasattr(inner, "serialized_model_proto"):

@@ -181,6 +181,8 @@ class PlanContext:
             "load": str(self.checkpoint(name)),
             "tensorboard-dir": str(self.curves(name)),
         }
+        if "data-cache-path" not in {**self.recipe.model, **flags}:
+            places["data-cache-path"] = str(self.out / "data-cache")  # all fine-tunes map the same tokens
         # A job near its time limit saves and goes back into the queue.
         handler: dict[str, FlagValue] = (
             {"exit-signal-handler": True} if self.recipe.launch.launcher == "slurm" else {}

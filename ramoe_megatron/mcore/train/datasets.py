@@ -271,9 +271,7 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
             state.refresh = TaxonomyRefresh(
                 state.chunks, labels, train.dataset.examples, inputs.anchors, args
             )
-        print_rank_0(
-            samples_block(inputs.held, labels.category.tolist(), labels.aligned, drawn, options.anchor)
-        )
+        print_rank_0(samples_block(inputs.held, labels.category, labels.aligned, drawn, options.anchor))
         if labels.unshuffled:
             print_rank_0(
                 f"  note: {labels.unshuffled} aligned ids keep their own target: "
