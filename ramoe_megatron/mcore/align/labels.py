@@ -71,7 +71,7 @@ class ExampleLabels:
         assert self.priors is not None
         if not (self.aligned if self.config.refresh_interval is None else self.may_align)[index]:
             return torch.zeros(len(self.layers), self.priors.shape.num_experts)
-        return self.priors.rows([self.target_ids[index]])[0, list(self.layers)].float()
+        return self.priors.rows([self.target_ids[index]], self.layers)[0]
 
     def _unshuffled(self, examples: Sequence[Example]) -> int:
         own, on = codes_of(examples, "id").codes, self.aligned
@@ -107,6 +107,7 @@ class ExampleLabels:
                 "the same --ramoe-tokens, or change the flag"
             )
         shape = experts.shape
+        priors.check_layers(self.layers)
         priors.check_model(shape.num_moe_layers, shape.num_experts, shape.topk, shape.score_function)
         ids = codes_of(examples, "id")
         has_prior = ids.among(priors.texts)
