@@ -74,7 +74,8 @@ class Profile(Section):
     """Expert file of another run. Alignment and steering use it instead of this run's own file, to test
     transfer between sets of languages."""
     save_priors: bool | None = None
-    """Save each example's English routing. Default: only if a method's target is `example`."""
+    """Save each example's English routing, in all layers. Default: only if a method's target is `example`,
+    and only what the methods read."""
 
 
 class Evaluate(Section):

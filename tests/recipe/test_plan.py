@@ -112,6 +112,23 @@ def test_priors_are_written_exactly_when_a_method_reads_them(tmp_path: Path) -> 
     assert tmp_path / "priors.safetensors" in plan(tmp_path)["profile"].outputs
     for changes in ({"methods": ["sft"]}, {"alignment": {"coeff": 1, "target": "profile"}}):
         assert "--ramoe-save-priors" not in plan(tmp_path, **changes)["profile"].command
+    assert option(plan(tmp_path)["profile"], "--ramoe-priors-for") == ["ci"]
+    aligned = {"coeff": 1, "target": "example"}
+    for changes in (
+        {"profile": {"save-priors": True}},
+        *(
+            {"alignment": aligned | more}
+            for more in ({"examples": "all"}, {"layers": "all"}, {"anchors": ["x"]})
+        ),
+    ):
+        assert "--ramoe-priors-for" not in plan(tmp_path, **changes)["profile"].command
+
+
+def test_all_fine_tunes_share_the_cache_of_the_data(tmp_path: Path) -> None:
+    for name in ("pretrain", "finetune/sft-seed1"):
+        assert option(plan(tmp_path)[name], "--data-cache-path") == [str(tmp_path / "data-cache")]
+    own = plan(tmp_path, model={"data-cache-path": "/elsewhere"})
+    assert option(own["finetune/sft-seed1"], "--data-cache-path") == ["/elsewhere"]
 
 
 def test_user_files_are_found_beside_the_recipe_and_their_absence_is_told(tmp_path: Path) -> None:
