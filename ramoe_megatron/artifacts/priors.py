@@ -123,6 +123,9 @@ class Priors(Profiled):
         meta |= {"layers": list(layers)} if layers is not None else {}
         size = (len(ids), shape.num_moe_layers if layers is None else len(layers), shape.num_experts)
 
+        if isinstance(priors, Tensor):
+            check_tensor(path, "priors", priors, size)
+
         def parts() -> Iterator[Tensor]:
             rows = 0
             for part in [priors] if isinstance(priors, Tensor) else priors:

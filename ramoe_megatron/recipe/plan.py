@@ -373,18 +373,6 @@ def taxonomy_stage(plan: PlanContext) -> Stage:
     )
 
 
-def _reads_ci_alone(recipe: Recipe) -> bool:
-    """Whether all fine-tunes that read priors read those of `--ramoe-priors-for ci`, and nothing else does.
-
-    A refresh may find any example ci. Further anchors are chosen for the examples that are wrong in English.
-    """
-    reading = [a for a in map(recipe.alignment_of, recipe.methods) if a.target == "example"]
-    return not recipe.profile.save_priors and all(
-        a.examples != "all" and a.layers == "auto" and a.refresh_interval is None and not a.anchors
-        for a in reading
-    )
-
-
 def profile_stage(plan: PlanContext) -> Stage:
     settings, usage = (
         plan.recipe.profile,
@@ -399,8 +387,9 @@ def profile_stage(plan: PlanContext) -> Stage:
         "save-priors": bool(plan.priors),
         "save-usage": usage,
     }
-    if plan.priors and _reads_ci_alone(plan.recipe):
-        options["priors-for"] = "ci"
+    if plan.priors:
+        options |= {} if settings.priors_for == "all" else {"priors-for": settings.priors_for}
+        options |= {} if settings.priors_dtype == "float32" else {"priors-dtype": settings.priors_dtype}
     if len(plan.expert_files) > 1:
         options["select-tokens"] = [*plan.expert_files]
     files: Files = {"data": plan.parallel, "general": plan.general, "taxonomy": [plan.out / "taxonomy.jsonl"]}

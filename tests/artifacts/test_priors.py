@@ -142,6 +142,6 @@ def test_kept_layers_keep_their_numbers(tmp_path: Path) -> None:
 
 
 def test_bytes_of_an_id_are_those_of_its_numbers() -> None:
-    """Qwen3-30B-A3B: 48 layers, 128 experts. A million ids take 24.6 GB, and 2.6 GB of 10 layers in bfloat16."""
+    """Qwen3-30B-A3B: 48 layers, 128 experts. A million ids take 24.6 GB; ten layers in bfloat16 2.6 GB."""
     assert bytes_per_id(48, 128) == 24_576
     assert bytes_per_id(10, 128, "bfloat16") == 2_560
