@@ -167,10 +167,14 @@ class Priors(Profiled):
         Raises:
             RamoeError: ids are missing, as `check_ids`; or layers, as `check_layers`.
         """
-        places = list(range(len(self.layers))) if layers is None else self._layer_places(layers)
-        out = torch.empty(len(ids), len(places), self.shape.num_experts)
-        for n, place in enumerate(self._places(ids).tolist()):
-            out[n] = self._priors[place : place + 1][0][places]
+        return self.rows_at(self._places(ids).tolist(), layers)
+
+    def rows_at(self, places: Sequence[int], layers: Sequence[int] | None = None) -> Tensor:
+        """`rows` of the examples at these places of the file."""
+        chosen = list(range(len(self.layers))) if layers is None else self._layer_places(layers)
+        out = torch.empty(len(places), len(chosen), self.shape.num_experts)
+        for n, place in enumerate(places):
+            out[n] = self._priors[place : place + 1][0][chosen]
         return out
 
     def check_layers(self, layers: Sequence[int]) -> None:

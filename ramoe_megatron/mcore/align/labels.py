@@ -71,7 +71,7 @@ class ExampleLabels:
         assert self.priors is not None
         if not (self.aligned if self.config.refresh_interval is None else self.may_align)[index]:
             return torch.zeros(len(self.layers), self.priors.shape.num_experts)
-        return self.priors.rows([self.target_ids[index]], self.layers)[0]
+        return self.priors.rows_at([int(self._prior_of[self.target_ids.codes[index]])], self.layers)[0]
 
     def _unshuffled(self, examples: Sequence[Example]) -> int:
         own, on = codes_of(examples, "id").codes, self.aligned
@@ -107,10 +107,11 @@ class ExampleLabels:
                 "the same --ramoe-tokens, or change the flag"
             )
         shape = experts.shape
-        priors.check_layers(self.layers)
         priors.check_model(shape.num_moe_layers, shape.num_experts, shape.topk, shape.score_function)
+        priors.check_layers(self.layers)
         ids = codes_of(examples, "id")
-        has_prior = ids.among(priors.texts)
+        self._prior_of = priors.texts.find(ids.names)  # looked up once: a lookup reads all ids
+        has_prior = (self._prior_of >= 0)[ids.codes]
         missing = sorted(ids.distinct(self.aligned & ~has_prior))
         self.may_align &= has_prior
         if self.config.missing_priors == "skip":

@@ -170,8 +170,8 @@ class TaxonomyRefresh:
         from ramoe_megatron.mcore.offline.scoring import score
 
         model = OfflineModel.around(self.chunks, self.args, BATCH_TOKENS)
-        targets = list(pick(self.examples, sample))
-        views = sorted(views_of(targets, self.views), key=lambda view: view.id)
+        scored = pick(self.examples, sample)
+        targets, views = list(scored), sorted(views_of(scored, self.views), key=lambda view: view.id)
         limits = self._limits([*views, *targets], model.tokenizer)
         for chunk in self.chunks:
             chunk.eval()
