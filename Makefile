@@ -6,7 +6,8 @@
 #   make test-fast          the tests that start no ranks and no jobs, in under two minutes
 #   make check              ruff and mypy
 #   make docs               docs/flags.md and the keys in docs/recipes.md, written from the docstrings
-#   make bench              what alignment and profiling cost beside stock Megatron    (SHAPE=gpu, RANKS=2, ROUNDS=41)
+#   make bench              what alignment and profiling cost beside stock Megatron    (SHAPE=gpu, RANKS=2, ROUNDS=41),
+#                           and rows of training data against seconds and memory of a start
 #                           benchmarks/gpu.sh is the same on a GPU, and compares a converted model with the CPU first
 #   make bench-conversion   a model of 13.8 GB to Megatron and back, beside cp
 #   make install            the virtual environment .venv with the pinned versions; the targets above make it when needed
@@ -103,6 +104,7 @@ bench-conversion: install
 
 bench: install
 	$(BIN)/python -m benchmarks --shape $(SHAPE) --ranks $(RANKS) --rounds $(ROUNDS) --out runs/bench
+	$(BIN)/python -m benchmarks.data --out runs/bench/data
 
 clean:  ## remove the tools' caches; runs/ and the environment stay
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

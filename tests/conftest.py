@@ -109,6 +109,12 @@ def cpu_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used) + tables
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_data(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Training data are kept in a folder of the tests, also by the jobs that the tests start."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("data-cache"))
+
+
 @pytest.fixture(scope="session")
 def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all rows of `layout_rows`, which run once for all `test_layouts*.py`."""

@@ -45,7 +45,8 @@ def gather(priors: Mapping[str, Priors], chosen: Mapping[str, str]) -> tuple[lis
     first, *others = priors.values()
     for other in others:
         mine, theirs = (
-            {**asdict(p.shape), "tokens": p.tokens, "checkpoint": p.checkpoint} for p in (first, other)
+            {**asdict(p.shape), "tokens": p.tokens, "checkpoint": p.checkpoint, "layers": p.layers}
+            for p in (first, other)
         )
         differences = [
             f"{key} is {mine[key]!r} and {theirs[key]!r}" for key in mine if mine[key] != theirs[key]
@@ -57,7 +58,7 @@ def gather(priors: Mapping[str, Priors], chosen: Mapping[str, str]) -> tuple[lis
             )
     default = next(iter(priors))
     ids = list(dict.fromkeys([*first.ids, *chosen]))
-    rows = torch.empty(len(ids), first.shape.num_moe_layers, first.shape.num_experts)
+    rows = torch.empty(len(ids), len(first.layers), first.shape.num_experts)
     for name, file in priors.items():
         places = [place for place, id_ in enumerate(ids) if chosen.get(id_, default) == name]
         wanted, known = [ids[place] for place in places], set(file.ids)
@@ -127,6 +128,7 @@ def write_anchors(
         shape=first.shape,
         checkpoint=first.checkpoint,
         data=data,
+        layers=first.layers if len(first.layers) < first.shape.num_moe_layers else None,
     )
     write_taxonomy(out / "taxonomy.jsonl", made)
     save_document(

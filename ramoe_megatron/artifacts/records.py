@@ -26,13 +26,17 @@ def write_taxonomy(path: str | os.PathLike[str], rows: Iterable[TaxonomyRow]) ->
 
 
 def read_taxonomy(path: str | os.PathLike[str]) -> list[TaxonomyRow]:
-    """Read ``taxonomy.jsonl``.
+    """Read ``taxonomy.jsonl``. Raises RamoeError as `taxonomy_rows`."""
+    return list(taxonomy_rows(path))
+
+
+def taxonomy_rows(path: str | os.PathLike[str]) -> Iterator[TaxonomyRow]:
+    """The rows of ``taxonomy.jsonl``, one by one.
 
     Raises:
         RamoeError: with file and line, for a line that is not JSON, lacks a key, has a value of the wrong
             type, has a category that contradicts the two outcomes, or repeats an (id, language).
     """
-    rows: list[TaxonomyRow] = []
     again = "score the examples again (ramoe taxonomy)"
     for where, found in _records(path, _TAXONOMY_TYPES, again):
         row = TaxonomyRow(**{key: found[key] for key in _TAXONOMY_TYPES})
@@ -41,8 +45,7 @@ def read_taxonomy(path: str | os.PathLike[str]) -> list[TaxonomyRow]:
                 f"{where}: key 'category': found {found.get('category')!r}, "
                 f"expected {row.category!r} by the two outcomes; {again}"
             )
-        rows.append(row)
-    return rows
+        yield row
 
 
 def read_examples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -65,7 +68,8 @@ def _records(
     path: str | os.PathLike[str], types: Mapping[str, type], again: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", object) of every line. Checks the types of the keys and that (id, language) is unique."""
-    seen: dict[tuple[str, str], int] = {}
+    bits: dict[str, int] = {}
+    seen: dict[str, int] = {}  # id -> one bit for each language read so far
     for number, line in _lines(path):
         where = f"{path}:{number}"
         try:
@@ -76,16 +80,23 @@ def _records(
             ) from error
         if not isinstance(found, dict):
             raise RamoeError(f"{where}: found {type(found).__name__}, expected one JSON object; {again}")
-        refuse_unwritable(found, where)
+        if "\\u" in line:  # in UTF-8 only JSON's own spelling can be half of a surrogate pair
+            refuse_unwritable(found, where)
         for key, kind in types.items():
             if not isinstance(found.get(key), kind):
                 value = repr(found[key]) if key in found else "nothing"
                 raise RamoeError(f"{where}: key {key!r}: found {value}, expected {kind.__name__}; {again}")
-        first = seen.setdefault((found["id"], found["language"]), number)
-        if first != number:
-            raise RamoeError(
-                f"{where}: id {found['id']!r} in {found['language']!r} is on line {first} already; {again}"
+        id_, bit = found["id"], 1 << bits.setdefault(found["language"], len(bits))
+        if seen.get(id_, 0) & bit:
+            first = next(
+                place
+                for place, line in _lines(path)
+                if (row := json.loads(line))["id"] == id_ and row["language"] == found["language"]
             )
+            raise RamoeError(
+                f"{where}: id {id_!r} in {found['language']!r} is on line {first} already; {again}"
+            )
+        seen[id_] = seen.get(id_, 0) | bit
         yield where, found
     if not seen:
         raise RamoeError(f"{path}: no rows, expected one per line; {again}")

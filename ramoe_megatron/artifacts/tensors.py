@@ -3,9 +3,12 @@
 The files have tensors and one JSON text under the metadata key "ramoe". The files never contain pickle.
 """
 
+import itertools
 import json
+import math
 import os
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,39 @@ def save_tensors(
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"ramoe": text}
         )
+
+
+def save_rows(
+    path: str | os.PathLike[str],
+    format_name: str,
+    rows: tuple[str, Iterable[Tensor], tuple[int, ...], torch.dtype],
+    small: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+) -> None:
+    """Write a safetensors file of this format, whole or not at all, with one tensor that comes in parts.
+
+    The bytes are those of `save_tensors`, but only one part is in memory.
+
+    Args:
+        rows: name, parts along the first dimension, shape and dtype of that tensor.
+        small: the other tensors, of narrower dtypes.
+    """
+    name, parts, shape, dtype = rows
+    text = json.dumps({"format": format_name, "version": FORMATS[format_name][0], **meta}, ensure_ascii=False)
+    header: dict[str, Any] = {"__metadata__": {"ramoe": text}}
+    end = 0
+    for key, size, kind in [(name, shape, dtype), *((k, tuple(t.shape), t.dtype) for k, t in small.items())]:
+        start, end = end, end + math.prod(size) * kind.itemsize
+        header[key] = {"dtype": _DTYPES[kind], "shape": list(size), "data_offsets": [start, end]}
+    head = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # the values begin at a multiple of 8
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        for part in itertools.chain((part.to(dtype) for part in parts), small.values()):
+            file.write(part.cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
 def open_tensors(path: Path, format_name: str) -> tuple[Any, dict[str, Any]]:

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ramoe_megatron.data.encode import Encoded, Tokenizer, encode
+from ramoe_megatron.data.encode import Encoded, Tokenizer
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.data.sampler import order
+from ramoe_megatron.data.token_cache import Tokens
 from ramoe_megatron.errors import RamoeError
 
 SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -16,7 +17,7 @@ SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 class EncodedExamples:
-    """Examples tokenised once, stored in one flat int32 array.
+    """Examples tokenised once.
 
     Attributes:
         eod: id of the end-of-document token.
@@ -24,39 +25,45 @@ class EncodedExamples:
             only a label, and does not count.
     """
 
-    def __init__(self, examples: Sequence[Example], tokenizer: Tokenizer, seq_length: int) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: Tokenizer,
+        seq_length: int,
+        tokens: Tokens | None = None,
+        places: np.ndarray | None = None,
+    ) -> None:
         """
+        Args:
+            tokens: tokens that have those of the examples, if they exist already.
+            places: the place of each example in ``tokens``, int64 [examples]. Default: its own place.
+
         Raises:
             RamoeError: examples are longer than ``seq_length``. The message gives their count and the
                 longest.
         """
         self.eod = tokenizer.eod
-        encoded = [encode(example, tokenizer) for example in examples]
-        self.lengths = np.array([len(e.ids) - 1 for e in encoded], dtype=np.int64)
-        too_long = np.flatnonzero(self.lengths > seq_length)
-        if len(too_long):
+        self._tokens = Tokens.of(examples, tokenizer) if tokens is None else tokens
+        self._places = np.arange(len(examples)) if places is None else places
+        self.lengths = self._tokens.lengths[self._places].astype(np.int64) - 1
+        too_long = np.count_nonzero(self.lengths > seq_length)
+        if too_long:
             worst, longest = examples[int(self.lengths.argmax())], self.lengths.max()
             raise RamoeError(
-                f"{len(too_long)} of {len(examples)} examples are longer than --seq-length {seq_length}. "
+                f"{too_long} of {len(examples)} examples are longer than --seq-length {seq_length}. "
                 f"The longest (id {worst.id!r}, language {worst.language!r}) needs {longest}. "
                 f"Set --seq-length to at least {longest}, or drop the ids of the long examples in every "
                 "language."
             )
-        self._prompt_lengths = np.array([e.prompt_length for e in encoded], dtype=np.int64)
-        self._starts = np.concatenate([[0], np.cumsum(self.lengths + 1)])
-        self._ids = np.fromiter(
-            (i for e in encoded for i in e.ids), dtype=np.int32, count=int(self._starts[-1])
-        )
 
     @property
     def loss_tokens(self) -> np.ndarray:
         """Number of tokens with a loss in each example, int64 [examples]."""
-        return self.lengths + 1 - np.maximum(self._prompt_lengths, 1)
+        return self.lengths + 1 - np.maximum(self._tokens.prompt_lengths[self._places], 1)
 
     def __getitem__(self, example: int) -> Encoded:
         """The token ids of one example, by its index."""
-        ids = self._ids[self._starts[example] : self._starts[example + 1]]
-        return Encoded(ids.tolist(), int(self._prompt_lengths[example]))
+        return self._tokens[int(self._places[example])]
 
 
 class SFTDataset(torch.utils.data.Dataset):

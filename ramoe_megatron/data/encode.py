@@ -165,15 +165,26 @@ def check_examples(examples: Iterable[Example], tokenizer: Tokenizer) -> None:
             response that have other tokens together than apart. The last message counts the examples, and has
             place, id and tokens of the first.
     """
-    faults, asked = [], 0
+    asked = list(examples)
+    refuse_borders(border_faults(asked, tokenizer), len(asked))
+
+
+def border_faults(examples: Iterable[Example], tokenizer: Tokenizer) -> list[str]:
+    """The border faults among the examples, each with place and id. Raises the other errors of
+    `check_examples`."""
+    faults = []
     for example in examples:
-        asked += 1
         if example.messages is not None:
             _check_conversation(example, tokenizer)
         if fault := next(
             (fault for answered in _answered(example) if (fault := _border_fault(answered, tokenizer))), None
         ):
             faults.append(f"{_name(example)}: {fault}")
+    return faults
+
+
+def refuse_borders(faults: Sequence[str], asked: int) -> None:
+    """Raise RamoeError for border faults, with their number among the ``asked`` examples and the first."""
     if faults:
         raise RamoeError(
             f"{len(faults)} of {asked} examples have other tokens at the border of prompt and response when "

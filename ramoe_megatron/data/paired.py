@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ramoe_megatron.data.codes import codes_of, joined
 from ramoe_megatron.data.dataset import EncodedExamples, SFTDataset
 from ramoe_megatron.data.encode import Tokenizer
 from ramoe_megatron.data.parallel import Example
@@ -44,7 +45,7 @@ class PairedDataset(SFTDataset):
         """
         draws = order(examples, -(-num_samples // 2), seed, weights)
         view_of = view_places(examples, views)
-        self.examples = [*examples, *views]
+        self.examples = joined(examples, views)
         self.order = np.stack([view_of[draws], draws], axis=1).ravel()
         self.encoded = EncodedExamples(self.examples, tokenizer, seq_length) if encoded is None else encoded
         self._seq_length = seq_length
@@ -60,15 +61,18 @@ def view_places(examples: Sequence[Example], views: Sequence[Example]) -> np.nda
     Raises:
         RamoeError: examples without a view (how many, the first five).
     """
-    anchors = {view.language for view in views}
-    place = {view.id: len(examples) + number for number, view in enumerate(views)}
-    missing = sorted({e.id for e in examples if e.language not in anchors and e.id not in place})
-    if missing:
+    id_ = codes_of(joined(examples, views), "id")
+    in_anchor = codes_of(examples, "language").among(codes_of(views, "language").distinct())
+    own = np.arange(len(examples))
+    place = np.full(len(id_.names), -1, dtype=np.int64)
+    place[id_.codes[len(examples) :]] = np.arange(len(examples), len(id_))
+    view_of = place[id_.codes[: len(examples)]]
+    lacking = ~in_anchor & (view_of < 0)
+    if lacking.any():
+        missing = sorted(id_[: len(examples)].distinct(lacking))
         raise RamoeError(
             f"{len(missing)} training examples have no view in the anchor language, "
             f"first {', '.join(missing[:5])}; --ramoe-target paired needs a view of each example; "
             "add the views to the data, or use --ramoe-target example"
         )
-    return np.array(
-        [n if e.language in anchors else place[e.id] for n, e in enumerate(examples)], dtype=np.int64
-    )
+    return np.where(in_anchor, own, view_of)

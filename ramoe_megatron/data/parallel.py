@@ -6,13 +6,15 @@ a hub data set. Errors name the file and the line. Text is never converted: "NA"
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from ramoe_megatron.artifacts.files import refuse_unwritable
 from ramoe_megatron.data import sources as files
+from ramoe_megatron.data.codes import Codes, codes_of, pick
 from ramoe_megatron.errors import RamoeError
 
 
@@ -68,37 +70,53 @@ def load_examples(
             missing or has the wrong type, an (id, language) occurs twice, an id has two tasks, text is not
             valid Unicode, or no row has a requested language or split.
     """
+    examples = list(checked_examples(sources, columns))
+    return list(select_examples(examples, split, languages, ", ".join(sources)))
+
+
+def checked_examples(sources: Sequence[str], columns: Mapping[str, str] | None = None) -> Iterator[Example]:
+    """The checked rows of all sources one by one, in the order of the sources and their rows.
+
+    Raises:
+        RamoeError: as `load_examples`, except for a missing language or split.
+    """
     for name in columns or {}:
         if name not in FIELDS:
             raise RamoeError(f"column mapping: {name!r} is no field of a row. Fields: {', '.join(FIELDS)}.")
     if not sources:
         raise RamoeError("no data: name at least one file, folder or hub data set.")
-    examples: list[Example] = []
-    places: dict[tuple[str, str], str] = {}
-    tasks: dict[str, tuple[str, str]] = {}
+    bits: dict[str, int] = {}
+    seen: dict[str, tuple[str, int]] = {}  # id -> task, and one bit for each language read so far
     for place, row in _rows(sources, columns or {}):
         example = _example(row, columns or {}, place)
-        key = (example.id, example.language)
-        if key in places:
+        bit = 1 << bits.setdefault(example.language, len(bits))
+        task, languages = seen.get(example.id, (example.task, 0))
+        if languages & bit:
             raise RamoeError(
-                f"{place}: second row with id {example.id!r} and language {example.language!r}; "
-                f"the first is at {places[key]}. Give each example one row per language."
+                f"{place}: second row with id {example.id!r} and language {example.language!r}; the first is "
+                f"at {_first(sources, columns or {}, example.id, example.language)}. "
+                "Give each example one row per language."
             )
-        task, task_place = tasks.setdefault(example.id, (example.task, place))
         if task != example.task:
             raise RamoeError(
-                f"{place}: id {example.id!r} has task {example.task!r}, but task {task!r} at {task_place}. "
+                f"{place}: id {example.id!r} has task {example.task!r}, but task {task!r} at "
+                f"{_first(sources, columns or {}, example.id)}. "
                 "Rows with the same id are parallel and share their task."
             )
-        places[key] = place
-        examples.append(example)
-    return select_examples(examples, split, languages, ", ".join(sources))
+        seen[example.id] = (task, languages | bit)
+        yield example
+
+
+def _first(sources: Sequence[str], columns: Mapping[str, str], id_: str, language: str | None = None) -> str:
+    """The place of the first row with this id and language. Read again, so that no place is held for it."""
+    examples = (_example(row, columns, place) for place, row in _rows(sources, columns))
+    return next(e.place for e in examples if e.id == id_ and language in (None, e.language))
 
 
 def select_examples(
     examples: Sequence[Example], split: str | None, languages: Sequence[str] | None, where: str
-) -> list[Example]:
-    """The examples of some splits and languages, in their order.
+) -> Sequence[Example]:
+    """The examples of some splits and languages, in their order. A list gives a list.
 
     Args:
         examples: all examples.
@@ -109,22 +127,25 @@ def select_examples(
     Raises:
         RamoeError: no example has a requested language or split.
     """
-    known = Counter(example.language for example in examples)
+    spoken = codes_of(examples, "language")
     for language in languages or ():
-        if language not in known:
+        if language not in spoken.counts():
             raise RamoeError(
-                f"unknown language {language!r}: no row of {where} has it. Found: {_counts(known)}."
+                f"unknown language {language!r}: no row of {where} has it. Found: {_counts(spoken.counts())}."
             )
-    kept = [example for example in examples if not languages or example.language in languages]
-    if split is None:
-        if not kept:
-            raise RamoeError(f"no rows in {where}.")
-        return kept
-    for name in split.split(","):
-        if not any(example.split == name for example in kept):
-            found = _counts(Counter(example.split for example in kept))
-            raise RamoeError(f"empty split {name!r}: no row of {where} has it. Splits found: {found}.")
-    return [example for example in kept if example.split in split.split(",")]
+    kept = spoken.among(languages) if languages else np.ones(len(spoken), dtype=bool)
+    if split is None and not kept.any():
+        raise RamoeError(f"no rows in {where}.")
+    if split is not None:
+        splits = codes_of(examples, "split")
+        found = Codes(splits.names, splits.codes[kept]).counts()
+        for name in split.split(","):
+            if name not in found:
+                raise RamoeError(
+                    f"empty split {name!r}: no row of {where} has it. Splits found: {_counts(found)}."
+                )
+        kept &= splits.among(split.split(","))
+    return pick(examples, np.flatnonzero(kept))
 
 
 def pair_with_anchor(examples: Iterable[Example], anchor: str) -> list[tuple[Example, Example]]:
@@ -239,5 +260,5 @@ _BESIDE_CONTENT = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 """Fields in which chat data have what an assistant writes beside the content."""
 
 
-def _counts(counter: Counter[str]) -> str:
+def _counts(counter: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({count} rows)" for name, count in sorted(counter.items())) or "none"

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
+from ramoe_megatron.data.codes import groups_of
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 
@@ -57,11 +58,9 @@ def named_rng(seed: int, name: str) -> np.random.Generator:
 
 
 def _pools(examples: Sequence[Example], weights: Mapping[str, float]) -> tuple[list[np.ndarray], np.ndarray]:
-    groups: dict[tuple[str, str], list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault((example.task, example.language), []).append(index)
+    groups = dict(groups_of(examples))
     members: dict[str, list[tuple[str, str]]] = {pattern: [] for pattern in weights}
-    for group in sorted(groups):
+    for group in groups:
         name = "/".join(group)
         match = next((pattern for pattern in weights if fnmatchcase(name, pattern)), None)
         if match is None:
@@ -79,7 +78,7 @@ def _pools(examples: Sequence[Example], weights: Mapping[str, float]) -> tuple[l
                 f"sampling weights: {pattern}={weight}, expected a finite number that is not negative."
             )
         if not members[pattern]:
-            names = ", ".join("/".join(group) for group in sorted(groups))
+            names = ", ".join("/".join(group) for group in groups)
             raise RamoeError(
                 f"sampling weights: the pattern {pattern!r} matches no group, "
                 f"or only groups of earlier patterns. Groups (task/language): {names}."
@@ -87,7 +86,7 @@ def _pools(examples: Sequence[Example], weights: Mapping[str, float]) -> tuple[l
         size = sum(len(groups[group]) for group in members[pattern])
         for group in members[pattern]:
             if weight > 0:
-                pools.append(np.array(groups[group], dtype=np.int64))
+                pools.append(groups[group])
                 shares.append(weight * len(groups[group]) / size)
     if not pools:
         raise RamoeError("sampling weights: all are 0, so no group is left to draw from.")

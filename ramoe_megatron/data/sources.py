@@ -6,11 +6,12 @@ Parquet and Arrow files, which have typed columns.
 """
 
 import csv
+import functools
 import io
 import json
 import re
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ramoe_megatron.errors import RamoeError
 
 # suffix -> name of the builder in `datasets`
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+BLOCK = 4096  # rows of a typed file that are in memory at once
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".arrow")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 
@@ -45,12 +47,16 @@ def read_source(source: str, optional: Collection[str] = ()) -> Iterator[tuple[s
             yield from _read_file(name, optional)
     elif path.exists():
         yield from _read_file(path, optional)
-    elif _HUB_NAME.fullmatch(source) and path.suffix not in {".json", *SUFFIXES}:
+    elif _is_hub_name(source):
         yield from _read_hub(source, optional)
     else:
         raise RamoeError(
             f"{source}: no such file or folder. Expected a path, or a hub name such as owner/name."
         )
+
+
+def _is_hub_name(source: str) -> bool:
+    return bool(_HUB_NAME.fullmatch(source)) and Path(source).suffix not in {".json", *SUFFIXES}
 
 
 def local_files(source: str) -> list[Path]:
@@ -59,6 +65,28 @@ def local_files(source: str) -> list[Path]:
     if path.is_dir():
         return sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
     return [path] if path.exists() else []
+
+
+def hub_version(source: str) -> str:
+    """What tells one version of a hub data set from another.
+
+    Raises:
+        RamoeError: the source is neither a path nor a hub data set that can be found; as `read_source`.
+    """
+    if Path(source).exists() or not _is_hub_name(source):
+        next(read_source(source), None)  # raises
+    from datasets import load_dataset_builder  # importing it takes seconds
+
+    name, _, configuration = source.partition(":")
+    try:
+        builder = load_dataset_builder(name, configuration or None)
+    except Exception as error:
+        raise _not_found(source, error) from error
+    return repr((builder.hash, sorted((builder.config.data_files or {}).items(), key=str)))
+
+
+def _not_found(source: str, error: Exception) -> RamoeError:
+    return RamoeError(f"{source}: no such file or folder, and as a hub name it failed: {error}")
 
 
 def _read_file(path: Path, optional: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -77,21 +105,22 @@ def _read_typed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as cache:
         from datasets import load_dataset  # importing it takes seconds
 
-        try:
-            table = load_dataset(
-                BUILDERS[path.suffix],
-                data_files=str(path),
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-            )
-            rows = table.to_list()
-        except Exception as error:
-            raise RamoeError(
-                f"{path}: not readable as {path.suffix[1:]}: {error.__cause__ or error}"
-            ) from error
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
+        def readable[Value](read: Callable[[], Value]) -> Value:
+            try:
+                return read()
+            except Exception as error:
+                raise RamoeError(
+                    f"{path}: not readable as {path.suffix[1:]}: {error.__cause__ or error}"
+                ) from error
+
+        table = readable(
+            lambda: load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", cache_dir=cache)
+        )
+        for start in range(0, len(table), BLOCK):
+            block = range(start, min(start + BLOCK, len(table)))
+            rows = readable(functools.partial(lambda block: table.select(block).to_list(), block))
+            for number, row in enumerate(rows, start + 1):
+                yield f"{path}, row {number}", row
 
 
 def _read_hub(source: str, optional: Collection[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -110,7 +139,7 @@ def _read_hub(source: str, optional: Collection[str] = ()) -> Iterator[tuple[str
         else:
             splits = load_dataset(name, configuration or None)
     except Exception as error:
-        raise RamoeError(f"{source}: no such file or folder, and as a hub name it failed: {error}") from error
+        raise _not_found(source, error) from error
     for split, found in splits.items():
         place = f"{source}, split {split}"
         if as_text:
@@ -197,7 +226,7 @@ def _read_json(path: Path, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _read_jsonl(path: Path, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
     # Split at b"\n" only: str.splitlines also splits at characters that JSON strings may contain.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         place = f"{where}, line {number}"
@@ -209,6 +238,12 @@ def _read_jsonl(path: Path, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 "Expected one JSON object per line."
             ) from error
         yield place, _object(row, f"{place}, column 1", "one JSON object per line")
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for line in file:
+            yield line.removesuffix(b"\n")
 
 
 def _object(row: Any, place: str, expected: str) -> dict[str, Any]:

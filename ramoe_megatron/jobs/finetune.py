@@ -53,7 +53,9 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
         )
         return f"{selection.kind}: {selection.told}{experts}"
 
-    inputs = start.step("data", lambda: new_inputs(args), told_examples, DATA_FIX, args.ramoe_data)
+    inputs = start.step(
+        "data", lambda: new_inputs(args, not start.checks), told_examples, DATA_FIX, args.ramoe_data
+    )
     start.step("data", longest, told_tokens, DATA_FIX)
     base = start.step(
         "checkpoint",

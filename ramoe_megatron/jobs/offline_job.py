@@ -1,6 +1,5 @@
 """Shared code of the offline jobs (jobs that run only forward passes): options, inputs and progress lines."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from ramoe_megatron.jobs.entry import CHECKPOINT_FIX, DATA_FIX, FILE_FIX, FORWAR
 from ramoe_megatron.mcore.arguments import DataOptions, arguments_with
 from ramoe_megatron.mcore.checkpoint import named, require_checkpoint
 from ramoe_megatron.mcore.flags import options_from_args
-from ramoe_megatron.mcore.launch import is_rank_0, megatron_arguments
+from ramoe_megatron.mcore.launch import megatron_arguments
+from ramoe_megatron.mcore.progress import ProgressLines as ProgressLines
 from ramoe_megatron.mcore.start import Start, Step
 from ramoe_megatron.mcore.trial import tokenizer_flags
 
@@ -231,26 +231,6 @@ def checkpoint_name(folder: str) -> str:
     """Name of the checkpoint in artefacts: FOLDER@ITERATION."""
     path = Path(folder)
     return f"{path.name}@{(path / TRACKER).read_text().strip()}"
-
-
-class ProgressLines:
-    """Prints a job's progress on rank 0. `ramoe run` turns the lines into a progress bar."""
-
-    def __init__(self, total: int, unit: str) -> None:
-        self.done, self.total, self.unit = 0, total, unit
-        self.note = ""
-
-    def __call__(self, count: int) -> None:
-        """Add `count` finished units and print the progress."""
-        self.done += count
-        if is_rank_0():
-            line = {
-                "done": min(self.done, self.total),
-                "total": self.total,
-                "unit": self.unit,
-                "note": self.note,
-            }
-            print(f"RAMOE-PROGRESS {json.dumps(line)}", flush=True)
 
 
 def write_on_rank_0(model: "OfflineModel", write: Any) -> None:

@@ -9,17 +9,18 @@ text and taxonomy the job writes only priors, which `ramoe anchors` needs for ea
 """
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ramoe_megatron.artifacts.anchor_files import check_anchor
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import files_by_tokens
-from ramoe_megatron.artifacts.priors import Priors
+from ramoe_megatron.artifacts.priors import DTYPES, Priors, bytes_per_id
 from ramoe_megatron.artifacts.records import read_taxonomy, write_divergence
 from ramoe_megatron.artifacts.tensors import TOKENS
 from ramoe_megatron.artifacts.usage import UsageSum
@@ -89,6 +90,14 @@ class ProfileOptions:
     Without --ramoe-general and --ramoe-taxonomy the job writes only this file, as `ramoe anchors` needs it
     for a further anchor."""
 
+    priors_for: Literal["all", "ci"] = "all"
+    """Examples and layers that the priors have. all: every example and MoE layer. ci: the examples that the
+    model answers correctly in English, which are or may become ci, in the layers of the alignment zone. This
+    is all that training with --ramoe-examples ci reads."""
+
+    priors_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Numbers of the priors. bfloat16 halves the file; its numbers have 3 digits."""
+
     def __post_init__(self) -> None:
         for flag, tokens in (("tokens", self.tokens), ("select-tokens", self.select_tokens)):
             if not tokens or set(tokens) - set(TOKENS) or len(set(tokens)) < len(tokens):
@@ -113,10 +122,56 @@ class ProfileOptions:
                 "--ramoe-save-usage needs a whole profile: give --ramoe-general and --ramoe-taxonomy, "
                 "or remove --ramoe-save-usage"
             )
+        if self.priors_for != "all":
+            raise RamoeError(
+                f"--ramoe-priors-for {self.priors_for} needs a whole profile: give --ramoe-general and "
+                "--ramoe-taxonomy, or remove --ramoe-priors-for"
+            )
+
+    def keeps(self, example: Example, correct: Collection[str]) -> bool:
+        """Whether the priors have this example. `correct`: the ids that are right in English."""
+        return self.priors_for == "all" or example.id in correct
 
     def rows_of(self, data: DataOptions) -> DataOptions:
         """The data options of the run. A run that writes only priors reads only the anchor's rows."""
         return dataclasses.replace(data, languages=[]) if self.priors_alone else data
+
+
+def _correct(rows: Sequence[TaxonomyRow]) -> set[str]:
+    """The ids that the model answers correctly in English."""
+    return {row.id for row in rows if row.english_correct}
+
+
+def _refuse_full_disk(
+    start: Start, inputs: OfflineInputs, own: ProfileOptions, keeps: Callable[[Example], bool]
+) -> None:
+    """The step that compares the size of the priors with the room on the disk, and prints both."""
+    anchor = inputs.data.anchor
+
+    def look() -> str:
+        layers, experts = moe_layers(start, inputs.args), start.config.value.num_moe_experts
+        if own.priors_for == "ci" and own.layers != "auto":
+            first, last = parse_layers(own.layers, layers)
+            layers = last - first + 1
+        ids = sum(keeps(e) for e in inputs.examples.value if e.language == anchor)
+        each = bytes_per_id(layers, experts, own.priors_dtype) * len(own.tokens)
+        folder = inputs.output.value.resolve()
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+        told = (
+            f"{each:,} bytes an id ({layers} layers, {experts} experts, {own.priors_dtype}), {ids:,} ids: "
+            f"{each * ids / 1e9:.2f} GB, and as much for the shards until the files are written; "
+            f"{free / 1e9:.2f} GB are free at {folder}"
+        )
+        if 2 * each * ids > free:
+            raise RamoeError(
+                f"--ramoe-save-priors: {told}. Make room, give another --ramoe-output, or keep less "
+                "(--ramoe-priors-for ci, --ramoe-priors-dtype bfloat16)"
+            )
+        if not start.checks and is_rank_0():
+            print(f"ramoe: priors: {told}", flush=True)
+        return told
+
+    start.step("priors", look, str, "make room, or keep less")
 
 
 def main() -> None:
@@ -130,6 +185,7 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
     inputs = read_offline(start, args, own.rows_of(options_from_args(DataOptions, args)))
     if own.priors_alone:
         start.step("priors", own.check, lambda _: f"alone, of {anchor!r}", "correct the flag")
+        _refuse_full_disk(start, inputs, own, lambda example: True)
         return lambda: _priors_alone(inputs, own)
 
     def rule() -> tuple[Rule, tuple[int, int] | None]:
@@ -163,6 +219,8 @@ def _read(start: Start, args: Any) -> Callable[[], None]:
     texts = start.step("general text", general, lambda found: f"{len(found)} texts", DATA_FIX, own.general)
     read_conversations(start, args, texts, (own.general, anchor), "general text")
     rows = start.step("taxonomy", taxonomy, lambda found: f"{len(found)} rows", FILE_FIX, [own.taxonomy])
+    if own.save_priors:
+        _refuse_full_disk(start, inputs, own, lambda example: own.keeps(example, _correct(rows.value)))
     return lambda: _profile(
         inputs, own, *chosen.value, [target for _, target in pairs.value], texts.value, rows.value
     )
@@ -181,7 +239,7 @@ def _profile(
     from ramoe_megatron.mcore.offline.model import OfflineModel
 
     args, data, examples, output = inputs.args, inputs.data, inputs.examples.value, inputs.output.value
-    correct = {row.id for row in taxonomy if row.english_correct}
+    correct = _correct(taxonomy)
     english = [example for example in examples if example.language == data.anchor]
     model = OfflineModel(args, inputs.options.batch_tokens)
     shape = model.shape
@@ -237,7 +295,10 @@ def _profile(
             output.mkdir(parents=True, exist_ok=True)
             write_divergence(output / "divergence.csv", rows)
             if own.save_priors:
-                _write_priors(output, own, passes, shards, english, checkpoint, digests)
+                kept = None  # all layers, also where the curve shows no zone
+                if own.priors_for == "ci" and isinstance(zone, Zone):
+                    kept = range(zone.first, zone.last + 1)
+                _write_priors(output, own, passes, shards, checkpoint, digests, kept)
             if passes.usage is not None:
                 passes.usage.file(shape, model.layer_numbers, checkpoint, digests).save(
                     output / "usage.safetensors"
@@ -268,9 +329,7 @@ def _priors_alone(inputs: OfflineInputs, own: ProfileOptions) -> None:
 
         def write() -> None:
             output.mkdir(parents=True, exist_ok=True)
-            _write_priors(
-                output, own, passes, shards, english, checkpoint_name(args.load), data_digests(data.data)
-            )
+            _write_priors(output, own, passes, shards, checkpoint_name(args.load), data_digests(data.data))
             shards.remove()
 
         write_on_rank_0(model, write)
@@ -288,22 +347,24 @@ def _write_priors(
     own: ProfileOptions,
     passes: "Passes",
     shards: Shards,
-    english: Sequence[Example],
     checkpoint: str,
     digests: list[dict[str, str]],
+    layers: Sequence[int] | None = None,
 ) -> None:
-    kept = [shards.kept(number) for number in passes.english_shards]
+    """Write the priors, one shard at a time. `layers`: the MoE layers to write; None writes all."""
+    ids = [example.id for number in passes.english_shards for example in passes.kept(passes.parts[number])]
+    chosen = slice(None) if layers is None else list(layers)
     for choice, name in files_by_tokens("priors", own.tokens).items():
-        priors = torch.cat([part[choice] for part in kept])
-        ids = [example.id for example in english]
         Priors.save(
             output / name,
             ids,
-            priors,
+            (shards.kept(number)[choice][:, chosen].float() for number in passes.english_shards),
             tokens=choice,
             shape=passes.model.shape,
             checkpoint=checkpoint,
             data=digests,
+            layers=layers,
+            dtype=own.priors_dtype,
         )
 
 
@@ -362,11 +423,21 @@ class Passes:
             part = self.parts[number]
             if number in self.english_shards:
                 priors = self._parallel(part, self._targets(number, part), progress)
-                kept = priors if self.options.save_priors else None
+                kept = self._kept_rows(part, priors) if self.options.save_priors else None
             else:
                 self._general(part, progress)
                 kept = None
             shards.save(number, self._sums(), kept)
+
+    def kept(self, part: Sequence[Example]) -> list[Example]:
+        """The examples of a part that the priors have."""
+        return [example for example in part if self.options.keeps(example, self.correct)]
+
+    def _kept_rows(
+        self, part: Sequence[Example], priors: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        places = [n for n, e in enumerate(part) if self.options.keeps(e, self.correct)]
+        return {choice: rows[places].to(DTYPES[self.options.priors_dtype]) for choice, rows in priors.items()}
 
     def _sums(self) -> Mapping[str, torch.Tensor]:
         return {

@@ -1,7 +1,6 @@
 """Start a job: turn the CPU backend on if needed, parse Megatron's arguments, and print our errors."""
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 
 from ramoe_megatron.artifacts.files import refuse_unwritable
 from ramoe_megatron.data.encode import check_tokenizer
+from ramoe_megatron.data.workers import die_with
 from ramoe_megatron.errors import RamoeError, error_noted, note_error
 from ramoe_megatron.mcore import compat, trial
 from ramoe_megatron.mcore.cpu.backend import cpu_backend, cpu_command_line
@@ -184,9 +184,7 @@ def _live_as_long_as(rank: int) -> None:
     A SIGTERM to the whole process group asks the rank to save, and the save needs this process.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != rank:
-        os._exit(1)
+    die_with(rank)
 
 
 @contextlib.contextmanager

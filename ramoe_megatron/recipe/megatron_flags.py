@@ -22,7 +22,7 @@ _LAYOUT = """
 _INCIDENTAL = """
     log-interval save-interval save-retain-interval num-workers timing-log-level distributed-timeout-minutes
     exit-signal-handler exit-duration-in-mins exit-interval log-throughput log-memory-to-tensorboard
-    tensorboard-log-interval async-save logging-level log-num-zeros-in-grad log-params-norm
+    tensorboard-log-interval async-save logging-level log-num-zeros-in-grad log-params-norm data-cache-path
 """
 LAYOUT, INCIDENTAL = frozenset(_LAYOUT.split()), frozenset(_INCIDENTAL.split())
 # The flags of `train` that affect how a checkpoint is read and scored. The others affect training only.

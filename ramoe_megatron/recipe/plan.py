@@ -181,6 +181,8 @@ class PlanContext:
             "load": str(self.checkpoint(name)),
             "tensorboard-dir": str(self.curves(name)),
         }
+        if "data-cache-path" not in {**self.recipe.model, **flags}:
+            places["data-cache-path"] = str(self.out / "data-cache")  # all fine-tunes map the same tokens
         # A job near its time limit saves and goes back into the queue.
         handler: dict[str, FlagValue] = (
             {"exit-signal-handler": True} if self.recipe.launch.launcher == "slurm" else {}
@@ -385,6 +387,9 @@ def profile_stage(plan: PlanContext) -> Stage:
         "save-priors": bool(plan.priors),
         "save-usage": usage,
     }
+    if plan.priors:
+        options |= {} if settings.priors_for == "all" else {"priors-for": settings.priors_for}
+        options |= {} if settings.priors_dtype == "float32" else {"priors-dtype": settings.priors_dtype}
     if len(plan.expert_files) > 1:
         options["select-tokens"] = [*plan.expert_files]
     files: Files = {"data": plan.parallel, "general": plan.general, "taxonomy": [plan.out / "taxonomy.jsonl"]}

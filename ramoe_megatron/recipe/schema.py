@@ -75,6 +75,12 @@ class Profile(Section):
     transfer between sets of languages."""
     save_priors: bool | None = None
     """Save each example's English routing. Default: only if a method's target is `example`."""
+    priors_for: Literal["all", "ci"] = "all"
+    """Examples and layers of the saved English routing. all: every example and MoE layer. ci: only examples
+    that are right in English, in the zone's layers. This is all that the methods read, unless one aligns
+    other layers or examples, refreshes the taxonomy, or has several anchors."""
+    priors_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Numbers of the saved English routing. bfloat16 halves the file."""
 
 
 class Evaluate(Section):
@@ -202,6 +208,18 @@ class Recipe(Section):
                 f"{told} aligns to per-example targets, which are the priors, "
                 "but profile.save-priors is false: leave it out"
             )
+        if alignment.target == "example" and self.profile.priors_for == "ci":
+            reads_more = {
+                "examples: all": alignment.examples == "all",
+                f"layers: {alignment.layers}": alignment.layers != "auto",
+                "refresh-interval": alignment.refresh_interval is not None,
+                "anchors": bool(alignment.anchors),
+            }
+            if more := [key for key, reads in reads_more.items() if reads]:
+                raise ValueError(
+                    f"{told} reads priors beyond those of profile.priors-for: ci "
+                    f"({', '.join(more)}): leave profile.priors-for out"
+                )
         if alignment.select_tokens != "all" and self.profile.experts is not None:
             raise ValueError(
                 f"{told} asks for experts of the tokens {alignment.select_tokens!r}, "

@@ -4,16 +4,18 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from artefact_files import SHAPE, TEXT, expert_file, save_priors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
-from ramoe_megatron.artifacts.priors import Priors
+from ramoe_megatron.artifacts.priors import DTYPES, Priors, bytes_per_id
 from ramoe_megatron.errors import RamoeError
 
 # --- refusals shared by both tensor files ---
@@ -109,3 +111,37 @@ def test_priors_of_another_model_or_with_double_ids_are_refused(tmp_path: Path) 
     save_priors(path, ["a"])
     with pytest.raises(RamoeError, match="topk is 2 in the file, 8 in the model"):
         Priors.load(path).check_model(3, 4, 8, "softmax")
+
+
+def test_a_file_written_in_parts_has_the_bytes_of_one_written_whole(tmp_path: Path) -> None:
+    """For any id, layers and dtype: the bytes that safetensors itself writes."""
+    priors, ids = torch.rand(5, 3, 4).softmax(-1), ["a", "b", "ä", "d", "e"]
+    facts: dict[str, Any] = {"tokens": "last", "shape": SHAPE, "checkpoint": "base@1"}
+    for dtype in DTYPES:
+        path, own = tmp_path / f"{dtype}.safetensors", tmp_path / "own.safetensors"
+        Priors.save(path, ids, iter(priors.split(2)), dtype=dtype, **facts)
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            save_file(tensors, own, file.metadata())
+        assert path.read_bytes() == own.read_bytes()
+        assert torch.equal(Priors(path).rows(["ä", "a"]), priors[[2, 0]].to(DTYPES[dtype]).float())
+    with pytest.raises(RamoeError, match=r"priors has 4 rows, expected 5"):
+        Priors.save(path, ids, iter(priors[:4].split(2)), **facts)
+
+
+def test_kept_layers_keep_their_numbers(tmp_path: Path) -> None:
+    whole, path = torch.rand(2, 3, 4).softmax(-1), tmp_path / "priors.safetensors"
+    Priors.save(
+        path, ["a", "b"], whole[:, 1:], tokens="last", shape=SHAPE, checkpoint="base@1", layers=range(1, 3)
+    )
+    priors = Priors(path)
+    assert torch.equal(priors.rows(["b", "a"], [2]), whole[[1, 0], 2:])
+    assert torch.equal(priors.rows(["b"]), whole[1:, 1:])
+    with pytest.raises(RamoeError, match=r"has the MoE layers 1-2, and not 0; .*--ramoe-priors-for all"):
+        priors.check_layers([0, 1])
+
+
+def test_bytes_of_an_id_are_those_of_its_numbers() -> None:
+    """Qwen3-30B-A3B: 48 layers, 128 experts. A million ids take 24.6 GB; ten layers in bfloat16 2.6 GB."""
+    assert bytes_per_id(48, 128) == 24_576
+    assert bytes_per_id(10, 128, "bfloat16") == 2_560

@@ -99,8 +99,8 @@ def test_a_loader_process_reads_the_same(files: dict[str, str]) -> None:
 
 @given(st.integers(0, 2**31), st.lists(st.booleans(), min_size=len(EXAMPLES), max_size=len(EXAMPLES)))
 def test_shuffled_targets_are_a_derangement_within_a_task(seed: int, on: list[bool]) -> None:
-    ids = shuffled_ids(EXAMPLES, np.array(on), seed)
-    assert ids == shuffled_ids(EXAMPLES, np.array(on), seed)
+    ids = list(shuffled_ids(EXAMPLES, np.array(on), seed))
+    assert ids == list(shuffled_ids(EXAMPLES, np.array(on), seed))
     task_of = {e.id: e.task for e in EXAMPLES}
     for task in TASKS:
         own = {
@@ -112,7 +112,7 @@ def test_shuffled_targets_are_a_derangement_within_a_task(seed: int, on: list[bo
         assert set(own.values()) == set(own)
         assert len(own) < 2 or all(other != id_ for id_, other in own.items())
         assert all(task_of[other] == task for other in own.values())
-    plain = shuffled_ids(EXAMPLES, np.array(on), None)
+    plain = list(shuffled_ids(EXAMPLES, np.array(on), None))
     assert plain == [e.id for e in EXAMPLES]
 
 

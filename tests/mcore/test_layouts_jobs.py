@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from small_run import LANGUAGES
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
+from ramoe_megatron.artifacts.priors import Priors, bytes_per_id
 from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy
 from ramoe_megatron.data.parallel import load_examples
 
@@ -30,6 +31,18 @@ def test_profiles_agree_between_layouts(layouts: Path, layout: str) -> None:
         read_divergence(layouts / folder / "divergence.csv") for folder in ("profile", f"profile-{layout}")
     )
     assert [r.divergence for r in other_curve] == pytest.approx([r.divergence for r in curve], rel=1e-3)
+
+
+def test_priors_of_what_a_fine_tune_reads_are_rows_of_the_whole(layouts: Path) -> None:
+    whole, kept = (Priors(layouts / name / "priors.safetensors") for name in ("profile", "profile-kept"))
+    right = {row.id for row in read_taxonomy(layouts / "taxonomy.jsonl") if row.english_correct}
+    assert 0 < len(right & set(whole.ids)) < len(whole.ids)
+    assert kept.ids == tuple(id_ for id_ in whole.ids if id_ in right)
+    assert kept.layers == (1, 2)
+    assert torch.equal(kept.rows(kept.ids), whole.rows(kept.ids, [1, 2]).bfloat16().float())
+    log = (layouts / "ranks1.log").read_text()
+    each = bytes_per_id(2, whole.shape.num_experts, "bfloat16")
+    assert f"priors: {each} bytes an id (2 layers" in log
 
 
 @pytest.mark.parametrize("layout", ["tp", "pp", "ep", "padded", "padded-tp"])

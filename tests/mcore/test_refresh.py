@@ -184,9 +184,7 @@ def length(text: str) -> int:
 
 
 def refuse_answers(made: TaxonomyRefresh) -> None:
-    refuse_unanswerable(
-        made.labels, made.examples, list(made.views.values()), TOKENIZER, made.args.max_position_embeddings
-    )
+    refuse_unanswerable(made.labels, made.examples, made.views, TOKENIZER, made.args.max_position_embeddings)
 
 
 def test_a_long_answer_of_one_example_takes_no_room_from_another(refresh: Any) -> None:

@@ -33,6 +33,7 @@ def test_files_that_a_command_names_are_inputs_or_outputs(tmp_path: Path) -> Non
             continue
         known = {str(path) for path in (*stage.inputs, *stage.outputs, *stage.traces)}
         known |= {str(tmp_path), str(tmp_path / "evaluations")}  # folders that outputs go to
+        known |= {str(tmp_path / "data-cache")}  # of all stages that train
         named = {word for word in stage.command if word.startswith(str(tmp_path))}
         assert named <= known, stage.name
 
@@ -112,6 +113,21 @@ def test_priors_are_written_exactly_when_a_method_reads_them(tmp_path: Path) -> 
     assert tmp_path / "priors.safetensors" in plan(tmp_path)["profile"].outputs
     for changes in ({"methods": ["sft"]}, {"alignment": {"coeff": 1, "target": "profile"}}):
         assert "--ramoe-save-priors" not in plan(tmp_path, **changes)["profile"].command
+
+
+def test_priors_keep_what_the_methods_read(tmp_path: Path) -> None:
+    keeping, aligned = {"profile": {"priors-for": "ci"}}, {"coeff": 1, "target": "example"}
+    assert option(plan(tmp_path, **keeping)["profile"], "--ramoe-priors-for") == ["ci"]
+    for more in ({"examples": "all"}, {"layers": "0-1"}, {"anchors": ["es"]}, {"refresh-interval": 2}):
+        with pytest.raises(RamoeError, match=r"method ra-moe reads priors beyond .*: ci"):
+            plan(tmp_path, alignment=aligned | more, **keeping)
+
+
+def test_all_fine_tunes_share_the_cache_of_the_data(tmp_path: Path) -> None:
+    for name in ("pretrain", "finetune/sft-seed1"):
+        assert option(plan(tmp_path)[name], "--data-cache-path") == [str(tmp_path / "data-cache")]
+    own = plan(tmp_path, model={"data-cache-path": "/elsewhere"})
+    assert option(own["finetune/sft-seed1"], "--data-cache-path") == ["/elsewhere"]
 
 
 def test_user_files_are_found_beside_the_recipe_and_their_absence_is_told(tmp_path: Path) -> None:

@@ -104,6 +104,9 @@ def bases(folder: Path) -> list[dict[str, Any]]:
     return [
         base("base"),
         profile("profile"),
+        profile(
+            "profile-kept", *"--ramoe-priors-for ci --ramoe-priors-dtype bfloat16 --ramoe-layers 1-2".split()
+        ),
         *(base(f"base-{world}", *flags) for world, flags in WORLDS.items()),
         *(
             profile(f"profile-{world}", "--load", str(folder / f"base-{world}"), *flags)

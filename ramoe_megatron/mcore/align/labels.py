@@ -1,6 +1,7 @@
 """Alignment labels: whether a sample's routing is aligned, and to which target."""
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.priors import Priors
-from ramoe_megatron.artifacts.records import read_taxonomy
+from ramoe_megatron.artifacts.records import taxonomy_rows
+from ramoe_megatron.data.codes import Codes, RowKeys, codes_of, pick
 from ramoe_megatron.data.dataset import SFTDataset
 from ramoe_megatron.data.packing import PackedDataset
 from ramoe_megatron.data.parallel import Example
@@ -19,6 +21,7 @@ from ramoe_megatron.method.taxonomy import CATEGORIES
 
 ALIGNED = {"ci": ("ci",), "ci+cc": ("ci", "cc"), "all": CATEGORIES}
 """The aligned categories for each value of `--ramoe-examples`."""
+BLOCK_ROWS = 65536  # rows of a taxonomy that are objects at once
 
 
 class ExampleLabels:
@@ -46,13 +49,12 @@ class ExampleLabels:
         experts = resolved.experts
         self.config, self.layers = config, resolved.layers
         rows = {task: row for row, task in enumerate(experts.tasks)}
-        self.task = np.array([rows.get(example.task, -1) for example in examples], dtype=np.int64)
-        self.category = np.array(categories(examples, config.taxonomy, anchor))
+        tasks = codes_of(examples, "task")
+        self.task = tasks.mapped([rows.get(task, -1) for task in tasks.names], np.int64)
+        self.category = categories(examples, config.taxonomy, anchor)
         self.aligned = aligned_examples(examples, self.category, config, anchor)
-        self._refuse_unknown_tasks(examples, experts)
-        self.may_align = np.array([example.language != anchor for example in examples], dtype=bool) & (
-            self.task >= 0
-        )
+        self._refuse_unknown_tasks(tasks, experts)
+        self.may_align = ~codes_of(examples, "language").among([anchor]) & (self.task >= 0)
         refuse_other_anchor(config, experts, anchor)
         if config.target == "profile":
             has_pattern = experts.english_pattern[config.tokens].any(dim=-1).any(dim=-1).numpy()
@@ -69,26 +71,21 @@ class ExampleLabels:
         assert self.priors is not None
         if not (self.aligned if self.config.refresh_interval is None else self.may_align)[index]:
             return torch.zeros(len(self.layers), self.priors.shape.num_experts)
-        return self.priors.rows([self.target_ids[index]])[0, list(self.layers)].float()
+        return self.priors.rows_at([int(self._prior_of[self.target_ids.codes[index]])], self.layers)[0]
 
     def _unshuffled(self, examples: Sequence[Example]) -> int:
-        moved = {
-            e.id: e.id != target
-            for e, target, on in zip(examples, self.target_ids, self.aligned, strict=True)
-            if on
-        }
-        if moved and not any(moved.values()):
+        own, on = codes_of(examples, "id").codes, self.aligned
+        ids, kept = np.unique(own[on]), np.unique(own[on & (own == self.target_ids.codes)])
+        if len(ids) and len(kept) == len(ids):
             raise RamoeError(
                 f"--ramoe-shuffle-targets {self.config.shuffle_targets} shuffles nothing: "
-                f"each of the {len(moved)} aligned ids is the only one of its task. "
+                f"each of the {len(ids)} aligned ids is the only one of its task. "
                 "Add examples of a task, or remove the flag"
             )
-        return sum(not other for other in moved.values())
+        return len(kept)
 
-    def _refuse_unknown_tasks(self, examples: Sequence[Example], experts: ExpertFile) -> None:
-        unknown = sorted(
-            {e.task for e, row, on in zip(examples, self.task, self.aligned, strict=True) if on and row < 0}
-        )
+    def _refuse_unknown_tasks(self, tasks: Codes, experts: ExpertFile) -> None:
+        unknown = sorted(tasks.distinct(self.aligned & (self.task < 0)))
         if unknown:
             raise RamoeError(
                 f"--ramoe-experts {self.config.experts}: no experts for the tasks {', '.join(unknown)} of "
@@ -96,7 +93,7 @@ class ExampleLabels:
                 "Run `ramoe profile` on data with these tasks"
             )
         if self.config.target == "profile":
-            for task in sorted({e.task for e, on in zip(examples, self.aligned, strict=True) if on}):
+            for task in sorted(tasks.distinct(self.aligned)):
                 # raises if the task has no pattern to align to
                 experts.profile_target(task, self.config.tokens)
 
@@ -111,9 +108,11 @@ class ExampleLabels:
             )
         shape = experts.shape
         priors.check_model(shape.num_moe_layers, shape.num_experts, shape.topk, shape.score_function)
-        known = set(priors.ids)
-        missing = sorted({e.id for e, on in zip(examples, self.aligned, strict=True) if on} - known)
-        has_prior = np.array([example.id in known for example in examples], dtype=bool)
+        priors.check_layers(self.layers)
+        ids = codes_of(examples, "id")
+        self._prior_of = priors.texts.find(ids.names)  # looked up once: a lookup reads all ids
+        has_prior = (self._prior_of >= 0)[ids.codes]
+        missing = sorted(ids.distinct(self.aligned & ~has_prior))
         self.may_align &= has_prior
         if self.config.missing_priors == "skip":
             self.aligned &= has_prior
@@ -215,54 +214,60 @@ def refuse_weightless_views(config: RoutingAlignmentConfig, per_token_loss: bool
         )
 
 
-def categories(examples: Sequence[Example], taxonomy: str | None, anchor: str) -> list[str]:
-    """The category (cc, ci, ic, ii) of each example; "" in the anchor language or without a taxonomy.
+def categories(examples: Sequence[Example], taxonomy: str | None, anchor: str) -> np.ndarray:
+    """The category (cc, ci, ic, ii) of each example; "" in the anchor language or without a taxonomy. [N]
 
     Raises:
         RamoeError: target-language examples are not in the taxonomy (the message counts these and names
             five).
     """
+    found = np.zeros(len(examples), dtype="<U2")
     if taxonomy is None:
-        return [""] * len(examples)
-    category = {(row.id, row.language): row.category for row in read_taxonomy(taxonomy)}
-    unknown = [e for e in examples if e.language != anchor and (e.id, e.language) not in category]
-    if unknown:
-        first = ", ".join(f"{e.id} ({e.language})" for e in unknown[:5])
+        return found
+    keys = RowKeys(examples)
+    scored = [
+        (keys.of([row.id for row in block], [row.language for row in block]), [row.category for row in block])
+        for block in itertools.batched(taxonomy_rows(taxonomy), BLOCK_ROWS)
+    ]
+    key = np.concatenate([key for key, _ in scored])
+    category = np.concatenate([np.array(category, dtype="<U2") for _, category in scored])
+    in_order = np.argsort(key)
+    place = in_order[np.searchsorted(key, keys.of_examples, sorter=in_order).clip(max=len(key) - 1)]
+    known, target = key[place] == keys.of_examples, ~codes_of(examples, "language").among([anchor])
+    unknown = np.flatnonzero(target & ~known)
+    if len(unknown):
+        first = ", ".join(f"{e.id} ({e.language})" for e in pick(examples, unknown[:5]))
         raise RamoeError(
             f"--ramoe-taxonomy {taxonomy}: {len(unknown)} training examples have no category, "
             f"first {first}; run `ramoe taxonomy` on this data"
         )
-    return ["" if e.language == anchor else category[e.id, e.language] for e in examples]
+    found[target] = category[place[target]]
+    return found
 
 
 def aligned_examples(
-    examples: Sequence[Example], category: Iterable[str], config: RoutingAlignmentConfig, anchor: str
+    examples: Sequence[Example], category: np.ndarray, config: RoutingAlignmentConfig, anchor: str
 ) -> np.ndarray:
     """Which examples are aligned. [examples], bool
 
     Aligned are target-language examples; with a taxonomy only examples of the chosen categories.
     """
     chosen = ALIGNED[config.examples] if config.taxonomy is not None else ("",)
-    return np.array(
-        [e.language != anchor and kind in chosen for e, kind in zip(examples, category, strict=True)],
-        dtype=bool,
-    )
+    return ~codes_of(examples, "language").among([anchor]) & np.isin(category, chosen)
 
 
-def shuffled_ids(examples: Sequence[Example], aligned: np.ndarray, seed: int | None) -> list[str]:
+def shuffled_ids(examples: Sequence[Example], aligned: np.ndarray, seed: int | None) -> Codes:
     """The id whose English routing each example is aligned to.
 
     It is the example's own id or, with a seed (the control), another aligned id of the same task.
     """
+    ids, tasks = codes_of(examples, "id"), codes_of(examples, "task")
     if seed is None:
-        return [example.id for example in examples]
+        return ids
     generator = np.random.default_rng(seed)
-    by_task: dict[str, list[str]] = {}
-    for example, on in zip(examples, aligned, strict=True):
-        if on and example.id not in by_task.setdefault(example.task, []):
-            by_task[example.task].append(example.id)
-    other: dict[str, str] = {}
-    for _, ids in sorted(by_task.items()):
-        order = [ids[i] for i in generator.permutation(len(ids))]
-        other |= dict(zip(order, order[1:] + order[:1], strict=True))  # a cycle: no id keeps its own target
-    return [other.get(example.id, example.id) for example in examples]
+    other = np.arange(len(ids.names))
+    for task in sorted(tasks.distinct(aligned)):
+        found, first = np.unique(ids.codes[aligned & tasks.among([task])], return_index=True)
+        order = found[np.argsort(first)][generator.permutation(len(found))]
+        other[order] = np.roll(order, -1)  # a cycle: no id keeps its own target
+    return Codes(ids.names, other[ids.codes])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ramoe_megatron.data.codes import groups_of
 from ramoe_megatron.method.layers import span
 from ramoe_megatron.method.taxonomy import CATEGORIES
 
@@ -112,7 +113,7 @@ def _balance(kind: str, coeff: float) -> str:
 
 def samples_block(
     examples: Sequence["Example"],
-    category: Sequence[str],
+    category: Sequence[str] | np.ndarray,
     aligned: np.ndarray,
     order: np.ndarray,
     anchor: str,
@@ -127,12 +128,12 @@ def samples_block(
         order: the index of the example of each draw.
         anchor: the reference language.
     """
+    kinds = np.asarray(category)
     groups: dict[tuple[str, str], Counter[str]] = {}
-    for example, kind, on in zip(examples, category, aligned, strict=True):
-        groups.setdefault((example.task, example.language), Counter()).update(
-            {"all": 1, kind: 1, "aligned": int(on)}
-        )
-    columns = ["all", *(CATEGORIES if any(category) else ()), "aligned"]
+    for group, places in groups_of(examples):
+        counts = {kind: int((kinds[places] == kind).sum()) for kind in CATEGORIES}
+        groups[group] = Counter(counts | {"all": len(places), "aligned": int(aligned[places].sum())})
+    columns = ["all", *(CATEGORIES if (kinds != "").any() else ()), "aligned"]
     pairs = {
         f"{task} / {language}": counts
         for (task, language), counts in sorted(groups.items())

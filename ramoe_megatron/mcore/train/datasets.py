@@ -1,16 +1,21 @@
 """Build the data sets of a training run from the parsed arguments, and check them before Megatron starts."""
 
 import functools
-from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ramoe_megatron.data.cache import Cache, default_folder
+from ramoe_megatron.data.codes import codes_of
 from ramoe_megatron.data.dataset import EncodedExamples, SFTDataset
-from ramoe_megatron.data.encode import Tokenizer, check_examples, check_tokenizer
+from ramoe_megatron.data.encode import Tokenizer, check_tokenizer
 from ramoe_megatron.data.packing import PackedDataset
 from ramoe_megatron.data.paired import PairedDataset, view_places
-from ramoe_megatron.data.parallel import Example, load_examples, select_examples
+from ramoe_megatron.data.parallel import select_examples
 from ramoe_megatron.data.sampler import order
+from ramoe_megatron.data.store import StoredExamples, store_examples
+from ramoe_megatron.data.token_cache import cached_tokens
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.labels import AlignedDataset, ExampleLabels, refuse_weightless_views
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
@@ -18,6 +23,7 @@ from ramoe_megatron.mcore.align.startup import samples_block
 from ramoe_megatron.mcore.align.state import current_state
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
+from ramoe_megatron.mcore.progress import progress_lines
 from ramoe_megatron.mcore.train.refresh import (
     TaxonomyRefresh,
     refuse_other_anchors,
@@ -39,8 +45,12 @@ class TrainingInputs:
         validation: validation examples; None with `--eval-iters 0`.
     """
 
-    def __init__(self, args: Any) -> None:
+    def __init__(self, args: Any, keeps: bool = True) -> None:
         """
+        Args:
+            keeps: whether rows and tokens that no earlier start has made are kept for later starts, in the
+                folder --data-cache-path.
+
         Raises:
             RamoeError: there is no data; a requested split has no rows; the sampling weights do not fit the
                 groups; the target is paired and an example has no view; or packing or the normaliser does not
@@ -52,23 +62,25 @@ class TrainingInputs:
             RoutingAlignmentConfig.from_args(args),
         )
         _refuse_batches(args, self.options, self.alignment)
+        folder = getattr(args, "data_cache_path", None)  # a user's own parser may lack the flag
+        self._cache = Cache(Path(folder) if folder else default_folder(), keeps)
         self.examples = self._chosen(self.options.split)
         order(self.examples, 1, args.seed, self.options.weight_mapping())
         paired = self.alignment.coeff > 0 and self.alignment.target == "paired"
         self.views = self.anchors if paired else None
         if self.views is not None:
             view_places(self.examples, self.views)
-        self.held = [*self.examples, *(self.views or [])]
+        self.held = self.examples if self.views is None else self.examples.joined(self.views)
         self.validation = self._validation_examples() if args.eval_iters else None
         self._encoded: dict[str, EncodedExamples] = {}
 
     @property
     def languages(self) -> list[str]:
         """Languages of the training examples, in alphabetical order."""
-        return sorted({example.language for example in self.examples})
+        return sorted(codes_of(self.examples, "language").counts())
 
     @functools.cached_property
-    def anchors(self) -> list[Example]:
+    def anchors(self) -> StoredExamples:
         """The anchor's examples of the training split."""
         return self._chosen(self.options.split, [self.options.anchor])
 
@@ -92,19 +104,17 @@ class TrainingInputs:
             RamoeError: as `EncodedExamples` and `check_examples`. This includes the anchor's rows that a
                 taxonomy refresh scores.
         """
-        made_by = (self.options, self.args.seq_length, tokenizer_flags(self.args))
-        _once(
-            repr(("conversations", made_by, self._all_views)),
-            lambda: check_examples(self._tokenised(), tokenizer),
-        )
-        parts = {"train": self.held}
-        if self.validation is not None:
-            parts["validation"] = self.validation
-        for name, examples in parts.items():
-            if name not in self._encoded:
-                key = repr((name, made_by, self.views is not None))
-                self._encoded[name] = _once(
-                    key, partial(EncodedExamples, examples, tokenizer, self.args.seq_length)
+        if not self._encoded:
+            all_rows = self._tokenised()
+            flags = {name: repr(value) for name, value in tokenizer_flags(self.args).items()}
+            tokens = cached_tokens(all_rows, tokenizer, flags, self._cache, progress_lines)
+            parts = {"train": self.held}
+            if self.validation is not None:
+                parts["validation"] = self.validation
+            for name, examples in parts.items():
+                places = np.searchsorted(all_rows.rows, examples.rows)
+                self._encoded[name] = EncodedExamples(
+                    examples, tokenizer, self.args.seq_length, tokens, places
                 )
         return self._encoded
 
@@ -122,31 +132,36 @@ class TrainingInputs:
             self.alignment.target == "paired" or self.alignment.refresh_interval is not None
         )
 
-    def _tokenised(self) -> list[Example]:
-        """All examples that a run tokenises, without repetition."""
+    def _tokenised(self) -> StoredExamples:
+        """All examples that a run tokenises, in the order of their rows."""
         languages = self.options.languages
         chosen = self._chosen(
             self.options.split, [*languages, self.options.anchor] if self._all_views and languages else None
         )
-        return [*chosen, *(self.validation or [])]
+        parts = [chosen.rows, *([] if self.validation is None else [self.validation.rows])]
+        return StoredExamples(chosen.folder, np.unique(np.concatenate(parts)))
 
-    def _chosen(self, split: str | None, languages: list[str] | None = None) -> list[Example]:
-        options = self.options
-        if not options.data:
+    @functools.cached_property
+    def _stored(self) -> StoredExamples:
+        if not self.options.data:
             raise RamoeError(
                 "--ramoe-data is missing: expected JSONL files, folders of them, or the name of a data set"
             )
-        columns = options.column_mapping()
-        examples = _read(tuple(options.data), tuple(columns.items()) if columns else None)
-        return select_examples(examples, split, languages or options.languages, ", ".join(options.data))
+        return store_examples(self.options.data, self.options.column_mapping(), self._cache, progress_lines)
 
-    def _validation_examples(self) -> list[Example]:
+    def _chosen(self, split: str | None, languages: list[str] | None = None) -> StoredExamples:
+        where = ", ".join(self.options.data)
+        found = select_examples(self._stored, split, languages or self.options.languages, where)
+        assert isinstance(found, StoredExamples)
+        return found
+
+    def _validation_examples(self) -> StoredExamples:
         if self.args.full_validation:
             raise RamoeError(
                 "--full-validation: --eval-iters sets how much parallel data is drawn for validation; "
                 "remove --full-validation"
             )
-        if not any(example.split == "validation" for example in self._chosen(None)):
+        if "validation" not in codes_of(self._chosen(None), "split").counts():
             raise RamoeError(
                 f"--eval-iters {self.args.eval_iters} (100 when not given) needs rows of the split "
                 f"'validation', and {', '.join(self.options.data)} has none: add them, or give --eval-iters 0"
@@ -164,8 +179,6 @@ def check_data(args: Any) -> None:
     """
     from megatron.training import get_tokenizer
 
-    _read.cache_clear()
-    _kept.clear()
     inputs = new_inputs(args)
     if inputs.alignment.coeff > 0:
         _ = inputs.labels
@@ -175,10 +188,10 @@ def check_data(args: Any) -> None:
         inputs.refuse_unanswerable(get_tokenizer())
 
 
-def new_inputs(args: Any) -> TrainingInputs:
-    """Read the inputs. Later calls of `inputs_of` return them. Raises RamoeError as `TrainingInputs`."""
+def new_inputs(args: Any, keeps: bool = True) -> TrainingInputs:
+    """Read the inputs. Later calls of `inputs_of` return them. Arguments and errors as `TrainingInputs`."""
     global _latest
-    _latest = TrainingInputs(args)
+    _latest = TrainingInputs(args, keeps)
     return _latest
 
 
@@ -199,16 +212,6 @@ def _flags_of(args: Any) -> str:
     """Everything that the inputs depend on, as one string."""
     options, alignment = options_from_args(DataOptions, args), RoutingAlignmentConfig.from_args(args)
     return repr((options, alignment, args.seed, args.eval_iters, args.seq_length, tokenizer_flags(args)))
-
-
-_kept: dict[str, Any] = {}
-"""Tokenised data, shared by all command lines that one process checks."""
-
-
-def _once[Value](key: str, make: Callable[[], Value]) -> Value:
-    if key not in _kept:
-        _kept[key] = make()
-    return _kept[key]
 
 
 def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
@@ -268,9 +271,7 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
             state.refresh = TaxonomyRefresh(
                 state.chunks, labels, train.dataset.examples, inputs.anchors, args
             )
-        print_rank_0(
-            samples_block(inputs.held, labels.category.tolist(), labels.aligned, drawn, options.anchor)
-        )
+        print_rank_0(samples_block(inputs.held, labels.category, labels.aligned, drawn, options.anchor))
         if labels.unshuffled:
             print_rank_0(
                 f"  note: {labels.unshuffled} aligned ids keep their own target: "
@@ -288,10 +289,10 @@ dataset_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron
 
 def _dataset(
     inputs: TrainingInputs,
-    examples: list[Example],
+    examples: StoredExamples,
     count: int,
     encoded: EncodedExamples,
-    views: list[Example] | None = None,
+    views: StoredExamples | None = None,
 ) -> SFTDataset | PackedDataset:
     from megatron.training import get_tokenizer
 
@@ -351,9 +352,3 @@ def _refuse_pairs(args: Any, options: DataOptions, loader: list[str]) -> None:
         raise RamoeError(f"{why}: --micro-batch-size {args.micro_batch_size} has to be even")
     if options.pack or loader:
         raise RamoeError(f"{why}: remove {', '.join(['--ramoe-pack'] * options.pack + loader)}")
-
-
-@functools.lru_cache(maxsize=1)
-def _read(sources: tuple[str, ...], columns: tuple[tuple[str, str], ...] | None) -> list[Example]:
-    """Read the data. The cache serves the check, the training set and the validation set."""
-    return load_examples(sources, dict(columns) if columns else None)

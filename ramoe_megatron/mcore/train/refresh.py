@@ -6,8 +6,9 @@ resumes continues with them. If that run saves to another folder, it copies the 
 Shape suffixes: N training examples, B samples of a micro-batch.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ramoe_megatron.artifacts.anchor_files import check_anchor
 from ramoe_megatron.artifacts.records import read_taxonomy, write_taxonomy
+from ramoe_megatron.data.codes import RowKeys, codes_of, joined, pick
 from ramoe_megatron.data.encode import Tokenizer
 from ramoe_megatron.data.limits import new_token_limits
 from ramoe_megatron.data.parallel import Example
@@ -59,11 +61,19 @@ def refuse_other_anchors(taxonomy: str, anchor: str) -> None:
         ) from error
 
 
-def scorable(labels: ExampleLabels, examples: Sequence[Example], views: Mapping[str, Example]) -> list[int]:
-    """The indices of the examples that a refresh may score. `views`: the anchor-language examples, by id."""
-    return [
-        n for n, (e, may) in enumerate(zip(examples, labels.may_align, strict=True)) if may and e.id in views
-    ]
+def scorable(labels: ExampleLabels, examples: Sequence[Example], views: Sequence[Example]) -> np.ndarray:
+    """The indices of the examples that a refresh may score: those with a view in the anchor language."""
+    id_ = codes_of(joined(examples, views), "id").codes
+    return np.flatnonzero(labels.may_align & np.isin(id_[: len(examples)], id_[len(examples) :]))
+
+
+def views_of(examples: Sequence[Example], views: Sequence[Example]) -> Sequence[Example]:
+    """The view of each id of the examples, once, in the order of the examples."""
+    id_ = codes_of(joined(examples, views), "id").codes
+    wanted, first = np.unique(id_[: len(examples)], return_index=True)
+    seen, place = np.unique(id_[len(examples) :][::-1], return_index=True)  # the last view of an id
+    last = len(views) - 1 - place[np.searchsorted(seen, wanted)]
+    return pick(views, last[np.argsort(first)])
 
 
 def refuse_unanswerable(
@@ -79,11 +89,10 @@ def refuse_unanswerable(
         anchors: the examples in the anchor language, of the same split.
         positions: number of position embeddings of the model.
     """
-    views = {view.id: view for view in anchors}
-    scored = [examples[n] for n in scorable(labels, examples, views)]
-    asked = list({example.id: views[example.id] for example in scored}.values())
+    scored = pick(examples, scorable(labels, examples, anchors))
+    asked = joined(views_of(scored, anchors), scored)
     try:
-        new_token_limits([*asked, *scored], tokenizer, None, positions)
+        new_token_limits(asked, tokenizer, None, positions)
     except RamoeError as error:
         raise RamoeError(
             f"--ramoe-refresh-interval scores training examples: {error} Or remove --ramoe-refresh-interval."
@@ -111,13 +120,18 @@ class TaxonomyRefresh:
             RamoeError: a file of an earlier refresh is damaged, or has an example that is not in the training
                 data.
         """
-        self.chunks, self.labels, self.examples, self.args = chunks, labels, list(examples), args
-        self.views = {view.id: view for view in views}
+        self.chunks, self.labels, self.examples, self.args = chunks, labels, examples, args
+        self.views = views
         self.config = labels.config
-        self.category = list(labels.category)
-        self.scorable = scorable(labels, self.examples, self.views)
+        self.category_N = labels.category.copy()
+        self.scorable = scorable(labels, examples, views)
         self._resume()
         self._to_device()
+
+    @property
+    def category(self) -> list[str]:
+        """The current category of each training example."""
+        return self.category_N.tolist()
 
     def weight(self, example_B: Tensor) -> Tensor:
         """1 for an example that is currently aligned, else 0. [B]"""
@@ -134,31 +148,30 @@ class TaxonomyRefresh:
             return
         sample = self._sample(iteration)
         rows = self._score(sample)
-        before = [self.category[n] for n in sample]
-        for number, row in zip(sample, rows, strict=True):
-            self.category[number] = row.category
+        before = self.category_N[sample]
+        self.category_N[sample] = [row.category for row in rows]
         self._to_device()
         if torch.distributed.get_rank() == 0:
-            self._tell(iteration, before, [row.category for row in rows])
+            self._tell(iteration, before.tolist(), [row.category for row in rows])
             if self.args.save:
                 write_taxonomy(Path(self.args.save) / FOLDER / f"{iteration:07d}.jsonl", rows)
 
-    def _sample(self, iteration: int) -> list[int]:
+    def _sample(self, iteration: int) -> np.ndarray:
         """Indices of the examples to score: all languages of the ids that the seed and the iteration draw."""
-        ids = sorted({self.examples[n].id for n in self.scorable})
-        count = min(len(ids), self.config.refresh_examples)
-        drawn = named_rng(self.args.seed, f"refresh {iteration}").choice(len(ids), count, replace=False)
-        chosen = {ids[n] for n in drawn}
-        return [n for n in self.scorable if self.examples[n].id in chosen]
+        ids = codes_of(self.examples, "id")[self.scorable]
+        known = sorted(ids.distinct())
+        count = min(len(known), self.config.refresh_examples)
+        drawn = named_rng(self.args.seed, f"refresh {iteration}").choice(len(known), count, replace=False)
+        return self.scorable[ids.among([known[n] for n in drawn])]
 
-    def _score(self, sample: Sequence[int]) -> list[TaxonomyRow]:
+    def _score(self, sample: np.ndarray) -> list[TaxonomyRow]:
         """The taxonomy of the sample with the current weights, on every rank."""
         from ramoe_megatron.mcore.offline.model import OfflineModel
         from ramoe_megatron.mcore.offline.scoring import score
 
         model = OfflineModel.around(self.chunks, self.args, BATCH_TOKENS)
-        views = [self.views[id_] for id_ in sorted({self.examples[n].id for n in sample})]
-        targets = [self.examples[n] for n in sample]
+        scored = pick(self.examples, sample)
+        targets, views = list(scored), sorted(views_of(scored, self.views), key=lambda view: view.id)
         limits = self._limits([*views, *targets], model.tokenizer)
         for chunk in self.chunks:
             chunk.eval()
@@ -176,16 +189,14 @@ class TaxonomyRefresh:
 
     def _to_device(self) -> None:
         device = next(parameter.device for chunk in self.chunks for parameter in chunk.parameters())
-        chosen = np.isin(self.category, ALIGNED[self.config.examples]) & self.labels.may_align
+        chosen = np.isin(self.category_N, ALIGNED[self.config.examples]) & self.labels.may_align
         self.aligned_N = torch.as_tensor(chosen, dtype=torch.float32, device=device)
-        self.ci_N = torch.as_tensor(np.array(self.category) == "ci", device=device)
+        self.ci_N = torch.as_tensor(self.category_N == "ci", device=device)
 
     def _tell(self, iteration: int, before: Sequence[str], after: Sequence[str]) -> None:
         left = sum(old == "ci" != new for old, new in zip(before, after, strict=True))
         entered = sum(old != "ci" == new for old, new in zip(before, after, strict=True))
-        now = Counter(
-            category for category, may in zip(self.category, self.labels.may_align, strict=True) if may
-        )
+        now = Counter(self.category_N[self.labels.may_align].tolist())
         changes = f"{len(after)} rows scored, {left} left ci, {entered} entered ci"
         shares = ", ".join(f"{now[category]} {category}" for category in CATEGORIES)
         print(f"ramoe: taxonomy refreshed at iteration {iteration}: {changes}; now {shares}", flush=True)
@@ -194,7 +205,8 @@ class TaxonomyRefresh:
         """Read the categories of earlier refreshes of this run, up to the iteration at which it resumes."""
         if not self.args.iteration:
             return
-        place = {(example.id, example.language): n for n, example in enumerate(self.examples)}
+        keys = RowKeys(self.examples)
+        in_order = np.argsort(keys.of_examples)
         first, interval, foreign = torch.distributed.get_rank() == 0, self.config.refresh_interval, []
         assert interval is not None
         for path in sorted((Path(self.args.load or "") / FOLDER).glob("*.jsonl")):
@@ -204,13 +216,15 @@ class TaxonomyRefresh:
                 foreign.append(path.name)
                 continue
             rows = read_taxonomy(path)
-            for row in rows:
-                if (row.id, row.language) not in place:
-                    raise RamoeError(
-                        f"{path}: {row.id} ({row.language}) is not a training example, "
-                        "so the data has changed; train on the same data, or from the start"
-                    )
-                self.category[place[row.id, row.language]] = row.category
+            key = keys.of([row.id for row in rows], [row.language for row in rows])
+            place = np.searchsorted(keys.of_examples, key, sorter=in_order).clip(max=len(in_order) - 1)
+            place = in_order[place]
+            for row in itertools.compress(rows, keys.of_examples[place] != key):
+                raise RamoeError(
+                    f"{path}: {row.id} ({row.language}) is not a training example, "
+                    "so the data has changed; train on the same data, or from the start"
+                )
+            self.category_N[place] = [row.category for row in rows]
             if first and self.args.save:
                 _keep(rows, path, Path(self.args.save) / FOLDER / path.name)
         # Such files are from an attempt that ended before its first checkpoint, or from another interval.
