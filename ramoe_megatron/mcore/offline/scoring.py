@@ -1,7 +1,7 @@
 """Scores examples with a forward-only model, by the log-likelihood of choices or by greedy decoding."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,14 +11,11 @@ from ramoe_megatron.data.encode import Encoded, decoding, encode_choices
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.launch import is_rank_0
+from ramoe_megatron.mcore.offline.generation import NOT_FINITE, OnProgress, greedy, of_vocabulary
 from ramoe_megatron.mcore.offline.model import ContextMaker, MicroBatch, OfflineModel
 
-OnProgress = Callable[[int], None]
 ContextFor = Callable[[Sequence[int]], ContextMaker]
 """Makes the routing contexts of scored sequences, from the index of the example of each sequence."""
-
-NOT_FINITE = -1
-"""Stands for a token id when the logits have NaN or infinity."""
 
 
 def score(
@@ -117,7 +114,7 @@ def log_likelihoods(
         whole = gather_from_tensor_model_parallel_region(logits[row, column])
         if model.reports:
             label = micro.batch["labels"][row, column].unsqueeze(1)
-            logits_RV = _of_vocabulary(model, whole)
+            logits_RV = of_vocabulary(model, whole)
             terms = logits_RV.log_softmax(dim=-1).gather(1, label).squeeze(1).double()
             sums = torch.zeros(len(logits), dtype=torch.float64, device=model.device).index_add_(
                 0, row, terms
@@ -129,84 +126,3 @@ def log_likelihoods(
         if progress:
             progress(len(group))
     return model.share(scores)
-
-
-def greedy(
-    model: OfflineModel,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int | Sequence[int],
-    context: ContextMaker | None = None,
-    progress: OnProgress | None = None,
-    stops: Sequence[Collection[int]] | None = None,
-) -> list[list[int]]:
-    """The greedy continuation of each prompt, up to its first stop token, on every rank.
-
-    The stop token is left out. If a logit is not finite, the continuation ends in `NOT_FINITE`. Each step
-    runs the whole sequence again, which is correct in every layout, and fast for short answers.
-
-    Args:
-        max_new_tokens: the limit of all prompts, or a limit for each prompt.
-        stops: for each prompt, the tokens that end its continuation; by default the tokenizer's end of
-            document.
-    """
-    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    lengths = [len(prompt) + new for prompt, new in zip(prompts, most, strict=True)]
-    ends = [frozenset(stop) for stop in stops] if stops else [frozenset([model.tokenizer.eod])] * len(prompts)
-    answers: list[list[int]] = [[] for _ in prompts]
-    for group in model.groups(lengths):
-        unfinished = [place for place in group if most[place] > 0]
-        while unfinished:
-            # one more id than the input: the last id is only a label
-            current = [
-                Encoded([*prompts[p], *answers[p], model.tokenizer.eod], len(prompts[p])) for p in unfinished
-            ]
-            tokens = _next_tokens(model, current, unfinished, context)
-            for place, token in zip(unfinished, tokens, strict=True):
-                answers[place].append(token)
-            unfinished = [
-                p
-                for p in unfinished
-                if answers[p][-1] not in {*ends[p], NOT_FINITE} and len(answers[p]) < most[p]
-            ]
-        if progress:
-            progress(len(group))
-    return [
-        answer[:-1] if answer and answer[-1] in end else answer
-        for answer, end in zip(answers, ends, strict=True)
-    ]
-
-
-def _next_tokens(
-    model: OfflineModel, sequences: Sequence[Encoded], owners: Sequence[int], context: ContextMaker | None
-) -> list[int]:
-    """The most likely next token of each sequence; the lowest id if several are equally likely."""
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
-    tokens = torch.zeros(len(sequences), dtype=torch.int64, device=model.device)
-    owner = torch.tensor(owners, device=model.device)
-
-    def read(micro: MicroBatch, logits: Tensor) -> None:
-        rows = torch.arange(len(logits), device=logits.device)
-        last = gather_from_tensor_model_parallel_region(logits[rows, micro.batch["length"] - 1])
-        if model.reports:
-            logits_BV = _of_vocabulary(model, last)
-            best = torch.where(logits_BV.isnan().any(dim=-1), NOT_FINITE, logits_BV.argmax(dim=-1))
-            tokens[micro.places[micro.real]] = best[micro.real]
-
-    def with_owner(micro: MicroBatch) -> object:
-        # contexts need indices into the job's input, not into the unfinished sequences
-        places = torch.where(micro.real, owner[micro.places.clamp(min=0)], micro.places)
-        return context(MicroBatch(micro.batch, places)) if context else None
-
-    for part in model.groups([len(sequence.ids) for sequence in sequences]):
-        model.run(sequences, part, read, context=with_owner if context else None)  # type: ignore[arg-type]
-    return model.share(tokens).tolist()
-
-
-def _of_vocabulary(model: OfflineModel, logits: Tensor) -> Tensor:
-    """Logits of the tokenizer's tokens, without the rows that pad the vocabulary. [..., V], float32
-
-    A row with a logit that is not finite becomes NaN.
-    """
-    own = logits[..., : model.tokenizer.vocab_size].float()
-    return own.masked_fill(~own.isfinite().all(dim=-1, keepdim=True), torch.nan)
