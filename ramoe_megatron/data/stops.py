@@ -1,11 +1,13 @@
 """Strings that end a generated answer, found while it is generated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 UNFINISHED = "\ufffd"
 """What a tokenizer writes for bytes that are not yet a character."""
+LONGEST_CHARACTER = 8
+"""Tokens after which such bytes are text: a model may write bytes that never become a character."""
 
 
 class Detokenizer(Protocol):
@@ -34,8 +36,8 @@ class StopStrings:
 class _Watch:
     """Decodes only the newest tokens, so that the time of a token does not grow with the text.
 
-    A token's text may depend on the tokens before it (a space, the bytes of a character). So the newest tokens
-    are decoded together with those of the last whole text, and what they add is the new text.
+    A token's text may depend on the tokens before it (a space, the bytes of a character). So the newest
+    tokens are decoded together with those of the last whole text, and what they add is the new text.
     """
 
     def __init__(self, stop: StopStrings, tokenizer: Detokenizer) -> None:
@@ -49,9 +51,9 @@ class _Watch:
         self.ids.append(token)
         before = self.tokenizer.detokenize(self.ids[: self.known]) if self.known else ""
         now = self.tokenizer.detokenize(self.ids)
-        if now.endswith(UNFINISHED) or not now.startswith(before):
+        if now.endswith(UNFINISHED) and len(self.ids) - self.known < LONGEST_CHARACTER:
             return False
-        new = now[len(before) :]
+        new = now[len(before) :] if now.startswith(before) else now
         self.text += new
         self.ids, self.known = self.ids[self.known :], len(self.ids) - self.known
         return self._found(len(new))
@@ -65,8 +67,3 @@ class _Watch:
             if written.startswith(self.stop.lead):
                 start = max(start, len(self.text) - len(written) + len(self.stop.lead))
         return any(self.text.find(string, start) >= 0 for string in self.stop.strings)
-
-
-def stop_strings(strings: Sequence[str] | None, lead: str = "") -> StopStrings | None:
-    """The stop strings, or None if there are none."""
-    return StopStrings(tuple(strings), lead) if strings else None

@@ -22,7 +22,7 @@ OnProgress = Callable[[int], None]
 NOT_FINITE = -1
 """Stands for a token id when the logits have NaN or infinity."""
 CROWDED = 0.75
-"""Rows leave a micro-batch when at most this share of its rows is unfinished: moving a cache takes time too."""
+"""Rows leave a micro-batch when at most this share of them is unfinished: moving a cache takes time too."""
 
 
 def greedy(
@@ -37,8 +37,8 @@ def greedy(
 ) -> list[list[int]]:
     """The greedy continuation of each prompt, up to its first stop token or stop string, on every rank.
 
-    A stop token is left out. The token that completes a stop string is kept (`StopStrings.before`). If a logit
-    is not finite, the continuation ends in `NOT_FINITE`.
+    A stop token is left out. The token that completes a stop string is kept (`StopStrings.before`). If a
+    logit is not finite, the continuation ends in `NOT_FINITE`.
 
     Args:
         max_new_tokens: the limit of all prompts, or a limit for each prompt.
@@ -118,7 +118,8 @@ def _without_cache(
     while unfinished := answers.unfinished(group):
         # one more id than the input: the last id is only a label
         current = [
-            Encoded([*answers[place], model.tokenizer.eod], len(answers.prompts[place])) for place in unfinished
+            Encoded([*answers[place], model.tokenizer.eod], len(answers.prompts[place]))
+            for place in unfinished
         ]
         owner = torch.tensor(unfinished, device=model.device)
 
@@ -184,9 +185,7 @@ def _kept(cache: RowCache, places: Sequence[int], rows: int, model: OfflineModel
     return [places[row] for row in kept] + [-1] * filler
 
 
-def _new_tokens(
-    model: OfflineModel, answers: _Answers, places: Sequence[int], cache: RowCache
-) -> MicroBatch:
+def _new_tokens(model: OfflineModel, answers: _Answers, places: Sequence[int], cache: RowCache) -> MicroBatch:
     """The micro-batch of the newest token of each place, which the cache does not have yet."""
     eod = model.tokenizer.eod
     token_B = torch.tensor([answers.ids[place][-1] if place >= 0 else eod for place in places])

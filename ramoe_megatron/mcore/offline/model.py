@@ -34,9 +34,9 @@ class MicroBatch:
     """The tokens of padded sequences in one forward pass of one data-parallel rank.
 
     Attributes:
-        batch: the sequences, with the tensors of `data.dataset.pad`. In a step of cached decoding there is one
-            new token of each sequence, so `prompt_length` is 0 and `length` 1. Where a prompt has several
-            branches, `length` counts the tokens of them all.
+        batch: `tokens` and `position_ids` [B, S], `prompt_length` and `length` [B], as in `data.dataset.pad`.
+            A step of cached decoding has one new token of each sequence, so `prompt_length` is 0 and `length`
+            1. Where a prompt has several branches, `length` counts the tokens of them all.
         places: index of each sequence in the job's input. A filler, which keeps the ranks in step, has -1.
         rows: positions, mask and cache of the attention; None for Megatron's own.
     """
@@ -131,8 +131,8 @@ class OfflineModel:
             teach_attention()
         elif is_rank_0():
             print(
-                f"ramoe: no key/value cache: {fault}. Each new token runs its whole sequence, and each choice "
-                "runs its prompt",
+                f"ramoe: no key/value cache: {fault}. Each new token runs its whole sequence, and each "
+                "choice runs its prompt",
                 flush=True,
             )
         return fault is None

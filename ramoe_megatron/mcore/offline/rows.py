@@ -164,7 +164,14 @@ def teach_attention() -> None:
 def _adjusting(stock: Any) -> Any:
     @functools.wraps(stock)
     def adjust_key_value(
-        self: Any, context: Any, query: Tensor, key: Tensor, value: Tensor, rotary: Any, *more: Any, **named: Any
+        self: Any,
+        context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: Any,
+        *more: Any,
+        **named: Any,
     ) -> tuple[Any, ...]:
         if not isinstance(context, RowContext):
             return stock(self, context, query, key, value, rotary, *more, **named)
@@ -201,7 +208,7 @@ def _masking(stock: Any) -> Any:
 
 
 def rows_fault(chunks: Sequence[Any]) -> str | None:
-    """Why a `RowContext` cannot be given to these chunks of a model; None if it can. It looks at all ranks."""
+    """Why a `RowContext` cannot be given to the chunks of a model; None if it can. Every rank calls it."""
     kinds = {_fault(layer) for chunk in chunks for layer in unwrapped(chunk).decoder.layers}
     kinds |= {_model_fault(unwrapped(chunk)) for chunk in chunks} | {compat.attention_fault()}
     own = sorted(kind for kind in kinds if kind)
@@ -215,9 +222,10 @@ def _fault(layer: Any) -> str | None:
     if isinstance(attention, IdentityOp):
         return None
     if type(attention) is not SelfAttention:
-        return f"{type(attention or layer).__name__} is no attention of ours to cache"
-    if not isinstance(attention.core_attention, DotProductAttention):
-        return f"the cache needs Megatron's local attention, and this is {type(attention.core_attention).__name__}"
+        return f"{type(attention or layer).__name__} is not Megatron's self-attention"
+    core = attention.core_attention
+    if not isinstance(core, DotProductAttention):
+        return f"{type(core).__name__} is not Megatron's local attention"
     return None
 
 
