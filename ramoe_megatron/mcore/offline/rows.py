@@ -31,13 +31,17 @@ with uncompiled():
 class RowMask:
     """Which keys a query must not see, in place of Megatron's attention mask."""
 
-    def __init__(self, hidden_BSK: Tensor, query_position_BS: Tensor, key_position_BK: Tensor) -> None:
+    def __init__(
+        self, hidden_BSK: Tensor, query_position_BS: Tensor, key_position_BK: Tensor, newest: bool = False
+    ) -> None:
         """
         Args:
             hidden_BSK: True where the query must not see the key, without a window. bool
             query_position_BS, key_position_BK: positions in the row's own sequence, for windows. A leading
                 dimension of 1 stands for all rows.
+            newest: each row has one query, and filler after it.
         """
+        self.newest = newest
         self.query_position_BS, self.key_position_BK = query_position_BS, key_position_BK
         self._within: dict[int | None, Tensor] = {None: hidden_BSK[:, None]}
 
@@ -62,14 +66,20 @@ class RowContext(StaticInferenceContext):
     position_SB: Tensor | None = None
     """The position of each input token; None if a token's position is its place in the input."""
 
-    def rotated(self, attention: Any, states_SBGD: Tensor, rotary_S11D: Tensor) -> Tensor:
-        """Queries or keys after Megatron's rotation."""
+    def rotated(
+        self, attention: Any, query_SBHD: Tensor, key_SBGD: Tensor, rotary_S11D: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys after Megatron's rotation."""
         if self.position_SB is None:
-            own = rotary_S11D[: len(states_SBGD)]
+            own = rotary_S11D[: len(query_SBHD)]
         else:
             own = rotary_S11D[:, 0, 0][self.position_SB][:, :, None]
         factor, group = attention._yarn_concentration_factor, attention.pg_collection.cp
-        return apply_rotary_pos_emb(states_SBGD, own, config=attention.config, mscale=factor, cp_group=group)
+        turned = apply_rotary_pos_emb(
+            torch.cat([query_SBHD, key_SBGD], 2), own, config=attention.config, mscale=factor, cp_group=group
+        )
+        query, key = turned.split([query_SBHD.shape[2], key_SBGD.shape[2]], 2)
+        return query, key.contiguous()
 
     def seen(self, layer: int, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values that the queries of a layer see. [K, B, G, D]"""
@@ -120,13 +130,13 @@ class RowCache(RowContext):
         self.sequence_len_offset = last
         key_1K = torch.arange(last + 1, device=position_B.device)[None]
         query_BS = self.position_SB.T
-        self.mask = RowMask(key_1K[:, None] > query_BS[..., None], query_BS, key_1K)
+        self.mask = RowMask(key_1K[:, None] > query_BS[..., None], query_BS, key_1K, newest=True)
 
     def keep(self, row_B: Tensor) -> None:
         """Keep these rows only, in this order."""
         self.max_batch_size = len(row_B)
         for layer, memory in self.key_value_memory_dict.items():
-            self.key_value_memory_dict[layer] = tuple(kept.index_select(1, row_B) for kept in memory)
+            self.key_value_memory_dict[layer] = tuple(kept.index_select(0, row_B) for kept in memory)
 
     def seen(self, layer: int, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
         """As `RowContext`; and store the keys and values."""
@@ -136,16 +146,19 @@ class RowCache(RowContext):
             return new
         memory = self.key_value_memory_dict[layer]
         assert self.position_SB is not None
-        for kept, states in zip(memory, new, strict=True):
-            kept[self.position_SB[0], self._row_B] = states[0]
+        for kept_BGKD, states_SBGD in zip(memory, new, strict=True):
+            kept_BGKD[self._row_B, :, self.position_SB[0]] = states_SBGD[0]
         end = self.sequence_len_offset + 1
-        return memory[0][:end], memory[1][:end]
+        key, value = (kept_BGKD[:, :, :end].permute(2, 0, 1, 3) for kept_BGKD in memory)
+        return key, value
 
     def _memory(self, states_SBGD: Tensor) -> Tensor:
+        """The memory of a layer's keys or values, with those of the prompts. [B, G, K, D]"""
+        length, rows, *heads = states_SBGD.shape
+        room = max(self.max_sequence_length, length)  # the prompts may be padded
         # Zeros, because a masked value counts 0 times: NaN in uninitialised memory would stay NaN.
-        length = max(self.max_sequence_length, len(states_SBGD))  # the prompts may be padded
-        memory = states_SBGD.new_zeros(length, *states_SBGD.shape[1:])
-        memory[: len(states_SBGD)] = states_SBGD
+        memory = states_SBGD.new_zeros(rows, heads[0], room, heads[1])
+        memory[:, :, :length] = states_SBGD.permute(1, 2, 0, 3)
         return memory
 
 
@@ -176,9 +189,7 @@ def _adjusting(stock: Any) -> Any:
         if not isinstance(context, RowContext):
             return stock(self, context, query, key, value, rotary, *more, **named)
         if rotary is not None:
-            query, key = (
-                context.rotated(self, states, own) for states, own in zip((query, key), rotary, strict=True)
-            )
+            query, key = context.rotated(self, query, key, rotary[0])
         key, value = context.seen(self.layer_number, key, value)
         return query, key, value, None, self.attn_mask_type, None
 
@@ -199,12 +210,30 @@ def _masking(stock: Any) -> Any:
         softmax.window_size, softmax.scaled_masked_softmax_fusion = None, False
         try:
             mask = attention_mask.within(kept[0][0] if kept[0] else None)
-            return stock(self, query, key, value, mask, *more, **named)
+            if attention_mask.newest and self.softmax_offset is None and softmax.scale is None:
+                return _newest(query, key, value, mask, self.softmax_scale)
+            return stock(self, query, key.contiguous(), value.contiguous(), mask, *more, **named)
         finally:
             softmax.window_size, softmax.scaled_masked_softmax_fusion = kept
 
     forward_with_row_mask.knows_rows = True  # type: ignore[attr-defined]
     return forward_with_row_mask
+
+
+def _newest(
+    query_SBHD: Tensor, key_KBGD: Tensor, value_KBGD: Tensor, mask_B1SK: Tensor, scale: float
+) -> Tensor:
+    """Attention of one query a row. [S, B, H * D]
+
+    The local attention copies the keys and values for each head of a group; here the heads are the queries.
+    """
+    tokens, rows, heads, size = query_SBHD.shape
+    query_BGHD = query_SBHD[0].view(rows, key_KBGD.shape[2], -1, size)
+    key_BGKD, value_BGKD = (states.permute(1, 2, 0, 3) for states in (key_KBGD, value_KBGD))
+    found = torch.nn.functional.scaled_dot_product_attention(
+        query_BGHD, key_BGKD, value_BGKD, attn_mask=~mask_B1SK[:, :, :1], scale=scale
+    )
+    return found.reshape(1, rows, heads * size).expand(tokens, -1, -1).contiguous()
 
 
 def rows_fault(chunks: Sequence[Any]) -> str | None:
@@ -218,11 +247,11 @@ def rows_fault(chunks: Sequence[Any]) -> str | None:
 
 
 def _fault(layer: Any) -> str | None:
-    attention = getattr(layer, "self_attention", None)
+    attention = getattr(layer, "self_attention", layer)
     if isinstance(attention, IdentityOp):
         return None
     if type(attention) is not SelfAttention:
-        return f"{type(attention or layer).__name__} is not Megatron's self-attention"
+        return f"{type(attention).__name__} is not Megatron's self-attention"
     core = attention.core_attention
     if not isinstance(core, DotProductAttention):
         return f"{type(core).__name__} is not Megatron's local attention"
