@@ -64,7 +64,7 @@ def test_how_an_answer_ends_and_how_choices_are_compared(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"stop": "\n"}, "rows.jsonl:1: field 'stop' is '\\n', expected a list of strings"),
+        ({"stop": "\n"}, "rows.jsonl, line 1: field 'stop' is '\\n', expected a list of strings"),
         ({"stop": [""]}, "expected a list of strings that are not empty"),
         ({"stop": ["a"], "choices": ["EUR", "USD"]}, "expected no such field beside 'choices'"),
         ({"choice_score": "sum"}, "'choice_score' is 'sum', expected no such field without 'choices'"),

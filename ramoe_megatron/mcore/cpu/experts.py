@@ -23,10 +23,10 @@ def expert_stand_ins() -> list[tuple[Any, str, Any]]:
 
     @functools.wraps(stock)
     def forward_at_once(
-        self: Any, states_TH: Tensor, tokens_per_expert: Tensor, probs_T: Tensor
+        self: Any, states_TH: Tensor, tokens_per_expert: Tensor, probs_T: Tensor, *more: Any, **named: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if torch.is_grad_enabled() or not _plain(self):
-            return stock(self, states_TH, tokens_per_expert, probs_T)
+        if self.training or torch.is_grad_enabled() or more or named or not _plain(self):
+            return stock(self, states_TH, tokens_per_expert, probs_T, *more, **named)
         counts, config = tokens_per_expert.tolist(), self.config
         inner = _products(states_TH, [expert.linear_fc1.weight for expert in self.local_experts], counts)
         if config.gated_linear_unit:
