@@ -36,7 +36,7 @@ def answers_of(model: Any) -> dict[str, Any]:
     from ramoe_megatron.mcore.offline.generation import greedy
     from ramoe_megatron.mcore.offline.scoring import log_likelihoods
 
-    found: dict[str, Any] = {"rows": model.has_rows}
+    found: dict[str, Any] = {"rows": model.has_rows, "experts": experts_agree(model)}
     ends = [[] for _ in NEW]
     free = greedy(model, prompts(), NEW, stops=ends, cached=False)
     # stops that do occur, so that sequences leave their batch at different times
@@ -54,6 +54,27 @@ def answers_of(model: Any) -> dict[str, Any]:
         found[f"{name}-shared"] = log_likelihoods(model, flat, of_owner, owners=owners).tolist()
         found[f"{name}-apart"] = log_likelihoods(model, flat, of_owner, owners=range(len(flat))).tolist()
     return found
+
+
+def experts_agree(model: Any) -> list[bool]:
+    """Whether each layer's experts compute the same bits as Megatron's own forward pass, which trains."""
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    agree = []
+    for module in (module for chunk in model.chunks for module in chunk.modules()):
+        if isinstance(module, SequentialMLP):
+            counts = torch.arange(module.num_local_experts) % 3
+            states, probs = (
+                torch.randn(int(counts.sum()), model.config.hidden_size),
+                torch.rand(int(counts.sum())),
+            )
+            with torch.no_grad():
+                once, _ = module(states, counts, probs)
+                module.train()
+                stock, _ = module(states, counts, probs)
+                module.eval()
+            agree.append(torch.equal(once, stock))
+    return agree
 
 
 def owned(micro: Any, owners: list[int]) -> Any:
