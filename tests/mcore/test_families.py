@@ -117,7 +117,7 @@ def test_an_answer_ends_with_the_token_that_completes_a_stop_string(
             first = next((end for end, text in enumerate(texts, 1) if string and string in text), len(free))
             assert until == free[:first]
             shorter += first < len(free)
-    assert shorter > len(MODELS)
+    assert shorter
 
 
 FOR_TRANSFORMER_ENGINE = re.compile(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ramoe_megatron.data.encode import Encoded
-from ramoe_megatron.data.stops import StopStrings
+from ramoe_megatron.data.stops import UNFINISHED, StopStrings
 from ramoe_megatron.method.steering import Steering, steering_noise
 
 PROMPTS = (5, 23, 3, 11, 11, 17, 8)
@@ -42,6 +42,7 @@ def answers_of(model: Any) -> dict[str, Any]:
     # stops that do occur, so that sequences leave their batch at different times
     stops = [[max(ids, key=ids.index)] if place % 2 else [] for place, ids in enumerate(free)]
     strings = [model.tokenizer.detokenize(ids[len(ids) // 2 :][:2]).strip() for ids in free]
+    strings = ["" if UNFINISHED in string else string for string in strings]
     until = [StopStrings((string,)) if string else None for string in strings]
     found["free"], found["strings"] = free, strings
     found["until"] = greedy(model, prompts(), NEW, stops=ends, until=until)
