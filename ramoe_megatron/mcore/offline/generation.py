@@ -142,9 +142,10 @@ def _with_cache(
     if not group:
         return
     ranks, own = list(chain.from_iterable(model.all_places(group))), model.own_places(group)
-    room = max(answers.room(place) for place in group)
+    length = model.padded(max(len(answers.prompts[place]) for place in group))
+    room = max(length, *(answers.room(place) for place in group))
     caches = [RowCache(len(places), room) for places in own]
-    batches = _whole_prompts(model, answers, group, own, caches)
+    batches = _whole_prompts(model, answers, own, caches, length)
     while True:
         step = _Step(model, len(answers.ids))
         model.forward(batches, step.read, context)
@@ -163,14 +164,14 @@ def _with_cache(
 def _whole_prompts(
     model: OfflineModel,
     answers: _Answers,
-    group: Sequence[int],
     own: Sequence[Sequence[int]],
     caches: Sequence[RowCache],
+    length: int,
 ) -> list[MicroBatch]:
-    """This rank's micro-batches of prompts, one for each cache."""
-    length, eod = model.padded(max(len(answers.prompts[place]) for place in group)), model.tokenizer.eod
-    samples = {}
-    for place in sorted({group[0], *chain.from_iterable(own)} - {-1}):
+    """This rank's micro-batches of prompts, padded to a length, one for each cache."""
+    eod = model.tokenizer.eod
+    samples = {-1: pad(Encoded([eod, eod], 1), length, eod)}
+    for place in {*chain.from_iterable(own)} - {-1}:
         prompt = answers.prompts[place]
         samples[place] = pad(Encoded([*prompt, eod], len(prompt)), length, eod)
     batches = [model.micro_batch(samples, places) for places in own]

@@ -239,8 +239,8 @@ class OfflineModel:
         return [places + [-1] * (rows - len(places)) for places in own]
 
     def micro_batch(self, samples: Mapping[int, dict[str, Tensor]], places: Sequence[int]) -> MicroBatch:
-        """A micro-batch of padded samples by their index; any of them is the filler."""
-        filler = next(iter(samples.values()))
+        """A micro-batch of padded samples by their index. The filler is -1, or any of them."""
+        filler = samples.get(-1) or next(iter(samples.values()))
         chosen = [samples[place] if place >= 0 else filler for place in places]
         batch = {key: torch.stack([sample[key] for sample in chosen]).to(self.device) for key in filler}
         return MicroBatch(batch, torch.tensor(places, device=self.device))

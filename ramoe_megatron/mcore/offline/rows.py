@@ -112,7 +112,7 @@ class RowCache(RowContext):
     def __init__(self, rows: int, length: int) -> None:
         """
         Args:
-            length: largest number of tokens of a sequence.
+            length: largest number of tokens of a sequence, and of padded prompts.
         """
         super().__init__(rows, length)
         self._row_B: Tensor | None = None
@@ -155,9 +155,8 @@ class RowCache(RowContext):
     def _memory(self, states_SBGD: Tensor) -> Tensor:
         """The memory of a layer's keys or values, with those of the prompts. [B, G, K, D]"""
         length, rows, *heads = states_SBGD.shape
-        room = max(self.max_sequence_length, length)  # the prompts may be padded
         # Zeros, because a masked value counts 0 times: NaN in uninitialised memory would stay NaN.
-        memory = states_SBGD.new_zeros(rows, heads[0], room, heads[1])
+        memory = states_SBGD.new_zeros(rows, heads[0], self.max_sequence_length, heads[1])
         memory[:, :, :length] = states_SBGD.permute(1, 2, 0, 3)
         return memory
 
