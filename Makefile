@@ -9,6 +9,7 @@
 #   make bench              what alignment and profiling cost beside stock Megatron    (SHAPE=gpu, RANKS=2, ROUNDS=41),
 #                           and rows of training data against seconds and memory of a start
 #                           benchmarks/gpu.sh is the same on a GPU, and compares a converted model with the CPU first
+#                           on a CPU also cached answers, beside uncached ones and transformers
 #   make bench-conversion   a model of 13.8 GB to Megatron and back, beside cp
 #   make install            the virtual environment .venv with the pinned versions; the targets above make it when needed
 #   make install-megatrons  older versions of Megatron beside it, for the tests of `attach` (a few MB each)

@@ -15,11 +15,20 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.measure import environment, torchrun
-from benchmarks.shapes import PRESETS
-from benchmarks.tables import machine_line, operations_table, profiling_table, training_table
+from benchmarks.parity import write_converted
+from benchmarks.shapes import DECODED, PRESETS
+from benchmarks.tables import (
+    decoding_table,
+    machine_line,
+    operations_table,
+    profiling_table,
+    training_table,
+)
 from benchmarks.world import write_world
 from ramoe_megatron.recipe.launcher import launch
 from ramoe_megatron.recipe.output import Progress
+
+DECODING_ROUNDS = 3
 
 
 def main() -> None:
@@ -52,10 +61,21 @@ def main() -> None:
             trained.append(measured("training", shape.name, arguments, options))
             if profiled is None:  # only the first shape, whose weights were saved
                 profiled = measured("profiling", shape.name, arguments, options)
+        decoded = None
+        if task := DECODED.get(options.shape):
+            folder = Path(name) / task.shape.name
+            write_world(folder, task.shape)
+            write_converted(folder, task.shape)
+            console.print(f"{task.shape.name}: {task}")
+            arguments = [options.shape, task.shape.name, str(folder)]
+            one = argparse.Namespace(out=options.out, ranks=1, rounds=min(options.rounds, DECODING_ROUNDS))
+            decoded = measured("decoding", task.shape.name, arguments, one)
     assert profiled is not None
     console.print(
         "", machine_line(trained[0]["machine"]), training_table(trained), profiling_table(profiled), sep="\n"
     )
+    if decoded:
+        console.print("", decoding_table(decoded), sep="\n")
     console.print(f"figures and logs: {options.out}")
 
 

@@ -109,6 +109,30 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
 """`cpu` is the default. `gpu` needs a CUDA device with 80 GB. `tiny` is for the benchmark's test."""
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Answers and choices of a converted model."""
+
+    shape: Shape
+    answers: int = 64
+    tokens: int = 128
+    """Tokens of an answer."""
+    prompt: int = 64
+    """Tokens of the longest prompt. A prompt with choices has twice as many."""
+    growth: tuple[int, ...] = (32, 64, 128, 256)
+    """Tokens of an answer, for how the time grows."""
+    batch_tokens: int = 16384
+
+    def __str__(self) -> str:
+        return f"{self.shape}; {self.answers} answers of {self.tokens} tokens"
+
+
+DECODED = {
+    "cpu": Decoded(Shape("decoding", hidden=256, layers=6, experts=32, topk=4, sequence=128)),
+    "tiny": Decoded(replace(TINY, name="decoding"), answers=5, tokens=4, prompt=12, growth=(2, 4)),
+}
+
+
 def model_flags(shape: Shape, folder: Path) -> list[str]:
     """Megatron's flags for the model and its tokenizer."""
     flags = (

@@ -88,6 +88,26 @@ def operations_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def decoding_table(result: dict[str, Any]) -> Table:
+    """CPU and wall seconds of each way to answer and to score choices, beside the cached one."""
+    table = Table(title="Answers and choices of a converted model, on one thread", title_justify="left")
+    for column in ("way", "CPU, s", "wall, s", "CPU, ratio", "same answers"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for kind in ("answers", "choices"):
+        table.add_section()
+        first = None
+        for way, rounds in result[kind].items():
+            cpu, wall = (median(each) for each in zip(*rounds, strict=True))
+            first = first or cpu
+            same = result["equal"].get(way) if kind == "answers" else None
+            cells = ["" if same is None else f"{same} of {result['task']['answers']}"]
+            table.add_row(way, f"{cpu:.2f}", f"{wall:.2f}", f"{cpu / first:.2f}", *cells)
+    table.add_section()
+    for tokens, (cpu, wall) in result["growth"].items():
+        table.add_row(f"cached, {tokens} tokens", f"{cpu:.2f}", f"{wall:.2f}", "", "")
+    return table
+
+
 def profiling_table(result: dict[str, Any]) -> Table:
     """Speed of each pass relative to the bare one, operations and bytes, by tokens per sequence."""
     title = f"Forward passes over a checkpoint, against a bare one (target: speed by CPU time >= {SPEED})"

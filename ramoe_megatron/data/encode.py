@@ -9,6 +9,7 @@ from ramoe_megatron.data.answers import is_correct
 from ramoe_megatron.data.border import border_fault, differing
 from ramoe_megatron.data.chat import control_tokens, render_chat, tokenize, tokenize_rendered
 from ramoe_megatron.data.parallel import Example
+from ramoe_megatron.data.stops import StopStrings
 from ramoe_megatron.errors import RamoeError
 
 
@@ -67,13 +68,23 @@ class Decoding:
     """What a chat template writes before the content of the last turn, such as an empty thinking block."""
     close: str = ""
     """What a chat template writes between the content of the last turn and the end token; mostly nothing."""
+    until: StopStrings | None = None
+    """The strings that end the answer."""
 
     def answer(self, ids: list[int], tokenizer: Tokenizer) -> str:
         """The answer in generated ids, without the stop: their text without the template's own text."""
-        if not self.lead and not self.close:
-            return tokenizer.detokenize(ids)
-        text = tokenizer.detokenize(ids).strip().removeprefix(self.lead)
-        return text.partition(self.close)[0] if self.close else text
+        return self._read(ids, tokenizer)[0]
+
+    def stopped(self, ids: list[int], tokenizer: Tokenizer) -> bool:
+        """Whether a stop string ends the answer in generated ids."""
+        return self._read(ids, tokenizer)[1]
+
+    def _read(self, ids: list[int], tokenizer: Tokenizer) -> tuple[str, bool]:
+        text = tokenizer.detokenize(ids)
+        if self.lead or self.close:
+            text = text.strip().removeprefix(self.lead)
+            text = text.partition(self.close)[0] if self.close else text
+        return self.until.before(text) if self.until else (text, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +160,10 @@ def encode_choices(example: Example, tokenizer: Tokenizer) -> list[Encoded]:
 def decoding(example: Example, tokenizer: Tokenizer) -> Decoding:
     """How greedy decoding answers the example. Raises as `encode`."""
     if example.messages is None:
-        return Decoding(encode_prompt(example, tokenizer), frozenset([tokenizer.eod]))
-    return _turn(example, tokenizer).decoding(tokenizer)
+        made = Decoding(encode_prompt(example, tokenizer), frozenset([tokenizer.eod]))
+    else:
+        made = _turn(example, tokenizer).decoding(tokenizer)
+    return replace(made, until=StopStrings(example.stop, made.lead)) if example.stop else made
 
 
 def check_examples(examples: Iterable[Example], tokenizer: Tokenizer) -> None:
@@ -243,6 +256,23 @@ def _check_conversation(example: Example, tokenizer: Tokenizer) -> None:
 def encode_answer(example: Example, tokenizer: Tokenizer) -> Encoded:
     """The gold answer encoded as the response: the ids that a correct generation has."""
     return encode(_with_response(example, example.answer), tokenizer)
+
+
+def choice_scores(example: Example, encoded: Sequence[Encoded], likelihoods: Sequence[float]) -> list[float]:
+    """The score of each choice by the example's `choice_score`.
+
+    Args:
+        encoded: the choices, from `encode_choices`.
+        likelihoods: sum of the natural log-likelihoods of each choice's tokens and its end token.
+    """
+    choices = example.choices or ()
+    if example.choice_score == "token":
+        sizes = [len(e.ids) - max(e.prompt_length, 1) for e in encoded]
+    elif example.choice_score == "byte":
+        sizes = [len(choice.encode()) for choice in choices]
+    else:
+        sizes = [1] * len(choices)
+    return [likelihood / size for likelihood, size in zip(likelihoods, sizes, strict=True)]
 
 
 def longest_input(encoded: Sequence[Encoded]) -> int:

@@ -93,6 +93,8 @@ def _fault(
         return "two choices are the same tokens" if len(set(answers)) < len(answers) else None
     if not normalise_answer(example.answer, example.language):
         return "the gold answer has no text"
+    if any(string in example.answer for string in example.stop or ()):
+        return "the gold answer has a stop string in it"
     written = decoding(example, tokenizer).answer(list(answers[0][:-1]), tokenizer)
     return (
         None

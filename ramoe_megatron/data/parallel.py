@@ -41,12 +41,18 @@ class Example:
     messages: tuple[dict[str, str], ...] | None = None
     """A conversation, tokenised with the chat template. Each message has "role" and "content"; the last
     message is the assistant's."""
+    stop: tuple[str, ...] | None = None
+    """Strings that end a generated answer, beside the end token. They are no part of the answer."""
+    choice_score: str | None = None
+    """How choices are compared: by the sum of the log-likelihoods of a choice's tokens and its end token
+    ("sum", the default), by this sum over their number ("token"), or over the choice's bytes ("byte")."""
     place: str = field(default="", compare=False, repr=False)
     """File and line of the row, for messages."""
 
 
+CHOICE_SCORES = ("sum", "token", "byte")
 FIELDS = tuple(entry.name for entry in fields(Example) if entry.name != "place")
-OPTIONAL = ("answer", "choices", "messages")
+OPTIONAL = ("answer", "choices", "messages", "stop", "choice_score")
 """Fields that a row may lack. In a CSV file, an empty cell of such a field means that the field is absent."""
 
 
@@ -226,9 +232,22 @@ def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> 
         if answer not in choices:
             raise RamoeError(f"{place}: answer {answer!r} is none of the choices {choices!r}.")
         choices = tuple(choices)
+    stop, choice_score = field("stop", required=False), text("choice_score", required=False)
+    if stop is not None:
+        if not (isinstance(stop, list) and stop and all(isinstance(s, str) and s for s in stop)) or choices:
+            expected = "no such field beside 'choices'" if choices else "a list of strings that are not empty"
+            name = columns.get("stop", "stop")
+            raise RamoeError(f"{place}: field {name!r} is {stop!r}, expected {expected}.")
+        stop = tuple(stop)
+    if choice_score is not None and (choice_score not in CHOICE_SCORES or not choices):
+        expected = f"one of {', '.join(CHOICE_SCORES)}" if choices else "no such field without 'choices'"
+        name = columns.get("choice_score", "choice_score")
+        raise RamoeError(f"{place}: field {name!r} is {choice_score!r}, expected {expected}.")
     example = Example(
         *(text("id"), text("language"), text("task"), prompt, response, answer, choices, text("split")),
         messages,
+        stop,
+        choice_score,
         place,
     )
     refuse_unwritable(

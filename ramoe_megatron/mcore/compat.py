@@ -6,7 +6,8 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from importlib.metadata import version
+from typing import Any, get_args, get_type_hints
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.families import note_of, with_modules
@@ -168,6 +169,23 @@ def model_config_from_args(args: Any) -> Any:
 
         config.hybrid_stack_spec = local_stack_spec(config.transformer, args.hybrid_layer_pattern)
     return with_modules(config, note)
+
+
+def attention_fault() -> str | None:
+    """Why Megatron's attention cannot be given our cache; None if it can.
+
+    `offline.rows` replaces a private method of Megatron 0.19, whose arguments and results may change.
+
+    Remove when Megatron's static inference context has a position for each row.
+    """
+    from megatron.core.transformer.attention import Attention
+
+    method = inspect.unwrap(Attention._adjust_key_value_for_inference)
+    expected = ["self", "inference_context", "query", "key", "value", "rotary_pos_emb"]
+    results = get_args(get_type_hints(method).get("return"))
+    if list(inspect.signature(method).parameters)[:6] == expected and len(results) == 6:
+        return None
+    return f"megatron-core {version('megatron-core')} passes keys and values in another way than 0.19"
 
 
 def model_type() -> Any:

@@ -204,6 +204,7 @@ def test_what_a_limit_cuts_is_counted_by_language_with_the_number_that_is_needed
         ({"choices": ("yes", "no")}, "the gold answer is none of the choices"),
         ({"choices": ("EUR", "yes", "EUR")}, "two choices are the same tokens"),
         ({"response": "\u200f"}, "the gold answer has no text"),
+        ({"response": "EUR", "stop": ("U",)}, "the gold answer has a stop string in it"),
         ({"prompt": "one " * 60}, "more than --max-position-embeddings 50"),
         ({"prompt": "one " * 60, "choices": ("EUR", "yes")}, "more than --max-position-embeddings 50"),
     ],

@@ -53,6 +53,30 @@ def test_optional_fields_and_defaults(tmp_path: Path) -> None:
     assert chat.messages == tuple(MESSAGES)
 
 
+def test_how_an_answer_ends_and_how_choices_are_compared(tmp_path: Path) -> None:
+    stopped, scored = load(
+        tmp_path, row("1", stop=["\n", "Q:"]), row("2", choices=["EUR", "USD"], choice_score="byte")
+    )
+    assert (stopped.stop, stopped.choice_score) == (("\n", "Q:"), None)
+    assert (scored.stop, scored.choice_score) == (None, "byte")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stop": "\n"}, "rows.jsonl, line 1: field 'stop' is '\\n', expected a list of strings"),
+        ({"stop": [""]}, "expected a list of strings that are not empty"),
+        ({"stop": ["a"], "choices": ["EUR", "USD"]}, "expected no such field beside 'choices'"),
+        ({"choice_score": "sum"}, "'choice_score' is 'sum', expected no such field without 'choices'"),
+        ({"choice_score": "mean", "choices": ["EUR", "USD"]}, "expected one of sum, token, byte"),
+    ],
+)
+def test_ends_and_scores_without_meaning_are_told(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(RamoeError) as error:
+        load(tmp_path, row("1", **changes))
+    assert said in str(error.value)
+
+
 def test_folder_is_its_files_in_sorted_order(tmp_path: Path) -> None:
     for name in "caebd":  # neither the order of making nor its reverse is the sorted one
         write_jsonl(tmp_path / f"{name}.jsonl", [row(name)])

@@ -3,6 +3,14 @@
 import torch
 
 
+def test_the_installed_attention_takes_a_cache() -> None:
+    from ramoe_megatron.mcore import compat
+    from ramoe_megatron.mcore.cpu.backend import cpu_backend
+
+    with cpu_backend():
+        assert compat.attention_fault() is None
+
+
 def test_the_halves_of_a_gated_projection_are_put_together_without_a_copy() -> None:
     from ramoe_megatron.mcore import compat
     from ramoe_megatron.mcore.cpu.backend import cpu_backend

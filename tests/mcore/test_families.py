@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from data_rows import SmallTokenizer
 from family_models import computed, family_flags, finetune_flags
 from safetensors.torch import load_file
 from small_run import load_flags, outcome, run_table, weights
@@ -82,6 +83,41 @@ def test_computes_what_transformers_computes(
             assert torch.equal(found[key].argmax(-1), right.argmax(-1)), key
     record_property("parity", [name, layout, worst])
     assert worst < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cached_answers_are_those_of_whole_sequences(
+    name: str, layout: str, families: tuple[Path, dict[str, Any]]
+) -> None:
+    """Token by token, plain, steered and transplanted; and choices that share their prompt score the same."""
+    folder, _ = families
+    ranks = json.loads((folder / f"{name}-{layout}/answers.json").read_text())
+    assert all(all(rank.pop("experts")) for rank in ranks)
+    found = ranks[0]
+    assert ranks == [found] * len(ranks)
+    assert found["rows"]
+    for kind in ("plain", "steered", "transplant"):
+        assert found[f"{kind}-cached"] == found[f"{kind}-whole"], kind
+        assert found[f"{kind}-shared"] == pytest.approx(found[f"{kind}-apart"], abs=1e-4), kind
+        # answers that end at different times, and contexts that matter
+        assert len({len(ids) for ids in found[f"{kind}-whole"]}) > 3
+        if kind != "plain":
+            assert found[f"{kind}-apart"] != pytest.approx(found["plain-apart"], abs=1e-2)
+
+
+def test_an_answer_ends_with_the_token_that_completes_a_stop_string(
+    layout: str, families: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, _ = families
+    read, shorter = SmallTokenizer((folder / "tokenizer.model").read_bytes()), 0
+    for name in MODELS:
+        found = json.loads((folder / f"{name}-{layout}/answers.json").read_text())[0]
+        for free, until, string in zip(found["free"], found["until"], found["strings"], strict=True):
+            texts = [read.detokenize(free[:end]) for end in range(1, len(free) + 1)]
+            first = next((end for end, text in enumerate(texts, 1) if string and string in text), len(free))
+            assert until == free[:first]
+            shorter += first < len(free)
+    assert shorter
 
 
 FOR_TRANSFORMER_ENGINE = re.compile(

@@ -231,3 +231,8 @@ def test_a_hybrid_model_of_the_same_checkpoint_computes_the_same(
             assert torch.equal(found[key], right), key
         else:
             torch.testing.assert_close(found[key], right, atol=1e-4, rtol=0, msg=key)
+    (answers,) = json.loads((runs / f"{name}-hybrid/answers.json").read_text())
+    assert answers["rows"]
+    for kind in ("plain", "steered", "transplant"):
+        assert answers[f"{kind}-cached"] == answers[f"{kind}-whole"]
+        assert answers[f"{kind}-shared"] == pytest.approx(answers[f"{kind}-apart"], abs=1e-4)

@@ -1,10 +1,11 @@
-"""A job for the tests: the logits of random sequences, and the experts that every token was routed to."""
+"""A job for the tests: the logits of random sequences, the experts of every token, and greedy answers."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from answers_of import answers_of
 from safetensors.torch import save_file
 
 from ramoe_megatron.data.encode import Encoded
@@ -66,6 +67,9 @@ def main() -> None:
         for group in model.groups([len(sequence.ids) for sequence in encoded]):
             model.run(encoded, group, read, context=lambda micro: Choices(micro, found))
         keys = {entry for chunk in model.chunks for entry in checkpoint_entries(chunk)}
+        answers = answers_of(model)
+        of_all: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_all, answers)
         ranks: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(ranks, found)
         of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
@@ -76,6 +80,7 @@ def main() -> None:
             together = {key: value for rank in ranks for key, value in rank.items()}
             save_file({k: v.contiguous() for k, v in together.items()}, out / "family.safetensors")
             (out / "keys.json").write_text(json.dumps(sorted(set().union(*of_ranks))))
+            (out / "answers.json").write_text(json.dumps(of_all))
 
 
 def checkpoint_entries(chunk: Any) -> set[tuple[str, tuple[int, ...]]]:

@@ -21,6 +21,7 @@ from ramoe_megatron.mcore.cpu.attention import attention_stand_ins
 from ramoe_megatron.mcore.cpu.collectives import all_gather_of_unequal, reduce_scatter_of_unequal
 from ramoe_megatron.mcore.cpu.devices import InertEvent, InertStream, inert_device_properties
 from ramoe_megatron.mcore.cpu.distributed_optimizer import optimizer_stand_ins
+from ramoe_megatron.mcore.cpu.experts import expert_stand_ins
 
 CPU_FLAGS = [
     *("--transformer-impl", "local"),
@@ -281,4 +282,5 @@ def _megatron_stand_ins() -> list[tuple[Any, str, Any]]:
         *optimizer_stand_ins(),  # the distributed optimizer can resume with torch's Adam
         # context parallelism and packed samples, for which Megatron uses transformer-engine
         *attention_stand_ins(),
+        *expert_stand_ins(),  # decoding: the calls of many small experts take longer than their arithmetic
     ]

@@ -4,10 +4,12 @@ All data-parallel ranks run micro-batches of the same shape at the same time, be
 this. Every rank gets all results, in the order of the input.
 """
 
+import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -19,6 +21,8 @@ from ramoe_megatron.data.encode import Encoded
 from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.carrier import RoutingContext, routing_context
 from ramoe_megatron.mcore.checkpoint import explained_mismatch, require_checkpoint
+from ramoe_megatron.mcore.launch import is_rank_0
+from ramoe_megatron.mcore.offline.rows import RowContext, rows_fault, teach_attention
 from ramoe_megatron.mcore.router import moe_layer_numbers, observe_routers
 from ramoe_megatron.mcore.trial import refuse_context_parallel
 
@@ -27,15 +31,19 @@ ContextMaker = Callable[["MicroBatch"], RoutingContext | None]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Padded sequences of one data-parallel rank.
+    """The tokens of padded sequences in one forward pass of one data-parallel rank.
 
     Attributes:
-        batch: the sequences, from `data.dataset.pad`.
+        batch: `tokens` and `position_ids` [B, S], `prompt_length` and `length` [B], as in `data.dataset.pad`.
+            A step of cached decoding has one new token of each sequence, so `prompt_length` is 0 and `length`
+            1. Where a prompt has several branches, `length` counts the tokens of them all.
         places: index of each sequence in the job's input. A filler, which keeps the ranks in step, has -1.
+        rows: positions, mask and cache of the attention; None for Megatron's own.
     """
 
     batch: dict[str, Tensor]
     places: Tensor
+    rows: RowContext | None = None
 
     @property
     def real(self) -> Tensor:
@@ -115,6 +123,20 @@ class OfflineModel:
         """Whether the weights are on a CUDA device (from any parameter, since a stage may have no router)."""
         return next(self.chunks[0].parameters()).is_cuda
 
+    @functools.cached_property
+    def has_rows(self) -> bool:
+        """Whether the attention can be given a `RowContext`; rank 0 says why not. Every rank asks for it."""
+        fault = rows_fault(self.chunks)
+        if fault is None:
+            teach_attention()
+        elif is_rank_0():
+            print(
+                f"ramoe: no key/value cache: {fault}. Each new token runs its whole sequence, and each "
+                "choice runs its prompt",
+                flush=True,
+            )
+        return fault is None
+
     @property
     def shape(self) -> ModelShape:
         """The shape that an artefact for this model must have."""
@@ -138,9 +160,10 @@ class OfflineModel:
         return groups
 
     def _rows(self, length: int) -> int:
-        return max(1, self.batch_tokens // self._padded(length))
+        return max(1, self.batch_tokens // self.padded(length))
 
-    def _padded(self, length: int) -> int:
+    def padded(self, length: int) -> int:
+        """The length of a batch's longest sequence with padding for sequence parallelism."""
         return -(-length // self.tp) * self.tp  # sequence parallelism splits a sequence into tp pieces
 
     def run(
@@ -159,17 +182,34 @@ class OfflineModel:
                 V / tp].
             context: makes the routing context of a micro-batch, on every stage.
         """
+        length = self.padded(max(len(sequences[place].ids) - 1 for place in group))
+        own = self.own_places(group)
+        needed = {group[0], *chain.from_iterable(own)} - {-1}
+        samples = {place: pad(sequences[place], length, self.tokenizer.eod) for place in sorted(needed)}
+        self.forward([self.micro_batch(samples, places) for places in own], read, context)
+
+    def forward(
+        self,
+        batches: Sequence[MicroBatch],
+        read: Callable[[MicroBatch, Tensor], None] | None,
+        context: ContextMaker | None = None,
+    ) -> None:
+        """Run one forward pass of this rank's micro-batches, one for each pipeline stage.
+
+        The micro-batches of all ranks have the same shape. `read` and `context` are as in `run`.
+        """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        length = self._padded(max(len(sequences[place].ids) - 1 for place in group))
-        rows = -(-len(group) // (self.dp * self.pp))
-        batches = [self._micro_batch(sequences, group, number, rows, length) for number in range(self.pp)]
+        rows, length = batches[0].batch["tokens"].shape
 
         def forward_step(data: Any, model: Any) -> tuple[Tensor, Callable]:
             micro = next(data)
-            batch = micro.batch
+            batch, more = micro.batch, {}
+            if micro.rows is not None:
+                more = {"inference_context": micro.rows}
             with routing_context(context(micro) if context else None):
-                output = model(batch["tokens"], batch["position_ids"], None)
+                mask = micro.rows.mask if micro.rows else None
+                output = model(batch["tokens"], batch["position_ids"], mask, **more)
             return output, partial(_collect, micro, read)
 
         iterators = [iter(batches) for _ in self.chunks]
@@ -186,15 +226,24 @@ class OfflineModel:
                 collect_non_loss_data=True,
             )
 
-    def _micro_batch(
-        self, sequences: Sequence[Encoded], group: Sequence[int], number: int, rows: int, length: int
-    ) -> MicroBatch:
-        start = (number * self.dp + self.dp_rank) * rows
-        places = list(group[start : start + rows])
-        filler = [group[0]] * (rows - len(places))
-        samples = [pad(sequences[place], length, self.tokenizer.eod) for place in [*places, *filler]]
-        batch = {key: torch.stack([sample[key] for sample in samples]).to(self.device) for key in samples[0]}
-        return MicroBatch(batch, torch.tensor(places + [-1] * len(filler), device=self.device))
+    def all_places(self, group: Sequence[int]) -> list[list[list[int]]]:
+        """The indices in each micro-batch of each data-parallel rank; some have fewer than the first."""
+        rows = -(-len(group) // (self.dp * self.pp))
+        parts = [list(group[start * rows : (start + 1) * rows]) for start in range(self.pp * self.dp)]
+        return [parts[number * self.dp : (number + 1) * self.dp] for number in range(self.pp)]
+
+    def own_places(self, group: Sequence[int]) -> list[list[int]]:
+        """The indices in each micro-batch of this data-parallel rank, filled up with -1."""
+        rows = -(-len(group) // (self.dp * self.pp))
+        own = [places[self.dp_rank] for places in self.all_places(group)]
+        return [places + [-1] * (rows - len(places)) for places in own]
+
+    def micro_batch(self, samples: Mapping[int, dict[str, Tensor]], places: Sequence[int]) -> MicroBatch:
+        """A micro-batch of padded samples by their index. The filler is -1, or any of them."""
+        filler = samples.get(-1) or next(iter(samples.values()))
+        chosen = [samples[place] if place >= 0 else filler for place in places]
+        batch = {key: torch.stack([sample[key] for sample in chosen]).to(self.device) for key in filler}
+        return MicroBatch(batch, torch.tensor(places, device=self.device))
 
     def weights_digest(self) -> str:
         """sha256 of all weights in this parallel layout; the same on every rank."""
