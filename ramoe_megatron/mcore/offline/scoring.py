@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from ramoe_megatron.data.answers import is_correct
 from ramoe_megatron.data.encode import Encoded, decoding, encode_choices
+from ramoe_megatron.data.grading import grade
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.launch import is_rank_0
@@ -73,10 +73,7 @@ def score(
             if NOT_FINITE in ids:
                 broken.add(place)
             elif len(ids) < limits[place]:  # its end was generated, and is left out
-                example = examples[place]
-                correct[place] = is_correct(
-                    each.answer(ids, model.tokenizer), example.answer, example.language
-                )
+                correct[place] = grade(examples[place], each.answer(ids, model.tokenizer))
     if broken:
         names = [f"{examples[place].id} ({examples[place].language})" for place in sorted(broken)]
         raise RamoeError(
