@@ -108,6 +108,7 @@ def read_benchmark(config: BenchmarkConfig) -> tuple[list[dict[str, Any]], Bench
     languages = _languages(config, source)
     anchor = _anchor(config, languages)
     views = _views(config, source, declaration, languages)
+    languages = _found_languages(config, languages, views)
     left_out: Counter[str] = Counter()
     if declaration.parallel:
         _refuse_unmatched(views, anchor, config.benchmark)
@@ -186,7 +187,8 @@ def _languages(config: BenchmarkConfig, source: Source) -> dict[str, str]:
             raise RamoeError(
                 f"{config.source}: name the languages of {config.benchmark}: the hub does not list them here"
             )
-        return {code: code for code in codes}
+        anchor = match_language(config.anchor, codes, spellings) if config.anchor else None
+        return {config.anchor if code == anchor else code: code for code in codes}
     found: dict[str, str] = {}
     for name in dict.fromkeys(config.languages):
         # a data set on the hub has the codes as its configurations, and refuses a wrong one itself
@@ -200,6 +202,20 @@ def _languages(config: BenchmarkConfig, source: Source) -> dict[str, str]:
             raise RamoeError(f"languages: {name!r} is {code!r}, which is named twice; name each once")
         found[name] = code
     return found
+
+
+def _found_languages(
+    config: BenchmarkConfig, languages: dict[str, str], views: Sequence[_View]
+) -> dict[str, str]:
+    """The languages that have rows. A file with several languages shows only then which it has."""
+    there = {view.language for view in views}
+    absent = [language for language in languages if language not in there]
+    if absent and config.languages:
+        raise RamoeError(
+            f"{config.source}: {config.benchmark} has no row in {', '.join(map(repr, absent))}; "
+            "leave the languages out, or give their rows"
+        )
+    return {language: code for language, code in languages.items() if language in there}
 
 
 def _anchor(config: BenchmarkConfig, languages: Mapping[str, str]) -> str | None:
@@ -224,22 +240,22 @@ def _views(
     config: BenchmarkConfig, source: Source, declaration: Declaration, languages: Mapping[str, str]
 ) -> list[_View]:
     views: list[_View] = []
+    seen: dict[tuple[str, str], str] = {}
     for published in source.splits():
         split = source.form.splits[published]
         renderer = Renderer(declaration.fields, source.form.fields, f"{config.benchmark}.yaml: forms")
         borrowed = _borrowed(source, declaration, renderer, published)
         for language, code in languages.items():
-            seen: dict[str, str] = {}
             for row in source.rows(code, published):
                 values = _values(row, published, code, declaration)
                 _replace_borrowed(values, borrowed, renderer, row.place)
-                view = _view(row, values, language, split, renderer)
-                if view.id in seen:
+                view = _view(row, values, language, split, renderer, declaration.metric)
+                if (key := (view.id, language)) in seen:
                     raise RamoeError(
                         f"{row.place}: id {view.id!r} occurs again in {language!r}; the first row is at "
-                        f"{seen[view.id]}. Each id has one row in a language."
+                        f"{seen[key]}. Each id has one row in a language."
                     )
-                seen[view.id] = row.place
+                seen[key] = row.place
                 views.append(view)
     if not views:
         raise RamoeError(f"{config.source}: no rows of {config.benchmark}")
@@ -299,7 +315,12 @@ def _replace_borrowed(
 
 
 def _view(
-    row: PublishedRow, values: Mapping[str, Any], language: str, split: str, renderer: Renderer
+    row: PublishedRow,
+    values: Mapping[str, Any],
+    language: str,
+    split: str,
+    renderer: Renderer,
+    metric: str | None,
 ) -> _View:
     def text(field: str) -> str:
         return renderer.text(field, values, row.place)
@@ -313,7 +334,7 @@ def _view(
         if renderer.fields.answers:
             answers = list(dict.fromkeys(filter(None, renderer.texts("answers", values, row.place))))
             answer = answer or next(iter(answers), "")
-        response = text("response") if renderer.fields.response else answer
+        response = answer if renderer.fields.response == "" and metric != "ifeval" else text("response")
     prompt = text("prompt") if kept else ""
     return _View(
         text("id"),
@@ -517,6 +538,11 @@ def _refuse_wrong(view: _View, declaration: Declaration) -> None:
     if not view.prompt or not view.answer or (not view.response and declaration.metric != "ifeval"):
         empty = next(name for name in ("prompt", "answer", "response") if not getattr(view, name))
         raise RamoeError(f"{view.place}: the {empty} of id {view.id!r} is empty, expected text")
+    if view.choices and view.answer not in view.choices:
+        raise RamoeError(
+            f"{view.place}: answer {view.answer!r} of id {view.id!r} is none of the choices "
+            f"{', '.join(map(repr, view.choices))}; correct the row"
+        )
     if declaration.metric in (None, "ifeval"):
         return
     example = Example(

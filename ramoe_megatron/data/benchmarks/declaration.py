@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ramoe_megatron.errors import RamoeError
 
 ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+ENVIRONMENT.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
 GIVEN = ("number", "split", "code", "words")
 """What a template sees beside the columns."""
 
