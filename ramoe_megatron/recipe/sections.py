@@ -86,7 +86,7 @@ class Section(BaseModel):
     )
 
 
-_OF_BENCHMARK = {"source", "shots", "chat", "between", "splits", "limit"}
+_OF_BENCHMARK = ("source", "shots", "chat", "between", "splits", "limit")
 """Keys of `Data` that only a benchmark takes."""
 
 
@@ -143,8 +143,9 @@ class Data(Section):
                 "give exactly one of world, sib200, benchmark and files; "
                 f"found {', '.join(given) or 'none of them'}"
             )
-        if self.benchmark is None and (stray := sorted(_OF_BENCHMARK & self.model_fields_set)):
-            raise ValueError(f"{stray[0]} belongs to benchmark; {given[0]} does not take it")
+        for name in _OF_BENCHMARK:
+            if self.benchmark is None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} belongs to benchmark; {given[0]} does not take it")
         if self.files is not None and not self.general:
             raise ValueError(
                 "files needs general: general English text, against which the task experts are found"

@@ -78,6 +78,15 @@ def test_general_text_of_the_user_replaces_the_made_text(mgsm: Path) -> None:
     assert option(made["profile"], "--ramoe-general") == [str(mgsm / "general.jsonl")]
 
 
+def test_a_resolved_recipe_with_a_benchmark_resolves_to_itself() -> None:
+    data = {"benchmark": "mgsm", "source": "a/b", "splits": {"train": 0.5, "validation": "dev"}, "limit": 3}
+    changes = {"checkpoint": "./base", "tokenizer": TOKENIZER, "data": data, "pretrain": None}
+    first = validate({**BASE, **changes}, "r").model_dump(by_alias=True, exclude_none=True)
+    again = validate(first, "again").model_dump(by_alias=True, exclude_none=True)
+    assert again == first
+    assert first["data"]["splits"] == data["splits"]
+
+
 def test_a_moved_folder_is_no_change_of_a_setting_and_a_shot_is(mgsm: Path) -> None:
     (mgsm / "other").mkdir()
     for path in (mgsm / "mgsm").iterdir():
