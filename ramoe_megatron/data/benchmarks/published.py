@@ -189,7 +189,7 @@ def _read(path: Path, form: Form) -> Iterator[tuple[str, dict[str, Any]]]:
     if form.read == "table":
         yield from read_table(path, form.header)
     elif form.read == "lines":
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(text_lines(path), 1):
             yield f"{path}, line {number}", {"text": line}
     elif form.read == "squad":
         yield from _read_squad(path)
@@ -208,7 +208,7 @@ def read_table(path: Path, header: Sequence[str] = ()) -> Iterator[tuple[str, di
         RamoeError: the file is not UTF-8, or a line has more or fewer cells than there are columns.
     """
     columns = list(header)
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(text_lines(path), 1):
         cells = line.split("\t")
         place = f"{path}, line {number}"
         if not columns:
@@ -222,7 +222,8 @@ def read_table(path: Path, header: Sequence[str] = ()) -> Iterator[tuple[str, di
             yield place, dict(zip(columns, cells, strict=True))
 
 
-def _lines(path: Path) -> list[str]:
+def text_lines(path: Path) -> list[str]:
+    """The lines of a file, without empty lines at its end. Raises RamoeError when the file is not UTF-8."""
     # Not str.splitlines, which also splits at characters inside sentences.
     lines = [line.rstrip("\r") for line in sources.decode_text(path.read_bytes(), str(path)).split("\n")]
     while lines and not lines[-1]:
