@@ -14,7 +14,16 @@ from pydantic import BaseModel
 
 from ramoe_megatron import _HOMES
 from ramoe_megatron.cli import main
-from ramoe_megatron.cli.reference import FLAGS, KEYS, KEYS_HEADING, docstrings, flags_page, recipe_keys
+from ramoe_megatron.cli.reference import (
+    BENCHMARKS_HEADING,
+    FLAGS,
+    KEYS,
+    KEYS_HEADING,
+    benchmark_table,
+    docstrings,
+    flags_page,
+    recipe_keys,
+)
 from ramoe_megatron.data.parallel import load_examples, pair_with_anchor
 from ramoe_megatron.recipe.load import validate
 from ramoe_megatron.recipe.schema import Recipe
@@ -69,6 +78,8 @@ def test_the_generated_pages_are_current() -> None:
     assert TEXTS["docs/flags.md"] == flags_page(), "run `make docs`"
     recipes = TEXTS["docs/recipes.md"]
     assert recipes[recipes.index(KEYS_HEADING) :] == recipe_keys(), "run `make docs`"
+    benchmarks = TEXTS["docs/benchmarks.md"]
+    assert benchmarks[benchmarks.index(BENCHMARKS_HEADING) :] == benchmark_table(), "run `make docs`"
 
 
 @pytest.mark.parametrize(("heading", "options"), [entry[:2] for entry in FLAGS])

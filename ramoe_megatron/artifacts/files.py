@@ -30,6 +30,7 @@ FORMATS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ramoe-priors": (1, ()),
     "ramoe-usage": (1, ()),
     "ramoe-shard": (1, ("key", "done")),
+    "ramoe-data": (1, ("benchmarks", "package_version")),
     "ramoe-model": (1, ("family", "modules", "source", "package_version")),
 }  # fmt: skip
 """Version and required keys of every format. The classes of the safetensors formats check their own keys."""

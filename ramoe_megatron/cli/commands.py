@@ -235,6 +235,70 @@ def sib200(source: Path | None, out: Path, config: str) -> None:
 
 
 @main.command()
+@click.argument("benchmark", required=False)
+@click.option("--list", "listed", is_flag=True, help="List the benchmarks, with licence and paper.")
+@click.option("--source", help="Folder or file as published, or a name on the Hugging Face hub.")
+@click.option(
+    "--out", type=FILE, help="JSONL file of the rows. NAME.json beside it says where they are from."
+)
+@click.option(
+    "--languages", default="", metavar="LANGUAGE,...", help="Languages, by any name.  [default: all]"
+)
+@click.option(
+    "--anchor", default="", metavar="LANGUAGE", help="Language that has every id.  [default: English]"
+)
+@click.option("--split", default="", metavar="SPLIT,...", help="Splits to write.  [default: all]")
+@click.option(
+    "--splits",
+    multiple=True,
+    metavar="SPLIT=FROM",
+    help="Make a split that the benchmark lacks, of a share of the ids of test (train=0.4) or of another "
+    "split (train=validation). Repeatable.",
+)
+@click.option(
+    "--shots", type=click.IntRange(0), default=0, show_default=True, help="Answered examples in a prompt."
+)
+@click.option("--chat", is_flag=True, help="Write messages instead of prompt and response.")
+@click.option(
+    "--between",
+    type=click.Choice(["line", "space", "none"]),
+    default="line",
+    show_default=True,
+    help="Between prompt and response.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Maximum number of ids in each split.  [default: all]")
+@click.option("--seed", type=int, default=1, show_default=True, help="Seed of --splits, --shots and --limit.")
+@click.option("--replace", is_flag=True, help="Replace the file --out.")
+def data(
+    benchmark: str | None,
+    listed: bool,
+    source: str | None,
+    out: Path | None,
+    languages: str,
+    anchor: str,
+    split: str,
+    splits: tuple[str, ...],
+    replace: bool,
+    **options: Any,
+) -> None:
+    """Write a published benchmark as parallel data.
+
+    BENCHMARK is a name that --list shows. The source is read as its authors publish it.
+    """
+    from ramoe_megatron.cli import benchmarks
+
+    if listed:
+        wide_console().print(benchmarks.listing())
+        return
+    if benchmark is None or source is None or out is None:
+        raise RamoeError("data: give BENCHMARK, --source and --out; `ramoe data --list` has the benchmarks")
+    names = {"languages": languages, "split": split}
+    lists = {key: [name for name in text.split(",") if name] for key, text in names.items()}
+    values = {"benchmark": benchmark, "source": source, "anchor": anchor, **lists, **options}
+    wide_console().print(benchmarks.write({**values, "splits": benchmarks.shares(splits)}, out, replace))
+
+
+@main.command()
 @click.argument("run_folder", metavar="RUN", type=EXISTING)
 def report(run_folder: Path) -> None:
     """Write RUN's report.html and plots again."""

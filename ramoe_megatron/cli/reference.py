@@ -1,4 +1,7 @@
-"""Writes the generated documentation: `docs/flags.md`, and the recipe keys at the end of `docs/recipes.md`.
+"""Writes the generated documentation.
+
+These are `docs/flags.md`, the recipe keys at the end of `docs/recipes.md`, and the table at the end of
+`docs/benchmarks.md`.
 
 python -m ramoe_megatron.cli.reference docs
 """
@@ -16,6 +19,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from pydantic import BaseModel
 
 from ramoe_megatron.artifacts.files import atomic_write_text
+from ramoe_megatron.data.benchmarks.convert import BenchmarkConfig
+from ramoe_megatron.data.benchmarks.declaration import benchmark_names, declared
 from ramoe_megatron.data.benchmarks.sib200 import SibConfig
 from ramoe_megatron.data.world.build import WorldConfig
 from ramoe_megatron.jobs.evaluate import EvaluateOptions
@@ -57,6 +62,7 @@ KEYS: tuple[tuple[str, type], ...] = (
     ("data", Data),
     ("data.world", WorldConfig),
     ("data.sib200", SibConfig),
+    ("data.benchmark", BenchmarkConfig),
     ("taxonomy", Taxonomy),
     ("profile", Profile),
     ("alignment", AlignmentSection),
@@ -69,6 +75,7 @@ KEYS: tuple[tuple[str, type], ...] = (
 )
 """Key path of a section in a recipe, and the class that declares its keys."""
 KEYS_HEADING = "## Every key\n"
+BENCHMARKS_HEADING = "## Every benchmark\n"
 GENERATED = "`make docs` writes this {what} from the docstrings in the code. Edit the docstrings.\n"
 
 
@@ -118,6 +125,20 @@ def recipe_keys() -> str:
         ]
         lines += [_table(("key", "default", "meaning"), rows)] if rows else []
     return "\n".join(lines)
+
+
+def benchmark_table() -> str:
+    """The end of `docs/benchmarks.md`: the declared benchmarks and their traps."""
+    rows, traps = [], []
+    for name in benchmark_names():
+        entry = declared(name)
+        hub = next((f"`{form.hub}`" for form in entry.forms if form.hub), "")
+        files = ", ".join(f"`{form.files}`" for form in entry.forms if form.files)
+        rows.append((f"`{name}`", entry.title, files, hub, entry.licence, entry.paper))
+        traps += [f"- **{entry.title}.** {trap}\n" for trap in entry.traps]
+    head = ("name", "benchmark", "files, any of", "on the hub", "licence", "paper")
+    made = "`make docs` writes this section from the files of the benchmarks.\n"
+    return "\n".join([BENCHMARKS_HEADING, made, _table(head, rows), "".join(traps)])
 
 
 def _flags_of(section: type[OptionsSection]) -> str:
@@ -185,6 +206,8 @@ def main(folder: Path) -> None:
     atomic_write_text(folder / "flags.md", flags_page())
     recipes = (folder / "recipes.md").read_text(encoding="utf-8").partition(KEYS_HEADING)[0]
     atomic_write_text(folder / "recipes.md", recipes + recipe_keys())
+    benchmarks = (folder / "benchmarks.md").read_text(encoding="utf-8").partition(BENCHMARKS_HEADING)[0]
+    atomic_write_text(folder / "benchmarks.md", benchmarks + benchmark_table())
 
 
 if __name__ == "__main__":

@@ -113,6 +113,16 @@ def is_correct(generated: str, answer: str, language: str) -> bool:
     return normalise_answer(generated, language) == normalise_answer(answer, language) != ""
 
 
+@cache
+def language_code(language: str) -> str | None:
+    """The CLDR code of a language without script and region: "de" for "deu_Latn" and for "German".
+
+    None for a language that CLDR does not have.
+    """
+    locale = _locale(language)
+    return locale.language if locale else None
+
+
 def _normalised_once(text: str, own: _Conventions) -> str:
     seen = _SPACED.sub(lambda found: re.sub(r"\D", "", found[0]), _visible(text))
     seen = re.sub(r"\u2212\s+(?=\d)", "-", "".join(_exponents_apart(seen)))

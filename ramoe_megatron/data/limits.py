@@ -6,8 +6,16 @@ Such examples are found before any forward pass.
 from collections import Counter
 from collections.abc import Sequence
 
-from ramoe_megatron.data.answers import is_correct, normalise_answer
-from ramoe_megatron.data.encode import Tokenizer, decoding, encode_answer, encode_choices, longest_input
+from ramoe_megatron.data.answers import normalise_answer
+from ramoe_megatron.data.encode import (
+    Tokenizer,
+    decoding,
+    encode,
+    encode_answer,
+    encode_choices,
+    longest_input,
+)
+from ramoe_megatron.data.grading import grade, ungradable
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 
@@ -33,15 +41,23 @@ def new_token_limits(
         RamoeError: no model can answer some examples correctly. The message counts them by reason and
             language. The reasons are an empty prompt, a gold answer that is not among the choices, a repeated
             choice, a gold answer without text, a gold answer that the tokenizer cannot write, a gold answer
-            longer than the limit, and a sequence longer than ``positions``.
+            longer than the limit, a sequence longer than ``positions``, and an answer that its metric cannot
+            grade.
     """
     faults: dict[str, list[Example]] = {}
     room, needed = [0] * len(examples), [0] * len(examples)
     longest = 0
     for place, example in enumerate(examples):
-        encoded = (
-            encode_choices(example, tokenizer) if example.choices else [encode_answer(example, tokenizer)]
-        )
+        if example.choices:
+            encoded = encode_choices(example, tokenizer)
+        else:
+            encoded = [encode_answer(example, tokenizer)]
+            if example.metric == "number":  # a response that works the answer out needs room for all of it
+                encoded += [encode(example, tokenizer)]
+            elif example.metric == "ifeval":
+                encoded = [encode(example, tokenizer)]
+                if given is None:
+                    faults.setdefault(_NO_GOLD, []).append(example)
         prompt = encoded[0].prompt_length
         if fault := _fault(example, tokenizer, [tuple(e.ids[prompt:]) for e in encoded], prompt):
             faults.setdefault(fault, []).append(example)
@@ -49,7 +65,7 @@ def new_token_limits(
             longest = max(longest, longest_input(encoded))
             faults.setdefault(_TOO_LONG, []).append(example)
         elif not example.choices:
-            needed[place] = len(encoded[0].ids) - prompt
+            needed[place] = max(len(e.ids) for e in encoded) - prompt
             room[place] = positions + 1 - prompt  # the last token is never an input
     most = given or max([NEW_TOKENS, *needed])
     if short := [example for example, tokens in zip(examples, needed, strict=True) if tokens > most]:
@@ -67,6 +83,7 @@ def new_token_limits(
     return [min(most, tokens) for tokens in room]
 
 
+_NO_GOLD = "an instruction has no gold answer whose length could be the limit: give --ramoe-max-new-tokens"
 _TOO_LONG = "prompt and answer take up to {longest} tokens, more than --max-position-embeddings {positions}"
 _CUT = (
     "the gold answer and its end token take up to {needed} tokens, more than --ramoe-max-new-tokens {most} "
@@ -91,16 +108,16 @@ def _fault(
         if example.answer not in example.choices:
             return "the gold answer is none of the choices"
         return "two choices are the same tokens" if len(set(answers)) < len(answers) else None
+    if example.metric == "ifeval":
+        return ungradable(example)
     if not normalise_answer(example.answer, example.language):
         return "the gold answer has no text"
     if any(string in example.answer for string in example.stop or ()):
         return "the gold answer has a stop string in it"
+    if fault := ungradable(example):
+        return fault
     written = decoding(example, tokenizer).answer(list(answers[0][:-1]), tokenizer)
-    return (
-        None
-        if is_correct(written, example.answer, example.language)
-        else "the tokenizer cannot write the gold answer"
-    )
+    return None if grade(example, written) else "the tokenizer cannot write the gold answer"
 
 
 def _by_language(examples: Sequence[Example]) -> str:

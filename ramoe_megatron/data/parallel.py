@@ -1,8 +1,9 @@
 """Parallel task data: rows with the same id have the same content in different languages.
 
 A row has the fields of `Example`: ``id``, ``language``, ``task``, ``split``, ``prompt`` and ``response`` or
-``messages``, and optionally ``answer`` and ``choices``. `data.sources` reads the rows of a file, a folder or
-a hub data set. Errors name the file and the line. Text is never converted: "NA", "007" and "" are texts.
+``messages``, and optionally ``answer``, ``choices``, ``metric`` and ``answers``. `data.sources` reads the
+rows of a file, a folder or a hub data set. Errors name the file and the line. Text is never converted:
+"NA", "007" and "" are texts.
 """
 
 import json
@@ -46,13 +47,20 @@ class Example:
     choice_score: str | None = None
     """How choices are compared: by the sum of the log-likelihoods of a choice's tokens and its end token
     ("sum", the default), by this sum over their number ("token"), or over the choice's bytes ("byte")."""
+    metric: str | None = None
+    """How a generated answer is graded: one of `METRICS`. Default: it equals ``answer`` as a reader of the
+    language compares."""
+    answers: tuple[str, ...] | None = None
+    """All gold answers, for the metric "exact". Default: ``answer`` alone."""
     place: str = field(default="", compare=False, repr=False)
     """File and line of the row, for messages."""
 
 
+METRICS = ("number", "exact", "ifeval")
+"""Ways to grade a generated answer (`data.grading`)."""
 CHOICE_SCORES = ("sum", "token", "byte")
 FIELDS = tuple(entry.name for entry in fields(Example) if entry.name != "place")
-OPTIONAL = ("answer", "choices", "messages", "stop", "choice_score")
+OPTIONAL = ("answer", "choices", "messages", "stop", "choice_score", "metric", "answers")
 """Fields that a row may lack. In a CSV file, an empty cell of such a field means that the field is absent."""
 
 
@@ -212,15 +220,24 @@ def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> 
             raise RamoeError(f"{place}: field {columns.get(name, name)!r} is {value!r}, expected {expected}.")
         return value
 
+    metric = text("metric", required=False)
+    if metric not in (None, *METRICS):
+        raise RamoeError(f"{place}: metric {metric!r}, expected one of {', '.join(METRICS)}, or no metric.")
     messages = field("messages", required=False)
     if messages is None:
-        prompt, response = text("prompt", empty=True), text("response")
+        # an instruction has no gold response
+        prompt, response = text("prompt", empty=True), text("response", empty=metric == "ifeval")
     else:
-        messages = _messages(messages, place)
+        messages = _messages(messages, place, empty=metric == "ifeval")
         prompt, response = "\n".join(m["content"] for m in messages[:-1]), messages[-1]["content"]
+    answers = field("answers", required=False)
+    if answers is not None and not (
+        isinstance(answers, list) and answers and all(isinstance(a, str) and a for a in answers)
+    ):
+        raise RamoeError(f"{place}: field 'answers' is {answers!r}, expected a list of one or more strings.")
     answer = text("answer", required=False)
     if answer is None:
-        answer = response
+        answer = answers[0] if answers else response
     choices = field("choices", required=False)
     if choices is not None:
         if not (
@@ -248,6 +265,8 @@ def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> 
         messages,
         stop,
         choice_score,
+        metric,
+        tuple(answers) if answers else None,
         place,
     )
     refuse_unwritable(
@@ -256,12 +275,12 @@ def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> 
     return example
 
 
-def _messages(value: Any, place: str) -> tuple[dict[str, str], ...]:
+def _messages(value: Any, place: str, empty: bool) -> tuple[dict[str, str], ...]:
     fits = isinstance(value, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in value
     )
-    if not fits or len(value) < 2 or value[-1]["role"] != "assistant" or not value[-1]["content"]:
+    if not fits or len(value) < 2 or value[-1]["role"] != "assistant" or not (value[-1]["content"] or empty):
         raise RamoeError(
             f"{place}: field 'messages' must be a list of two or more objects with the strings 'role' and "
             "'content', of which the last has role 'assistant' and some content."

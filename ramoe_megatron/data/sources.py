@@ -180,7 +180,7 @@ def _read_csv(
     path: Path, where: str, optional: Collection[str], sep: str = ","
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a CSV file. The first row has the column names; every cell is the text in the file."""
-    text = _decode(path.read_bytes(), where)
+    text = decode_text(path.read_bytes(), where)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=sep, strict=True)
     columns: list[str] = []
@@ -214,7 +214,7 @@ def _read_csv(
 
 def _read_json(path: Path, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        rows = json.loads(_decode(path.read_bytes(), where))
+        rows = json.loads(decode_text(path.read_bytes(), where))
     except json.JSONDecodeError as error:
         raise RamoeError(
             f"{where}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg})."
@@ -231,7 +231,7 @@ def _read_jsonl(path: Path, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         place = f"{where}, line {number}"
         try:
-            row = json.loads(_decode(line, place, "utf-8-sig" if number == 1 else "utf-8"))
+            row = json.loads(decode_text(line, place, "utf-8-sig" if number == 1 else "utf-8"))
         except json.JSONDecodeError as error:
             raise RamoeError(
                 f"{place}, column {error.colno}: malformed JSON ({error.msg}). "
@@ -252,8 +252,12 @@ def _object(row: Any, place: str, expected: str) -> dict[str, Any]:
     return row
 
 
-def _decode(content: bytes, place: str, encoding: str = "utf-8-sig") -> str:
-    """The text of a file or line. A byte order mark at its start is dropped."""
+def decode_text(content: bytes, place: str, encoding: str = "utf-8-sig") -> str:
+    """The text of a file or line. A byte order mark at its start is dropped.
+
+    Raises:
+        RamoeError: the bytes are not text in the encoding. The message has the place and the byte.
+    """
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:

@@ -5,7 +5,7 @@
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -133,9 +133,11 @@ def evaluate_and_write(
             )
             atomic_write_text(output / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
             total, right = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+            guessed = defaultdict[tuple[str, str], float](float)
             for example, outcome in outcomes:
                 total[example.task, example.language] += 1
                 right[example.task, example.language] += outcome
+                guessed[example.task, example.language] += 1 / len(example.choices) if example.choices else 0
             body: dict[str, Any] = {
                 "method": own.method,
                 "seed": own.seed,
@@ -144,7 +146,13 @@ def evaluate_and_write(
                 "data": data_digests(data.data),
                 "package_version": package_version(),
                 "rows": [
-                    {"task": task, "language": language, "n": n, "correct": right[task, language]}
+                    {
+                        "task": task,
+                        "language": language,
+                        "n": n,
+                        "correct": right[task, language],
+                        "chance": guessed[task, language] / n,
+                    }
                     for (task, language), n in sorted(total.items())
                 ],
                 "mass": mass_rows,

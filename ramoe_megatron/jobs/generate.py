@@ -1,6 +1,6 @@
 """Generate the data of a recipe. One process, without Megatron.
 
-python -m ramoe_megatron.jobs.generate world|sib200 --config JSON --out DIR
+python -m ramoe_megatron.jobs.generate world|sib200|benchmarks --config JSON --out DIR
 """
 
 import argparse
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ramoe_megatron.data.benchmarks.convert import BenchmarksConfig, write_benchmarks
 from ramoe_megatron.data.benchmarks.sib200 import SibConfig, convert
 from ramoe_megatron.data.config import config_from_json
 from ramoe_megatron.data.world import WorldConfig, build_world
@@ -19,6 +20,7 @@ from ramoe_megatron.errors import RamoeError
 SOURCES: dict[str, tuple[type, Callable[[Any, Path], Any]]] = {
     "world": (WorldConfig, build_world),
     "sib200": (SibConfig, convert),
+    "benchmarks": (BenchmarksConfig, write_benchmarks),
 }
 """Name of a source -> (configuration class, function that makes the data)."""
 
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ramoe_megatron.jobs.generate")
     parser.add_argument("source", choices=SOURCES)
     parser.add_argument(
-        "--config", default="{}", help="JSON object, or JSON file: the fields of WorldConfig or SibConfig"
+        "--config", default="{}", help="JSON object, or JSON file: the fields of the configuration"
     )
     parser.add_argument("--out", type=Path, required=True, help="output folder; created if missing")
     options = parser.parse_args(arguments)

@@ -61,14 +61,14 @@ class PlanContext:
         self.recipe, self.out, self.recipe_folder = recipe, out, recipe_folder
         data, generated = recipe.data, out / "data"
         self.weights = generated / "weights.json"
-        if data.files is not None:
-            self.parallel = [self._source(name, "data.files") for name in data.files]
-            self.general = [self._source(name, "data.general") for name in data.general or []]
-            self.pretraining = [self._source(name, "data.pretrain") for name in data.pretrain or []]
-        else:
-            self.parallel, self.general, self.pretraining = (
-                [str(generated / f"{name}.jsonl")] for name in ("parallel", "general", "pretrain")
-            )
+        given = {"parallel": data.files, "general": data.general, "pretrain": data.pretrain}
+        keys = {"parallel": "data.files", "general": "data.general", "pretrain": "data.pretrain"}
+        self.parallel, self.general, self.pretraining = (
+            [self._source(one, keys[name]) for one in files]
+            if files
+            else [str(generated / f"{name}.jsonl")] * (data.files is None)
+            for name, files in given.items()
+        )
         self.tokenizer, self.tokenizer_files = self._tokenizer(generated / "tokenizer.model")
         self.base = self._base()
         given = (
@@ -250,10 +250,12 @@ def find_path(name: str, recipe_folder: Path, key: str) -> Path | None:
 def data_stage(recipe: Recipe, out: Path, recipe_folder: Path) -> Stage:
     """The stage that writes the generated data and their tokenizer to `out`/data.
 
-    Raises RamoeError for a wrong setting of the embedded world or of SIB-200, and for an absent source
-    folder.
+    Raises RamoeError for a wrong setting of the embedded world, of SIB-200 or of a benchmark, and for an
+    absent source.
     """
     data, out = recipe.data, out / "data"
+    if data.benchmark is not None:
+        return _benchmarks_stage(recipe, out, recipe_folder)
     job, config = (
         ("world", _world(recipe)) if data.world is not None else ("sib200", _sib200(recipe, recipe_folder))
     )
@@ -278,10 +280,50 @@ def data_stage(recipe: Recipe, out: Path, recipe_folder: Path) -> Stage:
     )
 
 
+def _benchmarks_stage(recipe: Recipe, out: Path, recipe_folder: Path) -> Stage:
+    from ramoe_megatron.data.benchmarks.convert import BenchmarkConfig
+    from ramoe_megatron.data.benchmarks.declaration import declared
+    from ramoe_megatron.data.benchmarks.published import Source
+
+    anchor, entries, folders, hub = recipe.data.anchor_language, [], list[Path](), list[str]()
+    for number, values in enumerate(recipe.data.benchmarks):
+        key = "data" if isinstance(recipe.data.benchmark, str) else f"data.benchmark.{number}"
+        entry = _config(key, BenchmarkConfig, {"seed": recipe.seed, **values})
+        if not entry["source"]:
+            raise RamoeError(
+                f"{key}.source is missing: give the folder of the benchmark {entry['benchmark']}, or its "
+                "name on the Hugging Face hub"
+            )
+        if not entry["languages"] or anchor in entry["languages"]:
+            entry["anchor"] = entry["anchor"] or anchor
+        path = find_path(entry["source"], recipe_folder, f"{key}.source")
+        if path is None:
+            hub.append(entry["source"])
+        else:
+            folders.append(path)
+            entry["source"] = str(path)
+        Source(entry["source"], entry["benchmark"], declared(entry["benchmark"]))
+        entries.append(entry)
+    config = {"benchmarks": entries, "general": not recipe.data.general, "anchor": anchor}
+    told = [{key: value for key, value in entry.items() if key != "source"} for entry in entries]
+    names = ["parallel.jsonl", *["general.jsonl"] * (not recipe.data.general), "benchmarks.json"]
+    words = ("--config", json.dumps(config, ensure_ascii=False), "--out", str(out))
+    return Stage(
+        name="data",
+        command=(f"{JOBS}.generate", "benchmarks", *words),
+        settings={"job": "benchmarks", "config": {**config, "benchmarks": told}, "hub": hub},
+        inputs=tuple(dict.fromkeys(folders)),
+        outputs=tuple(out / name for name in names),
+        ranks=0,
+    )
+
+
 def generated_languages(recipe: Recipe) -> list[str] | None:
     """The target languages of generated data; None when only the data themselves show them."""
     if recipe.data.world is not None:
         return [*_world(recipe)["target_shares"]]
+    if recipe.data.benchmark is not None:
+        return [*(recipe.data.languages or [])] or None
     return [*(recipe.data.sib200 or {}).get("languages", [])] or None
 
 
@@ -329,7 +371,7 @@ def pretrain_stage(plan: PlanContext) -> Stage:
     stage = plan.job(
         "pretrain", "finetune", flags, options, {"data": plan.pretraining}, [plan.base], places, traces=traces
     )
-    if plan.recipe.data.pretrain_weights or plan.recipe.data.files is not None:
+    if plan.recipe.data.pretrain_weights or not plan.recipe.data.generates:
         return stage
     return dataclasses.replace(stage, weights=plan.weights, inputs=(*stage.inputs, plan.weights))
 

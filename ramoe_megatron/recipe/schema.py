@@ -155,14 +155,15 @@ class Recipe(Section):
             raise ValueError(
                 f"give one of checkpoint (a base model) and pretrain (flags to train one); found {found}"
             )
-        if self.data.files is not None:
+        if not self.data.generates:
+            given = "data.files" if self.data.files is not None else "data.benchmark"
             if self.tokenizer is None:
                 raise ValueError(
-                    "data.files needs tokenizer: Megatron's flags, such as tokenizer-type and tokenizer-model"
+                    f"{given} needs tokenizer: Megatron's flags, such as tokenizer-type and tokenizer-model"
                 )
             if self.pretrain is not None and not self.data.pretrain:
                 raise ValueError(
-                    "pretrain with data.files needs data.pretrain: the files to train the base model on"
+                    f"pretrain with {given} needs data.pretrain: the files to train the base model on"
                 )
         for what, values in (("methods", [method.name for method in self.methods]), ("seeds", self.seeds)):
             if len(set(values)) < len(values):

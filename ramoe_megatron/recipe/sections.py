@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveInt,
     create_model,
     field_validator,
@@ -85,8 +86,12 @@ class Section(BaseModel):
     )
 
 
+_OF_BENCHMARK = ("source", "shots", "chat", "between", "splits", "limit")
+"""Keys of `Data` that only a benchmark takes."""
+
+
 class Data(Section):
-    """Where the examples come from: exactly one of `world`, `sib200` and `files`."""
+    """Where the examples come from: exactly one of `world`, `sib200`, `benchmark` and `files`."""
 
     world: dict[str, Any] | None = None
     """Settings of the embedded world: the fields of `ramoe_megatron.data.world.WorldConfig`. `{}` keeps every
@@ -94,12 +99,29 @@ class Data(Section):
     sib200: dict[str, Any] | None = None
     """Settings of SIB-200: the fields of `ramoe_megatron.data.benchmarks.sib200.SibConfig`. `source` is the
     folder that holds a folder per language."""
+    benchmark: str | list[dict[str, Any]] | None = None
+    """Name of a published benchmark (`ramoe data --list`), or a list of several: sections with the fields of
+    `ramoe_megatron.data.benchmarks.convert.BenchmarkConfig`. The next six keys are their defaults."""
+    source: str | None = None
+    """Benchmark: its folder as its authors publish it, or its name on the Hugging Face hub."""
+    shots: NonNegativeInt = 0
+    """Benchmark: number of answered examples before each question, from another split than "test"."""
+    chat: bool = False
+    """Benchmark: write chats (`messages`) instead of prompts and responses."""
+    between: Literal["line", "space", "none"] = "line"
+    """Benchmark: what is between prompt and response. It depends on the tokenizer (docs/data.md)."""
+    splits: dict[str, float | str] = {}
+    """Benchmark: split that it lacks -> share of the ids of "test", or another split that it has."""
+    limit: PositiveInt | None = None
+    """Benchmark: maximum number of ids in each split. Default: all."""
     files: Names | None = None
     """Parallel JSONL: files, folders, or the name of a data set on the Hugging Face hub."""
     general: Names | None = None
-    """General English text for the expert profile. Required with `files`; generated data include it."""
+    """General English text for the expert profile. Required with `files`; generated data include it. Default
+    with `benchmark`: its benchmarks of general text, or else names and lists from CLDR."""
     pretrain: Names | None = None
-    """Text to train the base model on. Required with `files` and `pretrain`; generated data include it."""
+    """Text to train the base model on. Required with `files` or `benchmark`, and `pretrain`. Generated
+    data include it."""
     columns: dict[str, str] = {}
     """Field of the parallel format -> column in the files."""
     weights: dict[str, NonNegativeFloat] = {}
@@ -114,20 +136,38 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [name for name in ("world", "sib200", "files") if getattr(self, name) is not None]
+        kinds = ("world", "sib200", "benchmark", "files")
+        given = [name for name in kinds if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"give exactly one of world, sib200 and files; found {', '.join(given) or 'none of them'}"
+                "give exactly one of world, sib200, benchmark and files; "
+                f"found {', '.join(given) or 'none of them'}"
             )
+        for name in _OF_BENCHMARK:
+            if self.benchmark is None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} belongs to benchmark; {given[0]} does not take it")
         if self.files is not None and not self.general:
             raise ValueError(
                 "files needs general: general English text, against which the task experts are found"
             )
-        if self.files is None and (self.general or self.pretrain):
+        if self.generates and (self.general or self.pretrain):
             raise ValueError(f"general and pretrain belong to files; {given[0]} brings its own")
         if self.sib200 is not None and not isinstance(self.sib200.get("source"), str):
             raise ValueError("sib200 needs source: the folder that holds a folder per language")
         return self
+
+    @property
+    def generates(self) -> bool:
+        """Whether the run makes the data with a tokenizer and text to train a base model on."""
+        return self.world is not None or self.sib200 is not None
+
+    @property
+    def benchmarks(self) -> list[dict[str, Any]]:
+        """The options of each benchmark, with those of this section as defaults."""
+        named = [{"benchmark": self.benchmark}] if isinstance(self.benchmark, str) else (self.benchmark or [])
+        languages = [self.anchor_language, *self.languages] if self.languages else []
+        own = {name: getattr(self, name) for name in _OF_BENCHMARK if getattr(self, name) is not None}
+        return [{"languages": languages, **own, **entry} for entry in named]
 
     @property
     def anchor_language(self) -> str:

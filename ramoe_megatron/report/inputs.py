@@ -25,7 +25,8 @@ class Evaluation:
     seed: int | None
     split: str
     rows: list[dict[str, Any]]
-    """{"task", "language", "n", "correct"}"""
+    """{"task", "language", "n", "correct", "chance"}; chance is the accuracy of guessing among the choices, 0
+    for generated answers. Evaluations of earlier versions lack it."""
     mass: list[dict[str, Any]]
     """{"task", "language", "mass": [one share per MoE layer]}"""
     examples: dict[ExampleKey, bool]

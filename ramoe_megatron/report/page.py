@@ -23,6 +23,7 @@ from ramoe_megatron.report.vocabulary import (
     percent,
     points,
 )
+from ramoe_megatron.statistics import wilson
 
 PACKAGES = ("megatron-core", "torch", "transformer-engine", "datasets", "sentencepiece", "numpy", "babel")
 BEFORE = ("taxonomy", "divergence", "experts")
@@ -224,6 +225,7 @@ def run_findings(run: RunInputs, results: Mapping[str, Any]) -> list[str]:
     found = tables.differences(results)
     target = [row for row in found if row["group"] == "target" and row["reference"] != "base"]
     sentences = [_run_setting(run, results), *map(_run_difference, target)]
+    sentences += _at_chance(run)
     if "sft" not in results["methods"]:
         sentences.append("There is no sft run to compare with.")
     base = {(row["method"], row["group"]): row for row in found if row["reference"] == "base"}
@@ -239,6 +241,20 @@ def run_findings(run: RunInputs, results: Mapping[str, Any]) -> list[str]:
     if told := "; ".join(_correlations(results, "base")):
         sentences.append(f"ci share against gain over base, across pairs of task and language: {told}.")
     return sentences
+
+
+def _at_chance(run: RunInputs) -> list[str]:
+    """The sentence that the base model guesses in the target languages, if its interval reaches chance."""
+    base = next((found for found in run.evaluations if found.method == "base"), None)
+    rows = [row for row in base.rows if row["language"] != run.anchor and "chance" in row] if base else []
+    total, right = sum(row["n"] for row in rows), sum(row["correct"] for row in rows)
+    guessed = sum(row["n"] * row["chance"] for row in rows)
+    if not total or wilson(right, total)[0] > guessed / total:
+        return []
+    return [
+        f"In the target languages the base model is at chance: {right} of {total} answers are right, and "
+        f"guessing gives {guessed:.1f}. So differences between methods say nothing about the methods."
+    ]
 
 
 def _correlations(results: Mapping[str, Any], over: str) -> list[str]:

@@ -179,6 +179,33 @@ def test_a_jobs_refusal_and_status_come_through() -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_data_lists_benchmarks_and_writes_one_without_replacing_a_file(tmp_path: Path) -> None:
+    listed = ramoe("data", "--list")
+    assert "2210.03057" in listed.output
+    for code in ("en", "sw"):
+        (tmp_path / f"mgsm_{code}.tsv").write_text("".join(f"{code} {n}?\t{n}\n" for n in range(8)))
+    out = tmp_path / "rows.jsonl"
+    words = ["data", "mgsm", "--source", str(tmp_path), "--out", str(out)]
+    made = ramoe(*words, "--languages", "Swahili,en", "--splits", "train=0.5", "--shots", "2", "--chat")
+    assert made.exit_code == 0, made.output
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [len(row["messages"]) for row in rows] == [6] * 16
+    assert {row["language"] for row in rows} == {"Swahili", "en"}
+    options = json.loads((tmp_path / "rows.json").read_text())["benchmarks"][0]["options"]
+    assert (options["shots"], options["splits"]) == (2, {"train": 0.5})
+    for more, told in (
+        ([], "rows.jsonl exists"),
+        (["--replace", "--splits", "train"], "expected SPLIT=SHARE"),
+        (["--replace", "--languages", "fi"], "'fi'"),
+    ):
+        refused = ramoe(*words, *more)
+        assert refused.exit_code == 2
+        assert told in refused.stderr
+    assert "--source" in ramoe("data", "mgsm").stderr
+    assert len(out.read_text().splitlines()) == 16
+    assert ramoe(*words, "--replace").exit_code == 0
+
+
 def test_predict_shows_the_table_and_the_verdict(tmp_path: Path) -> None:
     row = {
         "task": "currency",

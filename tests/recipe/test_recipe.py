@@ -112,7 +112,7 @@ def test_broken_yaml_and_an_absent_file_are_told(tmp_path: Path) -> None:
     [
         (
             {"data": {"world": {}, "files": ["a.jsonl"]}},
-            "exactly one of world, sib200 and files; found world, files",
+            "exactly one of world, sib200, benchmark and files; found world, files",
         ),
         ({"data": {}}, "found none of them"),
         ({"data": {"files": ["a.jsonl"]}}, "files needs general"),

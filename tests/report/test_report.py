@@ -34,6 +34,18 @@ def results(reported: Path) -> dict[str, Any]:
     return load_document(reported / "results.json", "ramoe-results")
 
 
+@pytest.mark.parametrize(
+    ("chance", "share", "told"), [(0.25, 0.24, True), (0.25, 0.9, False), (0.0, 0.0, True), (0.0, 0.2, False)]
+)
+def test_a_base_model_that_guesses_is_told(reported: Path, chance: float, share: float, told: bool) -> None:
+    run = load_run(reported)
+    results = results_of(run)
+    for found in run.evaluations:
+        for row in found.rows:
+            row |= {"chance": chance, "correct": round(share * row["n"])}
+    assert any("at chance" in sentence for sentence in run_findings(run, results)) == told
+
+
 # ---- numbers ----
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from ramoe_megatron.artifacts.files import atomic_write, atomic_write_text
+from ramoe_megatron.data.benchmarks.declaration import declared
 from ramoe_megatron.data.benchmarks.sib200_source import CATEGORIES, Sentence, find_languages, read_split
 from ramoe_megatron.data.parallel import write_rows
 from ramoe_megatron.data.sampler import named_rng
 from ramoe_megatron.data.tokenizer import train_tokenizer
 from ramoe_megatron.errors import RamoeError
 
-TASK = "topic"
+TASK = declared("sib200").task
 _SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 
 

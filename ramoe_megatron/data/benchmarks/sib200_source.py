@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ramoe_megatron.data.benchmarks.declaration import declared
+from ramoe_megatron.data.benchmarks.published import text_lines
 from ramoe_megatron.errors import RamoeError
 
-CATEGORIES = ("entertainment", "geography", "health", "politics", "science/technology", "sports", "travel")
+CATEGORIES = tuple(declared("sib200").fields.choices)
 _COLUMNS = ["index_id", "category", "text"]
 
 
@@ -88,15 +90,9 @@ def _read_tsv(path: Path) -> dict[str, tuple[str, str, int]]:
     """id -> (category, text, line number)."""
     if not path.is_file():
         raise RamoeError(f"{path}: no such file.")
-    try:
-        # Not str.splitlines, which also splits at characters inside sentences. Not csv, because a quote is
-        # text.
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise RamoeError(f"{path}, byte {error.start + 1}: not UTF-8 ({error.reason}).") from error
     rows: dict[str, tuple[str, str, int]] = {}
-    for number, line in enumerate(lines, 1):
-        cells = line.rstrip("\r").split("\t")
+    for number, line in enumerate(text_lines(path) or [""], 1):
+        cells = line.split("\t")
         if number == 1:
             if cells != _COLUMNS:
                 raise RamoeError(f"{path}, line 1: columns {cells}, expected {_COLUMNS}, separated by tabs.")

@@ -8,8 +8,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ramoe_megatron.data.answers import is_correct
 from ramoe_megatron.data.encode import Encoded, choice_scores, decoding, encode_choices
+from ramoe_megatron.data.grading import grade
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.carrier import RoutingContext
@@ -82,10 +82,7 @@ def score(
                 broken.add(place)
             # an end token is left out
             elif len(ids) < limits[place] or each.stopped(ids, model.tokenizer):
-                example = examples[place]
-                correct[place] = is_correct(
-                    each.answer(ids, model.tokenizer), example.answer, example.language
-                )
+                correct[place] = grade(examples[place], each.answer(ids, model.tokenizer))
     if broken:
         names = [f"{examples[place].id} ({examples[place].language})" for place in sorted(broken)]
         raise RamoeError(
