@@ -1,8 +1,9 @@
 """The `ramoe` command. Heavy imports are inside the commands, so that `ramoe --help` is fast."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -12,6 +13,7 @@ from ramoe_megatron.cli.show import EXISTING, FILE, FILE_COMMANDS, FOLDER, wide_
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.unfinished import STATUS
 
+FROM_SAMPLES = "--from-samples"
 PASS_THROUGH = {"ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
 
 
@@ -152,10 +154,12 @@ def doctor(
     sys.exit(0 if sound else 1)
 
 
-def _job(name: str, summary: str) -> None:
+def _job(name: str, summary: str, more: str = "") -> None:
     """Add a command that starts a job's ranks with the given flags."""
 
-    @main.command(name, context_settings=PASS_THROUGH, short_help=summary, help=_job_help(name, summary))
+    @main.command(
+        name, context_settings=PASS_THROUGH, short_help=summary, help=_job_help(name, summary, more)
+    )
     @click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Ranks per node.")
     @click.option(
         "--nodes",
@@ -166,33 +170,45 @@ def _job(name: str, summary: str) -> None:
     )
     @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
     def command(ranks: int, nodes: int, flags: tuple[str, ...]) -> None:
-        import os
-        import shlex
-
-        from ramoe_megatron.recipe.launcher import Place, launch, python_command, rank_environment
-        from ramoe_megatron.recipe.processes import stop_signals
-
-        place = Place.from_environment(nodes, os.environ)
-        words = python_command((f"ramoe_megatron.jobs.{name}", *flags), ranks, place)
-        place.refuse_taken(0)
-        if place.node == 0:
-            click.echo(f"ramoe: {shlex.join(words)}", err=True)
-        with stop_signals():
-            outcome = launch(words, rank_environment(ranks, os.environ))
-        if outcome.unfinished and place.node == 0:
-            click.secho(f"ramoe: unfinished: {outcome.unfinished}", fg="yellow", err=True)
-        sys.exit(outcome.status)
+        if name == "taxonomy" and any(word.partition("=")[0] == FROM_SAMPLES for word in flags):
+            _plain_job("jobs.from_samples", *flags)
+        _start_ranks(name, flags, ranks, nodes)
 
 
-def _job_help(name: str, summary: str) -> str:
+def _start_ranks(name: str, flags: Sequence[str], ranks: int, nodes: int) -> NoReturn:
+    """Run a job's ranks to their end."""
+    import os
+    import shlex
+
+    from ramoe_megatron.recipe.launcher import Place, launch, python_command, rank_environment
+    from ramoe_megatron.recipe.processes import stop_signals
+
+    place = Place.from_environment(nodes, os.environ)
+    words = python_command((f"ramoe_megatron.jobs.{name}", *flags), ranks, place)
+    place.refuse_taken(0)
+    if place.node == 0:
+        click.echo(f"ramoe: {shlex.join(words)}", err=True)
+    with stop_signals():
+        outcome = launch(words, rank_environment(ranks, os.environ))
+    if outcome.unfinished and place.node == 0:
+        click.secho(f"ramoe: unfinished: {outcome.unfinished}", fg="yellow", err=True)
+    sys.exit(outcome.status)
+
+
+def _job_help(name: str, summary: str, more: str) -> str:
     return (
         f"{summary}\n\nFLAGS are Megatron's flags and ours (--ramoe-...), "
         f"passed to `torchrun -m ramoe_megatron.jobs.{name}`; `ramoe {name} -- --help` lists them. "
         "On several nodes, NODE_RANK (or SLURM_NODEID), MASTER_ADDR and MASTER_PORT identify this node."
-    )
+    ) + (f"\n\n{more}" if more else "")
 
 
-_job("taxonomy", "Score parallel examples in each language: cc, ci, ic, ii.")
+_job(
+    "taxonomy",
+    "Score parallel examples in each language: cc, ci, ic, ii.",
+    f"`ramoe taxonomy {FROM_SAMPLES} en=FILE sw=FILE ...` takes the outcomes from sample files of "
+    f"lm-evaluation-harness and starts no ranks; `ramoe taxonomy -- {FROM_SAMPLES} --help` lists its flags.",
+)
 _job("profile", "Find the task experts, English routing and alignment zone.")
 _job("finetune", "Fine-tune with Megatron's training loop and the alignment loss.")
 _job("evaluate", "Measure accuracy and routing mass of a checkpoint.")
@@ -241,7 +257,7 @@ def report(run_folder: Path) -> None:
     _plain_job("report.write", "report", "--run", str(run_folder))
 
 
-def _plain_job(name: str, *arguments: str) -> None:
+def _plain_job(name: str, *arguments: str) -> NoReturn:
     import os
 
     from ramoe_megatron.recipe.launcher import launch, python_command
