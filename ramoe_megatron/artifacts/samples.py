@@ -1,8 +1,8 @@
 """Sample files of lm-evaluation-harness (`--log_samples`, version 0.4.13): one line per document and filter.
 
-A line has `doc_id` (the number of the row), `doc` (the row), `filter` (what took the answer from the generated
-text), `metrics` (their names) and a key for each metric. In a file of `ramoe evaluate`, a log-likelihood
-includes the end token.
+A line has `doc_id` (the number of the row), `doc` (the row), `filter` (what took the answer from the text),
+`metrics` (their names) and a key for each metric. In a file of `ramoe evaluate`, a log-likelihood includes
+the end token.
 """
 
 import hashlib
@@ -84,14 +84,15 @@ def read_samples(
         correct = _decision(found, measured)
         if correct is None:
             raise RamoeError(
-                f"{where}: metric {measured!r} is {found.get(measured)!r}, expected 0 or 1; give another --metric"
+                f"{where}: metric {measured!r} is {found.get(measured)!r}, expected 0 or 1; "
+                "give another --metric"
             )
         samples.append(Sample(_id(found, form, where), correct, str(found.get("target")), where))
     return SampleFile(str(path), chosen, measured, samples)
 
 
 def samples_by_id(files: Iterable[SampleFile]) -> dict[str, Sample]:
-    """The samples of one language by id, in the order of the files. Raises RamoeError for an id given twice."""
+    """The samples of a language by id, in the order of the files. Raises RamoeError for an id given twice."""
     samples = [sample for file in files for sample in file.samples]
     _refuse_twice(((sample.id, sample.place) for sample in samples), "id")
     return {sample.id: sample for sample in samples}

@@ -171,7 +171,7 @@ def _job(name: str, summary: str, more: str = "") -> None:
     @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
     def command(ranks: int, nodes: int, flags: tuple[str, ...]) -> None:
         if name == "taxonomy" and any(word.partition("=")[0] == FROM_SAMPLES for word in flags):
-            _plain_job("jobs.from_samples", *flags)
+            _plain_job("ramoe_megatron.jobs.from_samples", *flags)
         _start_ranks(name, flags, ranks, nodes)
 
 
@@ -215,6 +215,34 @@ _job("evaluate", "Measure accuracy and routing mass of a checkpoint.")
 _job("steer", "Search, on a validation split, for the best steering setting.")
 
 
+@main.command("lm-eval", context_settings=PASS_THROUGH)
+@click.option("--ranks", type=click.IntRange(1), help="Ranks per node.  [default: what the sizes need]")
+@click.option(
+    "--nodes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of nodes, as in `ramoe profile`.",
+)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def lm_eval(ranks: int | None, nodes: int, words: tuple[str, ...]) -> None:
+    """Run tasks of lm-evaluation-harness on a Megatron checkpoint, over ranks.
+
+    WORDS are lm_eval's, with the model `ramoe`: `--tasks`, `--output_path`, `--log_samples` and so on;
+    `ramoe lm-eval -- --help` lists them. In `--model_args`: checkpoint=DIR (from `ramoe convert`),
+    tensor_parallel, pipeline_parallel, expert_parallel, dtype, batch_tokens, and any flag of Megatron.
+    """
+    from ramoe_megatron.jobs.harness import require_lm_eval
+
+    require_lm_eval()
+    if not words or words[0] in ("ls", "validate", "--help", "-h"):
+        _plain_job("lm_eval", *words)
+    from ramoe_megatron.cli.lm_eval_command import job_words
+
+    line, needed = job_words(words)
+    _start_ranks("harness", line, ranks or needed, nodes)
+
+
 @main.command()
 @click.option("--out", type=FOLDER, required=True, help="Folder for the data and the tokenizer.")
 @click.option("--config", default="{}", help="JSON object, or a JSON file: the fields of WorldConfig.")
@@ -223,7 +251,7 @@ def world(out: Path, config: str) -> None:
 
     It holds parallel, pretraining and general text from CLDR, and a tokenizer.
     """
-    _plain_job("jobs.generate", "world", "--config", config, "--out", str(out))
+    _plain_job("ramoe_megatron.jobs.generate", "world", "--config", config, "--out", str(out))
 
 
 @main.command()
@@ -247,24 +275,25 @@ def sib200(source: Path | None, out: Path, config: str) -> None:
         except json.JSONDecodeError as error:
             raise RamoeError(f"--config: column {error.colno}: malformed JSON ({error.msg})") from error
         config = json.dumps({**given, "source": str(source)})
-    _plain_job("jobs.generate", "sib200", "--config", config, "--out", str(out))
+    _plain_job("ramoe_megatron.jobs.generate", "sib200", "--config", config, "--out", str(out))
 
 
 @main.command()
 @click.argument("run_folder", metavar="RUN", type=EXISTING)
 def report(run_folder: Path) -> None:
     """Write RUN's report.html and plots again."""
-    _plain_job("report.write", "report", "--run", str(run_folder))
+    _plain_job("ramoe_megatron.report.write", "report", "--run", str(run_folder))
 
 
 def _plain_job(name: str, *arguments: str) -> NoReturn:
+    """Run a module in one process to its end."""
     import os
 
     from ramoe_megatron.recipe.launcher import launch, python_command
     from ramoe_megatron.recipe.processes import stop_signals
 
     with stop_signals():
-        sys.exit(launch(python_command((f"ramoe_megatron.{name}", *arguments), ranks=0), os.environ).status)
+        sys.exit(launch(python_command((name, *arguments), ranks=0), os.environ).status)
 
 
 def _numbers(_context: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:

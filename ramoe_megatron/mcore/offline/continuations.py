@@ -1,0 +1,111 @@
+"""Log-likelihoods and greedy continuations of token sequences, as lm-evaluation-harness asks for them.
+
+A log-likelihood is of the tokens that are given, without an end token. Its softmax is over the whole
+vocabulary of the model, as in transformers, also over rows that the tokenizer does not use.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ramoe_megatron.data.encode import Encoded
+from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.families import note_of
+from ramoe_megatron.mcore.offline.model import MicroBatch, OfflineModel
+from ramoe_megatron.mcore.offline.scoring import NOT_FINITE, greedy
+
+PIECE = 16
+"""Number of tokens after which a continuation is searched for a text that ends it."""
+
+
+def continuation_likelihoods(
+    model: OfflineModel, sequences: Sequence[tuple[Sequence[int], int]]
+) -> list[tuple[float, bool]]:
+    """Natural log-likelihood of each continuation, and whether greedy decoding gives it, on every rank.
+
+    Sequences that differ in their last token alone run once.
+
+    Args:
+        sequences: ids of context and continuation, and the number of ids of the context; neither is empty.
+
+    Raises:
+        RamoeError: on every rank, if a log-likelihood is not finite.
+    """
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    members: dict[tuple[int, ...], list[int]] = {}
+    for number, (ids, _) in enumerate(sequences):
+        members.setdefault(tuple(ids[:-1]), []).append(number)
+    of_run = list(members.values())
+    encoded = [Encoded([*inputs, model.tokenizer.eod], len(inputs)) for inputs in members]
+    vocabulary = vocabulary_size(model)
+    scores = torch.zeros(len(sequences), dtype=torch.float64, device=model.device)
+    others = torch.zeros(len(sequences), dtype=torch.int64, device=model.device)
+
+    def read(micro: MicroBatch, logits: Tensor) -> None:
+        found = [
+            (row, place, ids[place + 1], number)
+            for row, run in enumerate(micro.places.tolist())
+            if run >= 0
+            for number in of_run[run]
+            for ids, context in [sequences[number]]
+            for place in range(context - 1, len(ids) - 1)
+        ]
+        index = torch.tensor(found, dtype=torch.int64, device=model.device)
+        row, place, label, owner = index.view(len(found), 4).T
+        whole = gather_from_tensor_model_parallel_region(logits[row, place])
+        if model.reports:
+            terms_RV = whole[:, :vocabulary].float().log_softmax(dim=-1)
+            scores.index_add_(0, owner, terms_RV.gather(1, label[:, None]).squeeze(1).double())
+            others.index_add_(0, owner, (terms_RV.argmax(dim=-1) != label).long())
+
+    for group in model.groups([len(each.ids) for each in encoded]):
+        model.run(encoded, group, read)
+    shared = list(zip(model.share(scores).tolist(), model.share(others).tolist(), strict=True))
+    _refuse_not_finite([not torch.tensor(score).isfinite() for score, _ in shared])
+    return [(score, count == 0) for score, count in shared]
+
+
+def continuations(
+    model: OfflineModel,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    until: Sequence[Sequence[str]],
+) -> list[list[int]]:
+    """The greedy continuation of each prompt, on every rank.
+
+    It ends before the end token, at the limit, or some tokens after one of its texts in `until`.
+
+    Raises:
+        RamoeError: on every rank, if logits are not finite.
+    """
+    ids: list[list[int]] = [[] for _ in prompts]
+    unfinished = list(range(len(prompts)))
+    while unfinished:
+        rooms = [min(PIECE, limits[place] - len(ids[place])) for place in unfinished]
+        pieces = greedy(model, [[*prompts[place], *ids[place]] for place in unfinished], rooms)
+        left = []
+        for place, piece, room in zip(unfinished, pieces, rooms, strict=True):
+            ids[place] += piece
+            text = model.tokenizer.detokenize(ids[place])
+            whole = len(piece) == room and len(ids[place]) < limits[place]
+            if whole and NOT_FINITE not in piece and not any(end in text for end in until[place]):
+                left.append(place)
+        unfinished = left
+    _refuse_not_finite([NOT_FINITE in each for each in ids])
+    return ids
+
+
+def vocabulary_size(model: OfflineModel) -> int:
+    """Number of tokens of the converted model; of the tokenizer, where no note is beside the checkpoint."""
+    note = note_of(model.args)
+    return note.config().vocab_size if note else model.tokenizer.vocab_size
+
+
+def _refuse_not_finite(broken: Sequence[bool]) -> None:
+    if any(broken):
+        raise RamoeError(
+            f"the model's logits hold NaN or infinity in {sum(broken)} of {len(broken)} requests. Its "
+            "weights are not finite, or overflow in this precision: load another checkpoint, or use bfloat16"
+        )
