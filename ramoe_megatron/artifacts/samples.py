@@ -11,9 +11,9 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
-from ramoe_megatron.artifacts.files import atomic_write_text
 from ramoe_megatron.artifacts.records import json_objects
 from ramoe_megatron.errors import RamoeError
 
@@ -202,14 +202,17 @@ def sample_line(
     return json.dumps(found, ensure_ascii=False) + "\n"
 
 
-def write_samples(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
-    """Write a sample file, whole or not at all."""
-    atomic_write_text(path, "".join(lines))
+def sample_names(groups: Iterable[tuple[str, str]]) -> list[str]:
+    """Names of the sample files of (task, language), in sorted order: `samples_TASK_LANGUAGE.jsonl`.
 
-
-def file_name(task: str, language: str) -> str:
-    """Name of the sample file of a task and a language, which lm-eval's readers find as `samples_*.jsonl`."""
-    return re.sub(r"[^\w.-]", "_", f"samples_{task}_{language}") + ".jsonl"
+    A character that a file's name may not have becomes "_". A name that is taken gets a number.
+    """
+    names: dict[str, None] = {}
+    for task, language in sorted(groups):
+        name = re.sub(r"[^\w.-]", "_", f"samples_{task}_{language}")
+        free = (f"{name}{f'_{number}' if number else ''}.jsonl" for number in count())
+        names[next(each for each in free if each not in names)] = None
+    return list(names)
 
 
 def _hash(text: str) -> str:

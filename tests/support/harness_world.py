@@ -12,7 +12,9 @@ from tiny_models import make_model
 
 from ramoe_megatron.models.convert import convert_folder, plan_conversion
 
-WORDS = "one two three four five six seven eight nine ten red green blue old new big small cat dog bird".split()
+WORDS = (
+    "one two three four five six seven eight nine ten red green blue old new big small cat dog bird".split()
+)
 TEXTS = [" ".join(WORDS[n:] + WORDS[:n]) for n in range(len(WORDS))] * 3
 NAMES = ("mixtral", "olmoe")
 """The families: a tokenizer with BOS that begins texts with a space, and one of bytes without BOS."""
@@ -48,7 +50,9 @@ def documents(number: int, seed: int) -> list[dict[str, Any]]:
         choices = [" ".join(generator.choices(WORDS, k=k)) for k in (1, 1, 2, 4)]
         while len(set(choices)) < 4:
             choices[0] = generator.choice(WORDS)
-        rows.append({"question": question, "choices": choices, "gold": generator.randrange(4), "key": f"q{n}"})
+        rows.append(
+            {"question": question, "choices": choices, "gold": generator.randrange(4), "key": f"q{n}"}
+        )
     return rows
 
 
@@ -56,7 +60,9 @@ def write_tasks(folder: Path, answers: list[str]) -> None:
     """Write the tasks and their documents. `answers`: gold answers of the generated texts."""
     tasks = folder / "tasks"
     tasks.mkdir(exist_ok=True)
-    said = [{**row, "answer": answer} for row, answer in zip(documents(len(answers), 2), answers, strict=True)]
+    said = [
+        {**row, "answer": answer} for row, answer in zip(documents(len(answers), 2), answers, strict=True)
+    ]
     asked = {"doc_to_text": "{{question}} ?"}
     generated = {
         "output_type": "generate_until",

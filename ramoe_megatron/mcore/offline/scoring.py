@@ -17,6 +17,9 @@ OnProgress = Callable[[int], None]
 ContextFor = Callable[[Sequence[int]], ContextMaker]
 """Makes the routing contexts of scored sequences, from the index of the example of each sequence."""
 
+OnAnswer = Callable[[int, "list[float] | str"], None]
+"""Receives the index of an example, and the log-likelihood of each choice or the generated text."""
+
 NOT_FINITE = -1
 """Stands for a token id when the logits have NaN or infinity."""
 
@@ -27,6 +30,7 @@ def score(
     limits: Sequence[int],
     context_for: ContextFor | None = None,
     progress: OnProgress | None = None,
+    answered: OnAnswer | None = None,
 ) -> list[bool]:
     """Whether the model answers each example correctly, on every rank.
 
@@ -39,6 +43,7 @@ def score(
     Args:
         limits: maximum new tokens of each example, from `data.answers.new_token_limits`, which rejects
             examples that cannot be scored.
+        answered: called once for each example, with what the decision is made from.
 
     Raises:
         RamoeError: on every rank, if logits are not finite. The message counts the examples and names five.
@@ -59,6 +64,8 @@ def score(
         for place in with_choices:
             options = examples[place].choices or ()
             scores = likelihood[start : start + len(options)]
+            if answered:
+                answered(place, list(scores))
             gold = scores.pop(options.index(examples[place].answer))
             if not all(map(math.isfinite, [gold, *scores])):
                 broken.add(place)
@@ -72,11 +79,12 @@ def score(
         for place, each, ids in zip(generated, asked, answers, strict=True):
             if NOT_FINITE in ids:
                 broken.add(place)
-            elif len(ids) < limits[place]:  # its end was generated, and is left out
-                example = examples[place]
-                correct[place] = is_correct(
-                    each.answer(ids, model.tokenizer), example.answer, example.language
-                )
+                continue
+            example, text = examples[place], each.answer(ids, model.tokenizer)
+            if answered:
+                answered(place, text)
+            if len(ids) < limits[place]:  # its end was generated, and is left out
+                correct[place] = is_correct(text, example.answer, example.language)
     if broken:
         names = [f"{examples[place].id} ({examples[place].language})" for place in sorted(broken)]
         raise RamoeError(
