@@ -58,8 +58,8 @@ class EvaluateOptions:
     """Seed of the fine-tuning run, to record in the results and in the file name. Default: no seed."""
 
     save_samples: bool = False
-    """Also write what the model answered: the log-likelihood of each choice, or the generated text. The folder
-    NAME-samples gets a sample file of lm-evaluation-harness for each task and language."""
+    """Also write what the model answered: the log-likelihood of each choice, or the generated text. For each
+    task and language, a sample file of lm-evaluation-harness in the folder NAME-samples."""
 
     weights_digest: bool = False
     """Record a digest of the weights in the results. Two checkpoints that are loaded in the same parallel
