@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.entry import CHECKPOINT_FIX, Job
@@ -20,14 +20,6 @@ from ramoe_megatron.mcore.checkpoint import named, require_checkpoint
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, run_job
 from ramoe_megatron.mcore.start import Start
-
-if TYPE_CHECKING:
-    from ramoe_megatron.mcore.offline.model import OfflineModel
-
-MODEL = "ramoe"
-"""Name of the model in lm-eval."""
-FOLLOW_DAYS = 30
-"""How long a rank waits for the next request, since rank 0 may load a large data set meanwhile."""
 
 
 def main() -> None:
@@ -63,6 +55,7 @@ def require_lm_eval() -> None:
 
 def run_over_ranks(args: Any, batch_tokens: int, words: Sequence[str]) -> None:
     """Run lm_eval on rank 0 with these words, while the other ranks follow."""
+    from ramoe_megatron.jobs.harness_ranks import MODEL, Ranks
     from ramoe_megatron.mcore.offline.model import start
 
     start(args)
@@ -76,8 +69,8 @@ def run_over_ranks(args: Any, batch_tokens: int, words: Sequence[str]) -> None:
 
     RamoeLM.started = ranks
     # lm_eval names its output folder after the argument `pretrained`
-    named = ["--model_args", json.dumps({"pretrained": args.load})]
-    before, sys.argv = sys.argv, ["lm-eval", "run", "--model", MODEL, *words, *named]
+    folder = ["--model_args", json.dumps({"pretrained": args.load})]
+    before, sys.argv = sys.argv, ["lm-eval", "run", "--model", MODEL, *words, *folder]
     try:
         cli_evaluate()
     except RamoeError:
@@ -89,65 +82,6 @@ def run_over_ranks(args: Any, batch_tokens: int, words: Sequence[str]) -> None:
     finally:
         sys.argv = before
         ranks.release()
-
-
-class Ranks:
-    """The model over all ranks. Rank 0 asks, and every rank computes.
-
-    `load` builds the model. `loaded` says whether that has begun.
-    """
-
-    def __init__(self, args: Any, batch_tokens: int) -> None:
-        """After `mcore.offline.model.start`, on every rank."""
-        import datetime
-
-        import torch
-        from megatron.training import get_tokenizer
-
-        self.args, self.batch_tokens = args, batch_tokens
-        self.tokenizer = get_tokenizer()
-        self.loaded = False
-        self._model: OfflineModel | None = None
-        self._computing = False
-        wait = datetime.timedelta(days=FOLLOW_DAYS)
-        self._group = torch.distributed.new_group(backend="gloo", timeout=wait)
-
-    def ask(self, what: str, *values: Any) -> Any:
-        """Compute on every rank; on rank 0 only. `what` is a public method of the work: see `_compute`."""
-        self._send((what, values))
-        return self._compute(what, values)
-
-    def follow(self) -> None:
-        """Compute what rank 0 asks, until it releases this rank."""
-        while (request := self._send(None)) is not None:
-            self._compute(*request)
-
-    def release(self) -> None:
-        """Let the other ranks end, unless an error on every rank has ended them; on rank 0 only."""
-        if not self._computing:
-            self._send(None)
-
-    def _send(self, request: tuple[str, tuple[Any, ...]] | None) -> Any:
-        import torch
-
-        sent = [request]
-        torch.distributed.broadcast_object_list(sent, src=0, group=self._group)
-        return sent[0]
-
-    def _compute(self, what: str, values: tuple[Any, ...]) -> Any:
-        from ramoe_megatron.mcore.offline.continuations import continuation_likelihoods, continuations
-        from ramoe_megatron.mcore.offline.model import OfflineModel
-
-        self._computing = True
-        if what == "load":
-            self.loaded = True
-            self._model = OfflineModel(self.args, self.batch_tokens)
-            found: Any = None
-        else:
-            work = {"likelihoods": continuation_likelihoods, "continuations": continuations}[what]
-            found = work(self._model, *values)  # type: ignore[operator]
-        self._computing = False
-        return found
 
 
 if __name__ == "__main__":

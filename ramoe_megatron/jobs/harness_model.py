@@ -10,7 +10,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ramoe_megatron.data.chat import render_chat, shown, tokenize, tokenize_rendered
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.jobs.harness import MODEL, Ranks
+from ramoe_megatron.jobs.harness_ranks import MODEL, Ranks
 
 NEW_TOKENS = 256
 """Maximum number of generated tokens where a task gives none, as in lm-eval's hf model."""
@@ -135,12 +135,12 @@ class RamoeLM(TemplateLM):
                     f"lm-eval: {request.task_name} asks for {limit} new tokens, expected fewer than "
                     f"--max-position-embeddings {self.max_length}; give --gen_kwargs max_gen_toks=N"
                 )
-            ids = self.tok_encode(text)
+            ids = self.tok_encode(text) or [self.prefix_token_id]
             kept = ids[-(self.max_length - limit) :]
             cut += len(kept) < len(ids)
             prompts.append(kept)
             limits.append(limit)
-            ends.append(handle_stop_sequences(settings["until"], eos=end))
+            ends.append([stop for stop in handle_stop_sequences(settings["until"], eos=end) if stop])
         self._tell_cut(cut, len(requests))
         made: list[list[int]] = self.ranks.ask("continuations", prompts, limits, ends)
         texts = [

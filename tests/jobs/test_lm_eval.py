@@ -61,7 +61,7 @@ def parallel_rows() -> list[dict[str, Any]]:
                 "id": f"q{number}",
                 "language": language,
                 "task": ("even", "odd")[number % 2],
-                "prompt": " ".join(document["question"].split()[:9]) + "\n",
+                "prompt": " ".join(document["question"].split()[:5]) + "\n",
                 "response": gold,
                 "split": "test",
             }
@@ -85,7 +85,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         assert ranks == 2
         table.append({"name": name, "job": SCRIPT, "argv": words})
     own = [*render(model_flags({"checkpoint": str(folder / "olmoe"), "expert_parallel": 2}))]
-    own += ["--ramoe-data", data, "--ramoe-split", "test", "--ramoe-max-new-tokens", "12"]
+    own += ["--ramoe-data", data, "--ramoe-split", "test"]
     for job, more in (("taxonomy", []), ("evaluate", ["--ramoe-save-samples"])):
         argv = [*own, *more, "--ramoe-output", str(folder / job)]
         table.append({"name": job, "job": job, "argv": argv})

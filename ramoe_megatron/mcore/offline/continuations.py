@@ -13,14 +13,18 @@ from ramoe_megatron.data.encode import Encoded
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.families import note_of
 from ramoe_megatron.mcore.offline.model import MicroBatch, OfflineModel
-from ramoe_megatron.mcore.offline.scoring import NOT_FINITE, greedy
+from ramoe_megatron.mcore.offline.scoring import NOT_FINITE, OnProgress, greedy
 
 PIECE = 16
 """Number of tokens after which a continuation is searched for a text that ends it."""
+POSITIONS = 512
+"""Number of positions whose logits are in float32 at once, since a vocabulary is large."""
 
 
 def continuation_likelihoods(
-    model: OfflineModel, sequences: Sequence[tuple[Sequence[int], int]]
+    model: OfflineModel,
+    sequences: Sequence[tuple[Sequence[int], int]],
+    progress: OnProgress | None = None,
 ) -> list[tuple[float, bool]]:
     """Natural log-likelihood of each continuation, and whether greedy decoding gives it, on every rank.
 
@@ -52,16 +56,19 @@ def continuation_likelihoods(
             for ids, context in [sequences[number]]
             for place in range(context - 1, len(ids) - 1)
         ]
-        index = torch.tensor(found, dtype=torch.int64, device=model.device)
-        row, place, label, owner = index.view(len(found), 4).T
-        whole = gather_from_tensor_model_parallel_region(logits[row, place])
-        if model.reports:
-            terms_RV = whole[:, :vocabulary].float().log_softmax(dim=-1)
-            scores.index_add_(0, owner, terms_RV.gather(1, label[:, None]).squeeze(1).double())
-            others.index_add_(0, owner, (terms_RV.argmax(dim=-1) != label).long())
+        index = torch.tensor(found, dtype=torch.int64, device=model.device).view(len(found), 4)
+        for part in index.split(POSITIONS):
+            row, place, label, owner = part.T
+            whole = gather_from_tensor_model_parallel_region(logits[row, place])
+            if model.reports:
+                terms_RV = whole[:, :vocabulary].float().log_softmax(dim=-1)
+                scores.index_add_(0, owner, terms_RV.gather(1, label[:, None]).squeeze(1).double())
+                others.index_add_(0, owner, (terms_RV.argmax(dim=-1) != label).long())
 
     for group in model.groups([len(each.ids) for each in encoded]):
         model.run(encoded, group, read)
+        if progress:
+            progress(sum(len(of_run[run]) for run in group))
     shared = list(zip(model.share(scores).tolist(), model.share(others).tolist(), strict=True))
     _refuse_not_finite([not torch.tensor(score).isfinite() for score, _ in shared])
     return [(score, count == 0) for score, count in shared]
@@ -72,6 +79,7 @@ def continuations(
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     until: Sequence[Sequence[str]],
+    progress: OnProgress | None = None,
 ) -> list[list[int]]:
     """The greedy continuation of each prompt, on every rank.
 
@@ -92,6 +100,8 @@ def continuations(
             whole = len(piece) == room and len(ids[place]) < limits[place]
             if whole and NOT_FINITE not in piece and not any(end in text for end in until[place]):
                 left.append(place)
+        if progress:
+            progress(len(unfinished) - len(left))
         unfinished = left
     _refuse_not_finite([NOT_FINITE in each for each in ids])
     return ids
