@@ -132,11 +132,12 @@ def _only(
 def _refuse_twice(keys: Iterable[tuple[object, str]], what: str) -> None:
     seen: dict[object, str] = {}
     for key, where in keys:
-        if (first := seen.setdefault(key, where)) != where:
+        if key in seen:
             raise RamoeError(
-                f"{where}: {what} {key!r} is at {first} already; give each document once, "
+                f"{where}: {what} {key!r} is at {seen[key]} already; give each document once, "
                 "or an --id that differs"
             )
+        seen[key] = where
 
 
 def _id(found: Mapping[str, Any], form: str, where: str) -> str:
