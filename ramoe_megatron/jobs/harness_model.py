@@ -1,6 +1,7 @@
 """The model `ramoe` of lm-evaluation-harness: a Megatron checkpoint that runs over ranks."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 from lm_eval.api.model import TemplateLM
@@ -64,6 +65,10 @@ class RamoeLM(TemplateLM):
         first = getattr(self.tokenizer, "bos_id", None)
         return first if isinstance(first, int) and first >= 0 else self.eot_token_id
 
+    @cached_property
+    def _first(self) -> str:
+        return shown(self.prefix_token_id, self.tokenizer)
+
     @property
     def tokenizer_name(self) -> str:
         """The tokenizer's path, for lm_eval's cache of requests."""
@@ -71,7 +76,7 @@ class RamoeLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text. The tokenizer's first token is put before it, unless the text begins with it."""
-        first = shown(self.prefix_token_id, self.tokenizer)
+        first = self._first
         if add_special_tokens is False or (add_special_tokens is None and first and string.startswith(first)):
             return tokenize_rendered(string, self.tokenizer)
         return tokenize(string, self.tokenizer, start=True)
@@ -191,7 +196,7 @@ class RamoeLM(TemplateLM):
     def _tell_cut(self, cut: int, total: int) -> None:
         if cut:
             print(
-                f"ramoe: {cut} of {total} contexts are longer than the model's maximum length of "
+                f"ramoe: {cut} of {total} contexts do not fit into the model's maximum length of "
                 f"{self.max_length} tokens and were cut on the left",
                 flush=True,
             )

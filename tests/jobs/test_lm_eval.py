@@ -154,7 +154,7 @@ def test_contexts_beyond_the_models_maximum_are_cut_as_by_transformers_and_count
         asked = [sample["arguments"]["gen_args_0"]["arg_0"] for sample in world.ours[name]["say"]]
         assert any(len(tokenizer.encode(text)) > POSITIONS for text in asked)
     log = (world.folder / "ranks2.log").read_text()
-    assert f"longer than the model's maximum length of {POSITIONS} tokens and were cut on the left" in log
+    assert f"do not fit into the model's maximum length of {POSITIONS} tokens and were cut on the left" in log
 
 
 def test_the_samples_of_an_evaluation_give_the_taxonomy_of_our_own_scoring(world: World) -> None:

@@ -37,7 +37,7 @@ def write_world(folder: Path) -> None:
         sizes = {"vocab_size": len(tokenizer) + 6, "max_position_embeddings": POSITIONS}
         make_model(name, **sizes, **ids).save_pretrained(target)
         convert_folder(plan_conversion(target), folder / name)
-    write_tasks(folder, ["?"] * 10)
+    write_tasks(folder, ["?"] * 8)
 
 
 def documents(number: int, seed: int) -> list[dict[str, Any]]:
@@ -71,21 +71,21 @@ def write_tasks(folder: Path, answers: list[str]) -> None:
         "metric_list": [{"metric": "exact_match", **METRIC}],
     }
     made: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
-        "pick": (documents(30, 1), asked | {
+        "pick": (documents(16, 1), asked | {
             "output_type": "multiple_choice",
             "doc_to_target": "gold",
             "doc_to_choice": "choices",
             "metric_list": [{"metric": "acc", **METRIC}, {"metric": "acc_norm", **METRIC}],
         }),
         "say": (said, asked | generated),
-        "roll": (documents(5, 3), {
+        "roll": (documents(3, 3), {
             "output_type": "loglikelihood_rolling",
             "doc_to_text": "",
             "doc_to_target": "{{question}}",
             "metric_list": [{"metric": "byte_perplexity", "aggregation": "weighted_perplexity",
                              "higher_is_better": False}],
         }),
-        "echo": (documents(8, 4), {
+        "echo": (documents(4, 4), {
             "output_type": "loglikelihood",
             "doc_to_text": "",
             "doc_to_target": "{{choices[0]}}",
