@@ -7,7 +7,11 @@ from typing import Any
 import torch
 
 from ramoe_megatron.jobs.offline_job import ProgressLines
-from ramoe_megatron.mcore.offline.continuations import continuation_likelihoods, continuations
+from ramoe_megatron.mcore.offline.continuations import (
+    continuation_likelihoods,
+    continuations,
+    with_whole_vocabulary,
+)
 from ramoe_megatron.mcore.offline.model import OfflineModel
 
 MODEL = "ramoe"
@@ -67,7 +71,7 @@ class Ranks:
 
     def _load(self) -> None:
         self.loaded = True
-        self._model = OfflineModel(self.args, self.batch_tokens)
+        self._model = with_whole_vocabulary(OfflineModel(self.args, self.batch_tokens))
 
     def _likelihoods(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
         assert self._model

@@ -1,7 +1,7 @@
 """Log-likelihoods and greedy continuations of token sequences, as lm-evaluation-harness asks for them.
 
-A log-likelihood is of the tokens that are given, without an end token. Its softmax is over the whole
-vocabulary of the model, as in transformers, also over rows that the tokenizer does not use.
+A log-likelihood is of the tokens that are given, without an end token. With `with_whole_vocabulary`, softmax
+and greedy decoding see all tokens that transformers sees, also those that the tokenizer does not have.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,6 @@ def continuation_likelihoods(
         members.setdefault(tuple(ids[:-1]), []).append(number)
     of_run = list(members.values())
     encoded = [Encoded([*inputs, model.tokenizer.eod], len(inputs)) for inputs in members]
-    vocabulary = vocabulary_size(model)
     scores = torch.zeros(len(sequences), dtype=torch.float64, device=model.device)
     others = torch.zeros(len(sequences), dtype=torch.int64, device=model.device)
 
@@ -61,7 +60,7 @@ def continuation_likelihoods(
             row, place, label, owner = part.T
             whole = gather_from_tensor_model_parallel_region(logits[row, place])
             if model.reports:
-                terms_RV = whole[:, :vocabulary].float().log_softmax(dim=-1)
+                terms_RV = whole[:, : model.vocabulary].float().log_softmax(dim=-1)
                 scores.index_add_(0, owner, terms_RV.gather(1, label[:, None]).squeeze(1).double())
                 others.index_add_(0, owner, (terms_RV.argmax(dim=-1) != label).long())
 
@@ -107,10 +106,14 @@ def continuations(
     return ids
 
 
-def vocabulary_size(model: OfflineModel) -> int:
-    """Number of tokens of the converted model; of the tokenizer, where no note is beside the checkpoint."""
-    note = note_of(model.args)
-    return note.config().vocab_size if note else model.tokenizer.vocab_size
+def with_whole_vocabulary(model: OfflineModel) -> OfflineModel:
+    """The model, with the vocabulary of its Hugging Face folder, which may be larger than the tokenizer's.
+
+    Without a note beside the checkpoint, the vocabulary stays the tokenizer's.
+    """
+    if note := note_of(model.args):
+        model.vocabulary = note.config().vocab_size
+    return model
 
 
 def _refuse_not_finite(broken: Sequence[bool]) -> None:
