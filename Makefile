@@ -72,7 +72,7 @@ $(VENV)/.made:
 
 install: $(VENV)/.installed
 $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev,lm-eval]'
 	@touch $@
 
 install-megatrons: $(MEGATRONS:%=$(VENV)/megatron-core-%/.installed)

@@ -35,6 +35,7 @@ STARTS = (
     "test_fork_server",
     "test_resume_jobs",
     "test_hybrid",
+    "test_lm_eval",
     "test_anchor_stages",
     "test_steering_job",
     "test_benchmarks",

@@ -128,7 +128,7 @@ def test_commands_exist(name: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
     for piece in code(name):
-        for command in re.findall(r"(?:^|[/ (`])ramoe ([a-z]\w*)", piece.split("#")[0]):
+        for command in re.findall(r"(?:^|[/ (`])ramoe ([a-z][\w-]*)", piece.split("#")[0]):
             assert command in main.commands, piece
         for target in re.findall(r"^make ([a-z][a-z-]*)", piece):
             assert target in targets, piece

@@ -64,12 +64,15 @@ def first_line(path: str | os.PathLike[str]) -> str:
     raise RamoeError(f"{path}: no rows, expected one per line; run the stage that writes the file again")
 
 
-def _records(
-    path: str | os.PathLike[str], types: Mapping[str, type], again: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of every line. Checks the types of the keys and that (id, language) is unique."""
-    bits: dict[str, int] = {}
-    seen: dict[str, int] = {}  # id -> one bit for each language read so far
+def json_objects(path: str | os.PathLike[str], again: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(line number, "file:line", object) of every line of a JSONL file that is not blank.
+
+    Args:
+        again: what to do about a wrong line, for messages.
+
+    Raises:
+        RamoeError: the file cannot be read, a line is not one JSON object, or text is not valid Unicode.
+    """
     for number, line in _lines(path):
         where = f"{path}:{number}"
         try:
@@ -82,6 +85,16 @@ def _records(
             raise RamoeError(f"{where}: found {type(found).__name__}, expected one JSON object; {again}")
         if "\\u" in line:  # in UTF-8 only JSON's own spelling can be half of a surrogate pair
             refuse_unwritable(found, where)
+        yield number, where, found
+
+
+def _records(
+    path: str | os.PathLike[str], types: Mapping[str, type], again: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of every line. Checks the types of the keys and that (id, language) is unique."""
+    bits: dict[str, int] = {}
+    seen: dict[str, int] = {}  # id -> one bit for each language read so far
+    for _, where, found in json_objects(path, again):
         for key, kind in types.items():
             if not isinstance(found.get(key), kind):
                 value = repr(found[key]) if key in found else "nothing"

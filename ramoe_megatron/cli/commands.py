@@ -1,8 +1,9 @@
 """The `ramoe` command. Heavy imports are inside the commands, so that `ramoe --help` is fast."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -12,6 +13,7 @@ from ramoe_megatron.cli.show import EXISTING, FILE, FILE_COMMANDS, FOLDER, wide_
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.unfinished import STATUS
 
+FROM_SAMPLES = "--from-samples"
 PASS_THROUGH = {"ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
 
 
@@ -152,10 +154,12 @@ def doctor(
     sys.exit(0 if sound else 1)
 
 
-def _job(name: str, summary: str) -> None:
+def _job(name: str, summary: str, more: str = "") -> None:
     """Add a command that starts a job's ranks with the given flags."""
 
-    @main.command(name, context_settings=PASS_THROUGH, short_help=summary, help=_job_help(name, summary))
+    @main.command(
+        name, context_settings=PASS_THROUGH, short_help=summary, help=_job_help(name, summary, more)
+    )
     @click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Ranks per node.")
     @click.option(
         "--nodes",
@@ -166,37 +170,77 @@ def _job(name: str, summary: str) -> None:
     )
     @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
     def command(ranks: int, nodes: int, flags: tuple[str, ...]) -> None:
-        import os
-        import shlex
-
-        from ramoe_megatron.recipe.launcher import Place, launch, python_command, rank_environment
-        from ramoe_megatron.recipe.processes import stop_signals
-
-        place = Place.from_environment(nodes, os.environ)
-        words = python_command((f"ramoe_megatron.jobs.{name}", *flags), ranks, place)
-        place.refuse_taken(0)
-        if place.node == 0:
-            click.echo(f"ramoe: {shlex.join(words)}", err=True)
-        with stop_signals():
-            outcome = launch(words, rank_environment(ranks, os.environ))
-        if outcome.unfinished and place.node == 0:
-            click.secho(f"ramoe: unfinished: {outcome.unfinished}", fg="yellow", err=True)
-        sys.exit(outcome.status)
+        if name == "taxonomy" and any(word.partition("=")[0] == FROM_SAMPLES for word in flags):
+            _plain_job("ramoe_megatron.jobs.from_samples", *flags)
+        _start_ranks(name, flags, ranks, nodes)
 
 
-def _job_help(name: str, summary: str) -> str:
+def _start_ranks(name: str, flags: Sequence[str], ranks: int, nodes: int) -> NoReturn:
+    """Run a job's ranks to their end."""
+    import os
+    import shlex
+
+    from ramoe_megatron.recipe.launcher import Place, launch, python_command, rank_environment
+    from ramoe_megatron.recipe.processes import stop_signals
+
+    place = Place.from_environment(nodes, os.environ)
+    words = python_command((f"ramoe_megatron.jobs.{name}", *flags), ranks, place)
+    place.refuse_taken(0)
+    if place.node == 0:
+        click.echo(f"ramoe: {shlex.join(words)}", err=True)
+    with stop_signals():
+        outcome = launch(words, rank_environment(ranks, os.environ))
+    if outcome.unfinished and place.node == 0:
+        click.secho(f"ramoe: unfinished: {outcome.unfinished}", fg="yellow", err=True)
+    sys.exit(outcome.status)
+
+
+def _job_help(name: str, summary: str, more: str) -> str:
     return (
         f"{summary}\n\nFLAGS are Megatron's flags and ours (--ramoe-...), "
         f"passed to `torchrun -m ramoe_megatron.jobs.{name}`; `ramoe {name} -- --help` lists them. "
         "On several nodes, NODE_RANK (or SLURM_NODEID), MASTER_ADDR and MASTER_PORT identify this node."
-    )
+    ) + (f"\n\n{more}" if more else "")
 
 
-_job("taxonomy", "Score parallel examples in each language: cc, ci, ic, ii.")
+_job(
+    "taxonomy",
+    "Score parallel examples in each language: cc, ci, ic, ii.",
+    f"`ramoe taxonomy {FROM_SAMPLES} en=FILE sw=FILE ...` takes the outcomes from sample files of "
+    f"lm-evaluation-harness and starts no ranks; `ramoe taxonomy -- {FROM_SAMPLES} --help` lists its flags.",
+)
 _job("profile", "Find the task experts, English routing and alignment zone.")
 _job("finetune", "Fine-tune with Megatron's training loop and the alignment loss.")
 _job("evaluate", "Measure accuracy and routing mass of a checkpoint.")
 _job("steer", "Search, on a validation split, for the best steering setting.")
+
+
+@main.command("lm-eval", context_settings=PASS_THROUGH)
+@click.option("--ranks", type=click.IntRange(1), help="Ranks per node.  [default: what the sizes need]")
+@click.option(
+    "--nodes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of nodes, as in `ramoe profile`.",
+)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def lm_eval(ranks: int | None, nodes: int, words: tuple[str, ...]) -> None:
+    """Run tasks of lm-evaluation-harness on a Megatron checkpoint, over ranks.
+
+    WORDS are lm_eval's, with the model `ramoe`: `--tasks`, `--output_path`, `--log_samples` and so on;
+    `ramoe lm-eval -- --help` lists them. In `--model_args`: checkpoint=DIR (from `ramoe convert`),
+    tensor_parallel, pipeline_parallel, expert_parallel, dtype, batch_tokens, and any flag of Megatron.
+    """
+    from ramoe_megatron.jobs.harness import require_lm_eval
+
+    require_lm_eval()
+    if not words or words[0] in ("ls", "validate", "--help", "-h"):
+        _plain_job("lm_eval", *words)
+    from ramoe_megatron.cli.lm_eval_command import job_words
+
+    line, needed = job_words(words)
+    _start_ranks("harness", line, ranks or needed, nodes)
 
 
 @main.command()
@@ -207,7 +251,7 @@ def world(out: Path, config: str) -> None:
 
     It holds parallel, pretraining and general text from CLDR, and a tokenizer.
     """
-    _plain_job("jobs.generate", "world", "--config", config, "--out", str(out))
+    _plain_job("ramoe_megatron.jobs.generate", "world", "--config", config, "--out", str(out))
 
 
 @main.command()
@@ -231,7 +275,7 @@ def sib200(source: Path | None, out: Path, config: str) -> None:
         except json.JSONDecodeError as error:
             raise RamoeError(f"--config: column {error.colno}: malformed JSON ({error.msg})") from error
         config = json.dumps({**given, "source": str(source)})
-    _plain_job("jobs.generate", "sib200", "--config", config, "--out", str(out))
+    _plain_job("ramoe_megatron.jobs.generate", "sib200", "--config", config, "--out", str(out))
 
 
 @main.command()
@@ -302,17 +346,18 @@ def data(
 @click.argument("run_folder", metavar="RUN", type=EXISTING)
 def report(run_folder: Path) -> None:
     """Write RUN's report.html and plots again."""
-    _plain_job("report.write", "report", "--run", str(run_folder))
+    _plain_job("ramoe_megatron.report.write", "report", "--run", str(run_folder))
 
 
-def _plain_job(name: str, *arguments: str) -> None:
+def _plain_job(name: str, *arguments: str) -> NoReturn:
+    """Run a module in one process to its end."""
     import os
 
     from ramoe_megatron.recipe.launcher import launch, python_command
     from ramoe_megatron.recipe.processes import stop_signals
 
     with stop_signals():
-        sys.exit(launch(python_command((f"ramoe_megatron.{name}", *arguments), ranks=0), os.environ).status)
+        sys.exit(launch(python_command((name, *arguments), ranks=0), os.environ).status)
 
 
 def _numbers(_context: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:

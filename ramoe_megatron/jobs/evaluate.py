@@ -6,15 +6,17 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import atomic_write_text, digests, package_version, save_document
+from ramoe_megatron.artifacts.samples import sample_line, sample_names
 from ramoe_megatron.data.encode import encode
-from ramoe_megatron.data.parallel import Example
+from ramoe_megatron.data.parallel import FIELDS, Example
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.entry import Job
 from ramoe_megatron.jobs.offline_job import (
@@ -55,13 +57,20 @@ class EvaluateOptions:
     seed: int | None = None
     """Seed of the fine-tuning run, to record in the results and in the file name. Default: no seed."""
 
+    save_samples: bool = False
+    """Also write what the model answered: the log-likelihood of each choice, or the generated text. For each
+    task and language, a sample file of lm-evaluation-harness in the folder NAME-samples."""
+
     weights_digest: bool = False
     """Record a digest of the weights in the results. Two checkpoints that are loaded in the same parallel
     layout have the same digest if and only if their weights are equal bit for bit."""
 
 
 def main() -> None:
-    """Write the results (`NAME.json`) and the outcome of each example (`NAME.jsonl`) to the output folder."""
+    """Write the results (`NAME.json`) and the outcome of each example (`NAME.jsonl`) to the output folder.
+
+    With --ramoe-save-samples, also what the model answered (`NAME-samples/`).
+    """
     JOB.main()
 
 
@@ -100,7 +109,7 @@ def evaluate_and_write(
     Args:
         limits: maximum number of new tokens of each example, in the order of `by_id`.
     """
-    from ramoe_megatron.jobs.scores import answers, by_id, score_parts
+    from ramoe_megatron.jobs.scores import answers, by_id, kept_answers, score_parts
     from ramoe_megatron.mcore.offline.model import OfflineModel
     from ramoe_megatron.mcore.steer.contexts import steering_contexts
 
@@ -119,7 +128,7 @@ def evaluate_and_write(
     total = len(parts) + len(groups)
     with Shards(output, f"evaluate-{name}", total, lambda: depends_on(args, data.data, examples)) as shards:
         progress = ProgressLines(answers(examples), "answers")
-        correct = score_parts(model, parts, limits, shards, progress, contexts)
+        correct = score_parts(model, parts, limits, shards, progress, contexts, own.save_samples)
         outcomes = [(example, correct[example.id, example.language]) for example in examples]
         mass_rows = task_mass(model, groups, experts, shards, len(parts), contexts) if experts else []
 
@@ -158,6 +167,11 @@ def evaluate_and_write(
                 "mass": mass_rows,
                 "examples": f"{name}.jsonl",
             }
+            if own.save_samples:
+                body["samples"] = f"{name}-samples"
+                asked = zip(chain.from_iterable(parts), limits, strict=True)
+                most = {(e.id, e.language): limit for e, limit in asked}
+                write_samples(output / body["samples"], outcomes, kept_answers(shards, parts), most)
             if digest:
                 body["weights_sha256"] = digest
             if steer.on:
@@ -168,6 +182,38 @@ def evaluate_and_write(
             shards.remove()
 
         write_on_rank_0(model, write)
+
+
+def write_samples(
+    folder: Path,
+    outcomes: Sequence[tuple[Example, bool]],
+    answers: Mapping[tuple[str, str], list[float] | str],
+    limits: Mapping[tuple[str, str], int],
+) -> None:
+    """Write a sample file of each task and language, the examples in their order.
+
+    Args:
+        outcomes: the examples, and whether each is answered correctly.
+        answers: (id, language) -> log-likelihood of each choice, or generated text.
+        limits: (id, language) -> maximum number of new tokens.
+    """
+    lines: dict[tuple[str, str], list[str]] = {}
+    for example, right in outcomes:
+        key = (example.id, example.language)
+        own, answer = lines.setdefault((example.task, example.language), []), answers[key]
+        doc = {name: value for name in FIELDS if (value := getattr(example, name)) is not None}
+        if isinstance(answer, str):
+            target = example.answer
+            asked: list[tuple[str, object]] = [(example.prompt, {"until": [], "max_gen_toks": limits[key]})]
+            given: Sequence[tuple[float, bool | None]] | str = answer
+        else:
+            choices = example.choices or ()
+            target = str(choices.index(example.answer))
+            asked = [(example.prompt, choice) for choice in choices]
+            given = [(score, None) for score in answer]
+        own.append(sample_line(len(own), doc, target, asked, given, "acc", right))
+    for name, (_, text) in zip(sample_names(lines), sorted(lines.items()), strict=True):
+        atomic_write_text(folder / name, "".join(text))
 
 
 def groups_of_tasks(

@@ -1,5 +1,6 @@
 """Scoring in shards, for the jobs that record which examples a model answers correctly."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ def score_parts(
     shards: Shards,
     progress: OnProgress,
     contexts: Callable[[Sequence[Example]], ContextFor] | None = None,
+    keep_answers: bool = False,
 ) -> dict[tuple[str, str], bool]:
     """Score the parts, one shard each. The shards are numbered from 0.
 
@@ -43,6 +45,7 @@ def score_parts(
     Args:
         limits: maximum number of new tokens of each example, in the order of the parts.
         contexts: makes the routing contexts of a part's examples (`steering_contexts`).
+        keep_answers: keep what the model answered with each shard, for `kept_answers`.
 
     Returns:
         (id, language) -> whether the example is answered correctly, equal on every rank.
@@ -54,8 +57,27 @@ def score_parts(
     for number in range(shards.done, len(parts)):
         context_for = contexts(parts[number]) if contexts else None
         own = limits[len(correct) : len(correct) + len(parts[number])]
-        correct += score(model, parts[number], own, context_for, progress)
-        shards.save(number, {"correct": torch.tensor(correct, dtype=torch.uint8)})
+        found: dict[int, list[float] | str] = {}
+        answered = found.__setitem__ if keep_answers else None
+        correct += score(model, parts[number], own, context_for, progress, answered)
+        text = json.dumps([found[place] for place in sorted(found)]).encode()
+        kept = {"answers": torch.tensor(list(text), dtype=torch.uint8)} if keep_answers else None
+        shards.save(number, {"correct": torch.tensor(correct, dtype=torch.uint8)}, kept)
     return {
         (example.id, example.language): bool(right) for example, right in zip(examples, correct, strict=True)
     }
+
+
+def kept_answers(
+    shards: Shards, parts: Sequence[Sequence[Example]]
+) -> dict[tuple[str, str], list[float] | str]:
+    """What the model answered in each part, from `score_parts` with `keep_answers`. Only on rank 0.
+
+    Returns:
+        (id, language) -> the log-likelihood of each choice, or the generated text.
+    """
+    found: dict[tuple[str, str], list[float] | str] = {}
+    for number, part in enumerate(parts):
+        answers = json.loads(bytes(shards.kept(number)["answers"].tolist()))
+        found |= {(e.id, e.language): answer for e, answer in zip(part, answers, strict=True)}
+    return found

@@ -108,7 +108,8 @@ def megatron_flags() -> list[str]:
     )
 
 
-def _size(flags: Mapping[str, FlagValue], name: str, default: int = 1) -> int:
+def size_of(flags: Mapping[str, FlagValue], name: str, default: int = 1) -> int:
+    """A parallel size, or another number of at least 1. Raises RamoeError for any other value."""
     value = flags.get(name)
     if value is None or value is False:
         return default
@@ -131,10 +132,10 @@ def check_layout(recipe: Recipe, devices: int | None) -> None:
     ranks, nodes = recipe.launch.ranks_per_node, recipe.launch.nodes
     world = ranks * nodes
     tp, pp, cp, ep = (
-        _size(flags, f"{name}-parallel-size")
+        size_of(flags, f"{name}-parallel-size")
         for name in ("tensor-model", "pipeline-model", "context", "expert-model")
     )
-    etp = _size(flags, "expert-tensor-parallel-size", tp)
+    etp = size_of(flags, "expert-tensor-parallel-size", tp)
     launched = f"launch gives {nodes} x {ranks} = {world} ranks"
     layout = f"TP {tp} x PP {pp} x CP {cp}"
     if devices is not None and ranks > devices:
@@ -152,7 +153,7 @@ def check_layout(recipe: Recipe, devices: int | None) -> None:
             f"{launched}, but EP {ep} x expert-TP {etp} x PP {pp} needs a multiple of {ep * etp * pp}: lower "
             "parallel.expert-model-parallel-size or raise launch.ranks-per-node"
         )
-    if (experts := _size(flags, "num-experts", ep)) % ep:
+    if (experts := size_of(flags, "num-experts", ep)) % ep:
         raise RamoeError(
             f"parallel.expert-model-parallel-size {ep} does not divide model.num-experts {experts}"
         )
@@ -160,11 +161,11 @@ def check_layout(recipe: Recipe, devices: int | None) -> None:
         name.startswith(("decoder-", "num-layers-in-", "pipeline-model-parallel-layout", "hybrid-"))
         for name in flags
     )
-    if (layers := _size(flags, "num-layers", pp)) % pp and not uneven:
+    if (layers := size_of(flags, "num-layers", pp)) % pp and not uneven:
         raise RamoeError(
             f"parallel.pipeline-model-parallel-size {pp} does not divide model.num-layers {layers}"
         )
-    if (heads := _size(flags, "num-attention-heads", tp)) % tp:
+    if (heads := size_of(flags, "num-attention-heads", tp)) % tp:
         raise RamoeError(
             f"parallel.tensor-model-parallel-size {tp} does not divide model.num-attention-heads {heads}"
         )
@@ -180,8 +181,8 @@ def check_layout(recipe: Recipe, devices: int | None) -> None:
     if recipe.pretrain is not None:
         trainings["pretrain"] = recipe.pretrain_flags()
     for path, training in trainings.items():
-        micro = _size(training, "micro-batch-size")
-        batch = _size(training, "global-batch-size", micro * replicas)
+        micro = size_of(training, "micro-batch-size")
+        batch = size_of(training, "global-batch-size", micro * replicas)
         if batch % (micro * replicas):
             raise RamoeError(
                 f"{path}: {launched} and {layout} make {replicas} data-parallel replicas, "

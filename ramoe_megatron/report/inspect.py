@@ -82,6 +82,8 @@ def _taxonomy_parts(path: Path, document: Record) -> list[Part]:
     entries = {key: document[key] for key in ("anchor", "checkpoint")}
     if "anchors" in document:
         entries["anchors"] = ", ".join(document["anchors"])
+    if "samples" in document:
+        entries["samples"] = ", ".join(f"{each['language']}={each['path']}" for each in document["samples"])
     return [
         _head(path, "ramoe-taxonomy", entries, document["data"], document["package_version"]),
         tables.taxonomy_table("taxonomy by task, target language and split", document["pairs"]),

@@ -236,5 +236,5 @@ def of_vocabulary(model: OfflineModel, logits: Tensor) -> Tensor:
 
     A row with a logit that is not finite becomes NaN.
     """
-    own = logits[..., : model.tokenizer.vocab_size].float()
+    own = logits[..., : model.vocabulary].float()
     return own.masked_fill(~own.isfinite().all(dim=-1, keepdim=True), torch.nan)

@@ -104,6 +104,8 @@ class OfflineModel:
         from megatron.training import get_tokenizer
 
         self.args, self.tokenizer, self.batch_tokens = args, get_tokenizer(), batch_tokens
+        # the rows after these pad the vocabulary, and their values depend on the layout
+        self.vocabulary = self.tokenizer.vocab_size
         self.chunks = chunks
         observe_routers(self.chunks)
         self.layer_numbers = moe_layer_numbers(self.chunks)

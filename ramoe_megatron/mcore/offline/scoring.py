@@ -21,6 +21,8 @@ from ramoe_megatron.mcore.offline.rows import Branches
 ContextFor = Callable[[Sequence[int]], ContextMaker]
 """Makes the routing contexts of scored sequences, from the index of the example of each sequence."""
 
+OnAnswer = Callable[[int, "list[float] | str"], None]
+"""Receives the index of an example, and the log-likelihood of each choice or the generated text."""
 
 def score(
     model: OfflineModel,
@@ -28,6 +30,7 @@ def score(
     limits: Sequence[int],
     context_for: ContextFor | None = None,
     progress: OnProgress | None = None,
+    answered: OnAnswer | None = None,
 ) -> list[bool]:
     """Whether the model answers each example correctly, on every rank.
 
@@ -41,6 +44,7 @@ def score(
     Args:
         limits: maximum new tokens of each example, from `data.answers.new_token_limits`, which rejects
             examples that cannot be scored.
+        answered: called once for each example, with what the decision is made from.
 
     Raises:
         RamoeError: on every rank, if logits are not finite. The message counts the examples and names five.
@@ -60,6 +64,8 @@ def score(
         for place in with_choices:
             options = examples[place].choices or ()
             these = slice(start, start + len(options))
+            if answered:
+                answered(place, likelihood[these])
             scores = choice_scores(examples[place], encoded[these], likelihood[these])
             gold = scores.pop(options.index(examples[place].answer))
             if not all(map(math.isfinite, [gold, *scores])):
@@ -80,9 +86,13 @@ def score(
         for place, each, ids in zip(generated, asked, answers, strict=True):
             if NOT_FINITE in ids:
                 broken.add(place)
+                continue
+            text = each.answer(ids, model.tokenizer)
+            if answered:
+                answered(place, text)
             # an end token is left out
-            elif len(ids) < limits[place] or each.stopped(ids, model.tokenizer):
-                correct[place] = grade(examples[place], each.answer(ids, model.tokenizer))
+            if len(ids) < limits[place] or each.stopped(ids, model.tokenizer):
+                correct[place] = grade(examples[place], text)
     if broken:
         names = [f"{examples[place].id} ({examples[place].language})" for place in sorted(broken)]
         raise RamoeError(
