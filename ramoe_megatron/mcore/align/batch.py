@@ -28,7 +28,7 @@ from ramoe_megatron.mcore.align.metrics import LoggedSamples
 from ramoe_megatron.mcore.align.reach import refuse_unmoved
 from ramoe_megatron.mcore.align.refusals import unreached
 from ramoe_megatron.mcore.carrier import routing_context
-from ramoe_megatron.mcore.cpu.backend import uncompiled
+from ramoe_megatron.mcore.cpu.backend import cuda_absent, uncompiled
 from ramoe_megatron.mcore.observe import (
     LocalTokens,
     TokenSelection,
@@ -59,8 +59,8 @@ PACK_KEYS = ("start", "cu_seqlens", "sample_share")
 """Additional keys of a batch of packed samples (`data.packing`)."""
 
 
-compiled_divergence = jit_fuser(weighted_divergence)
-"""`weighted_divergence`, compiled where Megatron compiles: on a machine with a CUDA device."""
+compiled_divergence = weighted_divergence if cuda_absent() else jit_fuser(weighted_divergence)
+"""`weighted_divergence`, compiled as Megatron compiles its own functions where there is a CUDA device."""
 
 
 @contextlib.contextmanager
