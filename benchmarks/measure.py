@@ -117,7 +117,8 @@ def operations(action: Callable[[], Any], on_cpu: bool) -> int:
     activities = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activities.CPU if on_cpu else activities.CUDA]) as profile:
         action()
-        torch.cuda.synchronize()
+        if not on_cpu:
+            torch.cuda.synchronize()
     if not on_cpu:
         on_device = [
             event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA
