@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,7 +64,7 @@ class Seconds(NamedTuple):
 
 
 def alternate[T](
-    arms: dict[str, Callable[[], T]],
+    arms: Mapping[str, Callable[[], T]],
     rounds: int,
     warm_up: int = WARM_UP,
     after_round: Callable[[int], object] = lambda count: None,

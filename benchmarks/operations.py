@@ -132,10 +132,10 @@ def count(case: Case, folder: Path, layers: int) -> int:
 
     torch.manual_seed(1)
     chunk = Routers(case).train()
-    metrics = None
+    metrics: Any = None
     if layers:
         attach(chunk, config(case, folder, layers))
-        metrics = chunk.ramoe_alignment.metrics
+        metrics = chunk.ramoe_alignment.metrics  # type: ignore[union-attr]
     micro = batch(case)
     rows, columns = micro["loss_mask"].shape[::-1]
     shape = (rows // (2 if case.layout else 1), columns, SHAPE.hidden)

@@ -268,10 +268,8 @@ class AlignmentContext(TrainingContext):
         halves_ZB2E = task_expert_halves(inside_ZBE)
         parts: list[Sequence[Any]] = [weight_ZB.unbind(), inside_ZBE.unbind(), halves_ZB2E.unbind()]
         if self.partner_B is not None:
-            return {
-                layer: Prepared(*one, None)
-                for layer, one in zip(layers, zip(*parts, strict=True), strict=True)
-            }
+            parts.append([None] * len(layers))
+            return {layer: Prepared(*one) for layer, *one in zip(layers, *parts, strict=True)}
         if config.target == "example":
             assert self.target_BZE is not None
             target_ZBE = self.target_BZE.transpose(0, 1).index_select(0, own.place_Z)
@@ -281,7 +279,7 @@ class AlignmentContext(TrainingContext):
         target_ZBE = target_ZBE.masked_fill(~aligned_B[:, None], 0.0)
         known_Z = reference(config.divergence, target_ZBE, inside_ZBE, halves_ZB2E)
         parts.append([Reference(*one) for one in zip(*(part.unbind() for part in known_Z), strict=True)])
-        return {layer: Prepared(*one) for layer, one in zip(layers, zip(*parts, strict=True), strict=True)}
+        return {layer: Prepared(*one) for layer, *one in zip(layers, *parts, strict=True)}
 
     def _by_token(
         self, router: Any, logits_SCE: Tensor, layer_of: "Prepared"
