@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,7 +64,7 @@ class Seconds(NamedTuple):
 
 
 def alternate[T](
-    arms: dict[str, Callable[[], T]],
+    arms: Mapping[str, Callable[[], T]],
     rounds: int,
     warm_up: int = WARM_UP,
     after_round: Callable[[int], object] = lambda count: None,
@@ -117,7 +117,8 @@ def operations(action: Callable[[], Any], on_cpu: bool) -> int:
     activities = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activities.CPU if on_cpu else activities.CUDA]) as profile:
         action()
-        torch.cuda.synchronize()
+        if not on_cpu:
+            torch.cuda.synchronize()
     if not on_cpu:
         on_device = [
             event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA

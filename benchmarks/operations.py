@@ -122,45 +122,48 @@ class Routers(torch.nn.Module):
         return torch.stack([router(hidden)[0].sum() for router in self.routers]).sum()
 
 
-def count(case: Case, folder: Path, layers: int | None) -> int:
-    """Operations of a step of one micro-batch with `layers` aligned layers; None is without our context.
+def count(case: Case, folder: Path, layers: int) -> int:
+    """Operations of a step of one micro-batch with `layers` aligned layers.
 
     The step ends with the sums of the log. The second step is counted: the first one sets things up.
     """
-    from megatron.core import parallel_state
-
     from ramoe_megatron.mcore.align.attach import attach
     from ramoe_megatron.mcore.align.batch import routing_batch
 
-    size = {"tensor_model_parallel_size": 2} if case.layout == "tp" else {}
-    size |= {"context_parallel_size": 2} if case.layout == "cp" else {}
+    torch.manual_seed(1)
+    chunk = Routers(case).train()
+    metrics: Any = None
+    if layers:
+        attach(chunk, config(case, folder, layers))
+        metrics = chunk.ramoe_alignment.metrics  # type: ignore[union-attr]
+    micro = batch(case)
+    rows, columns = micro["loss_mask"].shape[::-1]
+    shape = (rows // (2 if case.layout else 1), columns, SHAPE.hidden)
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    hidden = torch.randn(shape, dtype=dtype, device=torch.cuda.current_device(), requires_grad=True)
+
+    def step() -> None:
+        with routing_batch(chunk, micro):
+            total = chunk(hidden)
+        total.backward()
+        if metrics is not None:
+            metrics.reduced()
+            metrics.clear()
+
+    step()
+    return operations(step, cuda_absent())
+
+
+@contextmanager
+def process_groups(layout: str) -> Iterator[None]:
+    """Megatron's process groups of a layout."""
+    from megatron.core import parallel_state
+
+    size = {"tensor_model_parallel_size": 2} if layout == "tp" else {}
+    size |= {"context_parallel_size": 2} if layout == "cp" else {}
     parallel_state.initialize_model_parallel(**size)
     try:
-        torch.manual_seed(1)
-        chunk = Routers(case).train()
-        metrics = None
-        if layers:
-            attach(chunk, config(case, folder, layers))
-            metrics = chunk.ramoe_alignment.metrics
-        micro = batch(case)
-        rows, columns = micro["loss_mask"].shape[::-1]
-        shape = (rows // (2 if case.layout else 1), columns, SHAPE.hidden)
-        dtype = torch.bfloat16 if case.bf16 else torch.float32
-        hidden = torch.randn(shape, dtype=dtype, device=torch.cuda.current_device(), requires_grad=True)
-
-        def step() -> None:
-            if layers is None:
-                chunk(hidden).backward()
-                return
-            with routing_batch(chunk, micro):
-                total = chunk(hidden)
-            total.backward()
-            if metrics is not None:
-                metrics.reduced()
-                metrics.clear()
-
-        step()
-        return operations(step, cuda_absent())
+        yield
     finally:
         parallel_state.destroy_model_parallel()
 
@@ -241,9 +244,11 @@ def main() -> None:
     with world() as folder:
         chosen = cases(torch.distributed.get_world_size(), few=preset == "tiny")
         progress, found = ProgressLines(len(chosen), "options"), {}
-        for case in chosen:
-            found[str(case)] = measure(case, folder)
-            progress(1)
+        for layout, group in itertools.groupby(chosen, key=lambda case: case.layout):
+            with process_groups(layout):  # they take longer than the counting
+                for case in group:
+                    found[str(case)] = measure(case, folder)
+                    progress(1)
     if torch.distributed.get_rank() == 0:
         out.write_text(json.dumps({"cases": found}, indent=1))
     torch.distributed.destroy_process_group()

@@ -220,9 +220,10 @@ def pooled_distributions(
                 sums[choice] = local.sum(p_SCE, choice)
         if parts and "all" in over_rows:
             sums["all"] = sums["prompt"] + sums["response"]
+    totals: tuple[Tensor, ...] = ()
     if len(sums) == 1:
         totals = (sum_over_sequence(router, sums[choices[0]]),)
-    else:
+    elif sums:
         totals = sum_over_sequence(router, torch.stack([sums[choice] for choice in choices])).unbind()
     return {
         # the last prompt token is one token

@@ -18,7 +18,7 @@ from benchmarks.tables import AT_MOST
 from ramoe_megatron.method.losses import reference, weighted_divergence
 
 JOB = str(Path(__file__).parents[1] / "support/operations_job.py")
-ONCE = 90
+ONCE = 130
 """Operations of a micro-batch and of the log, however many layers are aligned."""
 
 

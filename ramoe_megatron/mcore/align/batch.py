@@ -28,7 +28,7 @@ from ramoe_megatron.mcore.align.metrics import LoggedSamples
 from ramoe_megatron.mcore.align.reach import refuse_unmoved
 from ramoe_megatron.mcore.align.refusals import unreached
 from ramoe_megatron.mcore.carrier import routing_context
-from ramoe_megatron.mcore.cpu.backend import uncompiled
+from ramoe_megatron.mcore.cpu.backend import cuda_absent, uncompiled
 from ramoe_megatron.mcore.observe import (
     LocalTokens,
     TokenSelection,
@@ -59,8 +59,8 @@ PACK_KEYS = ("start", "cu_seqlens", "sample_share")
 """Additional keys of a batch of packed samples (`data.packing`)."""
 
 
-compiled_divergence = jit_fuser(weighted_divergence)
-"""`weighted_divergence`, compiled where Megatron compiles: on a machine with a CUDA device."""
+compiled_divergence = weighted_divergence if cuda_absent() else jit_fuser(weighted_divergence)
+"""`weighted_divergence`, compiled as Megatron compiles its own functions where there is a CUDA device."""
 
 
 @contextlib.contextmanager
@@ -268,10 +268,8 @@ class AlignmentContext(TrainingContext):
         halves_ZB2E = task_expert_halves(inside_ZBE)
         parts: list[Sequence[Any]] = [weight_ZB.unbind(), inside_ZBE.unbind(), halves_ZB2E.unbind()]
         if self.partner_B is not None:
-            return {
-                layer: Prepared(*one, None)
-                for layer, one in zip(layers, zip(*parts, strict=True), strict=True)
-            }
+            parts.append([None] * len(layers))
+            return {layer: Prepared(*one) for layer, *one in zip(layers, *parts, strict=True)}
         if config.target == "example":
             assert self.target_BZE is not None
             target_ZBE = self.target_BZE.transpose(0, 1).index_select(0, own.place_Z)
@@ -281,7 +279,7 @@ class AlignmentContext(TrainingContext):
         target_ZBE = target_ZBE.masked_fill(~aligned_B[:, None], 0.0)
         known_Z = reference(config.divergence, target_ZBE, inside_ZBE, halves_ZB2E)
         parts.append([Reference(*one) for one in zip(*(part.unbind() for part in known_Z), strict=True)])
-        return {layer: Prepared(*one) for layer, one in zip(layers, zip(*parts, strict=True), strict=True)}
+        return {layer: Prepared(*one) for layer, *one in zip(layers, *parts, strict=True)}
 
     def _by_token(
         self, router: Any, logits_SCE: Tensor, layer_of: "Prepared"
