@@ -35,6 +35,7 @@ from ramoe_megatron.method.taxonomy import TaxonomyRow
 SIZES = (10_000, 100_000, 1_000_000)
 LANGUAGES = ("en", "ar", "de", "hi", "sw", "th", "tr", "zh")
 LETTERS = (60, 16)  # of prompt and response, 3 bytes each
+POOL = 4096  # texts of each length, from which the rows are drawn
 TARGET_SECONDS, TARGET_MB = 15.0, 150.0  # of a second start with a million rows
 
 
@@ -82,8 +83,10 @@ def write(folder: Path, rows: int) -> int:
     count = rows // len(LANGUAGES)
     ids = [f"{TASKS[number % 2]}/{number}" for number in range(count)]
 
+    pools = [[text(generator, letters) for _ in range(POOL)] for letters in LETTERS]
+
     def row(id_: str, language: str) -> dict[str, str]:
-        prompt, response = (text(generator, letters) for letters in LETTERS)
+        prompt, response = map(generator.choice, pools)
         fields = {"id": id_, "language": language, "task": id_.partition("/")[0], "split": "train"}
         return fields | {"prompt": prompt, "response": response, "answer": response}
 

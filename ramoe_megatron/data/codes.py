@@ -18,7 +18,7 @@ class Codes(Sequence[str]):
     Attributes:
         names: distinct texts, in the order in which they first appear in the data. Some may belong to no
             example of a selection.
-        codes: index into ``names`` of each example, int64 [N].
+        codes: index into ``names`` of each example, integers [N].
     """
 
     def __init__(self, names: Sequence[str], codes: np.ndarray) -> None:
@@ -109,7 +109,7 @@ def joined(examples: Sequence[Any], others: Sequence[Any]) -> Sequence[Any]:
 def groups_of(examples: Sequence[Any]) -> list[tuple[tuple[str, str], np.ndarray]]:
     """((task, language), places of its examples) of every group, in alphabetical order. int64 [group]"""
     task, language = codes_of(examples, "task"), codes_of(examples, "language")
-    group = task.codes * len(language.names) + language.codes
+    group = task.codes.astype(np.int64) * len(language.names) + language.codes
     found = [
         ((task.names[key // len(language.names)], language.names[key % len(language.names)]), key)
         for key in np.unique(group).tolist()
@@ -126,7 +126,8 @@ class RowKeys:
 
     def __init__(self, examples: Sequence[Any]) -> None:
         self._ids, self._languages = codes_of(examples, "id"), codes_of(examples, "language")
-        self.of_examples = self._ids.codes * len(self._languages.names) + self._languages.codes
+        ids = self._ids.codes.astype(np.int64)
+        self.of_examples = ids * len(self._languages.names) + self._languages.codes
 
     def of(self, ids: Sequence[str], languages: Sequence[str]) -> np.ndarray:
         """The number of each row; -1 for an id or a language that no example has. int64 [rows]"""

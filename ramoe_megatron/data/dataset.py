@@ -36,7 +36,7 @@ class EncodedExamples:
         """
         Args:
             tokens: tokens that have those of the examples, if they exist already.
-            places: the place of each example in ``tokens``, int64 [examples]. Default: its own place.
+            places: the place of each example in ``tokens``, integers [examples]. Default: its own place.
 
         Raises:
             RamoeError: examples are longer than ``seq_length``. The message gives their count and the
@@ -44,7 +44,7 @@ class EncodedExamples:
         """
         self.eod = tokenizer.eod
         self._tokens = Tokens.of(examples, tokenizer) if tokens is None else tokens
-        self._places = np.arange(len(examples)) if places is None else places
+        self._places = np.arange(len(examples), dtype=np.int32) if places is None else places
         self.lengths = self._tokens.lengths[self._places].astype(np.int64) - 1
         too_long = np.count_nonzero(self.lengths > seq_length)
         if too_long:

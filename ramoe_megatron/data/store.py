@@ -40,12 +40,12 @@ class StoredExamples(CodedExamples):
 
     Attributes:
         folder: the store.
-        rows: row of each example in the store, int64 [N].
+        rows: row of each example in the store, int32 [N].
     """
 
     def __init__(self, folder: Path, rows: np.ndarray | None = None) -> None:
         self.folder, self._opened = folder, _opened(folder)
-        self.rows = np.arange(self._opened.codes.shape[1]) if rows is None else rows
+        self.rows = np.arange(self._opened.codes.shape[1], dtype=np.int32) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -63,7 +63,7 @@ class StoredExamples(CodedExamples):
 
     def codes(self, field: str) -> Codes:
         number = CODED.index(field)
-        return Codes(self._opened.names[number], self._opened.codes[number][self.rows].astype(np.int64))
+        return Codes(self._opened.names[number], self._opened.codes[number][self.rows])
 
     def pick(self, places: np.ndarray) -> "StoredExamples":
         return StoredExamples(self.folder, self.rows[places])

@@ -123,7 +123,8 @@ def _make(folder: Path, examples: StoredExamples, tokenizer: Tokenizer, progress
     parts = folder / "parts"
     parts.mkdir(exist_ok=True)
     count = -(-len(examples) // PART_ROWS)
-    numbers, faults = range(count), []
+    numbers = range(count)
+    faults: list[str] = []
     for number, fault in zip(numbers, _written(numbers, parts, examples, tokenizer), strict=True):
         faults += fault
         progress(min(PART_ROWS, len(examples) - number * PART_ROWS))

@@ -295,7 +295,7 @@ def _profile(
             output.mkdir(parents=True, exist_ok=True)
             write_divergence(output / "divergence.csv", rows)
             if own.save_priors:
-                kept = None  # all layers, also where the curve shows no zone
+                kept: Sequence[int] | None = None  # all layers, also where the curve shows no zone
                 if own.priors_for == "ci" and isinstance(zone, Zone):
                     kept = range(zone.first, zone.last + 1)
                 _write_priors(output, own, passes, shards, checkpoint, digests, kept)

@@ -16,6 +16,7 @@ from ramoe_megatron.data.parallel import select_examples
 from ramoe_megatron.data.sampler import order
 from ramoe_megatron.data.store import StoredExamples, store_examples
 from ramoe_megatron.data.token_cache import cached_tokens
+from ramoe_megatron.data.workers import give_back_memory
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.labels import AlignedDataset, ExampleLabels, refuse_weightless_views
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
@@ -112,7 +113,7 @@ class TrainingInputs:
             if self.validation is not None:
                 parts["validation"] = self.validation
             for name, examples in parts.items():
-                places = np.searchsorted(all_rows.rows, examples.rows)
+                places = np.searchsorted(all_rows.rows, examples.rows).astype(np.int32)
                 self._encoded[name] = EncodedExamples(
                     examples, tokenizer, self.args.seq_length, tokens, places
                 )
@@ -279,6 +280,7 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None) -> tup
             )
     else:
         print_rank_0(f"ramoe: {len(train.examples)} training examples, {len(drawn)} draws")
+    give_back_memory()
     if inputs.validation is None:
         return train, None, None
     return train, _dataset(inputs, inputs.validation, num_samples[1], encoded["validation"]), None
