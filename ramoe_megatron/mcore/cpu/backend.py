@@ -21,7 +21,7 @@ from ramoe_megatron.mcore.cpu.attention import attention_stand_ins
 from ramoe_megatron.mcore.cpu.collectives import all_gather_of_unequal, reduce_scatter_of_unequal
 from ramoe_megatron.mcore.cpu.devices import InertEvent, InertStream, inert_device_properties
 from ramoe_megatron.mcore.cpu.distributed_optimizer import optimizer_stand_ins
-from ramoe_megatron.mcore.cpu.experts import expert_stand_ins
+from ramoe_megatron.mcore.cpu.sequential_experts import expert_stand_ins
 
 CPU_FLAGS = [
     *("--transformer-impl", "local"),
