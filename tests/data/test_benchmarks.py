@@ -385,7 +385,14 @@ def test_several_benchmarks_share_a_run_and_general_text(folder: Path, tmp_path:
     rows = load_examples([str(tmp_path / "data" / "parallel.jsonl")])
     assert {e.task for e in rows} == {"gsm8k", "topic"}
     assert stats.general == len(load_examples([str(tmp_path / "data" / "general.jsonl")])) > 100
-    flores = BenchmarkConfig("flores", str(put(folder / "f", PUBLISHED["flores"][0])), languages=("en", "sw"))
+    # general text has no shots and no test ids to move
+    flores = BenchmarkConfig(
+        "flores",
+        str(put(folder / "f", PUBLISHED["flores"][0])),
+        languages=("en", "sw"),
+        splits={"train": 0.5},
+        shots=2,
+    )
     stats = write_benchmarks(BenchmarksConfig((*entries, flores)), tmp_path / "data")
     general = load_examples([str(tmp_path / "data" / "general.jsonl")])
     assert {(e.language, e.split, e.prompt) for e in general} == {("en", "train", "")}
