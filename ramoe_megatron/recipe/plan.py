@@ -279,8 +279,8 @@ def data_stage(recipe: Recipe, out: Path, recipe_folder: Path) -> Stage:
 
 
 def _benchmarks_stage(recipe: Recipe, out: Path, recipe_folder: Path) -> Stage:
-    from ramoe_megatron.data.benchmarks.convert import BenchmarkConfig
     from ramoe_megatron.data.benchmarks.declaration import declared
+    from ramoe_megatron.data.benchmarks.engine import BenchmarkConfig
     from ramoe_megatron.data.benchmarks.published import Source
 
     anchor, entries, folders, hub = recipe.data.anchor_language, [], list[Path](), list[str]()

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from ramoe_megatron.artifacts.files import load_document, sha256
 from ramoe_megatron.data.benchmarks import declaration as declarations
-from ramoe_megatron.data.benchmarks.convert import (
+from ramoe_megatron.data.benchmarks.declaration import benchmark_names, check_declaration, declared
+from ramoe_megatron.data.benchmarks.engine import (
     BenchmarkConfig,
     BenchmarksConfig,
     BenchmarkStats,
     write_benchmark,
     write_benchmarks,
 )
-from ramoe_megatron.data.benchmarks.declaration import benchmark_names, check_declaration, declared
 from ramoe_megatron.data.benchmarks.published import match_language, read_table
 from ramoe_megatron.data.grading import grade
 from ramoe_megatron.data.parallel import Example, load_examples, pair_with_anchor
@@ -423,7 +423,7 @@ def test_a_declaration_with_a_fault_is_told_and_cannot_leave_its_sandbox(
     raw["fields"] |= change
     put(folder, PUBLISHED["sib200"][0])
     monkeypatch.setattr(
-        "ramoe_megatron.data.benchmarks.convert.declared", lambda name: check_declaration(raw, "x.yaml")
+        "ramoe_megatron.data.benchmarks.engine.declared", lambda name: check_declaration(raw, "x.yaml")
     )
     assert told in refusal("sib200", folder)
 
