@@ -61,13 +61,13 @@ class PlanContext:
         self.recipe, self.out, self.recipe_folder = recipe, out, recipe_folder
         data, generated = recipe.data, out / "data"
         self.weights = generated / "weights.json"
-        given = {"parallel": data.files, "general": data.general, "pretrain": data.pretrain}
+        sources = {"parallel": data.files, "general": data.general, "pretrain": data.pretrain}
         keys = {"parallel": "data.files", "general": "data.general", "pretrain": "data.pretrain"}
         self.parallel, self.general, self.pretraining = (
             [self._source(one, keys[name]) for one in files]
             if files
             else [str(generated / f"{name}.jsonl")] * (data.files is None)
-            for name, files in given.items()
+            for name, files in sources.items()
         )
         self.tokenizer, self.tokenizer_files = self._tokenizer(generated / "tokenizer.model")
         self.base = self._base()
