@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from ramoe_megatron.data.benchmarks.convert import BenchmarkConfig, write_benchmark
 from ramoe_megatron.data.benchmarks.declaration import benchmark_names, declared
+from ramoe_megatron.data.benchmarks.engine import BenchmarkConfig, write_benchmark
 from ramoe_megatron.data.config import config_from_mapping
 from ramoe_megatron.errors import RamoeError
 

@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from pydantic import BaseModel
 
 from ramoe_megatron.artifacts.files import atomic_write_text
-from ramoe_megatron.data.benchmarks.convert import BenchmarkConfig
 from ramoe_megatron.data.benchmarks.declaration import benchmark_names, declared
+from ramoe_megatron.data.benchmarks.engine import BenchmarkConfig
 from ramoe_megatron.data.benchmarks.sib200 import SibConfig
 from ramoe_megatron.data.world.build import WorldConfig
 from ramoe_megatron.jobs.evaluate import EvaluateOptions

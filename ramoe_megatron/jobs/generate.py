@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ramoe_megatron.data.benchmarks.convert import BenchmarksConfig, write_benchmarks
+from ramoe_megatron.data.benchmarks.engine import BenchmarksConfig, write_benchmarks
 from ramoe_megatron.data.benchmarks.sib200 import SibConfig, convert
 from ramoe_megatron.data.config import config_from_json
 from ramoe_megatron.data.world import WorldConfig, build_world

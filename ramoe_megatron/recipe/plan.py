@@ -61,13 +61,13 @@ class PlanContext:
         self.recipe, self.out, self.recipe_folder = recipe, out, recipe_folder
         data, generated = recipe.data, out / "data"
         self.weights = generated / "weights.json"
-        given = {"parallel": data.files, "general": data.general, "pretrain": data.pretrain}
+        sources = {"parallel": data.files, "general": data.general, "pretrain": data.pretrain}
         keys = {"parallel": "data.files", "general": "data.general", "pretrain": "data.pretrain"}
         self.parallel, self.general, self.pretraining = (
             [self._source(one, keys[name]) for one in files]
             if files
             else [str(generated / f"{name}.jsonl")] * (data.files is None)
-            for name, files in given.items()
+            for name, files in sources.items()
         )
         self.tokenizer, self.tokenizer_files = self._tokenizer(generated / "tokenizer.model")
         self.base = self._base()
@@ -281,8 +281,8 @@ def data_stage(recipe: Recipe, out: Path, recipe_folder: Path) -> Stage:
 
 
 def _benchmarks_stage(recipe: Recipe, out: Path, recipe_folder: Path) -> Stage:
-    from ramoe_megatron.data.benchmarks.convert import BenchmarkConfig
     from ramoe_megatron.data.benchmarks.declaration import declared
+    from ramoe_megatron.data.benchmarks.engine import BenchmarkConfig
     from ramoe_megatron.data.benchmarks.published import Source
 
     anchor, entries, folders, hub = recipe.data.anchor_language, [], list[Path](), list[str]()

@@ -101,7 +101,7 @@ class Data(Section):
     folder that holds a folder per language."""
     benchmark: str | list[dict[str, Any]] | None = None
     """Name of a published benchmark (`ramoe data --list`), or a list of several: sections with the fields of
-    `ramoe_megatron.data.benchmarks.convert.BenchmarkConfig`. The next six keys are their defaults."""
+    `ramoe_megatron.data.benchmarks.engine.BenchmarkConfig`. The next six keys are their defaults."""
     source: str | None = None
     """Benchmark: its folder as its authors publish it, or its name on the Hugging Face hub."""
     shots: NonNegativeInt = 0

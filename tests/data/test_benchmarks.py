@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from ramoe_megatron.artifacts.files import load_document, sha256
 from ramoe_megatron.data.benchmarks import declaration as declarations
-from ramoe_megatron.data.benchmarks.convert import (
+from ramoe_megatron.data.benchmarks.declaration import benchmark_names, check_declaration, declared
+from ramoe_megatron.data.benchmarks.engine import (
     BenchmarkConfig,
     BenchmarksConfig,
     BenchmarkStats,
     write_benchmark,
     write_benchmarks,
 )
-from ramoe_megatron.data.benchmarks.declaration import benchmark_names, check_declaration, declared
 from ramoe_megatron.data.benchmarks.published import match_language, read_table
 from ramoe_megatron.data.grading import grade
 from ramoe_megatron.data.parallel import Example, load_examples, pair_with_anchor
@@ -385,7 +385,14 @@ def test_several_benchmarks_share_a_run_and_general_text(folder: Path, tmp_path:
     rows = load_examples([str(tmp_path / "data" / "parallel.jsonl")])
     assert {e.task for e in rows} == {"gsm8k", "topic"}
     assert stats.general == len(load_examples([str(tmp_path / "data" / "general.jsonl")])) > 100
-    flores = BenchmarkConfig("flores", str(put(folder / "f", PUBLISHED["flores"][0])), languages=("en", "sw"))
+    # general text has no shots and no test ids to move
+    flores = BenchmarkConfig(
+        "flores",
+        str(put(folder / "f", PUBLISHED["flores"][0])),
+        languages=("en", "sw"),
+        splits={"train": 0.5},
+        shots=2,
+    )
     stats = write_benchmarks(BenchmarksConfig((*entries, flores)), tmp_path / "data")
     general = load_examples([str(tmp_path / "data" / "general.jsonl")])
     assert {(e.language, e.split, e.prompt) for e in general} == {("en", "train", "")}
@@ -416,7 +423,7 @@ def test_a_declaration_with_a_fault_is_told_and_cannot_leave_its_sandbox(
     raw["fields"] |= change
     put(folder, PUBLISHED["sib200"][0])
     monkeypatch.setattr(
-        "ramoe_megatron.data.benchmarks.convert.declared", lambda name: check_declaration(raw, "x.yaml")
+        "ramoe_megatron.data.benchmarks.engine.declared", lambda name: check_declaration(raw, "x.yaml")
     )
     assert told in refusal("sib200", folder)
 

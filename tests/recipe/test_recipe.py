@@ -1,5 +1,6 @@
 """Recipes: which are accepted, the errors of the others, and which layouts can run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ BASE: dict[str, Any] = {
     "data": {"world": {}},
     "methods": ["sft"],
 }
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 64,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "intermediate_size": 128, "moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2,
+    "norm_topk_prob": True, "vocab_size": 512, "max_position_embeddings": 1024, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+"""Configuration of a Hugging Face folder."""
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -230,8 +239,11 @@ def test_an_unknown_megatron_flag_is_told_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_examples_are_valid_and_fit_their_own_launch(path: Path) -> None:
-    found = load_recipe(path)
+def test_the_examples_are_valid_and_fit_their_own_launch(path: Path, tmp_path: Path) -> None:
+    named = str(yaml.safe_load(path.read_text(encoding="utf-8")).get("checkpoint"))
+    # a script makes the folder of such an example; a recipe reads its configuration alone
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    found = load_recipe(path, [f"checkpoint=hf:{tmp_path}"] if named.startswith("hf:") else [])
     check_layout(found, None)
     assert {"sft", "ra-moe"} <= {method.name for method in found.methods}
 

@@ -401,7 +401,7 @@ def _agreeing(views: list[_View], declaration: Declaration, left_out: Counter[st
 
 def _moved(views: list[_View], config: BenchmarkConfig, declaration: Declaration) -> list[_View]:
     """The views with the splits of `BenchmarkConfig.splits`."""
-    if not config.splits:
+    if not config.splits or declaration.kind == "text":
         return views
     if declaration.metric == "ifeval":
         raise RamoeError(f"splits: {config.benchmark} has no gold responses, so it has no rows to train on")
@@ -446,7 +446,7 @@ def _shots(
     views: Sequence[_View], config: BenchmarkConfig, declaration: Declaration
 ) -> dict[str, list[_View]]:
     """Language -> one example more than the shots, so that none has to show its own answer."""
-    if not config.shots:
+    if not config.shots or declaration.kind == "text":
         return {}
     if declaration.metric == "ifeval":
         raise RamoeError(f"shots: {config.benchmark} has no gold responses; set shots to 0")
