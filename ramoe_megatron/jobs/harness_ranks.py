@@ -36,7 +36,7 @@ class Ranks:
         self.loaded = False
         self._model: OfflineModel | None = None
         self._computing = False
-        self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        self._group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def ask(self, what: str, *values: Any) -> Any:
         """Compute on every rank; on rank 0 only.

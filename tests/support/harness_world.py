@@ -45,7 +45,7 @@ def documents(number: int, seed: int) -> list[dict[str, Any]]:
     generator = random.Random(seed)
     rows = []
     for n in range(number):
-        length = 40 if n % 5 == 4 else generator.randint(1, 9)
+        length = 60 if n % 5 == 4 else generator.randint(1, 9)
         question = " ".join(generator.choices(WORDS, k=length))
         choices = [" ".join(generator.choices(WORDS, k=k)) for k in (1, 1, 2, 4)]
         while len(set(choices)) < 4:
@@ -78,7 +78,7 @@ def write_tasks(folder: Path, answers: list[str]) -> None:
             "metric_list": [{"metric": "acc", **METRIC}, {"metric": "acc_norm", **METRIC}],
         }),
         "say": (said, asked | generated),
-        "roll": (documents(3, 3), {
+        "roll": (documents(5, 3), {
             "output_type": "loglikelihood_rolling",
             "doc_to_text": "",
             "doc_to_target": "{{question}}",
