@@ -24,6 +24,7 @@ ContextFor = Callable[[Sequence[int]], ContextMaker]
 OnAnswer = Callable[[int, "list[float] | str"], None]
 """Receives the index of an example, and the log-likelihood of each choice or the generated text."""
 
+
 def score(
     model: OfflineModel,
     examples: Sequence[Example],
