@@ -21,6 +21,7 @@ from ramoe_megatron.data.encode import Encoded
 from ramoe_megatron.mcore import compat
 from ramoe_megatron.mcore.carrier import RoutingContext, routing_context
 from ramoe_megatron.mcore.checkpoint import explained_mismatch, require_checkpoint
+from ramoe_megatron.mcore.cpu.sequential_experts import transpose_weights
 from ramoe_megatron.mcore.launch import is_rank_0
 from ramoe_megatron.mcore.offline.rows import RowContext, rows_fault, teach_attention
 from ramoe_megatron.mcore.router import moe_layer_numbers, observe_routers
@@ -289,4 +290,6 @@ def _load(args: Any) -> list[Any]:
         load_checkpoint(chunks, None, None)
     for chunk in chunks:
         chunk.eval()
+        if not next(chunk.parameters()).is_cuda:
+            transpose_weights(chunk.modules())
     return chunks
