@@ -175,6 +175,8 @@ def _whole_prompts(
         prompt = answers.prompts[place]
         samples[place] = pad(Encoded([*prompt, eod], len(prompt)), length, eod)
     batches = [model.micro_batch(samples, places) for places in own]
+    for cache in caches:
+        cache.prompts(length, model.device)
     return [replace(micro, rows=cache) for micro, cache in zip(batches, caches, strict=True)]
 
 

@@ -32,7 +32,12 @@ class RowMask:
     """Which keys a query must not see, in place of Megatron's attention mask."""
 
     def __init__(
-        self, hidden_BSK: Tensor, query_position_BS: Tensor, key_position_BK: Tensor, newest: bool = False
+        self,
+        hidden_BSK: Tensor,
+        query_position_BS: Tensor,
+        key_position_BK: Tensor,
+        newest: bool = False,
+        causal: bool = False,
     ) -> None:
         """
         Args:
@@ -40,8 +45,9 @@ class RowMask:
             query_position_BS, key_position_BK: positions in the row's own sequence, for windows. A leading
                 dimension of 1 stands for all rows.
             newest: each row has one query, and filler after it.
+            causal: each query sees its own place and those before.
         """
-        self.newest = newest
+        self.newest, self.causal = newest, causal
         self.query_position_BS, self.key_position_BK = query_position_BS, key_position_BK
         self._within: dict[int | None, Tensor] = {None: hidden_BSK[:, None]}
 
@@ -116,6 +122,12 @@ class RowCache(RowContext):
         """
         super().__init__(rows, length)
         self._row_B: Tensor | None = None
+
+    def prompts(self, length: int, device: torch.device) -> None:
+        """Prepare the forward pass of prompts, padded to a length."""
+        later_1SK = torch.ones(1, length, length, dtype=torch.bool, device=device).triu(1)
+        place_1S = torch.arange(length, device=device)[None]
+        self.mask = RowMask(later_1SK, place_1S, place_1S, causal=True)
 
     def step(self, position_B: Tensor, last: int, tokens: int) -> None:
         """Prepare the forward pass of one new token a row.
@@ -208,9 +220,13 @@ def _masking(stock: Any) -> Any:
         # With a window the softmax would make a mask of its own; the fused one knows only its own.
         softmax.window_size, softmax.scaled_masked_softmax_fusion = None, False
         try:
-            mask = attention_mask.within(kept[0][0] if kept[0] else None)
-            if attention_mask.newest and self.softmax_offset is None and softmax.scale is None:
-                return _newest(query, key, value, mask, self.softmax_scale)
+            window = kept[0][0] if kept[0] else None
+            mask = attention_mask.within(window)
+            if self.softmax_offset is None and softmax.scale is None:
+                if attention_mask.newest:
+                    return _newest(query, key, value, mask, self.softmax_scale)
+                seen = None if attention_mask.causal and window is None else ~mask
+                return _attended(query, key, value, seen, self.softmax_scale)
             return stock(self, query, key.contiguous(), value.contiguous(), mask, *more, **named)
         finally:
             softmax.window_size, softmax.scaled_masked_softmax_fusion = kept
@@ -233,6 +249,24 @@ def _newest(
         query_BGHD, key_BGKD, value_BGKD, attn_mask=~mask_B1SK[:, :, :1], scale=scale
     )
     return found.reshape(1, rows, heads * size).expand(tokens, -1, -1).contiguous()
+
+
+def _attended(
+    query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, seen_BHSK: Tensor | None, scale: float
+) -> Tensor:
+    """Attention of all queries, without a matrix of their scores. [S, B, H * D]
+
+    Args:
+        seen_BHSK: True where a query sees a key; None for the causal mask.
+    """
+    found = torch.nn.functional.scaled_dot_product_attention(
+        *(states.permute(1, 2, 0, 3) for states in (query_SBHD, key_SBGD, value_SBGD)),
+        attn_mask=seen_BHSK,
+        is_causal=seen_BHSK is None,
+        scale=scale,
+        enable_gqa=query_SBHD.shape[2] != key_SBGD.shape[2],
+    )
+    return found.permute(2, 0, 1, 3).flatten(2)
 
 
 def rows_fault(chunks: Sequence[Any]) -> str | None:
