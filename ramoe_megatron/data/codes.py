@@ -35,9 +35,9 @@ class Codes(Sequence[str]):
         return len(self.codes)
 
     def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return Codes(self.names, self.codes[place])
-        return self.names[int(self.codes[place])]
+        """The text at a place, or the codes of a slice or of an array of places."""
+        codes = self.codes[place]
+        return Codes(self.names, codes) if np.ndim(codes) else self.names[int(codes)]
 
     def counts(self) -> dict[str, int]:
         """Text -> number of examples, for the texts that occur."""

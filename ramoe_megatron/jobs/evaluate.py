@@ -204,7 +204,8 @@ def write_samples(
         doc = {name: value for name in FIELDS if (value := getattr(example, name)) is not None}
         if isinstance(answer, str):
             target = example.answer
-            asked: list[tuple[str, object]] = [(example.prompt, {"until": [], "max_gen_toks": limits[key]})]
+            how = {"until": list(example.stop or ()), "max_gen_toks": limits[key]}
+            asked: list[tuple[str, object]] = [(example.prompt, how)]
             given: Sequence[tuple[float, bool | None]] | str = answer
         else:
             choices = example.choices or ()

@@ -32,6 +32,7 @@ from ramoe_megatron.recipe.processes import (
 )
 
 GRACE_SECONDS = 15.0  # between TERM and KILL
+AGENT_SECONDS = 5.0  # in which torchrun ends after its ranks, unless it waits for the agent of another node
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,20 @@ def launch(
     saving = SaveRequest(mark)
     saves = "--exit-signal-handler" in command
 
+    ended = 0.0
+
+    def ranks_have_ended() -> bool:
+        """Whether the ranks were asked to save and have ended, or have ended early without a request here.
+
+        A signal may reach another node alone, or this node after its ranks have saved and ended.
+        """
+        nonlocal ended
+        if note.is_file() and not saving.ranks():
+            ended = ended or time.monotonic()
+        return saving.pass_on() or bool(ended and time.monotonic() - ended > AGENT_SECONDS)
+
     def watch() -> None:
-        if saving.pass_on() and process.poll() is None:
+        if ranks_have_ended() and process.poll() is None:
             process.terminate()  # torchrun would wait for minutes for the agents of other nodes
         if while_running and not saving.asked:
             while_running()

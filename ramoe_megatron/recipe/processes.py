@@ -63,6 +63,10 @@ class SaveRequest:
         with _handling((signal.SIGTERM, WARNING), ask):
             yield
 
+    def ranks(self) -> set[int]:
+        """The process ids of the ranks that run."""
+        return set(_ranks(self.mark, self.leader))
+
     def pass_on(self) -> bool:
         """Send SIGTERM to the ranks if a signal has come; the launcher calls this regularly.
 
@@ -70,7 +74,7 @@ class SaveRequest:
         """
         if not self.asked:
             return False
-        ranks = set(_ranks(self.mark, self.leader))
+        ranks = self.ranks()
         _signal_each(sorted(ranks - self._told), signal.SIGTERM)
         self._told |= ranks
         return bool(self._told) and not ranks

@@ -38,11 +38,11 @@ ramoe_print() { # NAME...: print each setting as NAME=value
     echo "ramoe: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}"
 }
 
-ramoe_on_nodes() { # COMMAND...: run it once on each node; a minute after one node ends, the others are ended
+ramoe_on_nodes() { # COMMAND...: run it once on each node; 30 s after one node ends, the others are ended
     # --export: a site may have set sbatch's to NONE. --ntasks: the allocation may have another number.
     local words=(srun --export=ALL --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1)
     # Not --kill-on-bad-exit: it kills a node that ends with 75 a second after the others.
-    words+=(--kill-on-bad-exit=0 --wait=60)
+    words+=(--kill-on-bad-exit=0 --wait=30)
     # Since 22.05 srun does not take this value from sbatch, and would leave torchrun one core.
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then words+=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
     if [[ -n $CONTAINER_IMAGE ]]; then words+=(--container-image="$CONTAINER_IMAGE"); fi

@@ -1,7 +1,7 @@
 """`ramoe status RUN`: the state of each stage, from the run folder and from Slurm's queue."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,12 +88,9 @@ def _stage(
     ours = entry is not None and (job is None or entry.job == str(job))
     lines = _tail(folder / log_of(name)) if entry else []
     progress, line = _told(lines)
-    others: list[list[str]] = []
-    if entry:
-        logs = sorted((folder / "logs").glob(f"{log_of(name).stem}.node-*.log"), reverse=True)
-        others = [_tail(log) for log in logs]
     # Megatron prints the iterations on its last rank, which may be on another node.
-    progress = progress or next((told for each in others if (told := _told(each)[0])), "")
+    if entry and not progress:
+        progress = next((told for other in _on_other_nodes(folder, name) if (told := _told(other)[0])), "")
     number = str(job) if job is not None else (entry.job if entry and entry.job else "")
     nodes = queued.nodes if queued and queued.nodes else (entry.nodes if entry and entry.nodes else "")
     if queued and queued.state == "PENDING":
@@ -120,7 +117,7 @@ def _stage(
     if entry.state == "started":
         return StageStatus(name, "running" if held else "interrupted", number, nodes, progress, line)
     if entry.state == "failed":
-        line = " ".join(relevant_lines(lines, *others)[0][:2])
+        line = " ".join(relevant_lines(lines, *_on_other_nodes(folder, name))[0][:2])
     return StageStatus(name, entry.state, number, nodes, progress, line)
 
 
@@ -161,6 +158,12 @@ def _told(lines: list[str]) -> tuple[str, str]:
         elif line.strip():
             other = line.strip()
     return progress, other
+
+
+def _on_other_nodes(folder: Path, name: str) -> Iterator[list[str]]:
+    """The end of the log of each node but the first, the last node first. Read only when asked for."""
+    logs = (folder / "logs").glob(f"{log_of(name).stem}.node-*.log")
+    return map(_tail, sorted(logs, reverse=True))
 
 
 def _tail(path: Path) -> list[str]:

@@ -265,6 +265,22 @@ def test_of_a_killed_rank_the_signal_is_told_but_not_that_of_those_which_torchru
     assert relevant_lines(["[rank0]: RuntimeError: Connection closed by peer", *summary]) == (told, False)
 
 
+def test_an_agent_whose_ranks_ended_early_does_not_wait_for_other_nodes(tmp_path: Path) -> None:
+    """No signal came here: it reached the ranks of another node, and all ranks have saved and ended."""
+    rank = "from ramoe_megatron.mcore.unfinished import tell_unfinished; tell_unfinished('stopped early')"
+    agent = (
+        "import os, pathlib, subprocess, sys, time\n"
+        f"rank = [sys.executable, '-c', {rank!r}]\n"
+        "subprocess.run(rank, env=os.environ | {'LOCAL_RANK': '0'}, check=True)\n"
+        "time.sleep(60)\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+    )
+    waited = tmp_path / "waited"
+    outcome = launch([sys.executable, "-c", agent, str(waited)], dict(os.environ), tmp_path / "log")
+    assert (outcome.status, outcome.unfinished) == (75, "stopped early")
+    assert not waited.exists()
+
+
 def test_cores_are_shared_out_and_what_the_user_set_stays() -> None:
     cores = len(os.sched_getaffinity(0))
     assert rank_environment(cores, {})["OMP_NUM_THREADS"] == "1"

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ramoe_megatron.data.encode import Encoded
+from ramoe_megatron.data.stops import StopStrings
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.families import note_of
+from ramoe_megatron.mcore.offline.generation import NOT_FINITE, OnProgress, greedy
 from ramoe_megatron.mcore.offline.model import MicroBatch, OfflineModel
-from ramoe_megatron.mcore.offline.scoring import NOT_FINITE, OnProgress, greedy
 
-PIECE = 16
-"""Number of tokens after which a continuation is searched for a text that ends it."""
 POSITIONS = 512
 """Number of positions whose logits are in float32 at once, since a vocabulary is large."""
 
@@ -82,26 +81,13 @@ def continuations(
 ) -> list[list[int]]:
     """The greedy continuation of each prompt, on every rank.
 
-    It ends before the end token, at the limit, or some tokens after one of its texts in `until`.
+    It ends before the end token, at the limit, or with the token that completes one of its texts in `until`.
 
     Raises:
         RamoeError: on every rank, if logits are not finite.
     """
-    ids: list[list[int]] = [[] for _ in prompts]
-    unfinished = list(range(len(prompts)))
-    while unfinished:
-        rooms = [min(PIECE, limits[place] - len(ids[place])) for place in unfinished]
-        pieces = greedy(model, [[*prompts[place], *ids[place]] for place in unfinished], rooms)
-        left = []
-        for place, piece, room in zip(unfinished, pieces, rooms, strict=True):
-            ids[place] += piece
-            text = model.tokenizer.detokenize(ids[place])
-            whole = len(piece) == room and len(ids[place]) < limits[place]
-            if whole and NOT_FINITE not in piece and not any(end in text for end in until[place]):
-                left.append(place)
-        if progress:
-            progress(len(unfinished) - len(left))
-        unfinished = left
+    stops = [StopStrings(tuple(texts)) if texts else None for texts in until]
+    ids = greedy(model, prompts, list(limits), None, progress, until=stops)
     _refuse_not_finite([NOT_FINITE in each for each in ids])
     return ids
 
