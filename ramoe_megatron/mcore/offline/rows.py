@@ -259,8 +259,11 @@ def _attended(
     Args:
         seen_BHSK: True where a query sees a key; None for the causal mask.
     """
+    query, key, value = (states.permute(1, 2, 0, 3) for states in (query_SBHD, key_SBGD, value_SBGD))
     found = torch.nn.functional.scaled_dot_product_attention(
-        *(states.permute(1, 2, 0, 3) for states in (query_SBHD, key_SBGD, value_SBGD)),
+        query,
+        key,
+        value,
         attn_mask=seen_BHSK,
         is_causal=seen_BHSK is None,
         scale=scale,
