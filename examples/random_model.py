@@ -2,7 +2,7 @@
 
     python examples/random_model.py --out runs/random-hf --text ../shared/data/mgsm/*.tsv
 
-The model is a Qwen3-MoE of four layers with eight experts, about two million parameters. It knows nothing: it
+The model is a Qwen3-MoE of four layers with eight experts, about a million parameters. It knows nothing: it
 shows that a recipe goes from data to report, and its answers are chance.
 """
 

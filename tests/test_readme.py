@@ -66,7 +66,7 @@ def test_a_newcomer_reads_the_readme_in_five_minutes() -> None:
 
 
 def test_the_readme_shows_the_table_that_the_demo_prints() -> None:
-    heads = summary_table({"recipe": "demo", "seeds": [], "methods": [], "summary": []}).heads
+    heads = summary_table({"recipe": "demo", "anchor": "en", "seeds": [], "methods": [], "summary": []}).heads
     table = TEXTS["README.md"].partition(f"| {' | '.join(heads)} |\n")[2].splitlines()
     rows = itertools.takewhile(lambda line: line.startswith("|"), table[1:])
     demo = validate(yaml.safe_load((ROOT / "examples/demo.yaml").read_text(encoding="utf-8")), "demo.yaml")

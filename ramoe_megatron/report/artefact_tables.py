@@ -12,6 +12,7 @@ from ramoe_megatron.report.rendering import Bullets, Part, Table
 from ramoe_megatron.report.vocabulary import (
     NONE,
     Record,
+    anchor_name,
     correlation,
     mass_text,
     number,
@@ -38,10 +39,11 @@ def summary_table(results: Record) -> Table:
         kept = points(None if method == "base" else english, "change_vs_base", "", "")
         retained = percent(english, low="", high="") + ("" if kept == NONE else f" ({kept})")
         rows.append((method, percent(target), points(change), seeds_higher(change), retained))
-    heads = ("method", "target, %", "against sft, points", "seeds", "English, %")
+    anchor = anchor_name(results["anchor"])
+    heads = ("method", "target, %", "against sft, points", "seeds", f"{anchor}, %")
     note = (
         "Target languages: [95 % interval]. Seeds: how many score higher than sft.\n"
-        "English: in brackets, the change from base in points."
+        f"{anchor}: in brackets, the change from base in points."
     )
     seeds = ", ".join(map(str, results["seeds"])) or "none"
     title = f"{results['recipe']}: right answers, seeds {seeds}"
@@ -68,15 +70,15 @@ def differences(results: Record) -> list[dict[str, Any]]:
 
 def differences_table(results: Record) -> Table:
     """Methods against sft and against the base model, and the first method against its controls."""
-    rows = []
+    anchor, rows = anchor_name(results["anchor"]), []
     for row in differences(results):
         seeds = (seeds_higher(row), f"{row['seeds_lower']} of {row['n']}") if "n" in row else (None, None)
-        names = (row["method"], row["reference"], "English" if row["group"] == "english" else row["group"])
+        names = (row["method"], row["reference"], anchor if row["group"] == "english" else row["group"])
         rows.append((*names, points(row), p_value(row.get("p")), *seeds))
     heads = ("method", "against", "languages", "difference, points", "p", "seeds higher", "seeds lower")
     note = (
         "Method minus the other, on the same examples with the same seed. Student's 95 % interval, "
-        "clustered by example: it covers new examples, for these seeds. English is the anchor language."
+        f"clustered by example: it covers new examples, for these seeds. {anchor} is the anchor language."
     )
     return Table(heads, rows, "Paired differences", (0, 1, 2), note, "There is nothing to compare yet.")
 

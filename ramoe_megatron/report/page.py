@@ -15,6 +15,7 @@ from ramoe_megatron.report.rendering import Bullets, Code, Figure, PageSection, 
 from ramoe_megatron.report.run_results import collect
 from ramoe_megatron.report.vocabulary import (
     Record,
+    anchor_name,
     compared,
     correlation,
     count,
@@ -235,7 +236,7 @@ def run_findings(run: RunInputs, results: Mapping[str, Any]) -> list[str]:
     if kept:
         before = next(r for r in results["summary"] if (r["method"], r["group"]) == ("base", "english"))
         sentences.append(
-            f"English ({run.anchor}): base has {percent(before)} % right; change in points: "
+            f"{anchor_name(run.anchor)}: base has {percent(before)} % right; change in points: "
             f"{', '.join(kept)}."
         )
     if told := "; ".join(_correlations(results, "base")):

@@ -19,6 +19,11 @@ MEANINGS = {
 }
 
 
+def anchor_name(anchor: str) -> str:
+    """How the anchor language is written in a table: English, or another language's code."""
+    return "English" if anchor == "en" else anchor
+
+
 def number(value: float | None, form: str = ".3g") -> str:
     """The number in this format, with a minus sign instead of a hyphen, at which a line could break."""
     return NONE if value is None else f"{value:{form}}".replace("-", "−")

@@ -105,6 +105,11 @@ def test_console_table_has_a_row_for_each_method_and_fits_eighty_columns(results
         )
 
 
+def test_the_table_names_the_anchor_language(results: dict[str, Any]) -> None:
+    assert summary_table(results).heads[-1] == "English, %"
+    assert summary_table({**results, "anchor": "zh"}).heads[-1] == "zh, %"
+
+
 # ---- the page ----
 
 
