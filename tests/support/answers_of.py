@@ -10,7 +10,7 @@ from ramoe_megatron.method.steering import Steering, steering_noise
 
 PROMPTS = (5, 23, 3, 11, 11, 17, 8)
 """Lengths: more than one group, unequal numbers of rows on the ranks, beyond the window of GPT-OSS."""
-NEW = (13, 9, 16, 2, 13, 1, 11)
+NEW = (7, 5, 9, 2, 7, 1, 6)
 CHOICES = ((1, 1, 1, 1), (3, 1), (2, 2, 5), (4,))
 """Tokens of the choices of the first prompts, with their end token."""
 
