@@ -33,7 +33,7 @@ from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
 from ramoe_megatron.mcore.steer.steering_options import SteeringOptions
 from ramoe_megatron.recipe.methods import Method
-from ramoe_megatron.recipe.schema import Evaluate, Profile, Recipe, Taxonomy
+from ramoe_megatron.recipe.schema import Evaluate, Grid, Profile, Recipe, Taxonomy, Tune
 from ramoe_megatron.recipe.sections import (
     AlignmentSection,
     Data,
@@ -70,6 +70,8 @@ KEYS: tuple[tuple[str, type], ...] = (
     ("steering", SteeringSection),
     ("methods", Method),
     ("evaluate", Evaluate),
+    ("tune", Tune),
+    ("tune.methods", Grid),
     ("launch", Launch),
     ("launch.slurm", Slurm),
 )

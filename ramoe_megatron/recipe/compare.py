@@ -1,17 +1,20 @@
 """`ramoe compare`: run a recipe's methods over seeds and base models, and compare the results."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from ramoe_megatron.artifacts.files import read_json
+from ramoe_megatron.artifacts.files import read_json, save_document
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.recipe.load import load_recipe
 from ramoe_megatron.recipe.manifest import Manifest
 from ramoe_megatron.recipe.plan import make_plan
 from ramoe_megatron.recipe.runner import run_recipe
+from ramoe_megatron.recipe.schema import Recipe
+from ramoe_megatron.recipe.tune import settings, trial_changes, trial_rows, tuned_changes
 
 
 def compare_recipe(
@@ -30,6 +33,9 @@ def compare_recipe(
     learning rate), unless the method's `train` changes them; the documents report such changes. A second call
     resumes where the first one stopped.
 
+    With a section `tune`, the trials of all methods run first, in OUT/tuning, and the comparison has the
+    setting of each method that was best on the validation split (`recipe.tune`).
+
     Args:
         changes: changes to the recipe, as `--set` gives them.
         seeds: fine-tuning seeds 1 to N. Default: the recipe's seeds.
@@ -40,7 +46,7 @@ def compare_recipe(
 
     Raises:
         RamoeError: as `run_recipe`; the recipe has no method `sft` to compare with; several base models are
-            asked of a recipe that trains none.
+            asked of a recipe that trains none; or a base model is tuned on and compared.
         StageFailed: a stage failed.
     """
     console = console or Console()
@@ -54,17 +60,21 @@ def compare_recipe(
             "give --bases one seed, or leave it out"
         )
     root = (out or Path("runs") / recipe.name).resolve()
-    folders = {root / f"base{base}": [*changes, f"seed={base}"] for base in bases or [recipe.seed]}
-    for folder, own in folders.items():
-        console.print(f"[bold]{folder.name}[/bold]", highlight=False)
-        run_recipe(path, own, folder, dry_run=dry_run, console=console)
-    if dry_run:
-        return
-    if waiting := [folder.name for folder, own in folders.items() if not _done(path, own, folder)]:
-        console.print(
-            f"{', '.join(waiting)}: submitted; repeat this command when its jobs have ended",
-            highlight=False,
-        )
+    tuning, compared = None, [*bases] or [recipe.seed]
+    if recipe.tune is not None:
+        if both := sorted({*recipe.tune.bases} & {*compared}):
+            raise RamoeError(
+                f"{path}: tune.bases and the comparison both have the base model "
+                f"{', '.join(map(str, both))}: give other seeds in tune.bases or --bases"
+            )
+        tuning = _tuned(path, changes, recipe, root / "tuning", dry_run, console)
+        if tuning is None:
+            return
+        changes = [*changes, *tuned_changes(recipe, tuning["rows"])]
+    folders = _ran(
+        path, {root / f"base{base}": [*changes, f"seed={base}"] for base in compared}, dry_run, console
+    )
+    if folders is None:
         return
     from ramoe_megatron.recipe.methods import METHODS
     from ramoe_megatron.report.comparison.assemble import write_comparison  # matplotlib
@@ -78,13 +88,62 @@ def compare_recipe(
     ]
     words += ["--bases", ",".join(map(str, bases))] if bases else []
     words += [word for change in given for word in ("--set", change)]
-    page = write_comparison(list(folders), root, presets=tuple(METHODS), command=shlex.join(words))
+    page = write_comparison(
+        list(folders), root, presets=tuple(METHODS), command=shlex.join(words), tuning=tuning
+    )
     if document is not None:
         write_document(read_json(root / "comparison.json"), document)
     console.print(f"comparison: {page}", soft_wrap=True, highlight=False)
     written = document or root / "experiment.md"
     data = document.with_suffix(".json") if document else root / "comparison.json"
     console.print(f"document: {written}, data: {data}", soft_wrap=True, highlight=False)
+
+
+def _tuned(
+    path: Path, changes: Sequence[str], recipe: Recipe, out: Path, dry_run: bool, console: Console
+) -> dict[str, Any] | None:
+    """Run the trials, and write and return tuning.json; None if they have not ended."""
+    assert recipe.tune is not None
+    asked = [*changes, *trial_changes(recipe)]
+    bases = recipe.tune.bases or [recipe.seed]
+    console.print(
+        f"tuning: {sum(map(len, settings(recipe).values()))} trials; "
+        f"base models {', '.join(map(str, bases))}; seeds {', '.join(map(str, recipe.tune.seeds))}",
+        highlight=False,
+    )
+    folders = _ran(path, {out / f"base{base}": [*asked, f"seed={base}"] for base in bases}, dry_run, console)
+    if folders is None:
+        if dry_run:
+            console.print("the comparison follows, with the settings that the trials choose", highlight=False)
+        return None
+    rows = trial_rows(recipe, {folder.name: read_json(folder / "results.json") for folder in folders})
+    tuning = {
+        "split": recipe.tune.split,
+        "seeds": recipe.tune.seeds,
+        "bases": [folder.name for folder in folders],
+        "budget": recipe.tune.budget,
+        "rows": rows,
+    }
+    save_document(out / "tuning.json", "ramoe-tuning", tuning)
+    return tuning
+
+
+def _ran(
+    path: Path, folders: Mapping[Path, Sequence[str]], dry_run: bool, console: Console
+) -> list[Path] | None:
+    """Run the recipe with each folder's changes. Returns the folders, or None if they are not finished."""
+    for folder, changes in folders.items():
+        console.print(f"[bold]{folder.name}[/bold]", highlight=False)
+        run_recipe(path, changes, folder, dry_run=dry_run, console=console)
+    if dry_run:
+        return None
+    if waiting := [folder.name for folder, own in folders.items() if not _done(path, own, folder)]:
+        console.print(
+            f"{', '.join(waiting)}: submitted; repeat this command when its jobs have ended",
+            highlight=False,
+        )
+        return None
+    return list(folders)
 
 
 def _done(path: Path, changes: Sequence[str], folder: Path) -> bool:

@@ -51,6 +51,11 @@ def run_recipe(
     """
     console = console or Console()
     recipe = load_recipe(path, changes)
+    if recipe.tune is not None:
+        raise RamoeError(
+            f"{path}: the section tune is for `ramoe compare`; start that, or run the recipe's own settings "
+            "with --set tune=null"
+        )
     folder = (out or Path("runs") / recipe.name).resolve()
     submits = recipe.launch.launcher == "slurm"
     # The devices of a login node do not matter.

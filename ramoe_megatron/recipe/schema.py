@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.select.selective_options import READS_USAGE
@@ -93,6 +93,37 @@ class Evaluate(Section):
     """
 
 
+class Grid(Section):
+    """Settings of a method to try."""
+
+    lr: list[PositiveFloat] = []
+    """Learning rates. Default: those of `tune`."""
+    coeff: list[PositiveFloat] = []
+    """Coefficients of the alignment loss. Default: those of `tune`."""
+
+
+class Tune(Section):
+    """How `ramoe compare` chooses the settings of each trained method on a validation split before it
+    compares. `ramoe run` refuses a recipe with this section."""
+
+    lr: Annotated[list[PositiveFloat], Field(min_length=1)]
+    """Learning rates to try."""
+    coeff: list[PositiveFloat] = []
+    """Coefficients to try, for the methods that align. Default: each method's own coefficient."""
+    methods: dict[str, Grid] = {}
+    """Method -> a grid of its own, such as the coefficients of a method whose loss has another scale."""
+    budget: PositiveInt
+    """Trials of each method. From a larger grid they are drawn at random; a smaller one is refused, because
+    every method gets the same number of trials."""
+    split: str = "validation"
+    """Split on which the trials are compared. The comparison itself must use another one."""
+    seeds: Annotated[list[int], Field(min_length=1)] = [101]
+    """Seeds of the trials' fine-tuning runs. The comparison must use others."""
+    bases: list[int] = []
+    """Seeds of the data and base models of the trials. The comparison must use others. Required with
+    `pretrain`."""
+
+
 def _named(value: Any) -> Any:
     return (
         [{"name": item} if isinstance(item, str) else item for item in value]
@@ -145,6 +176,8 @@ class Recipe(Section):
     """Seeds of the fine-tuning runs. A single number n means 1 to n."""
     evaluate: Evaluate = Evaluate()
     """How the results are measured."""
+    tune: Tune | None = None
+    """Settings to try for each method before a comparison."""
     launch: Launch = Launch()
     """Nodes, ranks, and how they are started."""
 
@@ -181,7 +214,32 @@ class Recipe(Section):
         names = [method.name for method in self.methods]
         for method in self.methods:
             self._check_method(method, names)
+        if self.tune is not None:
+            self._check_tune(self.tune, names)
         return self
+
+    def _check_tune(self, tune: Tune, names: Sequence[str]) -> None:
+        if both := sorted({*tune.seeds} & {*self.seeds}):
+            raise ValueError(
+                f"tune.seeds and seeds both have {', '.join(map(str, both))}: tune on seeds that the "
+                "comparison does not use"
+            )
+        if tune.split == self.evaluate.split:
+            raise ValueError(
+                f"tune.split and evaluate.split are both {tune.split!r}: tune on a split that the comparison "
+                "does not use"
+            )
+        if unknown := [name for name in tune.methods if name not in names]:
+            raise ValueError(
+                f"tune.methods: {', '.join(unknown)} is no method of this recipe ({', '.join(names)})"
+            )
+        if self.pretrain is not None and not tune.bases:
+            raise ValueError(
+                "tune.bases is missing: give seeds of base models to tune on, such as [101], which the "
+                "comparison does not use"
+            )
+        if self.pretrain is None and tune.bases:
+            raise ValueError("tune.bases needs pretrain: checkpoint gives one base model; leave it out")
 
     def _check_method(self, method: Method, names: Sequence[str]) -> None:
         alignment, selection, told = (

@@ -296,6 +296,7 @@ SECTIONS = (
     "What came out",
     "What was run",
     "All methods against sft",
+    "How each method's settings were chosen",
     "Claims and their controls",
     "Each base model",
     "Tasks and languages",

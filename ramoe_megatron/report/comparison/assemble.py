@@ -14,6 +14,7 @@ from ramoe_megatron.report.comparison.figures import plot_comparison
 from ramoe_megatron.report.comparison.folders import load_folders
 from ramoe_megatron.report.comparison.relations import ci_gain_rows, transplant_rows
 from ramoe_megatron.report.comparison.study import Study
+from ramoe_megatron.report.vocabulary import Record
 
 PRESETS = ("sft", "ra-moe", "ra-moe-shuffled")
 """Methods with a fixed meaning. The caller may pass more."""
@@ -30,6 +31,7 @@ def compare(
     claims: Sequence[Claim] = CLAIMS,
     presets: Collection[str] = PRESETS,
     command: str = "",
+    tuning: Record | None = None,
 ) -> dict[str, Any]:
     """The contents of comparison.json.
 
@@ -40,6 +42,7 @@ def compare(
         claims: controls; one that was not run gives no row.
         presets: methods that are no ablation; controls of `claims` are none either.
         command: the command line that made the comparison, to be quoted.
+        tuning: the contents of tuning.json, if the methods' settings were chosen by trials.
 
     Raises:
         RamoeError: a folder or a file of it is missing (with the stage to run) or malformed, or folders or
@@ -66,6 +69,7 @@ def compare(
         "methods": list(by_method),
         "bases": [contrasts.base_row(name, run) for name, run in runs.items()],
         "training": training_rows(study),
+        "tuning": tuning,
         "headline": headline,
         "claims": contrasts.claims_rows(study, claims),
         "cells": contrasts.cells_rows(study),

@@ -116,6 +116,7 @@ def comparison_sections(
         PageSection(
             "headline", f"All methods against {c['reference']}", [*figure("forest"), _headline_table(c)]
         ),
+        PageSection("tuning", "How each method's settings were chosen", [_tuning_table(c)]),
         PageSection("claims", "Claims and their controls", [_claims_table(c)]),
         PageSection("bases", "Each base model", [_by_base_table(c)]),
         PageSection("cells", "Tasks and languages", [*figure("cells"), _cells_table(c)]),
@@ -202,6 +203,27 @@ def _before_table(c: Record) -> Table:
     heads = ("base model", "target right, %", "anchor right, %", "ci share, %", "transplant test, points")
     note = "Before fine-tuning. Examples: evaluated rows, each in one language."
     return Table((*heads, "target examples", "anchor examples"), rows, note=note)
+
+
+def _tuning_table(c: Record) -> Table:
+    """All trials on the validation split."""
+    tuning = c.get("tuning") or {"rows": [], "bases": [], "split": "", "seeds": [], "budget": 0}
+    rows = []
+    for row in tuning["rows"]:
+        cells = [number(100 * row["by_base"][base], ".1f") for base in tuning["bases"]]
+        mark = (
+            "chosen, at the edge" if row["chosen"] and row["at_edge"] else "chosen" if row["chosen"] else ""
+        )
+        setting = (row["method"], number(row["lr"]), number(row["coeff"]))
+        rows.append((*setting, *cells, number(100 * row["accuracy"], ".1f"), mark))
+    heads = ("method", "lr", "coefficient", *(f"{base}, %" for base in tuning["bases"]), "mean, %", "")
+    note = (
+        f"Right answers in the target languages on the {tuning['split']} split, {tuning['budget']} trials a "
+        f"method, seeds {_listed(tuning['seeds'])}. Neither these seeds nor, where the recipe trains them, "
+        "these base models are compared. At the edge: a better setting may lie outside of what was tried."
+    )
+    absent = "Nothing was tuned: the settings are the recipe's."
+    return Table(heads, rows, left=(0, len(heads) - 1), note=note, absent=absent)
 
 
 # --- paired differences ---
