@@ -98,6 +98,12 @@ def test_no_two_modules_have_one_name() -> None:
     assert not {name: found for name, found in homes.items() if len(found) > 1 and name not in SAME_IDEA}
 
 
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """They are no packages, so pytest imports each under its own name alone."""
+    names = [path.stem for path in (ROOT / "tests").rglob("*.py") if path.stem != "conftest"]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_no_two_public_names_mean_different_things() -> None:
     homes: dict[str, list[str]] = defaultdict(list)
     for module, path in MODULES.items():

@@ -171,7 +171,7 @@ def _refuse_full_disk(
             print(f"ramoe: priors: {told}", flush=True)
         return told
 
-    start.step("priors", look, str, "make room, or keep less")
+    start.step("room for priors", look, str, "make room, or keep less")
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from ramoe_megatron.models.convert import export_checkpoint, plan_export
 from ramoe_megatron.models.note import FLAGS, NOTE, ORIGINAL
 from ramoe_megatron.models.torch_dist import COMMON
 
-SCRIPT = str(Path(__file__).parents[1] / "support/family_job.py")
+SUPPORT = Path(__file__).parents[1] / "support"
 OWN_SCRIPT = str(Path(__file__).parents[2] / "examples/pretrain_gpt.py")
 TP = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -35,11 +35,15 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 def forward(folder: Path, name: str, layout: str, checkpoint: str) -> dict[str, Any]:
-    """The row that computes the logits of a checkpoint in a layout: NAME-LAYOUT."""
-    row = f"{name}-{layout}"
-    flags = [*family_flags(folder, name), *LAYOUTS[layout.partition("-after")[0]][1]]
+    """The row that computes the logits of a checkpoint in a layout: NAME-LAYOUT.
+
+    After training it computes the logits alone, else answers too.
+    """
+    row, (own, after, _) = f"{name}-{layout}", layout.partition("-after")
+    job = SUPPORT / ("family_job.py" if after else "answers_job.py")
+    flags = [*family_flags(folder, name), *LAYOUTS[own][1]]
     files = ["--load", str(folder / checkpoint), "--ramoe-output", str(folder / row)]
-    return {"name": row, "job": SCRIPT, "argv": [*flags, *files, "--ramoe-batch-tokens", "64"]}
+    return {"name": row, "job": str(job), "argv": [*flags, *files, "--ramoe-batch-tokens", "64"]}
 
 
 def training(folder: Path, name: str, layout: str, kind: str = "trained") -> dict[str, Any]:
