@@ -27,7 +27,7 @@ from ramoe_megatron.report.vocabulary import (
 from ramoe_megatron.statistics import wilson
 
 PACKAGES = ("megatron-core", "torch", "transformer-engine", "datasets", "sentencepiece", "numpy", "babel")
-BEFORE = ("taxonomy", "divergence", "experts")
+BEFORE = ("taxonomy", "divergence", "gap", "experts")
 """Figures of the model before training."""
 FIGURE_TEXTS = {
     "accuracy": (
@@ -81,6 +81,13 @@ FIGURE_TEXTS = {
         "Entropy-normalised Jensen-Shannon divergence between the router's distributions on parallel text "
         "(arXiv 2510.04694), mean over examples. Large pretrained models show a U over depth, lowest in "
         "the middle. {zone} {numbers}",
+    ),
+    "gap": (
+        "Does divergence predict the gap?",
+        "the profile and evaluate stages make it, for at least three target languages",
+        "For each layer, Pearson's r over the target languages of the divergence above and the base model's "
+        "gap: accuracy in the anchor language minus accuracy in the language. Band: Fisher's 95 % interval. "
+        "By the paper's claim r is high inside the zone. {zone}",
     ),
     "experts": (
         "Task experts",

@@ -332,6 +332,36 @@ def divergence_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | N
     return figure
 
 
+def gap_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None":
+    rows = results.get("divergence_gap", {}).get("layers", [])
+    if not any(row["r"] is not None for row in rows):
+        return None
+    figure, (axis,) = panels(1, 7.5, 3.2)
+    shade_zone(axis, run)
+    gap_curve(axis, rows, "black", f"{rows[0]['n']} languages")
+    gap_axes(axis)
+    return figure
+
+
+def gap_curve(axis: "Axes", rows: Sequence[Mapping[str, Any]], colour: str, label: str) -> None:
+    """Draw r of divergence and gap over the layers, with its interval."""
+    known = [row for row in rows if row["r"] is not None]
+    layers = [row["layer"] for row in known]
+    low, high = ([row[end] for row in known] for end in ("low", "high"))
+    axis.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)
+    axis.plot(layers, [row["r"] for row in known], "o-", color=colour, ms=4, label=label)
+
+
+def gap_axes(axis: "Axes") -> None:
+    """The axes of `gap_curve`."""
+    axis.axhline(0, color="#555555", lw=0.9)
+    whole_layers(axis)
+    axis.set_ylim(-1.05, 1.05)
+    axis.set_ylabel("r of divergence and gap")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
 def taxonomy_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None":
     pairs = shown_pairs(run)
     if not pairs:
@@ -403,6 +433,7 @@ FIGURES: "dict[str, Callable[[RunInputs, Mapping[str, Any]], Figure | None]]" = 
     "transplant": transplant_figure,
     "taxonomy": taxonomy_figure,
     "divergence": divergence_figure,
+    "gap": gap_figure,
     "experts": experts_figure,
 }
 

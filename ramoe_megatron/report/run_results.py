@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ramoe_megatron.artifacts.files import save_document
+from ramoe_megatron.report.divergence_gap import gap_correlations, gap_points
 from ramoe_megatron.report.inputs import Evaluation, RunInputs, load_run
 from ramoe_megatron.report.pairing import paired_change, pooled
 from ramoe_megatron.statistics import pearson, wilson
@@ -46,6 +47,7 @@ def results_of(run: RunInputs) -> dict[str, Any]:
         "comparisons": _comparisons(by_method, anchor),
         "mass": [{"method": e.method, "seed": e.seed, **row} for e in run.evaluations for row in e.mass],
         "ci_gain": _ci_gain(by_pair, run),
+        "divergence_gap": {"layers": gap_correlations(points := gap_points(run)), "points": points},
     }
 
 

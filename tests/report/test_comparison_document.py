@@ -303,6 +303,7 @@ SECTIONS = (
     "Anchor language (en)",
     "Transplant test against outcome",
     "ci share against gain",
+    "Divergence against the gap between languages",
     "Routing mass on the task experts",
     "Time and memory",
     "A coefficient of zero",

@@ -12,7 +12,7 @@ from ramoe_megatron.report.comparison.costs import cost_rows
 from ramoe_megatron.report.comparison.document import comparison_markdown, comparison_page
 from ramoe_megatron.report.comparison.figures import plot_comparison
 from ramoe_megatron.report.comparison.folders import load_folders
-from ramoe_megatron.report.comparison.relations import ci_gain_rows, transplant_rows
+from ramoe_megatron.report.comparison.relations import ci_gain_rows, divergence_gap_rows, transplant_rows
 from ramoe_megatron.report.comparison.study import Study
 from ramoe_megatron.report.vocabulary import Record
 
@@ -77,6 +77,7 @@ def compare(
         "cost": cost_rows(study),
         "mass": contrasts.mass_rows(study),
         "ci_gain": ci_gain_rows(study),
+        "divergence_gap": divergence_gap_rows(study),
         "transplant": transplant_rows(study),
         "coefficient_zero": contrasts.zero_rows(study, OFF),
         "ablation": ablation_rows(study, headline, known),

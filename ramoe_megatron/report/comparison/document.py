@@ -123,6 +123,7 @@ def comparison_sections(
         PageSection("english", f"Anchor language ({c['anchor']})", [_english_table(c)]),
         PageSection("transplant", "Transplant test against outcome", [_hits_table(c)]),
         PageSection("ci", "ci share against gain", [*figure("ci"), _ci_table(c)]),
+        PageSection("gap", "Divergence against the gap between languages", [*figure("gap"), _gap_table(c)]),
         PageSection("mass", "Routing mass on the task experts", [_mass_table(c)]),
         PageSection("cost", "Time and memory", [_cost_table(c)]),
         PageSection("zero", "A coefficient of zero", [_zero_table(c)]),
@@ -386,6 +387,25 @@ def _ci_table(c: Record) -> Table:
         f"{c['reference']} is the headroom that any training fills.{within}"
     )
     return Table(heads, rows, left=(0, 1), note=note, absent="No ci share was measured.")
+
+
+def _gap_table(c: Record) -> Table:
+    several = len(c["bases"]) > 1
+    names = [None, *(base["base"] for base in c["bases"])] if several else [None]
+    correlations = c.get("divergence_gap", {}).get("correlations", [])
+    found = {(row["layer"], row["base"]): row for row in correlations}
+    rows = []
+    for layer in dict.fromkeys(layer for layer, _ in found):
+        own = [found.get((layer, name)) for name in names]
+        rows.append((layer, *(correlation(row) if row and row["n"] else NONE for row in own)))
+    heads = ("MoE layer", "within base models" if several else "r", *filter(None, names))
+    note = (
+        "Pearson's r over target languages of the profile's routing divergence and the gap, with Fisher's "
+        "95 % interval. Gap: the base model's accuracy in the anchor language minus that in the language. By "
+        "the claim that divergence in the middle layers predicts the gap (arXiv 2605.28306, abstract), r is "
+        "above zero inside the zone, and higher than outside."
+    )
+    return Table(heads, rows, left=(), note=note, absent="No divergence was measured.")
 
 
 def _mass_table(c: Record) -> Table:

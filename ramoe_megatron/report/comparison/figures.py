@@ -1,4 +1,4 @@
-"""Figures of the comparison: methods against the reference, tasks by languages, ci share against gain."""
+"""Figures of the comparison: methods against the reference, cells, ci share and gain, divergence and gap."""
 
 import functools
 from pathlib import Path
@@ -9,6 +9,8 @@ from ramoe_megatron.report.plots import (
     COLOURS,
     MARKERS,
     by_method,
+    gap_axes,
+    gap_curve,
     legend_below,
     panels,
     plain,
@@ -36,6 +38,11 @@ CAPTIONS = {
         "Each point is a task and target language of one base model; the gain is accuracy after minus "
         "before, mean over seeds. Where the ci share is large there is more room for any training: what "
         "{main} shares with {reference} is headroom. r is within base models."
+    ),
+    "gap": (
+        "Pearson's r over target languages of routing divergence and the base model's gap to the anchor "
+        "language, by layer, with Fisher's 95 % interval. Black: within base models. Shaded: the alignment "
+        "zone, where all base models have one."
     ),
 }
 
@@ -136,4 +143,27 @@ def comparison_ci_figure(c: Record) -> "Figure | None":
     return scatter(shown, "over_base", "ci_share", "ci share, %", "gain over base, points") if shown else None
 
 
-COMPARISON_FIGURES = {"forest": forest_figure, "cells": cells_figure, "ci": comparison_ci_figure}
+def comparison_gap_figure(c: Record) -> "Figure | None":
+    rows = [row for row in c.get("divergence_gap", {}).get("correlations", []) if row["r"] is not None]
+    if not rows:
+        return None
+    figure, (axis,) = panels(1, 7.5, 3.4)
+    zones = {tuple(base["zone"] or ()) for base in c["bases"]}
+    if len(zones) == 1 and (zone := zones.pop()):
+        axis.axvspan(zone[0] - 0.5, zone[1] + 0.5, color="#F0E442", alpha=0.35, lw=0, zorder=0)
+    names = [base["base"] for base in c["bases"]]
+    for at, name in enumerate(names if len(names) > 1 else []):
+        own = [row for row in rows if row["base"] == name]
+        style: dict[str, Any] = {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)]}
+        axis.plot([row["layer"] for row in own], [row["r"] for row in own], ms=4, label=plain(name), **style)
+    gap_curve(axis, [row for row in rows if row["base"] is None], "black", "within base models")
+    gap_axes(axis)
+    return figure
+
+
+COMPARISON_FIGURES = {
+    "forest": forest_figure,
+    "cells": cells_figure,
+    "ci": comparison_ci_figure,
+    "gap": comparison_gap_figure,
+}

@@ -1,10 +1,11 @@
-"""What the gain is associated with: ci share and its headroom, and the sign of the transplant test."""
+"""What goes with gain and gap: ci share and its headroom, the transplant test's sign, routing divergence."""
 
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from ramoe_megatron.report.comparison.study import Cell, Row, Study
+from ramoe_megatron.report.divergence_gap import gap_correlations, gap_points
 from ramoe_megatron.report.run_results import ci_shares
 from ramoe_megatron.statistics import fisher, pearson, wilson
 
@@ -63,6 +64,21 @@ def _gain(study: Study, method: str, other: str, base: str, cell: Cell) -> float
     ]
     means = [value for value in found if value is not None]
     return sum(means) / len(means) if means else None
+
+
+def divergence_gap_rows(study: Study) -> Row:
+    """Points of (base, layer, language), and Pearson's r of divergence and gap for each layer.
+
+    With `base` None, r is within base models. Layers are compared by their number, so base models of another
+    depth have rows of their own alone.
+    """
+    points = [{"base": name, **point} for name, run in study.runs.items() for point in gap_points(run)]
+    correlations = []
+    for base in [None, *study.runs]:
+        own = [point for point in points if base in (None, point["base"])]
+        groups = [point["base"] for point in own]
+        correlations += [{"base": base, **row} for row in gap_correlations(own, groups)]
+    return {"correlations": correlations, "points": points}
 
 
 def transplant_rows(study: Study) -> Row:
