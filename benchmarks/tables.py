@@ -54,7 +54,7 @@ def training_table(results: Sequence[dict[str, Any]]) -> Table:
         "wall, ms",
     )
     for column in columns:
-        table.add_column(column, justify="left" if column == "layers aligned" else "right")
+        _add(table, column, words=column == "layers aligned")
     for result in results:
         table.add_section()
         table.add_row(f"[bold]{result['shape']['name']}[/bold]")
@@ -81,7 +81,7 @@ def operations_table(result: dict[str, Any]) -> Table:
         caption="forward and backward; the same on any machine",
     )
     for column in ("options", "of an aligned layer", f"<= {AT_MOST}", "of a micro-batch"):
-        table.add_column(column, justify="left" if column == "options" else "right")
+        _add(table, column, words=column == "options")
     for options, counts in found.items():
         met = "met" if counts["layer"] <= AT_MOST else "missed"
         table.add_row(options, f"{counts['layer']}", met, f"{counts['once']}")
@@ -92,7 +92,7 @@ def decoding_table(result: dict[str, Any]) -> Table:
     """CPU and wall seconds of each way to answer and to score choices, beside the cached one."""
     table = Table(title="Answers and choices of a converted model, on one thread", title_justify="left")
     for column in ("way", "CPU, s", "wall, s", "CPU, ratio", "same answers"):
-        table.add_column(column, justify="left" if column == "way" else "right")
+        _add(table, column, words=column == "way")
     for kind in ("answers", "choices"):
         table.add_section()
         first = None
@@ -114,7 +114,7 @@ def profiling_table(result: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left")
     columns = ("tokens", "pass", "operations", "peak, MB", "kept, bytes", "tokens/s of CPU", "speed [95 %]")
     for column in (*columns, f">= {SPEED}", "wall, speed"):
-        table.add_column(column, justify="left" if column == "pass" else "right")
+        _add(table, column, words=column == "pass")
     for length in result["lengths"].values():
         table.add_section()
         for number, (label, arm) in enumerate(length["passes"].items()):
@@ -127,6 +127,11 @@ def profiling_table(result: dict[str, Any]) -> Table:
             )
             table.add_row(tokens, label, *cells)
     return table
+
+
+def _add(table: Table, column: str, words: bool) -> None:
+    """Add a column of numbers, or of words, which are never broken."""
+    table.add_column(column, justify="left" if words else "right", no_wrap=words)
 
 
 def milliseconds(time: dict[str, Any]) -> str:

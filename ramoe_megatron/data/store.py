@@ -8,6 +8,7 @@ An entry of the cache has:
 """
 
 import functools
+import hashlib
 import itertools
 import json
 from array import array
@@ -60,6 +61,11 @@ class StoredExamples(CodedExamples):
 
     def __reduce__(self) -> tuple[type["StoredExamples"], tuple[Path, np.ndarray]]:
         return StoredExamples, (self.folder, self.rows)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A name for these rows of this store, by which what is made of them is kept."""
+        return f"{self.folder.name}-{hashlib.sha256(self.rows.tobytes()).hexdigest()}"
 
     def codes(self, field: str) -> Codes:
         number = CODED.index(field)

@@ -2,6 +2,7 @@
 
 import json
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from data_rows import SmallTokenizer
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import save_document
 from ramoe_megatron.artifacts.priors import Priors
-from ramoe_megatron.artifacts.records import write_taxonomy
+from ramoe_megatron.artifacts.records import taxonomy_rows, write_taxonomy
 from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.mcore.align.labels import categories
 from ramoe_megatron.mcore.arguments import DataOptions, RoutingAlignmentConfig
-from ramoe_megatron.mcore.train.datasets import check_data
+from ramoe_megatron.mcore.train.datasets import TrainingInputs, check_data
 from ramoe_megatron.method.divergence import Zone
 from ramoe_megatron.method.taxonomy import TaxonomyRow
 
@@ -186,6 +188,34 @@ def test_validation_examples_and_the_views_of_pairs_must_fit_too(folder: Path, t
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
         with pytest.raises(RamoeError, match="examples are longer than --seq-length 40"):
             check_data(arguments(folder, ramoe_data=[str(tmp_path / "rows.jsonl")], **changes))
+
+
+def test_a_second_start_reads_the_taxonomy_only_if_it_has_changed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taxonomy, read = tmp_path / "taxonomy.jsonl", []
+
+    def counted(path: str) -> Iterator[TaxonomyRow]:
+        read.append(path)
+        return taxonomy_rows(path)
+
+    def started(right: str) -> list[str]:
+        rows = [TaxonomyRow(id_, "sum", "tr", "train", True, id_ == right) for id_ in IDS]
+        write_taxonomy(taxonomy, rows)
+        given = arguments(folder, ramoe_taxonomy=str(taxonomy), data_cache_path=str(tmp_path / "cache"))
+        labels = TrainingInputs(given).labels
+        expected = categories(TrainingInputs(given).held, str(taxonomy), "en").tolist()
+        assert labels.category.tolist() == expected
+        return expected
+
+    monkeypatch.setattr("ramoe_megatron.mcore.align.labels.taxonomy_rows", counted)
+    first = started(IDS[0])
+    assert started(IDS[0]) == first
+    assert len(read) == 3  # `categories` of this test twice, and the first start
+    other = started(IDS[1])
+    assert len(read) == 5
+    assert sorted(other) == sorted(first)
+    assert other != first
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Alignment labels: whether a sample's routing is aligned, and to which target."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from ramoe_megatron.method.taxonomy import CATEGORIES
 ALIGNED = {"ci": ("ci",), "ci+cc": ("ci", "cc"), "all": CATEGORIES}
 """The aligned categories for each value of `--ramoe-examples`."""
 BLOCK_ROWS = 65536  # rows of a taxonomy that are objects at once
+ReadCategories = Callable[[Sequence[Example], str | None, str], np.ndarray]
+"""As `categories`."""
 
 
 class ExampleLabels:
@@ -37,8 +39,17 @@ class ExampleLabels:
             no other id of their task is aligned.
     """
 
-    def __init__(self, examples: Sequence[Example], config: RoutingAlignmentConfig, anchor: str) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        config: RoutingAlignmentConfig,
+        anchor: str,
+        read: ReadCategories | None = None,
+    ) -> None:
         """
+        Args:
+            read: reads the categories of the taxonomy. Default: `categories`.
+
         Raises:
             RamoeError: an artefact cannot be read, or belongs to another model, other data or another anchor;
                 there is no zone; an example has no category; an aligned example has no task experts or no
@@ -51,7 +62,7 @@ class ExampleLabels:
         rows = {task: row for row, task in enumerate(experts.tasks)}
         tasks = codes_of(examples, "task")
         self.task = tasks.mapped([rows.get(task, -1) for task in tasks.names], np.int64)
-        self.category = categories(examples, config.taxonomy, anchor)
+        self.category = (read or categories)(examples, config.taxonomy, anchor)
         self.aligned = aligned_examples(examples, self.category, config, anchor)
         self._refuse_unknown_tasks(tasks, experts)
         self.may_align = ~codes_of(examples, "language").among([anchor]) & (self.task >= 0)

@@ -1,24 +1,31 @@
 """Build the data sets of a training run from the parsed arguments, and check them before Megatron starts."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ramoe_megatron.data.cache import Cache, default_folder
+from ramoe_megatron.artifacts.files import package_version
+from ramoe_megatron.data.cache import Cache, default_folder, key_of, mapped
 from ramoe_megatron.data.codes import codes_of
 from ramoe_megatron.data.dataset import EncodedExamples, SFTDataset
 from ramoe_megatron.data.encode import Tokenizer, check_tokenizer
 from ramoe_megatron.data.packing import PackedDataset
 from ramoe_megatron.data.paired import PairedDataset, view_places
-from ramoe_megatron.data.parallel import select_examples
+from ramoe_megatron.data.parallel import Example, select_examples
 from ramoe_megatron.data.sampler import order
 from ramoe_megatron.data.store import StoredExamples, store_examples
 from ramoe_megatron.data.token_cache import cached_tokens
 from ramoe_megatron.data.workers import give_back_memory
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.mcore.align.labels import AlignedDataset, ExampleLabels, refuse_weightless_views
+from ramoe_megatron.mcore.align.labels import (
+    AlignedDataset,
+    ExampleLabels,
+    categories,
+    refuse_weightless_views,
+)
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.align.startup import samples_block
 from ramoe_megatron.mcore.align.state import current_state
@@ -96,7 +103,18 @@ class TrainingInputs:
         self.alignment.refuse_unread_rule(getattr(self.args, "ramoe_train", "all"))
         if self.alignment.refresh_interval is not None and self.alignment.taxonomy is not None:
             refuse_other_anchors(self.alignment.taxonomy, self.options.anchor)
-        return ExampleLabels(self.held, self.alignment, self.options.anchor)
+        return ExampleLabels(self.held, self.alignment, self.options.anchor, self._categories)
+
+    def _categories(self, examples: Sequence[Example], taxonomy: str | None, anchor: str) -> np.ndarray:
+        """As `categories`. They stay in the cache, since a taxonomy of a million rows takes long to read."""
+        if taxonomy is None or not Path(taxonomy).is_file() or not isinstance(examples, StoredExamples):
+            return categories(examples, taxonomy, anchor)
+        key = key_of([package_version(), examples.digest, self._cache.digest(Path(taxonomy)), anchor])
+
+        def make(folder: Path) -> None:
+            np.save(folder / "category.npy", categories(examples, taxonomy, anchor))
+
+        return mapped(self._cache.entry(f"categories-{key}", make) / "category.npy")
 
     def encoded(self, tokenizer: Tokenizer) -> dict[str, EncodedExamples]:
         """The tokens of "train" (`held`) and of "validation".
