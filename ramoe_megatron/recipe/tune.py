@@ -46,8 +46,10 @@ def trial_changes(recipe: Recipe) -> list[str]:
         for name, found in settings(recipe).items()
         for number, setting in enumerate(found)
     ]
+    scored = [split for split in recipe.taxonomy.splits if split not in (recipe.evaluate.split, tune.split)]
     return [
         "tune=null",
+        f"taxonomy.splits={_flow([*scored, tune.split])}",  # `predict` reads the evaluated split there
         f"seeds={_flow(tune.seeds)}",
         f"evaluate.split={tune.split}",
         f"methods={_flow(trials)}",

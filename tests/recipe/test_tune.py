@@ -90,6 +90,7 @@ def test_a_trial_changes_learning_rate_and_coefficient_and_nothing_else() -> Non
     given_recipe = recipe()
     trials = changed(trial_changes(given_recipe))
     assert (trials.tune, trials.seeds, trials.evaluate.split) == (None, [101], "validation")
+    assert trials.taxonomy.splits == ["train", "validation"]
     for name, own in settings(given_recipe).items():
         for number, setting in enumerate(own):
             trial = trials.method(f"{name}.{number}")
