@@ -116,6 +116,16 @@ def cache_of_data(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("data-cache"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def losses_of_megatron() -> None:
+    """Megatron keeps the figures and the scale of its routers' losses in the process: no file inherits them."""
+    moe = "megatron.core.transformer.moe"
+    if logging := sys.modules.get(f"{moe}.moe_logging"):
+        logging.destroy_moe_metrics_tracker()
+    if utils := sys.modules.get(f"{moe}.moe_utils"):
+        utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
 @pytest.fixture(scope="session")
 def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all rows of `layout_rows`, which run once for all `test_layouts*.py`."""

@@ -46,10 +46,7 @@ def one_rank() -> Iterator[None]:
     """Megatron on the CPU backend, with the process groups of one gloo rank."""
     with cpu_backend():
         from megatron.core import parallel_state, tensor_parallel
-        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-        # an earlier backward pass without a schedule left a scale of another shape than a schedule copies in
-        MoEAuxLossAutoScaler.main_loss_backward_scale = None
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         parallel_state.initialize_model_parallel()

@@ -22,8 +22,6 @@ from ramoe_megatron.method.taxonomy import CATEGORIES
 ALIGNED = {"ci": ("ci",), "ci+cc": ("ci", "cc"), "all": CATEGORIES}
 """The aligned categories for each value of `--ramoe-examples`."""
 BLOCK_ROWS = 65536  # rows of a taxonomy that are objects at once
-ReadCategories = Callable[[Sequence[Example], str | None, str], np.ndarray]
-"""As `categories`."""
 
 
 class ExampleLabels:
@@ -44,11 +42,11 @@ class ExampleLabels:
         examples: Sequence[Example],
         config: RoutingAlignmentConfig,
         anchor: str,
-        read: ReadCategories | None = None,
+        read: Callable[[], np.ndarray] | None = None,
     ) -> None:
         """
         Args:
-            read: reads the categories of the taxonomy. Default: `categories`.
+            read: gives the `categories` of the examples. Default: they are read from the taxonomy.
 
         Raises:
             RamoeError: an artefact cannot be read, or belongs to another model, other data or another anchor;
@@ -62,7 +60,7 @@ class ExampleLabels:
         rows = {task: row for row, task in enumerate(experts.tasks)}
         tasks = codes_of(examples, "task")
         self.task = tasks.mapped([rows.get(task, -1) for task in tasks.names], np.int64)
-        self.category = (read or categories)(examples, config.taxonomy, anchor)
+        self.category = read() if read else categories(examples, config.taxonomy, anchor)
         self.aligned = aligned_examples(examples, self.category, config, anchor)
         self._refuse_unknown_tasks(tasks, experts)
         self.may_align = ~codes_of(examples, "language").among([anchor]) & (self.task >= 0)

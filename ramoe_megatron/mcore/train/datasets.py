@@ -1,7 +1,6 @@
 """Build the data sets of a training run from the parsed arguments, and check them before Megatron starts."""
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from ramoe_megatron.data.dataset import EncodedExamples, SFTDataset
 from ramoe_megatron.data.encode import Tokenizer, check_tokenizer
 from ramoe_megatron.data.packing import PackedDataset
 from ramoe_megatron.data.paired import PairedDataset, view_places
-from ramoe_megatron.data.parallel import Example, select_examples
+from ramoe_megatron.data.parallel import select_examples
 from ramoe_megatron.data.sampler import order
 from ramoe_megatron.data.store import StoredExamples, store_examples
 from ramoe_megatron.data.token_cache import cached_tokens
@@ -105,15 +104,16 @@ class TrainingInputs:
             refuse_other_anchors(self.alignment.taxonomy, self.options.anchor)
         return ExampleLabels(self.held, self.alignment, self.options.anchor, self._categories)
 
-    def _categories(self, examples: Sequence[Example], taxonomy: str | None, anchor: str) -> np.ndarray:
-        """As `categories`. They stay in the cache, since a taxonomy of a million rows takes long to read."""
-        if taxonomy is None or not Path(taxonomy).is_file() or not isinstance(examples, StoredExamples):
-            return categories(examples, taxonomy, anchor)
-        key = key_of([package_version(), examples.digest, self._cache.digest(Path(taxonomy)), anchor])
+    def _categories(self) -> np.ndarray:
+        """`categories` of `held`. They stay in the cache: a taxonomy of a million rows takes long to read."""
+        held, taxonomy, anchor = self.held, self.alignment.taxonomy, self.options.anchor
+        if taxonomy is None or not Path(taxonomy).is_file():
+            return categories(held, taxonomy, anchor)
 
         def make(folder: Path) -> None:
-            np.save(folder / "category.npy", categories(examples, taxonomy, anchor))
+            np.save(folder / "category.npy", categories(held, taxonomy, anchor))
 
+        key = key_of([package_version(), held.digest, self._cache.digest(Path(taxonomy)), anchor])
         return mapped(self._cache.entry(f"categories-{key}", make) / "category.npy")
 
     def encoded(self, tokenizer: Tokenizer) -> dict[str, EncodedExamples]:
