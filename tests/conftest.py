@@ -118,7 +118,7 @@ def cache_of_data(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def losses_of_megatron() -> None:
-    """Megatron keeps the figures and the scale of its routers' losses in the process: no file inherits them."""
+    """Megatron keeps the figures and the scale of its losses in the process: no file inherits them."""
     moe = "megatron.core.transformer.moe"
     if logging := sys.modules.get(f"{moe}.moe_logging"):
         logging.destroy_moe_metrics_tracker()
