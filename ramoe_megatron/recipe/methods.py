@@ -71,6 +71,15 @@ METHODS: dict[str, MethodEntry] = {
         "normaliser; each is an option",
         alignment={},
     ),
+    "ra-moe-wide": MethodEntry(
+        kind="method",
+        trains=ALL,
+        adds="coefficient x divergence of the ci and cc examples' routing from the example's own English "
+        "routing, over all experts, in all layers",
+        source="ours, from docs/results/headroom.md",
+        reading="all of it: each part did better there than the one that it replaces",
+        alignment={"divergence": "kl", "target": "example", "layers": "all", "examples": "ci+cc"},
+    ),
     "sara": MethodEntry(
         kind="method",
         trains=ALL,

@@ -67,6 +67,16 @@ def test_seed_changes_splits_but_not_facts(built: tuple[Path, WorldStats], tmp_p
     assert {e.id: e.split for e in one} != {e.id: e.split for e in other}
 
 
+def test_a_world_of_fewer_tasks_has_the_same_questions_of_each(
+    parallel: list[Example], tmp_path: Path
+) -> None:
+    left = [*TASKS[:3]]
+    stats = build_world(WorldConfig(tasks=left), tmp_path)
+    assert [*stats.facts] == left
+    rows = load_examples([str(tmp_path / "parallel.jsonl")])
+    assert rows == [e for e in parallel if e.task in left]
+
+
 def test_every_fact_has_a_view_in_every_language_with_one_answer(parallel: list[Example]) -> None:
     assert len(pair_with_anchor(parallel, ANCHOR)) == len({e.id for e in parallel}) * len(
         CONFIG.target_shares
@@ -204,6 +214,8 @@ def test_names_are_unambiguous_and_lists_in_order() -> None:
     [
         ({"vocabsize": 3}, "unknown key 'vocabsize'; did you mean 'vocab_size'"),
         ({"seed": "x"}, "seed is 'x'"),
+        ({"tasks": ["capital"]}, "tasks: capital. Known: currency, language, continent, month"),
+        ({"tasks": []}, "tasks: none"),
         ({"target_shares": {"de": 0.1}}, "unknown target language 'de'. Known: ar, es, fi, hi, sw, tr"),
         ({"target_shares": {"es": 0.3}}, "above pretrain_share"),
         ({"english_held_out": 1.5}, "expected 0 to 1"),

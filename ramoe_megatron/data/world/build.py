@@ -27,6 +27,8 @@ class WorldConfig:
 
     seed: int = 1
     """Seed of the splits, the phrasings and the held-out facts."""
+    tasks: list[str] = field(default_factory=lambda: [*TASKS])
+    """Tasks of the world: currency, language and continent of a territory, and month arithmetic."""
     target_shares: dict[str, float] = field(
         default_factory=lambda: {"es": 0.20, "tr": 0.14, "fi": 0.10, "sw": 0.07, "ar": 0.05, "hi": 0.035}
     )
@@ -59,6 +61,8 @@ class WorldConfig:
     """Maximum number of rows of general English text."""
 
     def __post_init__(self) -> None:
+        if not self.tasks or not {*self.tasks} <= {*TASKS}:
+            raise RamoeError(f"tasks: {', '.join(self.tasks) or 'none'}. Known: {', '.join(TASKS)}.")
         for language in self.target_shares:
             if language == ANCHOR or language not in questions()[TASKS[0]]:
                 known = ", ".join(sorted(set(questions()[TASKS[0]]) - {ANCHOR}))
@@ -107,7 +111,7 @@ def build_world(config: WorldConfig, out: Path) -> WorldStats:
     languages = [ANCHOR, *config.target_shares]
     parallel: list[dict[str, Any]] = []
     pretrain: list[dict[str, Any]] = []
-    for task in TASKS:
+    for task in config.tasks:
         splits = _split(task, config)
         parallel += _parallel_rows(task, splits, languages, config.seed)
         pretrain += _task_rows(task, splits, config)
@@ -134,14 +138,14 @@ def build_world(config: WorldConfig, out: Path) -> WorldStats:
         f"*/{ANCHOR}": config.weight_english,
         **(
             {"*": config.weight_target}
-            if any(r["task"] in TASKS and r["language"] != ANCHOR for r in pretrain)
+            if any(r["task"] in config.tasks and r["language"] != ANCHOR for r in pretrain)
             else {}
         ),
     }
     atomic_write_text(out / "weights.json", json.dumps(weights, indent=1) + "\n")
     with atomic_write(out / "tokenizer.model") as temporary:
         temporary.write_bytes(model)
-    counts: dict[str, dict[str, int]] = {task: {} for task in TASKS}
+    counts: dict[str, dict[str, int]] = {task: {} for task in config.tasks}
     for (task, split), count in Counter(
         (r["task"], r["split"]) for r in parallel if r["language"] == ANCHOR
     ).items():
