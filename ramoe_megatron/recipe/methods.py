@@ -376,7 +376,8 @@ class Method(Section):
             # The alignment's section says which experts the task experts are.
             trained = self.selection_of(SelectionSection()).train == "task-experts"
             kept = {"select", "select_tokens"} if trained else set()
-            return AlignmentSection.model_validate(given.model_dump(by_alias=True, include=kept))
+            found = given.model_dump(by_alias=True, include=kept)
+            return AlignmentSection.model_validate({**found, "target": "profile"})  # needs no priors
         preset = preset_changes(self.presets, "alignment") or {}
         preset = {key: seed if value == RUN_SEED else value for key, value in preset.items()}
         changed = _changed(given, preset, self.alignment)

@@ -227,6 +227,10 @@ class AlignmentSection(AlignmentKeys):
     """The alignment loss (`--ramoe-NAME`). The plan names the files. `layers: outside`, without a range,
     means the layers outside the recipe's own `layers`."""
 
+    target: Literal["profile", "example", "paired"] = "example"
+    """The routing that samples are aligned to (`--ramoe-target`): profile (the task's mean English pattern),
+    example (the English view of the same example, as the model routed it before training) or paired (that
+    view at the current weights)."""
     layer_weights: Literal["equal", "divergence"] = "equal"
     """divergence: weight the layers by the divergence curve of the profile (`--ramoe-layer-weights`)."""
     select_tokens: Literal["all", "prompt", "response", "last"] = "all"

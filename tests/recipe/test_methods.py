@@ -273,7 +273,7 @@ def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
         (["ra-moe"], {"alignment": {}}, "needs a coefficient"),
         (
             ["ra-moe-shuffled"],
-            {"alignment": {"coeff": 1}},
+            {"alignment": {"coeff": 1, "target": "profile"}},
             "alignment.shuffle-targets permutes the targets of examples: it needs alignment.target example",
         ),
         ([{"name": "x", "alignment": {"reverse": True}}], {}, "and only alignment.target paired runs"),
@@ -320,9 +320,23 @@ def test_a_section_is_the_options_of_its_job() -> None:
         keys = section.model_fields
         for field in dataclasses.fields(options):
             assert (field.name in keys) == (field.name not in files), field.name
-            if field.name in keys and field.name != "layer_weights":
+            if field.name in keys and field.name not in ("layer_weights", "target"):
                 assert keys[field.name].default == field.default
                 assert keys[field.name].annotation == get_type_hints(options)[field.name]
+
+
+def test_a_target_left_out_is_the_example_wherever_there_are_priors() -> None:
+    known = {"coeff": 1.0, "experts": "e", "taxonomy": "t"}
+    assert RoutingAlignmentConfig(**known).target == "profile"
+    assert RoutingAlignmentConfig(**known, priors="p").target == "example"
+    assert RoutingAlignmentConfig(**known, priors="p", target="profile").target == "profile"
+    assert AlignmentSection().target == "example"
+
+
+@pytest.mark.parametrize(("method", "needed"), [("ra-moe", True), ("router-only", False)])
+def test_a_method_that_aligns_nothing_needs_no_priors(tmp_path: Path, method: str, needed: bool) -> None:
+    written = {path.name for path in stages(tmp_path, method)["profile"].outputs}
+    assert ("priors.safetensors" in written) == needed
 
 
 def test_a_control_is_a_seed_in_a_recipe_too(tmp_path: Path) -> None:

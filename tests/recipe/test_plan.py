@@ -50,7 +50,7 @@ def test_files_that_a_command_names_are_inputs_or_outputs(tmp_path: Path) -> Non
         ({"seed": 2}, {"data", "pretrain"}),
         ({"alignment": {"coeff": 3, "target": "example"}}, {"finetune/ra-moe"}),
         ({"alignment": {"coeff": 10, "target": "example", "layers": "0-1"}}, {"finetune/ra-moe", "predict"}),
-        ({"alignment": {"coeff": 10}}, {"finetune/ra-moe", "profile"}),
+        ({"alignment": {"coeff": 10, "target": "profile"}}, {"finetune/ra-moe", "profile"}),
         ({"profile": {"select": "top-m=2"}}, {"profile"}),
         ({"taxonomy": {"splits": ["test"]}}, {"taxonomy"}),
         ({"evaluate": {"split": "validation"}}, {"evaluate/", "predict"}),

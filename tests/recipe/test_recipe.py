@@ -132,7 +132,10 @@ def test_broken_yaml_and_an_absent_file_are_told(tmp_path: Path) -> None:
         ),
         ({"checkpoint": "x"}, "found both"),
         ({"methods": ["ra-moe"]}, "ra-moe needs a coefficient"),
-        ({"methods": ["ra-moe-shuffled"], "alignment": {"coeff": 1}}, "it needs alignment.target example"),
+        (
+            {"methods": ["ra-moe-shuffled"], "alignment": {"coeff": 1, "target": "paired"}},
+            "it needs alignment.target example",
+        ),
         ({"methods": ["sft", "sft"]}, "methods names one twice"),
         ({"methods": ["base"]}, "cannot be called 'base'"),
         ({"methods": ["sft-seed1"]}, "cannot be called 'sft-seed1'"),

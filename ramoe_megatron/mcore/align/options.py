@@ -31,8 +31,8 @@ class RoutingAlignmentConfig:
     """taxonomy.jsonl of the taxonomy job: the category (cc, ci, ic, ii) of each example in each language."""
 
     priors: str | None = None
-    """priors.safetensors of the profile job: the English routing of each example. Needed by the target
-    "example"."""
+    """priors.safetensors of the profile job: the English routing of each example, which the target "example"
+    reads."""
 
     select: str | None = None
     """Re-select the task experts with this rule, tau=X or top-m=M, from the frequency differences stored in
@@ -43,11 +43,12 @@ class RoutingAlignmentConfig:
     experts and one bin for all others), mass (the first term of lumped-kl alone), kl (over all experts) or js
     (symmetric Jensen-Shannon, natural logarithm)."""
 
-    target: Literal["profile", "example", "paired"] = "profile"
+    target: Literal["profile", "example", "paired"] | None = None
     """The routing that samples are aligned to: profile (the task's mean English pattern), example (the
     English view of the same example, as the model routed it before training, from the priors) or paired (that
     English view at the current weights, without gradient). With paired, the view runs beside its sample in
-    the micro-batch and has no language-model loss, so half of the places are English views."""
+    the micro-batch and has no language-model loss, so half of the places are English views. Default: example
+    with --ramoe-priors, otherwise profile."""
 
     missing_priors: Literal["refuse", "skip"] = "refuse"
     """What to do with aligned examples that have no English view in the priors: refuse to start, or skip
@@ -115,9 +116,17 @@ class RoutingAlignmentConfig:
             raise RamoeError(f"--ramoe-coeff {self.coeff}: expected a finite number >= 0 (0 is off)")
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
+            choices = [
+                each
+                for part in (kind, *get_args(kind))
+                if get_origin(part) is Literal
+                for each in get_args(part)
+            ]
             # argparse checks the flags, but nothing checks keyword arguments
-            if get_origin(kind) is Literal and value not in get_args(kind):
-                raise RamoeError(f"{flag_of(name)} {value!r}: expected one of {', '.join(get_args(kind))}")
+            if choices and value not in (choices if get_origin(kind) is Literal else [*choices, None]):
+                raise RamoeError(f"{flag_of(name)} {value!r}: expected one of {', '.join(choices)}")
+        if self.target is None:
+            object.__setattr__(self, "target", "profile" if self.priors is None else "example")
         if (self.refresh_interval is not None and self.refresh_interval < 1) or self.refresh_examples < 1:
             raise RamoeError(
                 "--ramoe-refresh-interval and --ramoe-refresh-examples: expected whole numbers of at least 1"

@@ -42,7 +42,7 @@ def alignment_block(alignment: "ResolvedAlignment", layer_numbers: Sequence[int]
         model_config: Megatron's `TransformerConfig`.
     """
     config, layers = alignment.config, alignment.layers
-    target = TARGETS[config.target]
+    target = TARGETS[str(config.target)]
     if config.shuffle_targets is not None:
         target = f"another example's English view (shuffled, seed {config.shuffle_targets})"
     pulled = "English view" if config.reverse else "sample"
