@@ -4,9 +4,9 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from ramoe_megatron.mcore.select.selective_options import READ_BY
 from ramoe_megatron.recipe.sections import (
@@ -277,6 +277,9 @@ class Method(Section):
     """For steering: the trained method whose checkpoints are steered. Default: the base model."""
     train: Flags = {}
     """Changes to the recipe's `train`."""
+    replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the fine-tuning samples that are in the anchor language, from the training split. The others
+    keep the shares of `data.weights`. Default: none, if `data.languages` are the target languages alone."""
 
     @field_validator("name")
     @classmethod
@@ -311,7 +314,7 @@ class Method(Section):
             )
         if self.on is not None and not self.steered:
             raise ValueError(f"method {self.name}: only a steering method acts `on` another one")
-        if self.steered and (found := {"train", "alignment", "selection"} & self.model_fields_set):
+        if self.steered and (found := {"train", "replay", "alignment", "selection"} & self.model_fields_set):
             raise ValueError(
                 f"method {self.name}: steering trains nothing, so {', '.join(sorted(found))} has no meaning"
             )
@@ -401,7 +404,7 @@ class Method(Section):
         # A given null resets the recipe's value.
         for key in ("alignment", "selection", "steering"):
             written[key] = getattr(self, key).model_dump(by_alias=True, exclude_unset=True)
-        return {key: value for key, value in written.items() if value not in ({}, None)}
+        return {key: value for key, value in written.items() if value not in ({}, None, 0.0)}
 
     def steering_of(self, given: SteeringSection) -> SteeringSection:
         """The recipe's steering with the changes of the presets and of the method."""

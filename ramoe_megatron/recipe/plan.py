@@ -604,10 +604,11 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
     name, alignment = f"{method.name}-seed{seed}", plan.recipe.alignment_of(method, seed)
     flags, places = plan.training(name, plan.recipe.train_of(method), seed)
     files: Files = {"data": plan.parallel}
+    languages, weights = _mixture(plan, method)
     options: dict[str, FlagValue] = {
         "split": "train",
-        "languages": plan.languages(),
-        "weights": weights_option(plan.recipe.data.weights),
+        "languages": languages,
+        "weights": weights_option(weights),
     }
     selection = plan.recipe.selection_of(method)
     if method.aligns:
@@ -635,6 +636,17 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
         plan.base,
         [plan.curves(name)],
     )
+
+
+def _mixture(plan: PlanContext, method: Method) -> tuple[FlagValue, Mapping[str, float]]:
+    """Languages and sampling weights of a fine-tune, with the share of the anchor that the method replays."""
+    languages, weights = plan.languages(), plan.recipe.data.weights or {"*": 1.0}
+    if not method.replay:
+        return languages, plan.recipe.data.weights
+    anchor, total = plan.recipe.data.anchor_language, sum(weights.values())
+    others = {pattern: (1 - method.replay) * weight / (total or 1) for pattern, weight in weights.items()}
+    read = [anchor, *(name for name in plan.recipe.data.languages or [] if name != anchor)]
+    return read if languages else None, {f"*/{anchor}": method.replay, **others}
 
 
 def searches(plan: PlanContext) -> list[Stage]:

@@ -14,7 +14,7 @@ from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.select.selective_options import SelectiveOptions
 from ramoe_megatron.mcore.steer.steering_options import SteeringOptions
 from ramoe_megatron.recipe.load import validate
-from ramoe_megatron.recipe.methods import METHODS
+from ramoe_megatron.recipe.methods import METHODS, Method
 from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.sections import AlignmentSection, SelectionSection, SteeringSection
 from ramoe_megatron.recipe.stage import Stage
@@ -268,6 +268,8 @@ def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
         ),
         ([{"name": "x", "on": "sft"}], {}, "only a steering method acts `on`"),
         ([{"name": "x", "preset": ["steering-soft"], "train": {"lr": 1}}], {}, "steering trains nothing"),
+        ([{"name": "x", "preset": ["steering-soft"], "replay": 0.5}], {}, "steering trains nothing"),
+        ([{"name": "x", "preset": ["sft"], "replay": 1}], {}, "less than 1"),
         (["rise"], {"selection": {}}, "selection.train rise without selection.train-budget"),
         (["esft-token"], {"selection": {}}, "selection.train esft-token without selection.train-top-p"),
         (["ra-moe"], {"alignment": {}}, "needs a coefficient"),
@@ -331,6 +333,27 @@ def test_a_target_left_out_is_the_example_wherever_there_are_priors() -> None:
     assert RoutingAlignmentConfig(**known, priors="p").target == "example"
     assert RoutingAlignmentConfig(**known, priors="p", target="profile").target == "profile"
     assert AlignmentSection().target == "example"
+
+
+@pytest.mark.parametrize(
+    ("data", "languages", "weights"),
+    [
+        ({"languages": ["es", "hi"]}, ["en", "es", "hi"], ["*/en=0.2", "*=0.8"]),
+        ({"weights": {"currency/*": 3, "*": 1}}, None, ["*/en=0.2", "currency/*=0.6", "*=0.2"]),
+    ],
+)
+def test_replayed_samples_are_a_share_and_the_others_keep_theirs(
+    tmp_path: Path, data: dict[str, Any], languages: list[str] | None, weights: list[str]
+) -> None:
+    mixed = {"name": "mixed", "preset": ["ra-moe"], "replay": 0.2}
+    found = stages(tmp_path, "ra-moe", mixed, data={"world": {}, **data})
+    own, plain = (flags(found[f"finetune/{name}-seed1"]) for name in ("mixed", "ra-moe"))
+    assert own.get("--ramoe-languages") == languages
+    assert own["--ramoe-weights"] == weights
+    replayed = ("--ramoe-languages", "--ramoe-weights")
+    for name in own.keys() - {"--save", "--load", "--tensorboard-dir", *replayed}:
+        assert own[name] == plain[name], name
+    assert Method.model_validate(mixed).model_dump(by_alias=True) == mixed
 
 
 @pytest.mark.parametrize(("method", "needed"), [("ra-moe", True), ("router-only", False)])

@@ -157,7 +157,8 @@ def _recipe_flags(run: RunInputs, method: str) -> dict[str, Any]:
     )
     if own.get("on"):  # steering: the method whose checkpoints are steered
         return _recipe_flags(run, own["on"])
-    return {**(run.recipe.get("train") or {}), **(own.get("train") or {})}
+    replay = {"replay": own["replay"]} if "replay" in own else {}
+    return {**(run.recipe.get("train") or {}), **(own.get("train") or {}), **replay}
 
 
 def _flag_text(value: Any) -> str:
