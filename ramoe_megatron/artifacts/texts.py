@@ -1,9 +1,15 @@
-"""Many texts in one buffer, mapped or in memory, instead of one Python object for each."""
+"""Many texts in one buffer, mapped or in memory, instead of one Python object for each.
+
+Arrays are made of buffers and read as buffers. pyarrow's own conversions import pandas, which takes each rank
+a second at its start.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ramoe_megatron.errors import RamoeError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -20,7 +26,12 @@ class ArrowTexts(Sequence[str]):
         """The texts in memory."""
         import pyarrow
 
-        return cls(pyarrow.array(texts, "string"))
+        encoded = [text.encode() for text in texts]
+        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        if ends[-1] > np.iinfo(np.int32).max:
+            raise RamoeError(f"texts of {ends[-1]} bytes together: expected less than 2 GiB")
+        buffers = [None, *map(pyarrow.py_buffer, (ends.astype(np.int32), b"".join(encoded)))]
+        return cls(pyarrow.Array.from_buffers(pyarrow.string(), len(encoded), buffers))
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -36,4 +47,11 @@ class ArrowTexts(Sequence[str]):
 
         sought = texts if isinstance(texts, ArrowTexts) else ArrowTexts.of(texts)
         found = pyarrow.compute.index_in(sought._texts, value_set=self._texts)
-        return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        if not len(found):
+            return np.zeros(0, np.int64)
+        valid, values = found.buffers()
+        places = np.frombuffer(values, np.int32, len(found)).astype(np.int64)
+        if found.null_count:
+            bits = np.unpackbits(np.frombuffer(valid, np.uint8), count=len(found), bitorder="little")
+            places[bits == 0] = -1
+        return places

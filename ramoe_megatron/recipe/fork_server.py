@@ -40,6 +40,7 @@ IMPORTED = (  # what most stages need, without the jobs: those run as __main__
     "megatron.core.tokenizers.text.models",
     "megatron.training.checkpointing",
     "megatron.training.training",
+    "pyarrow.compute",
 )
 
 

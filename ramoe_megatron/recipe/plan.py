@@ -645,7 +645,7 @@ def _mixture(plan: PlanContext, method: Method) -> tuple[FlagValue, Mapping[str,
         return languages, plan.recipe.data.weights
     anchor, total = plan.recipe.data.anchor_language, sum(weights.values())
     others = {pattern: (1 - method.replay) * weight / (total or 1) for pattern, weight in weights.items()}
-    read = [anchor, *(name for name in plan.recipe.data.languages or [] if name != anchor)]
+    read: FlagValue = [anchor, *(name for name in plan.recipe.data.languages or [] if name != anchor)]
     return read if languages else None, {f"*/{anchor}": method.replay, **others}
 
 
