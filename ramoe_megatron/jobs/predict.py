@@ -1,4 +1,4 @@
-"""Predict before training whether alignment can help: ci share, divergence and a transplant test.
+"""Measure before training whether alignment can help: ci share, divergence and a transplant test.
 
     torchrun --nproc-per-node N -m ramoe_megatron.jobs.predict MEGATRON_FLAGS --load DIR --ramoe-data FILE \\
         --ramoe-taxonomy FILE --ramoe-experts FILE --ramoe-divergence-file FILE --ramoe-output DIR
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Options of the go/no-go estimate."""
+    """Options of the transplant test."""
 
     taxonomy: str | None = None
     """Taxonomy file (taxonomy.jsonl) that covers the split of --ramoe-split. Required."""

@@ -1,9 +1,9 @@
-"""Go or no-go before any training: ci share, divergence, and the transplant test.
+"""What can be measured before any training: ci share, divergence, and the transplant test.
 
 The transplant test is our own, in no paper. Without training, the model answers the target-language prompt
 with the router probabilities that it had on the parallel English prompt. The hypothesis: if English routing
 improves the target answers, routing is a bottleneck that alignment can widen. Our comparisons do not confirm
-the hypothesis; see `LIMITS`.
+the hypothesis, so `RECORD` stands beside its number.
 """
 
 import math
@@ -65,11 +65,11 @@ class PredictionRow:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """``predict.json``: the table, the verdict, and the limits of both."""
+    """``predict.json``: the table, what it says, and the limits of both."""
 
     rows: tuple[PredictionRow, ...]
     verdict: dict[str, Any]
-    """``word`` (go, no-go or undecided), ``reading`` (the word explained), and the numbers behind them."""
+    """``reading`` (the transplant test in words), its ``record``, and the numbers behind them."""
     limits: tuple[str, ...]
 
     def document(self) -> dict[str, Any]:
@@ -85,13 +85,13 @@ def predict(
     outcomes: Sequence[TransplantOutcome],
     split: str,
 ) -> Prediction:
-    """The go/no-go estimate.
+    """ci share, divergence and transplant test of each task and language.
 
     Args:
         pairs: the counts of the taxonomy.
         divergence: the divergence curve of each language.
         zone: first and last MoE layer to align, 0-based, inclusive.
-        outcomes: the transplant test in the layers of the zone. Without outcomes the verdict is "undecided".
+        outcomes: the transplant test in the layers of the zone. May be empty.
         split: the split of the taxonomy to show.
 
     Raises:
@@ -106,13 +106,6 @@ def predict(
         )
     rows = tuple(_row(pair, divergence, zone, outcomes) for pair in chosen)
     return Prediction(rows, _verdict(rows, outcomes), LIMITS)
-
-
-def sign_word(change: Difference | None) -> str:
-    """``go`` for an interval above 0, ``no-go`` for an interval below 0, otherwise ``undecided``."""
-    if change is None or change.low is None or change.high is None:
-        return "undecided"
-    return "go" if change.low > 0 else "no-go" if change.high < 0 else "undecided"
 
 
 def zone_divergence(
@@ -162,9 +155,9 @@ def _pooled(outcomes: Sequence[TransplantOutcome]) -> Difference | None:
 
 def _verdict(rows: Sequence[PredictionRow], outcomes: Sequence[TransplantOutcome]) -> dict[str, Any]:
     change = _pooled(outcomes)
-    word = sign_word(change)
-    verdict: dict[str, Any] = {"word": word, "reading": _reading(word, change)}
+    verdict: dict[str, Any] = {"reading": _reading(change)}
     if change is not None:
+        verdict["record"] = RECORD
         verdict["transplant"] = {
             "examples": change.n,
             "ids": len({o.id for o in outcomes}),
@@ -174,7 +167,7 @@ def _verdict(rows: Sequence[PredictionRow], outcomes: Sequence[TransplantOutcome
         }
         tasks = sorted({o.task for o in outcomes})
         verdict["tasks"] = {
-            task: sign_word(_pooled([o for o in outcomes if o.task == task])) for task in tasks
+            task: _interval(_pooled([o for o in outcomes if o.task == task])) for task in tasks
         }
         verdict["pairs"] = _pairs_sentence(rows)
     verdict["ci_share"] = _ci_sentence(rows)
@@ -182,26 +175,18 @@ def _verdict(rows: Sequence[PredictionRow], outcomes: Sequence[TransplantOutcome
     return verdict
 
 
-_HYPOTHESIS = "Our hypothesis, which our comparisons did not confirm (see the limits), says:"
+def _interval(change: Difference | None) -> dict[str, float | None]:
+    return {key: getattr(change, key, None) for key in ("change", "low", "high")}
 
 
-def _reading(word: str, change: Difference | None) -> str:
+def _reading(change: Difference | None) -> str:
     if change is None:
-        return "The transplant test was not run, so there is no sign to go by."
+        return "The transplant test was not run."
     points = f"English routing changes target accuracy by {100 * change.change:+.1f} points"
     if change.low is None or change.high is None:
         return f"{points}; too few examples, or too alike, for an interval. Score more examples."
     points += f" (95 % interval {100 * change.low:+.1f} to {100 * change.high:+.1f}), without any training"
-    if word == "go":
-        return (
-            f"{points}. {_HYPOTHESIS} routing is a bottleneck, and aligned fine-tuning gains over plain SFT."
-        )
-    if word == "no-go":
-        return f"{points}. {_HYPOTHESIS} routing is not the bottleneck, and alignment does nothing, or harms."
-    return (
-        f"{points}: the interval holds zero, so the sign is open. More examples narrow it; "
-        "training may go either way."
-    )
+    return f"{points}. The interval holds zero." if change.low <= 0 <= change.high else f"{points}."
 
 
 def _pairs_sentence(rows: Sequence[PredictionRow]) -> str:
@@ -235,13 +220,16 @@ def _paper_sentence() -> str:
     )
 
 
+RECORD = (
+    "The number is no forecast. In our comparisons (docs/results/headroom.md, docs/results/experiment.md) "
+    "its sign agreed with the sign of the gain over SFT in 25 of 37 and 21 of 30 pairs of task and language, "
+    "68 and 70 %. The margins alone, which are how often each sign occurs, give 66 and 60 %; neither "
+    "difference is beyond chance (Fisher's exact test, p = 0.65 and 0.13). The test has not been tried on a "
+    "large model."
+)
+"""How often the sign of the transplant test was that of the gain, in all comparisons so far."""
+
 LIMITS = (
-    "The sign has not been shown to forecast anything. In our two comparisons (docs/results/headroom.md, "
-    "docs/results/experiment.md) the sign agreed with the sign of the gain over SFT in 25 of 37 and 21 of 30 "
-    "pairs of task and language, 68 and 70 %. The margins alone, which are how often each sign occurs, "
-    "give 66 and 60 %; neither difference is beyond chance (Fisher's exact test, p = 0.65 and 0.13). "
-    "Before that, the signs agreed in three small worlds (1.1 million parameters). "
-    "The test has not been tried on a large model.",
     "A correlation over task-language pairs of the paper's models says nothing sure about one pair, "
     "or another model.",
     "Part of that correlation is headroom: where the target language fails more there is more to gain by "

@@ -161,12 +161,12 @@ def anchors_table(document: Record) -> Table:
 
 
 def prediction_parts(document: Record) -> list[Part]:
-    """The verdict in sentences, the table with a last row for all pairs, and the limits."""
+    """What was measured in sentences, the table with a last row for all pairs, and the limits."""
     verdict, change = document["verdict"], ("transplant_change", "transplant_low", "transplant_high")
-    sentences = [f"Verdict: {verdict['word']}. {verdict.get('reading', '')}"] if verdict else []
+    sentences = [verdict[key] for key in ("reading", "record") if key in verdict]
     if verdict.get("tasks"):
-        words = (f"{task} {word}" for task, word in verdict["tasks"].items())
-        sentences.append(f"By task: {', '.join(words)}.")
+        tasks = (f"{task} {points(found)}" for task, found in verdict["tasks"].items())
+        sentences.append(f"By task, in points: {', '.join(tasks)}.")
     sentences += [verdict[key] for key in ("pairs", "ci_share", "paper") if key in verdict]
     rows = [
         (

@@ -150,7 +150,7 @@ def report_sections(
         PageSection("before", "Before training", [figures[name] for name in BEFORE]),
         PageSection(
             "prediction",
-            "Go or no-go, estimated before training",
+            "Measured before training: can alignment help?",
             tables.prediction_parts(run.prediction) if run.prediction else [missing.format("predict")],
         ),
         PageSection("limits", "Limits", [Bullets(REPORT_LIMITS)]),

@@ -151,7 +151,7 @@ def test_a_bad_divergence_table_is_named(tmp_path: Path, old: str, new: str, mes
 
 # --- JSON documents ---
 
-BODY = {"rows": [], "verdict": {"word": "go"}, "limits": ["один"]}
+BODY = {"rows": [], "verdict": {"reading": "+1"}, "limits": ["один"]}
 
 
 def test_document_round_trip(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_data_lists_benchmarks_and_writes_one_without_replacing_a_file(tmp_path:
     assert ramoe(*words, "--replace").exit_code == 0
 
 
-def test_predict_shows_the_table_and_the_verdict(tmp_path: Path) -> None:
+def test_predict_shows_the_table_and_its_reading(tmp_path: Path) -> None:
     row = {
         "task": "currency",
         "language": "sw",
@@ -221,11 +221,15 @@ def test_predict_shows_the_table_and_the_verdict(tmp_path: Path) -> None:
         "transplant_low": -0.0625,
         "transplant_high": None,
     }
-    body = {"rows": [row], "verdict": {"word": "undecided"}, "limits": ["a correlation, not a slope"]}
+    body = {
+        "rows": [row],
+        "verdict": {"reading": "The transplant test was not run."},
+        "limits": ["a correlation, not a slope"],
+    }
     save_document(tmp_path / "predict.json", "ramoe-prediction", body)
     result = ramoe("predict", str(tmp_path))
     assert result.exit_code == 0, result.output
-    for text in ("25.0", "0.062", "+12.5", "undecided", "a correlation, not a slope"):
+    for text in ("25.0", "0.062", "+12.5", "was not run", "a correlation, not a slope"):
         assert text in result.output
     (tmp_path / "predict.json").unlink()
     refused = ramoe("predict", str(tmp_path))

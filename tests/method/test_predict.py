@@ -1,4 +1,4 @@
-"""Laws of the go/no-go estimate."""
+"""Laws of what is measured before training."""
 
 import math
 from pathlib import Path
@@ -13,13 +13,13 @@ from ramoe_megatron.method.divergence import DivergenceRow
 from ramoe_megatron.method.predict import (
     PAPER_N,
     PAPER_R,
+    RECORD,
     TransplantOutcome,
     predict,
-    sign_word,
     zone_divergence,
 )
 from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
-from ramoe_megatron.statistics import Difference, paired_proportions, pearson
+from ramoe_megatron.statistics import paired_proportions, pearson
 
 TAXONOMY = summarise(
     TaxonomyRow(f"{task}{i}", task, language, "test", True, i % share == 0)
@@ -37,24 +37,25 @@ def outcomes(gained: int, lost: int, same: int) -> list[TransplantOutcome]:
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
-def test_the_word_follows_the_sign_of_the_whole_interval(gained: int, lost: int, same: int) -> None:
-    found = predict(TAXONOMY, DIVERGENCE, (1, 2), outcomes(gained, lost, same), "test")
-    mirrored = predict(TAXONOMY, DIVERGENCE, (1, 2), outcomes(lost, gained, same), "test")
-    opposite = {"go": "no-go", "no-go": "go", "undecided": "undecided"}
-    assert mirrored.verdict["word"] == opposite[found.verdict["word"]]
-    transplant = found.verdict.get("transplant", {})
-    assert (found.verdict["word"] == "go") == (transplant.get("low", 0) > 0)
-    assert (found.verdict["word"] == "no-go") == (transplant.get("high", 0) < 0)
+def test_the_reading_says_when_the_interval_holds_zero(gained: int, lost: int, same: int) -> None:
+    found, mirrored = (
+        predict(TAXONOMY, DIVERGENCE, (1, 2), outcomes(*counts, same), "test").verdict
+        for counts in ((gained, lost), (lost, gained))
+    )
+    transplant = found.get("transplant", {})
+    if "low" in transplant:
+        assert found["record"] == RECORD
+        assert ("holds zero" in found["reading"]) == (transplant["low"] <= 0 <= transplant["high"])
+        assert f"{100 * transplant['change']:+.1f} points" in found["reading"]
+        assert found["tasks"]["currency"] == {key: transplant[key] for key in ("change", "low", "high")}
+        assert mirrored["transplant"]["change"] == pytest.approx(-transplant["change"])
 
 
-def test_a_clear_rise_is_go_a_clear_fall_no_go_and_silence_undecided() -> None:
-    words = [
-        predict(TAXONOMY, [], (0, 1), outcomes(*c), "test").verdict["word"] for c in [(20, 2, 9), (2, 20, 9)]
-    ]
-    assert words == ["go", "no-go"]
-    for silent in (outcomes(0, 0, 40), outcomes(1, 0, 0), []):
-        assert predict(TAXONOMY, [], (0, 1), silent, "test").verdict["word"] == "undecided"
-    assert sign_word(Difference(0.1, None, None, None, 3)) == "undecided"
+def test_what_was_not_measured_is_no_number() -> None:
+    assert predict(TAXONOMY, [], (0, 1), [], "test").verdict["reading"] == "The transplant test was not run."
+    one = predict(TAXONOMY, [], (0, 1), outcomes(1, 0, 0), "test").verdict
+    assert "too few examples" in one["reading"]
+    assert one["tasks"]["currency"]["low"] is None
 
 
 def test_the_same_example_in_more_languages_adds_no_certainty() -> None:

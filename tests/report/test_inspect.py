@@ -171,8 +171,9 @@ def test_prediction_shows_table_verdict_and_limits(tmp_path: Path) -> None:
     contains(
         text,
         "currency tr 10 70.0 [39.7, 89.2] – 30.0 80.0 +50.0 [",
-        "Verdict: go. English routing",
-        "By task: currency go.",
+        "English routing changes target accuracy by +50.0 points",
+        "The number is no forecast.",
+        "By task, in points: currency +50.0 [",
     )
     contains(text, "all all 10 – – 30.0 80.0 +50.0 [", *prediction.limits, prediction.verdict["paper"])
 
