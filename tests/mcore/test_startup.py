@@ -51,7 +51,7 @@ def test_every_loss_and_the_zone_with_megatrons_numbers_beside() -> None:
     found = rows(alignment_block(alignment(), NUMBERS, model_config(moe_z_loss_coeff=1e-3)))
     assert found == {
         "coefficient": "2.5 x mean over all samples, of the global batch",
-        "divergence": "lumped-kl of each sample from its task's English pattern (target profile)",
+        "divergence": "lumped-kl of each sample from its own English view (target example)",
         "tokens": "the last prompt token, pooled",
         "examples": "ci",
         "layers": "MoE layers 1-3 of 0-3 (Megatron's 4, 6, 8)",
