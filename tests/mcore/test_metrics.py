@@ -39,7 +39,6 @@ def one_rank() -> Iterator[None]:
     yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
-    moe_logging.destroy_moe_metrics_tracker()
 
 
 class Writer:
