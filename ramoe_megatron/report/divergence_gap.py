@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ramoe_megatron.report.inputs import RunInputs
+from ramoe_megatron.report.pairing import pooled
 from ramoe_megatron.statistics import pearson
 
 
@@ -18,12 +19,9 @@ def gap_points(run: RunInputs) -> list[dict[str, Any]]:
     The gap is the base model's accuracy in the anchor language minus that in the language, on the evaluated
     split. Empty without a divergence curve or an evaluation of the base model.
     """
-    base = next((found for found in run.evaluations if found.method == "base"), None)
-    counts: dict[str, tuple[int, int]] = {}
-    for row in base.rows if base else ():
-        right, n = counts.get(row["language"], (0, 0))
-        counts[row["language"]] = right + row["correct"], n + row["n"]
-    accuracy = {language: right / n for language, (right, n) in counts.items() if n}
+    base = [found for found in run.evaluations if found.method == "base"]
+    languages = {row["language"] for found in base for row in found.rows}
+    accuracy = {name: found["accuracy"] for name in languages if (found := pooled(base, name))}
     if run.anchor not in accuracy:
         return []
     return [
