@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from ramoe_megatron.data.codes import groups_of
+from ramoe_megatron.data.codes import codes_of, groups_of, pick
 from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 
@@ -50,6 +50,26 @@ def order(
         places = np.flatnonzero(chosen == number)
         result[places] = pool[_epochs(len(pool), len(places), seed, number)]
     return result
+
+
+def with_ids_per_task(examples: Sequence[Example], count: int, seed: int) -> Sequence[Example]:
+    """The examples of `count` random ids of each task, in all their languages and in their order.
+
+    A larger count with the same seed keeps the ids of a smaller one. A list gives a list.
+
+    Raises:
+        RamoeError: a task has fewer ids.
+    """
+    ids, tasks = codes_of(examples, "id"), codes_of(examples, "task")
+    found, first = np.unique(ids.codes, return_index=True)
+    task_of_id = tasks.codes[first]
+    drawn = []
+    for task in np.unique(task_of_id):
+        name, own = tasks.names[int(task)], found[task_of_id == task]
+        if len(own) < count:
+            raise RamoeError(f"{count} ids of each task were asked for, but task {name!r} has {len(own)}.")
+        drawn.append(named_rng(seed, f"ids of {name}").permutation(own)[:count])
+    return pick(examples, np.flatnonzero(np.isin(ids.codes, np.concatenate(drawn))))
 
 
 def named_rng(seed: int, name: str) -> np.random.Generator:

@@ -39,6 +39,10 @@ class DataOptions:
     """PATTERN=WEIGHT pairs: the share of draws for each group TASK/LANGUAGE that the shell pattern matches.
     Default: each example is drawn once per epoch."""
 
+    ids_per_task: int | None = None
+    """Training only: train on this many ids of each task, in all their languages. --seed draws them, and a
+    larger number keeps the ids of a smaller one. Default: all."""
+
     pack: bool = False
     """Training only: pack several samples into each sequence of --seq-length tokens (THD layout). A sample
     attends only to its own tokens. The global batch then counts sequences; the alignment term stays a mean

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ramoe_megatron.mcore.select.selective_options import READ_BY
 from ramoe_megatron.recipe.sections import (
@@ -258,6 +265,10 @@ def preset_changes(
     return found
 
 
+_TRAINING = {"train", "replay", "ids_per_task", "alignment", "selection"}
+"""Fields of `Method` that say how it trains."""
+
+
 class Method(Section):
     """A method to compare: a name, and what it changes in the recipe's sections."""
 
@@ -280,6 +291,10 @@ class Method(Section):
     replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the fine-tuning samples that are in the anchor language, from the training split. The others
     keep the shares of `data.weights`. Default: none, if `data.languages` are the target languages alone."""
+
+    ids_per_task: PositiveInt | None = None
+    """Fine-tune on this many ids of each task, in all their languages. The run's seed draws them, the same
+    for every method. Default: all."""
 
     @field_validator("name")
     @classmethod
@@ -314,10 +329,9 @@ class Method(Section):
             )
         if self.on is not None and not self.steered:
             raise ValueError(f"method {self.name}: only a steering method acts `on` another one")
-        if self.steered and (found := {"train", "replay", "alignment", "selection"} & self.model_fields_set):
-            raise ValueError(
-                f"method {self.name}: steering trains nothing, so {', '.join(sorted(found))} has no meaning"
-            )
+        if self.steered and (found := _TRAINING & self.model_fields_set):
+            keys = ", ".join(sorted(key.replace("_", "-") for key in found))
+            raise ValueError(f"method {self.name}: steering trains nothing, so {keys} has no meaning")
         self._refuse_absorbed()
         self._refuse_unread()
         return self

@@ -609,6 +609,7 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
         "split": "train",
         "languages": languages,
         "weights": weights_option(weights),
+        "ids-per-task": method.ids_per_task,
     }
     selection = plan.recipe.selection_of(method)
     if method.aligns:

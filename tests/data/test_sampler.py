@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ramoe_megatron.data.parallel import Example
-from ramoe_megatron.data.sampler import order
+from ramoe_megatron.data.sampler import order, with_ids_per_task
 from ramoe_megatron.errors import RamoeError
 
 SIZES = {"currency/en": 7, "currency/fi": 3, "month/en": 4, "month/fi": 1, "names/en": 5}
@@ -98,6 +98,36 @@ def test_weight_zero_leaves_its_groups_out() -> None:
 def test_bad_weights_are_refused(mix: dict[str, float], message: str) -> None:
     with pytest.raises(RamoeError, match=message):
         order(examples(), 10, 1, mix)
+
+
+def parallel_examples() -> list[Example]:
+    """Ids of two tasks in three languages, of which the last has every other id, in no order."""
+    found = [
+        example(f"{task}-{number}", language, task)
+        for language in ("en", "fi", "hi")
+        for task, size in (("month", 5), ("currency", 8))
+        for number in range(size)
+        if language != "hi" or number % 2 == 0
+    ]
+    return [found[i] for i in np.random.default_rng(3).permutation(len(found))]
+
+
+@given(seeds, st.integers(1, 5), st.integers(0, 4))
+def test_ids_per_task_are_whole_ids_and_grow_by_inclusion(seed: int, count: int, fewer: int) -> None:
+    found = parallel_examples()
+    kept = with_ids_per_task(found, count, seed)
+    ids = {e.id for e in kept}
+    assert kept == [e for e in found if e.id in ids]  # in all languages, in the order of the data
+    assert [sum(id_.startswith(task) for id_ in ids) for task in ("month", "currency")] == [count, count]
+    if 0 < fewer <= count:
+        assert {e.id for e in with_ids_per_task(found, fewer, seed)} <= ids
+
+
+def test_ids_per_task_depend_on_the_seed_and_are_refused_where_they_lack() -> None:
+    found = parallel_examples()
+    assert len({tuple(e.id for e in with_ids_per_task(found, 2, seed)) for seed in range(20)}) > 5
+    with pytest.raises(RamoeError, match="6 ids of each task were asked for, but task 'month' has 5"):
+        with_ids_per_task(found, 6, 1)
 
 
 def test_no_examples_are_refused() -> None:

@@ -128,9 +128,28 @@ def test_data_that_fits_is_let_through(folder: Path) -> None:
     )
 
 
+def test_fewer_ids_are_the_same_for_every_method_and_other_seeds_draw_others(folder: Path) -> None:
+    drawn = []
+    for seed in range(8):
+        plain = {"ramoe_coeff": 0.0, "ramoe_experts": None}
+        given = [{"ramoe_ids_per_task": 3, "seed": seed, **changes} for changes in ({}, plain)]
+        aligned, sft = (TrainingInputs(arguments(folder, **each)) for each in given)
+        ids = {example.id for example in sft.examples}
+        assert [e.id for e in aligned.examples] == [e.id for e in sft.examples]
+        assert (len(ids), len(sft.examples)) == (3, 6)
+        assert len(aligned.labels.aligned) == 6
+        drawn.append(frozenset(ids))
+    assert len(set(drawn)) > 1
+    check_data(arguments(folder, ramoe_ids_per_task=3))
+    check_data(arguments(folder, ramoe_ids_per_task=3, ramoe_target="paired", micro_batch_size=2))
+    check_data(arguments(folder, ramoe_ids_per_task=3, ramoe_refresh_interval=2))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"ramoe_ids_per_task": 0}, ["--ramoe-ids-per-task 0", "1 or more"]),
+        ({"ramoe_ids_per_task": 10}, ["--ramoe-ids-per-task", "split 'train'", "task 'sum' has 9"]),
         ({"ramoe_data": []}, ["--ramoe-data is missing"]),
         ({"ramoe_split": "dev"}, ["empty split 'dev'", "train (18 rows)"]),
         ({"ramoe_languages": ["sw"]}, ["unknown language 'sw'", "tr (9 rows)"]),

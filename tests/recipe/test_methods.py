@@ -270,6 +270,12 @@ def test_an_expert_file_of_another_run_is_aligned_by(tmp_path: Path) -> None:
         ([{"name": "x", "preset": ["steering-soft"], "train": {"lr": 1}}], {}, "steering trains nothing"),
         ([{"name": "x", "preset": ["steering-soft"], "replay": 0.5}], {}, "steering trains nothing"),
         ([{"name": "x", "preset": ["sft"], "replay": 1}], {}, "less than 1"),
+        ([{"name": "x", "preset": ["sft"], "ids-per-task": 0}], {}, "ids-per-task"),
+        (
+            [{"name": "x", "preset": ["steering-soft"], "ids-per-task": 4}],
+            {},
+            "so ids-per-task has no meaning",
+        ),
         (["rise"], {"selection": {}}, "selection.train rise without selection.train-budget"),
         (["esft-token"], {"selection": {}}, "selection.train esft-token without selection.train-top-p"),
         (["ra-moe"], {"alignment": {}}, "needs a coefficient"),
@@ -354,6 +360,20 @@ def test_replayed_samples_are_a_share_and_the_others_keep_theirs(
     for name in own.keys() - {"--save", "--load", "--tensorboard-dir", *replayed}:
         assert own[name] == plain[name], name
     assert Method.model_validate(mixed).model_dump(by_alias=True) == mixed
+
+
+def test_fewer_ids_are_a_flag_of_the_fine_tune_alone(tmp_path: Path) -> None:
+    fewer = {"name": "fewer", "preset": ["ra-moe"], "ids-per-task": 4}
+    found = stages(tmp_path, "ra-moe", fewer)
+    own, plain = (flags(found[f"finetune/{name}-seed1"]) for name in ("fewer", "ra-moe"))
+    assert own["--ramoe-ids-per-task"] == ["4"]
+    places = ("--save", "--load", "--tensorboard-dir", "--ramoe-ids-per-task")
+    assert {name: own[name] for name in own if name not in places} == {
+        name: plain[name] for name in plain if name not in places
+    }
+    assert not any(
+        "--ramoe-ids-per-task" in s.command for n, s in found.items() if not n.startswith("finetune/fewer-")
+    )
 
 
 @pytest.mark.parametrize(("method", "needed"), [("ra-moe", True), ("router-only", False)])

@@ -290,6 +290,28 @@ def test_what_alignment_adds_is_told_against_the_same_training_without_it(tmp_pa
     assert "+10.0 (routers)" in line
 
 
+def test_what_alignment_adds_is_told_for_the_same_samples_and_for_tuned_learning_rates(
+    tmp_path: Path,
+) -> None:
+    few, mixed = ["--ramoe-ids-per-task", "4"], ["--ramoe-weights", "*/en=0.2"]
+    commands = {
+        "sft": ["--lr", "0.1"],
+        "ra-moe": ["--lr", "0.2", "--ramoe-coeff", "50"],
+        "sft-4": ["--lr", "0.1", *few],
+        "wide-4": ["--lr", "0.4", *few, "--ramoe-coeff", "50"],
+        "wide-mixed": ["--lr", "0.1", *mixed, "--ramoe-coeff", "50"],
+        "wide": ["--lr", "0.4", "--ramoe-coeff", "50"],
+    }
+    folder = write_run(tmp_path / "one", plain(*commands), commands=commands)
+    tuning = {"split": "validation", "seeds": [9], "bases": [], "budget": 1, "rows": []}
+    beside = [
+        {r["method"]: r["beside"] for r in compare([folder], **changes)["ablation"]}
+        for changes in ({}, {"tuning": tuning})
+    ]
+    assert beside[0] == {"sft-4": None, "wide-4": None, "wide-mixed": None, "wide": None}
+    assert beside[1] == {"sft-4": None, "wide-4": "sft-4", "wide-mixed": None, "wide": "sft"}
+
+
 # ---- documents ----
 
 SECTIONS = (

@@ -14,7 +14,7 @@ from ramoe_megatron.data.encode import Tokenizer, check_tokenizer
 from ramoe_megatron.data.packing import PackedDataset
 from ramoe_megatron.data.paired import PairedDataset, view_places
 from ramoe_megatron.data.parallel import select_examples
-from ramoe_megatron.data.sampler import order
+from ramoe_megatron.data.sampler import order, with_ids_per_task
 from ramoe_megatron.data.store import StoredExamples, store_examples
 from ramoe_megatron.data.token_cache import cached_tokens
 from ramoe_megatron.data.workers import give_back_memory
@@ -71,7 +71,7 @@ class TrainingInputs:
         _refuse_batches(args, self.options, self.alignment)
         folder = getattr(args, "data_cache_path", None)  # a user's own parser may lack the flag
         self._cache = Cache(Path(folder) if folder else default_folder(), keeps)
-        self.examples = self._chosen(self.options.split)
+        self.examples = self._training_examples()
         order(self.examples, 1, args.seed, self.options.weight_mapping())
         paired = self.alignment.coeff > 0 and self.alignment.target == "paired"
         self.views = self.anchors if paired else None
@@ -173,6 +173,19 @@ class TrainingInputs:
         found = select_examples(self._stored, split, languages or self.options.languages, where)
         assert isinstance(found, StoredExamples)
         return found
+
+    def _training_examples(self) -> StoredExamples:
+        found, count = self._chosen(self.options.split), self.options.ids_per_task
+        if count is None:
+            return found
+        if count < 1:
+            raise RamoeError(f"--ramoe-ids-per-task {count}: expected 1 or more")
+        try:
+            fewer = with_ids_per_task(found, count, self.args.seed)
+        except RamoeError as error:
+            raise RamoeError(f"--ramoe-ids-per-task: split {self.options.split!r}: {error}") from error
+        assert isinstance(fewer, StoredExamples)
+        return fewer
 
     def _validation_examples(self) -> StoredExamples:
         if self.args.full_validation:

@@ -22,23 +22,30 @@ INCIDENTAL = {
 CHOSEN_FILES = ("ramoe-experts", "ramoe-layer-weights", "ramoe-steering")
 """Flags of files that a method chooses. Other files follow from the method's other flags."""
 ABSENT = "not given"
+DRAWN = ("ramoe-languages", "ramoe-weights", "ramoe-ids-per-task")
+"""Flags that say on which samples a method trains."""
 COEFF = "ramoe-coeff"
 """The flag of every method that aligns."""
 
 
-def ablation_rows(study: Study, found: Sequence[Row], known: Collection[str]) -> list[Row]:
+def ablation_rows(study: Study, found: Sequence[Row], known: Collection[str], tuned: bool) -> list[Row]:
     """The recipe's further methods: what each one changes, and its changes in accuracy.
 
     The changes are against the reference (with the p of the headline) and against the base model. A method
     that aligns also has `without`, its change against the method that trains alike without alignment, whose
     name is `beside`.
+
+    Args:
+        found: rows of the headline.
+        known: methods that are no further ones.
+        tuned: whether each method has a learning rate chosen for it, which then need not be the same.
     """
     rows = []
     for row in found:
         method = row["method"]
         if method not in known:
             run = next(run for run in study.runs.values() if method in run.methods)
-            beside = _without_alignment(study, run, method)
+            beside = _without_alignment(study, run, method, {"lr"} if tuned else set())
             rows.append(
                 {
                     "method": method,
@@ -52,14 +59,19 @@ def ablation_rows(study: Study, found: Sequence[Row], known: Collection[str]) ->
     return rows
 
 
-def _without_alignment(study: Study, run: RunInputs, method: str) -> str | None:
-    """The method that trains the same weights with the same Megatron flags and aligns nothing.
+def _without_alignment(study: Study, run: RunInputs, method: str, free: Collection[str]) -> str | None:
+    """The method that trains the same weights on the same data with the same Megatron flags, but for the free
+    ones, and aligns nothing.
 
     None for a method that aligns nothing itself.
     """
     stages = (run.manifest or {}).get("stages", {})
     found = {name: _stage_flags(stages, "finetune", name) for name in study.by_method}
-    training = {name: training_flags(flags) for name, flags in found.items() if flags is not None}
+    training = {
+        name: {flag: value for flag, value in training_flags(flags).items() if flag not in free}
+        for name, flags in found.items()
+        if flags is not None
+    }
     if COEFF not in (found.get(method) or {}):
         return None
     return next(
@@ -73,12 +85,12 @@ def _without_alignment(study: Study, run: RunInputs, method: str) -> str | None:
 
 
 def training_flags(flags: dict[str, str]) -> dict[str, str]:
-    """Megatron's flags, and our flags that say which weights train."""
+    """Megatron's flags, and our flags that say which weights train and on which samples."""
     chosen = ("ramoe-experts", "ramoe-select") if flags.get("ramoe-train") == "task-experts" else ()
     return {
         flag: value
         for flag, value in flags.items()
-        if not flag.startswith("ramoe-") or flag.startswith("ramoe-train") or flag in chosen
+        if not flag.startswith("ramoe-") or flag.startswith("ramoe-train") or flag in (*DRAWN, *chosen)
     }
 
 
@@ -157,8 +169,8 @@ def _recipe_flags(run: RunInputs, method: str) -> dict[str, Any]:
     )
     if own.get("on"):  # steering: the method whose checkpoints are steered
         return _recipe_flags(run, own["on"])
-    replay = {"replay": own["replay"]} if "replay" in own else {}
-    return {**(run.recipe.get("train") or {}), **(own.get("train") or {}), **replay}
+    data = {key: own[key] for key in ("replay", "ids-per-task") if key in own}
+    return {**(run.recipe.get("train") or {}), **(own.get("train") or {}), **data}
 
 
 def _flag_text(value: Any) -> str:

@@ -80,7 +80,7 @@ def compare(
         "divergence_gap": divergence_gap_rows(study),
         "transplant": transplant_rows(study),
         "coefficient_zero": contrasts.zero_rows(study, OFF),
-        "ablation": ablation_rows(study, headline, known),
+        "ablation": ablation_rows(study, headline, known, tuned=tuning is not None),
         "counts": contrasts.counts_table(study),
     }
 

@@ -471,9 +471,10 @@ def _ablation_table(c: Record) -> Table:
         rows.append((row["method"], settings, *tests, without, points(row["from_base"])))
     heads = ["method", "what it changes", "change, points", "p", "p, Holm", "seeds higher"]
     heads += ["what alignment adds", "change from base"]
+    untrained = _untrained_note(c, [row["method"] for row in c.get("ablation", [])])
     note = (
         "Target languages; p as in the table of all methods. What alignment adds: difference from the "
-        "method in brackets, which trains the same weights with the same flags and aligns "
-        f"nothing.{_untrained_note(c, [row['method'] for row in c.get('ablation', [])])}"
+        "method in brackets, which trains the same weights on the same samples and aligns nothing. Its "
+        f"training flags are the same, but for the learning rate where each method has its own.{untrained}"
     )
     return Table(heads, rows, left=(0, 1), note=note, absent="The recipes hold no further methods.")
