@@ -15,7 +15,7 @@ FORMATS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ramoe-taxonomy": (1, ("anchor", "checkpoint", "data", "package_version", "pairs")),
     "ramoe-anchors": (1, ("anchor", "anchors", "checkpoint", "data", "package_version", "tasks")),
     "ramoe-evaluation": (1, ("method", "seed", "checkpoint", "split", "data", "rows", "mass", "examples")),
-    "ramoe-prediction": (1, ("rows", "verdict", "limits")),
+    "ramoe-prediction": (2, ("rows", "verdict", "limits")),
     "ramoe-steering": (1, (
         "anchor", "checkpoint", "split", "data", "experts", "package_version", "settings", "skipped", "best",
     )),

@@ -12,7 +12,7 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.recipe.load import load_recipe
 from ramoe_megatron.recipe.manifest import Manifest
 from ramoe_megatron.recipe.plan import make_plan
-from ramoe_megatron.recipe.runner import run_recipe
+from ramoe_megatron.recipe.runner import run_recipe, select_stages
 from ramoe_megatron.recipe.schema import Recipe
 from ramoe_megatron.recipe.tune import settings, trial_changes, trial_rows, tuned_changes
 
@@ -111,7 +111,9 @@ def _tuned(
         f"base models {', '.join(map(str, bases))}; seeds {', '.join(map(str, recipe.tune.seeds))}",
         highlight=False,
     )
-    folders = _ran(path, {out / f"base{base}": [*asked, f"seed={base}"] for base in bases}, dry_run, console)
+    folders = _ran(
+        path, {out / f"base{base}": [*asked, f"seed={base}"] for base in bases}, dry_run, console, "results"
+    )
     if folders is None:
         if dry_run:
             console.print("the comparison follows, with the settings that the trials choose", highlight=False)
@@ -129,15 +131,23 @@ def _tuned(
 
 
 def _ran(
-    path: Path, folders: Mapping[Path, Sequence[str]], dry_run: bool, console: Console
+    path: Path,
+    folders: Mapping[Path, Sequence[str]],
+    dry_run: bool,
+    console: Console,
+    last: str | None = None,
 ) -> list[Path] | None:
-    """Run the recipe with each folder's changes. Returns the folders, or None if they are not finished."""
+    """Run the recipe with each folder's changes, until its last stage or the one that is named.
+
+    Returns:
+        The folders, or None if they are not finished.
+    """
     for folder, changes in folders.items():
         console.print(f"[bold]{folder.name}[/bold]", highlight=False)
-        run_recipe(path, changes, folder, dry_run=dry_run, console=console)
+        run_recipe(path, changes, folder, last=last, dry_run=dry_run, console=console)
     if dry_run:
         return None
-    if waiting := [folder.name for folder, own in folders.items() if not _done(path, own, folder)]:
+    if waiting := [folder.name for folder, own in folders.items() if not _done(path, own, folder, last)]:
         console.print(
             f"{', '.join(waiting)}: submitted; repeat this command when its jobs have ended",
             highlight=False,
@@ -146,7 +156,7 @@ def _ran(
     return list(folders)
 
 
-def _done(path: Path, changes: Sequence[str], folder: Path) -> bool:
+def _done(path: Path, changes: Sequence[str], folder: Path, last: str | None) -> bool:
     recipe = load_recipe(path, changes)
-    manifest = Manifest(folder, recipe.name)
-    return all(manifest.reason_to_run(stage) is None for stage in make_plan(recipe, folder, path.parent))
+    manifest, plan = Manifest(folder, recipe.name), make_plan(recipe, folder, path.parent)
+    return all(manifest.reason_to_run(stage) is None for stage in plan[: select_stages(plan, None, last)[1]])

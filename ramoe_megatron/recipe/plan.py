@@ -609,8 +609,9 @@ def finetune_stage(plan: PlanContext, method: Method, seed: int) -> Stage:
         "split": "train",
         "languages": languages,
         "weights": weights_option(weights),
-        "ids-per-task": method.ids_per_task,
     }
+    if method.ids_per_task is not None:  # else no option, so that earlier run folders stay up to date
+        options["ids-per-task"] = method.ids_per_task
     selection = plan.recipe.selection_of(method)
     if method.aligns:
         files |= {"experts": [plan.experts_of(alignment)], **labels_of(plan, alignment)}

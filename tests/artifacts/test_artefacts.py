@@ -156,7 +156,7 @@ BODY = {"rows": [], "verdict": {"reading": "+1"}, "limits": ["один"]}
 
 def test_document_round_trip(tmp_path: Path) -> None:
     save_document(tmp_path / "predict.json", "ramoe-prediction", BODY)
-    expected = {"format": "ramoe-prediction", "version": 1, **BODY}
+    expected = {"format": "ramoe-prediction", "version": 2, **BODY}
     assert load_document(tmp_path / "predict.json", "ramoe-prediction") == expected
 
 
@@ -179,8 +179,8 @@ def test_foreign_documents_are_refused_by_name(tmp_path: Path) -> None:
     for text, message in [
         ("[]", "found format 'list', expected 'ramoe-prediction'"),
         ('{"format": "ramoe-results"}', "found format 'ramoe-results', expected 'ramoe-prediction'"),
-        ('{"format": "ramoe-prediction", "version": 7}', "version 7, expected 1"),
-        ('{"format": "ramoe-prediction", "version": 1, "rows": []}', "lacks verdict, limits"),
+        ('{"format": "ramoe-prediction", "version": 7}', "version 7, expected 2"),
+        ('{"format": "ramoe-prediction", "version": 2, "rows": []}', "lacks verdict, limits"),
     ]:
         path.write_text(text)
         with pytest.raises(RamoeError, match=rf"predict\.json: .*{message}"):

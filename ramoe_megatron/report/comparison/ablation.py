@@ -123,7 +123,7 @@ def _settings(study: Study, run: RunInputs, method: str) -> list[str]:
 def _stage_flags(stages: dict[str, Any], kind: str, method: str) -> dict[str, str] | None:
     """Flags of the method's first stage of a kind, without those that differ between any two stages.
 
-    Of the file flags, only `CHOSEN_FILES` are kept.
+    Of the file flags, only `CHOSEN_FILES` are kept, by the files' names.
     """
     name = next(
         (name for name in sorted(stages) if re.fullmatch(rf"{kind}/{re.escape(method)}(-seed\d+)?", name)),
@@ -138,9 +138,10 @@ def _stage_flags(stages: dict[str, Any], kind: str, method: str) -> dict[str, st
         elif flags:
             flags[next(reversed(flags))].append(word)
     return {
-        name: " ".join(value.rpartition("/")[2] for value in values) or "on"
+        name: " ".join(values if name in DRAWN else [value.rpartition("/")[2] for value in values]) or "on"
         for name, values in flags.items()
-        if name not in INCIDENTAL and (name in CHOSEN_FILES or not any("/" in value for value in values))
+        if name not in INCIDENTAL
+        and (name in (*CHOSEN_FILES, *DRAWN) or not any("/" in value for value in values))
     }
 
 
