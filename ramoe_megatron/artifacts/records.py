@@ -16,7 +16,8 @@ from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 _TAXONOMY_TYPES = get_type_hints(TaxonomyRow)
 _EXAMPLE_TYPES = {"id": str, "task": str, "language": str, "correct": bool}
-_DIVERGENCE_COLUMNS = [f.name for f in fields(DivergenceRow)]
+_DIVERGENCE_COLUMNS = [f.name for f in fields(DivergenceRow) if f.name != "task"]
+_TASK_COLUMNS = ["task", *_DIVERGENCE_COLUMNS]
 
 
 def write_taxonomy(path: str | os.PathLike[str], rows: Iterable[TaxonomyRow]) -> None:
@@ -141,23 +142,31 @@ def _lines(path: str | os.PathLike[str], whole: bool = False) -> Iterator[tuple[
 
 
 def write_divergence(path: str | os.PathLike[str], rows: Iterable[DivergenceRow]) -> None:
-    """Write ``divergence.csv``, whole or not at all; an undefined mean is an empty field."""
+    """Write ``divergence.csv``, or ``divergence-by-task.csv`` for rows that have tasks, whole or not at all.
+
+    An undefined mean is an empty field.
+    """
+    rows = list(rows)
+    columns = _TASK_COLUMNS if any(row.task is not None for row in rows) else _DIVERGENCE_COLUMNS
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, _DIVERGENCE_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     atomic_write_text(path, buffer.getvalue())
 
 
 def read_divergence(path: str | os.PathLike[str]) -> list[DivergenceRow]:
-    """Read ``divergence.csv``.
+    """Read ``divergence.csv`` or ``divergence-by-task.csv``.
 
     Raises:
         RamoeError: with file and line, for other columns or a value that is not a number; also when the
-            layers of a language are not 0, 1, ...
+            layers of a language, or of a task in it, are not 0, 1, ...
     """
     reader = csv.DictReader(line for _, line in _lines(path, whole=True))
-    if reader.fieldnames is None or list(reader.fieldnames) != _DIVERGENCE_COLUMNS:
+    if reader.fieldnames is None or list(reader.fieldnames) not in (
+        _DIVERGENCE_COLUMNS,
+        _TASK_COLUMNS,
+    ):
         raise RamoeError(
             f"{path}:1: found columns {', '.join(reader.fieldnames or []) or 'none'}, expected "
             f"{', '.join(_DIVERGENCE_COLUMNS)}; profile again"
@@ -174,13 +183,15 @@ def read_divergence(path: str | os.PathLike[str]) -> list[DivergenceRow]:
                     divergence=_finite(record["divergence"]) if record["divergence"] else None,
                     pairs=int(record["pairs"]),
                     undefined_pairs=int(record["undefined_pairs"]),
+                    task=record.get("task"),
                 )
             )
         except (TypeError, ValueError) as error:
             raise RamoeError(f"{where}: {error}, expected a number; profile again") from error
     layers: dict[str, list[int]] = {}
     for row in rows:
-        layers.setdefault(row.language, []).append(row.moe_layer)
+        name = row.language if row.task is None else f"{row.task}/{row.language}"
+        layers.setdefault(name, []).append(row.moe_layer)
     deepest = max((len(found) for found in layers.values()), default=0)
     for language, found in layers.items():
         if found != list(range(deepest)):

@@ -175,7 +175,7 @@ def _refuse_full_disk(
 
 
 def main() -> None:
-    """Write `experts.safetensors` and `divergence.csv`, and on request the priors and the usage file."""
+    """Write `experts.safetensors` and the divergence curves, and on request the priors and the usage file."""
     JOB.main()
 
 
@@ -294,6 +294,8 @@ def _profile(
         def write() -> None:
             output.mkdir(parents=True, exist_ok=True)
             write_divergence(output / "divergence.csv", rows)
+            by_task = passes.curve.rows_by_task(model.layer_numbers)
+            write_divergence(output / "divergence-by-task.csv", by_task)
             if own.save_priors:
                 kept: Sequence[int] | None = None  # all layers, also where the curve shows no zone
                 if own.priors_for == "ci" and isinstance(zone, Zone):
@@ -397,7 +399,7 @@ class Passes:
             for tokens in options.select_tokens
         }
         self.general_frequency = FrequencySum(1, layers, experts, model.device)
-        self.curve = DivergenceCurve(list(self.views), layers, model.device)
+        self.curve = DivergenceCurve(self.tasks, list(self.views), layers, model.device)
         zeros = torch.zeros(len(self.tasks), layers, experts, dtype=torch.float64, device=model.device)
         self.pattern_sum = {choice: zeros.clone() for choice in TOKENS}
         self.pattern_count = torch.zeros(len(self.tasks), dtype=torch.float64, device=model.device)
@@ -491,13 +493,14 @@ class Passes:
                 routing = self._routing(views, choices=("all",))
                 rows = [row_of[view.id] for view in views]
                 self._add_usage(language, routing)
-                self.curve.add(language, reference.pooled_NLE["all"][rows], routing.pooled_NLE["all"])
+                pooled = reference.pooled_NLE["all"][rows], routing.pooled_NLE["all"]
+                self.curve.add(language, self._task_N(views), *pooled)
                 progress(len(views))
         return {choice: reference.pooled_NLE[choice].float() for choice in self.options.tokens}
 
     def _add_english(self, part: Sequence[Example], routing: "SequenceRouting") -> None:
         device = self.model.device
-        group = torch.tensor([self.tasks.index(example.task) for example in part], device=device)
+        group = self._task_N(part)
         for tokens, frequency in self.task_frequency.items():
             chosen = routing.frequency_NLE[tokens]
             # a sequence without such tokens does not count
@@ -508,6 +511,10 @@ class Passes:
         self.pattern_count.index_add_(0, group, right)
         for choice, total in self.pattern_sum.items():
             total.index_add_(0, group, routing.pooled_NLE[choice].double() * right[:, None, None])
+
+    def _task_N(self, part: Sequence[Example]) -> torch.Tensor:
+        """Index into the tasks of each example. int64 [n]"""
+        return torch.tensor([self.tasks.index(example.task) for example in part], device=self.model.device)
 
     def _add_usage(self, language: str, routing: "SequenceRouting") -> None:
         if self.usage is not None:

@@ -46,7 +46,7 @@ def _entropy(q: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class DivergenceRow:
-    """One language at one MoE layer: a line of ``divergence.csv``."""
+    """One language at one MoE layer: a line of ``divergence.csv`` or ``divergence-by-task.csv``."""
 
     language: str
     moe_layer: int
@@ -59,23 +59,33 @@ class DivergenceRow:
     """Pairs of parallel sequences in the mean."""
     undefined_pairs: int
     """Pairs of parallel sequences with an undefined `hjs`."""
+    task: str | None = None
+    """The task of the pairs; None for all tasks."""
 
 
 class DivergenceCurve:
-    """Accumulates the mean `hjs` per language and layer, in memory that does not grow with the data.
+    """Accumulates the mean `hjs` per task, language and layer, in memory that does not grow with the data.
 
     When each rank holds a part of the data, all-reduce ``sums`` over the ranks.
     """
 
     def __init__(
-        self, languages: Sequence[str], num_moe_layers: int, device: torch.device | str = "cpu"
+        self,
+        tasks: Sequence[str],
+        languages: Sequence[str],
+        num_moe_layers: int,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.languages = tuple(languages)
-        self.sums = torch.zeros(len(self.languages), 3, num_moe_layers, dtype=torch.float64, device=device)
-        """[languages, (sum of values, defined pairs, undefined pairs), L]"""
+        self.tasks, self.languages = tuple(tasks), tuple(languages)
+        shape = (len(self.languages), len(self.tasks), 3, num_moe_layers)
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
+        """[languages, tasks, (sum of values, defined pairs, undefined pairs), L]"""
 
-    def add(self, language: str, q_en: Tensor, q_tg: Tensor) -> None:
+    def add(self, language: str, task_N: Tensor, q_en: Tensor, q_tg: Tensor) -> None:
         """Add the pooled distributions of n parallel sequences, English and target language. [n, L, E] each
+
+        Args:
+            task_N: index into the tasks of each sequence. int64 [n]
 
         Raises:
             RamoeError: the curve does not have this language.
@@ -85,19 +95,41 @@ class DivergenceCurve:
                 f"divergence: found language {language!r}, expected one of {', '.join(self.languages)}"
             )
         value, defined = hjs(q_en, q_tg)
-        counts = torch.stack([value.sum(0), defined.sum(0).double(), (~defined).sum(0).double()])
-        self.sums[self.languages.index(language)] += counts.to(self.sums.device)
+        counts = torch.stack([value, defined.double(), (~defined).double()], dim=1).to(self.sums.device)
+        self.sums[self.languages.index(language)].index_add_(0, task_N.to(self.sums.device), counts)
 
     def rows(self, layer_numbers: Sequence[int]) -> list[DivergenceRow]:
-        """The rows of ``divergence.csv``; ``layer_numbers[l]`` is Megatron's number of MoE layer l."""
-        rows = []
-        for language, (total, pairs, undefined) in zip(self.languages, self.sums.tolist(), strict=True):
-            for layer, number in enumerate(layer_numbers):
-                mean = total[layer] / pairs[layer] if pairs[layer] else None
-                rows.append(
-                    DivergenceRow(language, layer, number, mean, int(pairs[layer]), int(undefined[layer]))
-                )
-        return rows
+        """The rows of ``divergence.csv``, over the pairs of all tasks.
+
+        Args:
+            layer_numbers: Megatron's number of each MoE layer.
+        """
+        return [
+            row
+            for language, sums in zip(self.languages, self.sums.sum(1), strict=True)
+            for row in _rows(language, None, sums, layer_numbers)
+        ]
+
+    def rows_by_task(self, layer_numbers: Sequence[int]) -> list[DivergenceRow]:
+        """The rows of ``divergence-by-task.csv``: as `rows`, for each task that has pairs in the language."""
+        return [
+            row
+            for place, task in enumerate(self.tasks)
+            for language, sums in zip(self.languages, self.sums[:, place], strict=True)
+            for row in _rows(language, task, sums, layer_numbers)
+            if sums[1:].any()
+        ]
+
+
+def _rows(language: str, task: str | None, sums: Tensor, layer_numbers: Sequence[int]) -> list[DivergenceRow]:
+    return [
+        DivergenceRow(
+            language, layer, number, total / pairs if pairs else None, int(pairs), int(undefined), task
+        )
+        for layer, (number, (total, pairs, undefined)) in enumerate(
+            zip(layer_numbers, sums.T.tolist(), strict=True)
+        )
+    ]
 
 
 def mean_curve(rows: Iterable[DivergenceRow]) -> Tensor:

@@ -441,7 +441,10 @@ def profile_stage(plan: PlanContext) -> Stage:
         *plan.priors.values(),
         *([plan.out / "usage.safetensors"] * usage),
     ]
-    return plan.job("profile", "profile", plan.scoring(), options, files, outputs, plan.offline(), plan.base)
+    traces = [plan.out / "divergence-by-task.csv"]  # earlier run folders lack it and stay up to date
+    return plan.job(
+        "profile", "profile", plan.scoring(), options, files, outputs, plan.offline(), plan.base, traces
+    )
 
 
 def predict_stage(plan: PlanContext) -> Stage:

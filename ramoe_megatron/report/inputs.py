@@ -47,6 +47,7 @@ class RunInputs:
     taxonomy: dict[str, Any] | None = None
     experts: ExpertFile | None = None
     divergence: list[DivergenceRow] | None = None
+    task_divergence: list[DivergenceRow] = field(default_factory=list)
     prediction: dict[str, Any] | None = None
     manifest: dict[str, Any] | None = None
 
@@ -105,9 +106,10 @@ def load_run(root: Path) -> RunInputs:
         raise RamoeError(
             f"{root / 'recipe.yaml'}: found {type(recipe).__name__}, expected a mapping. Run it again."
         )
-    experts, divergence, manifest = (
+    experts, divergence, by_task, manifest = (
         root / "experts.safetensors",
         root / "divergence.csv",
+        root / "divergence-by-task.csv",
         root / "manifest.json",
     )
     return RunInputs(
@@ -118,6 +120,7 @@ def load_run(root: Path) -> RunInputs:
         taxonomy=_document(root / "taxonomy.json", "ramoe-taxonomy"),
         experts=ExpertFile.load(experts) if experts.exists() else None,
         divergence=read_divergence(divergence) if divergence.exists() else None,
+        task_divergence=read_divergence(by_task) if by_task.exists() else [],
         prediction=_document(root / "predict.json", "ramoe-prediction"),
         manifest=read_json(manifest) if manifest.exists() else None,
     )

@@ -4,7 +4,7 @@ Layers are shown by their 0-based place among the MoE layers, beside Megatron's 
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ramoe_megatron.artifacts.records import first_line, read_divergence, read_e
 from ramoe_megatron.artifacts.tensors import open_any
 from ramoe_megatron.artifacts.usage import UsageFile
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.divergence import Zone, mean_curve, zone_from_curve
+from ramoe_megatron.method.divergence import DivergenceRow, Zone, mean_curve, zone_from_curve
 from ramoe_megatron.method.experts import describe_empty, rule_from
 from ramoe_megatron.method.taxonomy import summarise
 from ramoe_megatron.report import artefact_tables as tables
@@ -216,7 +216,17 @@ def _lines_table(path: Path) -> Table:
 
 
 def _divergence_parts(path: Path) -> list[Part]:
-    rows = read_divergence(path)
+    by_task: dict[str | None, list[DivergenceRow]] = {}
+    for row in read_divergence(path):
+        by_task.setdefault(row.task, []).append(row)
+    return [
+        part
+        for task, rows in by_task.items()
+        for part in _curve_parts(f"{path}{f', {task}' if task else ''}", rows)
+    ]
+
+
+def _curve_parts(name: str, rows: Sequence[DivergenceRow]) -> list[Part]:
     curve = mean_curve(rows)
     shown: list[list[CellValue]] = []
     numbers = []
@@ -227,7 +237,7 @@ def _divergence_parts(path: Path) -> list[Part]:
         cells = [number(value, ".4f") for value in values]
         shown.append([layer, numbers[-1], *cells, sum(row.undefined_pairs for row in own)])
     heads = (*LAYER_HEADS, *dict.fromkeys(row.language for row in rows), "mean", "undefined pairs")
-    title = f"{path}: entropy-normalised JS divergence from the anchor language, in [0, 1]"
+    title = f"{name}: entropy-normalised JS divergence from the anchor language, in [0, 1]"
     zone = tables.zone_text(zone_from_curve(curve), numbers)
     return [Table(heads, shown, title, ()), f"zone by the curve: {zone}"]
 

@@ -86,8 +86,9 @@ FIGURE_TEXTS = {
         "Does divergence predict the gap?",
         "the profile and evaluate stages make it, for at least three target languages",
         "For each layer, Pearson's r over the target languages of the divergence above and the base model's "
-        "gap: accuracy in the anchor language minus accuracy in the language. Band: Fisher's 95 % interval. "
-        "By the paper's claim r is high inside the zone. {zone}",
+        "gap: accuracy in the anchor language minus accuracy in the language. The second curve is over the "
+        "tasks of each language, set off from the language's mean. Band: Fisher's 95 % interval. By the "
+        "paper's claim r is high inside the zone. {zone}",
     ),
     "experts": (
         "Task experts",

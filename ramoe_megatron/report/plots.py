@@ -333,19 +333,23 @@ def divergence_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | N
 
 
 def gap_figure(run: RunInputs, results: Mapping[str, Any]) -> "Figure | None":
-    rows = results.get("divergence_gap", {}).get("layers", [])
-    if not any(row["r"] is not None for row in rows):
+    gap = results.get("divergence_gap", {})
+    rows, pairs = gap.get("layers", []), gap.get("pairs", [])
+    if not any(row["r"] is not None for row in (*rows, *pairs)):
         return None
     figure, (axis,) = panels(1, 7.5, 3.2)
     shade_zone(axis, run)
-    gap_curve(axis, rows, "black", f"{rows[0]['n']} languages")
+    gap_curve(axis, rows, "black", "languages")
+    gap_curve(axis, pairs, COLOURS[0], "tasks within languages")
     gap_axes(axis)
     return figure
 
 
 def gap_curve(axis: "Axes", rows: Sequence[Mapping[str, Any]], colour: str, label: str) -> None:
-    """Draw r of divergence and gap over the layers, with its interval."""
+    """Draw r of divergence and gap over the layers, with its interval, if it is known anywhere."""
     known = [row for row in rows if row["r"] is not None]
+    if not known:
+        return
     layers = [row["layer"] for row in known]
     low, high = ([row[end] for row in known] for end in ("low", "high"))
     axis.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)

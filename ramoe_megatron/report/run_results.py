@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ramoe_megatron.artifacts.files import save_document
-from ramoe_megatron.report.divergence_gap import gap_correlations, gap_points
+from ramoe_megatron.report.divergence_gap import gap_correlations, gap_points, split_by_unit
 from ramoe_megatron.report.inputs import Evaluation, RunInputs, load_run
 from ramoe_megatron.report.pairing import paired_change, pooled
 from ramoe_megatron.statistics import pearson, wilson
@@ -47,7 +47,7 @@ def results_of(run: RunInputs) -> dict[str, Any]:
         "comparisons": _comparisons(by_method, anchor),
         "mass": [{"method": e.method, "seed": e.seed, **row} for e in run.evaluations for row in e.mass],
         "ci_gain": _ci_gain(by_pair, run),
-        "divergence_gap": {"layers": gap_correlations(points := gap_points(run)), "points": points},
+        "divergence_gap": _divergence_gap(run),
     }
 
 
@@ -56,6 +56,13 @@ def collect(run_dir: Path) -> dict[str, Any]:
     results = results_of(load_run(run_dir))
     save_document(Path(run_dir) / "results.json", "ramoe-results", results)
     return results
+
+
+def _divergence_gap(run: RunInputs) -> dict[str, Any]:
+    points = gap_points(run)
+    languages, pairs = split_by_unit(points)
+    within = gap_correlations(pairs, [point["language"] for point in pairs])
+    return {"layers": gap_correlations(languages), "pairs": within, "points": points}
 
 
 def _summary(by_method: Mapping[str, list[Evaluation]], anchor: str) -> list[dict[str, Any]]:

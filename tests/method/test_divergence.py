@@ -77,10 +77,11 @@ def test_two_uniform_distributions_are_undefined_and_give_no_nan() -> None:
 def test_the_curve_is_the_mean_of_defined_pairs_in_whatever_pieces(seed: int, cut: int) -> None:
     q_en, q_tg = distributions(2, 6, 3, 4, seed=seed)
     q_en[2, 1] = q_tg[2, 1] = 0.25  # one undefined pair, at layer 1
-    curve, first, second = (DivergenceCurve(["sw", "tr"], 3) for _ in range(3))
-    curve.add("tr", q_en, q_tg)
-    first.add("tr", q_en[:cut], q_tg[:cut])
-    second.add("tr", q_en[cut:], q_tg[cut:])
+    tasks = torch.tensor([0, 1, 1, 0, 0, 1])
+    curve, first, second = (DivergenceCurve(["a", "b"], ["sw", "tr"], 3) for _ in range(3))
+    curve.add("tr", tasks, q_en, q_tg)
+    first.add("tr", tasks[:cut], q_en[:cut], q_tg[:cut])
+    second.add("tr", tasks[cut:], q_en[cut:], q_tg[cut:])
     first.sums += second.sums
     torch.testing.assert_close(first.sums, curve.sums)
     sw, tr = curve.rows([2, 4, 6])[:3], curve.rows([2, 4, 6])[3:]
@@ -90,11 +91,21 @@ def test_the_curve_is_the_mean_of_defined_pairs_in_whatever_pieces(seed: int, cu
     value, defined = hjs(q_en, q_tg)
     for layer, row in enumerate(tr):
         assert row.divergence == pytest.approx(value[defined[:, layer], layer].mean().item())
+    by_task = curve.rows_by_task([2, 4, 6])
+    assert [(row.task, row.language, row.moe_layer) for row in by_task] == [
+        (task, "tr", layer) for task in "ab" for layer in range(3)
+    ]
+    for row in by_task:
+        own = defined[:, row.moe_layer] & (tasks == "ab".index(row.task or ""))
+        assert (row.pairs, row.undefined_pairs) == (int(own.sum()), 3 - int(own.sum()))
+        assert row.divergence == pytest.approx(value[own, row.moe_layer].mean().item())
 
 
 def test_a_language_that_was_not_announced_is_refused() -> None:
     with pytest.raises(RamoeError, match="found language 'xx', expected one of tr, sw"):
-        DivergenceCurve(["tr", "sw"], 2).add("xx", torch.ones(1, 2, 2), torch.ones(1, 2, 2))
+        DivergenceCurve(["a"], ["tr", "sw"], 2).add(
+            "xx", torch.zeros(1).long(), torch.ones(1, 2, 2), torch.ones(1, 2, 2)
+        )
 
 
 def test_languages_weigh_equally_in_the_mean_curve() -> None:

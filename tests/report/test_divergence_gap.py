@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_run import LANGUAGES, LAYERS, write_run
+from report_run import LANGUAGES, LAYERS, TASKS, write_run
 
 from ramoe_megatron.report.comparison.assemble import compare
 from ramoe_megatron.report.comparison.document import comparison_markdown
-from ramoe_megatron.report.divergence_gap import gap_correlations, gap_points
+from ramoe_megatron.report.divergence_gap import gap_correlations, gap_points, split_by_unit
 from ramoe_megatron.report.inputs import load_run
 from ramoe_megatron.report.run_results import results_of
 
@@ -29,7 +29,7 @@ def test_the_gap_is_the_base_models_accuracy_in_english_minus_that_in_the_langua
         own = [right for (_, spoken), right in base.examples.items() if spoken == language]
         return sum(own) / len(own)
 
-    points = gap_points(found)
+    points, pairs = split_by_unit(gap_points(found))
     assert {(p["layer"], p["language"]) for p in points} == {
         (layer, language) for layer in range(LAYERS) for language in LANGUAGES[1:]
     }
@@ -37,6 +37,18 @@ def test_the_gap_is_the_base_models_accuracy_in_english_minus_that_in_the_langua
         assert point["gap"] == pytest.approx(accuracy("en") - accuracy(point["language"]))
     curve = {(row.moe_layer, row.language): row.divergence for row in found.divergence or ()}
     assert all(point["divergence"] == curve[point["layer"], point["language"]] for point in points)
+    assert len(pairs) == LAYERS * len(LANGUAGES[1:]) * len(TASKS)
+    for point in pairs:
+        own = {
+            language: [
+                right
+                for (id_, spoken), right in base.examples.items()
+                if spoken == language and base.tasks[id_, spoken] == point["task"]
+            ]
+            for language in ("en", point["language"])
+        }
+        right = {language: sum(found) / len(found) for language, found in own.items()}
+        assert point["gap"] == pytest.approx(right["en"] - right[point["language"]])
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=3, max_size=8), st.integers(0, 3))
@@ -80,7 +92,10 @@ def test_results_and_comparison_have_it(run: Path) -> None:
     own = results_of(load_run(run))["divergence_gap"]
     found = compare([run])
     rows = [row for row in found["divergence_gap"]["correlations"] if row["base"] is None]
-    assert [{key: row[key] for key in own["layers"][0]} for row in rows] == own["layers"]
-    assert len(own["layers"]) == LAYERS
+    for unit, expected in (("languages", own["layers"]), ("pairs", own["pairs"])):
+        of_unit = [row for row in rows if row["unit"] == unit]
+        assert [{key: row[key] for key in expected[0]} for row in of_unit] == expected
+        assert len(expected) == LAYERS
+    assert {row["n"] for row in own["pairs"]} == {len(LANGUAGES[1:]) * len(TASKS)}
     section = comparison_markdown(found, "c.json").partition("## Divergence against the gap")[2]
     assert f"| {LAYERS - 1} | r = " in section.partition("\n## ")[0]

@@ -62,6 +62,12 @@ def write_run(root: Path) -> Path:
         for layer in range(LAYERS)
     ]
     write_divergence(root / "divergence.csv", curve)
+    by_task = [
+        dataclasses.replace(row, task=task, divergence=(row.divergence or 0) * (0.9 + 0.1 * number))
+        for number, task in enumerate(TASKS)
+        for row in curve
+    ]
+    write_divergence(root / "divergence-by-task.csv", by_task)
     write_experts(root / "experts.safetensors")
     write_prediction(root / "predict.json", pairs, curve)
     stages = {

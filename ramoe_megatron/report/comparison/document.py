@@ -393,17 +393,21 @@ def _gap_table(c: Record) -> Table:
     several = len(c["bases"]) > 1
     names = [None, *(base["base"] for base in c["bases"])] if several else [None]
     correlations = c.get("divergence_gap", {}).get("correlations", [])
-    found = {(row["layer"], row["base"]): row for row in correlations}
+    found = {(row.get("unit", "languages"), row["layer"], row["base"]): row for row in correlations}
+    columns = [("languages", name) for name in names]
+    columns += [("pairs", None)] * any(row.get("unit") == "pairs" for row in correlations)
     rows = []
-    for layer in dict.fromkeys(layer for layer, _ in found):
-        own = [found.get((layer, name)) for name in names]
+    for layer in dict.fromkeys(layer for _, layer, _ in found):
+        own = [found.get((unit, layer, name)) for unit, name in columns]
         rows.append((layer, *(correlation(row) if row and row["n"] else NONE for row in own)))
     heads = ("MoE layer", "within base models" if several else "r", *filter(None, names))
+    heads += ("tasks within languages",) * (len(columns) - len(names))
     note = (
         "Pearson's r over target languages of the profile's routing divergence and the gap, with Fisher's "
-        "95 % interval. Gap: the base model's accuracy in the anchor language minus that in the language. By "
-        "the claim that divergence in the middle layers predicts the gap (arXiv 2605.28306, abstract), r is "
-        "above zero inside the zone, and higher than outside."
+        "95 % interval. Gap: the base model's accuracy in the anchor language minus that in the language. "
+        "Tasks within languages: r over pairs of task and language, set off from the mean of their language "
+        "and base model. By the claim that divergence in the middle layers predicts the gap (arXiv "
+        "2605.28306, abstract), r is above zero inside the zone, and higher than outside."
     )
     return Table(heads, rows, left=(), note=note, absent="No divergence was measured.")
 

@@ -151,12 +151,15 @@ def comparison_gap_figure(c: Record) -> "Figure | None":
     zones = {tuple(base["zone"] or ()) for base in c["bases"]}
     if len(zones) == 1 and (zone := zones.pop()):
         axis.axvspan(zone[0] - 0.5, zone[1] + 0.5, color="#F0E442", alpha=0.35, lw=0, zorder=0)
+    pairs = [row for row in rows if row.get("unit") == "pairs" and row["base"] is None]
+    rows = [row for row in rows if row.get("unit", "languages") == "languages"]
     names = [base["base"] for base in c["bases"]]
     for at, name in enumerate(names if len(names) > 1 else []):
         own = [row for row in rows if row["base"] == name]
         style: dict[str, Any] = {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)]}
         axis.plot([row["layer"] for row in own], [row["r"] for row in own], ms=4, label=plain(name), **style)
     gap_curve(axis, [row for row in rows if row["base"] is None], "black", "within base models")
+    gap_curve(axis, pairs, COLOURS[len(names) % len(COLOURS)], "tasks within languages")
     gap_axes(axis)
     return figure
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from ramoe_megatron.report.comparison.study import Cell, Row, Study
-from ramoe_megatron.report.divergence_gap import gap_correlations, gap_points
+from ramoe_megatron.report.divergence_gap import gap_correlations, gap_points, split_by_unit
 from ramoe_megatron.report.run_results import ci_shares
 from ramoe_megatron.statistics import fisher, pearson, wilson
 
@@ -67,17 +67,22 @@ def _gain(study: Study, method: str, other: str, base: str, cell: Cell) -> float
 
 
 def divergence_gap_rows(study: Study) -> Row:
-    """Points of (base, layer, language), and Pearson's r of divergence and gap for each layer.
+    """Points of `gap_points` with their base model, and Pearson's r of divergence and gap for each layer.
 
-    With `base` None, r is within base models. Layers are compared by their number, so base models of another
-    depth have rows of their own alone.
+    Of the unit "languages", r is over languages; of "pairs", it is over pairs of task and language, within
+    languages. With `base` None, r is within base models too. Layers are compared by their number, so base
+    models of another depth have rows of their own alone.
     """
     points = [{"base": name, **point} for name, run in study.runs.items() for point in gap_points(run)]
     correlations = []
     for base in [None, *study.runs]:
-        own = [point for point in points if base in (None, point["base"])]
-        groups = [point["base"] for point in own]
-        correlations += [{"base": base, **row} for row in gap_correlations(own, groups)]
+        languages, pairs = split_by_unit([point for point in points if base in (None, point["base"])])
+        within = [f"{point['base']}/{point['language']}" for point in pairs]
+        for unit, own, groups in (
+            ("languages", languages, [point["base"] for point in languages]),
+            ("pairs", pairs, within),
+        ):
+            correlations += [{"unit": unit, "base": base, **row} for row in gap_correlations(own, groups)]
     return {"correlations": correlations, "points": points}
 
 
