@@ -1,5 +1,6 @@
 """Laws of text files: round trips, atomic writes, and errors that name a file of another kind."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,10 @@ def divergence_rows(languages: list[str]) -> list[DivergenceRow]:
 
 def test_divergence_round_trip_keeps_undefined_means_and_names_as_they_are(tmp_path: Path) -> None:
     rows = divergence_rows(["tr", 'a,"b', "NA", "007", " a ", "a\n\nb ", "\u2028", "null"])
-    write_divergence(tmp_path / "divergence.csv", rows)
-    assert read_divergence(tmp_path / "divergence.csv") == rows
+    by_task = [dataclasses.replace(row, task=task) for task in ("month", 'b,"') for row in rows]
+    for name, written in (("divergence.csv", rows), ("divergence-by-task.csv", by_task)):
+        write_divergence(tmp_path / name, written)
+        assert read_divergence(tmp_path / name) == written
 
 
 @pytest.mark.parametrize(

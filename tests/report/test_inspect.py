@@ -140,6 +140,20 @@ def test_divergence_table_shows_languages_means_and_the_zone_in_both_numberings(
     )
 
 
+def test_divergence_by_task_shows_a_curve_and_a_zone_for_each_task(tmp_path: Path) -> None:
+    path = tmp_path / "divergence-by-task.csv"
+    curves = {"month": [0.6, 0.3, 0.1, 0.12, 0.3, 0.5], "currency": [0.5, 0.2, 0.4, 0.4, 0.4, 0.5]}
+    rows = [
+        DivergenceRow("tr", n, n + 1, value, 5, 0, task)
+        for task, curve in curves.items()
+        for n, value in enumerate(curve)
+    ]
+    write_divergence(path, rows)
+    text = shown(path)
+    contains(text, "csv, month:", "0 1 0.6000 0.6000 0", "MoE layers 1 to 4 (layer_number 2 to 5), auto")
+    contains(text, "csv, currency:", "1 2 0.2000 0.2000 0")
+
+
 def test_evaluation_and_its_answers(tmp_path: Path) -> None:
     body = {
         "method": "ra-moe",
