@@ -725,7 +725,7 @@ def _results(plan: PlanContext) -> Stage:
         name="results",
         command=("ramoe_megatron.report.write", "results", "--run", str(plan.out)),
         settings={"recipe": plan.recipe.name, "methods": [method.name for method in plan.recipe.methods]},
-        inputs=(*_evaluations(plan), plan.out / "taxonomy.json"),
+        inputs=(*_evaluations(plan), plan.out / "taxonomy.json", plan.out / "divergence.csv"),
         outputs=(plan.out / "results.json",),
         ranks=0,
     )
