@@ -12,7 +12,7 @@ from ramoe_megatron.report import artefact_tables as tables
 from ramoe_megatron.report.inputs import RunInputs, load_run
 from ramoe_megatron.report.plots import FIGURES, plot_all, shown_pairs
 from ramoe_megatron.report.rendering import Bullets, Code, Figure, PageSection, Part, Table, html_page
-from ramoe_megatron.report.run_results import collect
+from ramoe_megatron.report.run_results import results_of
 from ramoe_megatron.report.vocabulary import (
     Record,
     anchor_name,
@@ -118,13 +118,15 @@ REPORT_LIMITS = (
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write results.json, plots/*.png and report.html to `run_dir`. Returns the page's path.
+    """Write plots/*.png and report.html to `run_dir`. Returns the page's path.
+
+    The results are made of the folder's files again. results.json is the results stage's and stays as it is.
 
     Raises:
         RamoeError: the folder does not exist, or a file in it is malformed.
     """
-    results = collect(run_dir)
     run = load_run(run_dir)
+    results = results_of(run)
     page = run.root / "report.html"
     sections = report_sections(run, results, plot_all(run, results))
     atomic_write_text(page, html_page(run.name, "report", run_findings(run, results), sections))
