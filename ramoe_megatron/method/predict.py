@@ -222,7 +222,7 @@ def _paper_sentence() -> str:
 
 RECORD = (
     "The number is no forecast. In our comparisons (docs/results) its sign agreed with the sign of the gain "
-    "over SFT in 25 of 37, 21 of 30 and 24 of 46 pairs of task and language: 68, 70 and 52 %. The margins "
+    "over SFT in 25 of 37, 21 of 30 and 25 of 48 pairs of task and language: 68, 70 and 52 %. The margins "
     "alone, which are how often each sign occurs, give 66, 60 and 60 %; no difference is beyond chance "
     "(Fisher's exact test, p = 0.65, 0.13 and 0.14). The test has not been tried on a large model."
 )
@@ -232,7 +232,7 @@ LIMITS = (
     "A correlation over task-language pairs of the paper's models says nothing sure about one pair, "
     "or another model.",
     "Part of that correlation is headroom: where the target language fails more there is more to gain by "
-    "any means. In our small worlds ci share predicted the gain of plain SFT too (r = 0.4 to 0.7).",
+    "any means. In some of our small worlds ci share predicted the gain of plain SFT too (r = 0.4 to 0.7).",
     "The ci share bounds what repairing ci examples can add to accuracy; "
     "it does not say how much of it is repaired.",
     "Divergence is a mean over the zone and all tasks of a language. "
