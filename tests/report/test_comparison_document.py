@@ -18,6 +18,7 @@ from ramoe_megatron.report.comparison.document import comparison_markdown, write
 from ramoe_megatron.report.comparison.summary import comparison_findings
 from ramoe_megatron.report.inspect import describe
 
+RESULTS = Path(__file__).parents[2] / "docs/results"
 HOSTILE = "<script>alert('|$x$')</script>"
 
 
@@ -387,8 +388,7 @@ def test_page_and_json_are_written_and_shown(tmp_path: Path) -> None:
     assert re.search(r"direction matters +ra-moe +reversed .* supported", captured.get())
 
 
-def test_every_p_value_can_be_computed_again_from_the_json_beside_the_document(tmp_path: Path) -> None:
-    """The t-test within base models of the differences by seed, by scipy's t, only from `counts`."""
+def drawn_study(tmp_path: Path) -> Path:
     draw = random.Random(1)
     runs = []
     for name, seeds in (("one", SEEDS), ("two", SEEDS[:3])):
@@ -400,22 +400,33 @@ def test_every_p_value_can_be_computed_again_from_the_json_beside_the_document(t
         outcomes["steering-soft", None] = {("b", "tr"): 8}
         runs.append(write_run(tmp_path / name, outcomes))
     write_document(compare(runs), tmp_path / "docs/study.md")
-    c = load_document(tmp_path / "docs/study.json", "ramoe-comparison")
-    assert "`counts`" in (tmp_path / "docs/study.md").read_text().replace("\\", "")
+    return tmp_path / "docs/study.json"
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_every_p_value_can_be_computed_again_from_the_json_beside_the_document(
+    tmp_path: Path, published: bool
+) -> None:
+    """The t-test within base models of the differences by seed, by scipy's t, only from `counts`."""
+    data = RESULTS / "tuned.json" if published else drawn_study(tmp_path)
+    c = load_document(data, "ramoe-comparison")
+    assert "`counts`" in data.with_suffix(".md").read_text().replace("\\", "")
+    methods = {r["method"] for r in c["headline"] if r["against"]}
+    assert len(methods) == (15 if published else 3)
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for each in c["counts"]["rows"]:
+        by_method.setdefault(each["method"], []).append(each)
+
+    def share(each: dict[str, Any], wanted: list[bool]) -> float:
+        right, n = (sum(v for v, w in zip(each[key], wanted, strict=True) if w) for key in ("correct", "n"))
+        return right / n
 
     def p(method: str, other: str, wanted: list[bool]) -> float:
-        def share(row: dict[str, Any]) -> float:
-            right, n = (
-                sum(v for v, w in zip(row[key], wanted, strict=True) if w) for key in ("correct", "n")
-            )
-            return right / n
-
         by_base: dict[str, list[float]] = {}
-        for a in c["counts"]["rows"]:
-            for b in c["counts"]["rows"]:
-                same = a["base"] == b["base"] and (a["seed"] == b["seed"] or None in (a["seed"], b["seed"]))
-                if (a["method"], b["method"]) == (method, other) and same:
-                    by_base.setdefault(a["base"], []).append(share(a) - share(b))
+        for a in by_method[method]:
+            for b in by_method[other]:
+                if a["base"] == b["base"] and (a["seed"] == b["seed"] or None in (a["seed"], b["seed"])):
+                    by_base.setdefault(a["base"], []).append(share(a, wanted) - share(b, wanted))
         values = [value for own in by_base.values() for value in own]
         degrees = len(values) - len(by_base)
         squares = sum((value - statistics.mean(own)) ** 2 for own in by_base.values() for value in own)
@@ -424,11 +435,13 @@ def test_every_p_value_can_be_computed_again_from_the_json_beside_the_document(t
 
     cells = [(cell["task"], cell["language"]) for cell in c["counts"]["cells"]]
     target = [language != c["anchor"] for _, language in cells]
-    for method in ("ra-moe", "reversed", "steering-soft"):
+    for method in methods:
         assert row(c["headline"], method=method)["against"]["p"] == pytest.approx(p(method, "sft", target))
-    assert row(c["claims"], control="reversed")["p"] == pytest.approx(p("ra-moe", "reversed", target))
-    for task, language in TARGETS:
+    for claim in c["claims"]:
+        assert claim["p"] == pytest.approx(p(claim["method"], claim["control"], target))
+    for task, language in [cell for cell, wanted in zip(cells, target, strict=True) if wanted]:
         found = row(c["cells"], method="ra-moe", task=task, language=language)["against"]
-        assert found["p"] == pytest.approx(p("ra-moe", "sft", [cell == (task, language) for cell in cells]))
+        expected = p("ra-moe", "sft", [cell == (task, language) for cell in cells])
+        assert found["p"] == pytest.approx(expected, abs=1e-12)
     english = row(c["english"], method="ra-moe")["against"]
     assert english["p"] == pytest.approx(p("ra-moe", "sft", [not wanted for wanted in target]))
