@@ -73,7 +73,8 @@ def recipe_findings(
     except (RamoeError, OSError) as error:
         held = Finding("run folder", "fatal", reason(error), "give another --out")
         coming = {stage.name: _outputs(plan[:place]) for place, stage in enumerate(plan)}
-    ranks, nodes = recipe.launch.ranks_per_node, recipe.launch.nodes
+    ranks = max([recipe.launch.ranks_per_node, *recipe.launch.ranks.values()])
+    nodes = recipe.launch.nodes
     submits = recipe.launch.launcher == "slurm" and "SLURM_JOB_ID" not in environment
     # a node that only submits needs no devices
     here = (0, 1) if submits else (ranks, nodes)

@@ -128,8 +128,25 @@ def check_layout(recipe: Recipe, devices: int | None) -> None:
     Args:
         devices: CUDA devices of this node. None without any; the CPU backend takes any number of ranks.
     """
+    launch = recipe.launch
+    trainings = {"train": recipe.train} | {
+        f"methods.{i}.train": recipe.train_of(m) for i, m in enumerate(recipe.methods)
+    }
+    by_kind = {"finetune": trainings}
+    if recipe.pretrain is not None:
+        by_kind["pretrain"] = {"pretrain": recipe.pretrain_flags()}
+    others = {path: flags for kind in by_kind.keys() - launch.ranks for path, flags in by_kind[kind].items()}
+    _check_layout(recipe, devices, "launch.ranks-per-node", launch.ranks_per_node, others)
+    for kind, ranks in launch.ranks.items():
+        _check_layout(recipe, devices, f"launch.ranks.{kind}", ranks, by_kind.get(kind, {}))
+
+
+def _check_layout(
+    recipe: Recipe, devices: int | None, key: str, ranks: int, trainings: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """`check_layout` of the stages whose ranks on a node the key gives, with their training flags by path."""
     flags = {**recipe.model, **recipe.train, **recipe.parallel}
-    ranks, nodes = recipe.launch.ranks_per_node, recipe.launch.nodes
+    nodes = recipe.launch.nodes
     world = ranks * nodes
     tp, pp, cp, ep = (
         size_of(flags, f"{name}-parallel-size")
@@ -140,18 +157,17 @@ def check_layout(recipe: Recipe, devices: int | None) -> None:
     layout = f"TP {tp} x PP {pp} x CP {cp}"
     if devices is not None and ranks > devices:
         raise RamoeError(
-            f"launch.ranks-per-node is {ranks}, but this node has {devices} CUDA devices: "
-            f"lower it to at most {devices}"
+            f"{key} is {ranks}, but this node has {devices} CUDA devices: lower it to at most {devices}"
         )
     if world % (tp * pp * cp):
         raise RamoeError(
             f"{launched}, but {layout} needs a multiple of {tp * pp * cp}: "
-            "change launch.ranks-per-node, launch.nodes or parallel"
+            f"change {key}, launch.nodes or parallel"
         )
     if world % (ep * etp * pp):
         raise RamoeError(
             f"{launched}, but EP {ep} x expert-TP {etp} x PP {pp} needs a multiple of {ep * etp * pp}: lower "
-            "parallel.expert-model-parallel-size or raise launch.ranks-per-node"
+            f"parallel.expert-model-parallel-size or raise {key}"
         )
     if (experts := size_of(flags, "num-experts", ep)) % ep:
         raise RamoeError(
@@ -175,11 +191,6 @@ def check_layout(recipe: Recipe, devices: int | None) -> None:
             "set parallel.sequence-parallel to true"
         )
     replicas = world // (tp * pp * cp)
-    trainings = {"train": recipe.train} | {
-        f"methods.{i}.train": recipe.train_of(m) for i, m in enumerate(recipe.methods)
-    }
-    if recipe.pretrain is not None:
-        trainings["pretrain"] = recipe.pretrain_flags()
     for path, training in trainings.items():
         micro = size_of(training, "micro-batch-size")
         batch = size_of(training, "global-batch-size", micro * replicas)

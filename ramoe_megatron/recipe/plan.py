@@ -164,7 +164,7 @@ class PlanContext:
             inputs=tuple(dict.fromkeys([*inputs, *([checkpoint] if checkpoint else [])])),
             outputs=tuple(outputs),
             traces=tuple(traces),
-            ranks=self.recipe.launch.ranks_per_node,
+            ranks=self.recipe.launch.ranks_of(name.partition("/")[0]),
             nodes=self.recipe.launch.nodes,
         )
 

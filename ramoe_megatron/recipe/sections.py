@@ -294,6 +294,8 @@ KINDS = (
     "results",
     "report",
 )
+RANKED = ("pretrain", "taxonomy", "profile", "priors", "predict", "steer", "finetune", "evaluate")
+"""Kinds of stages that start ranks of Megatron."""
 # Options of sbatch that a stage's job sets itself, each with what to do instead.
 _OWN = "leave it out"
 RESERVED_SBATCH = {
@@ -401,6 +403,8 @@ class Launch(Section):
 
     ranks_per_node: PositiveInt = 1
     """Ranks on each node."""
+    ranks: dict[str, PositiveInt] = {}
+    """Stage kind, such as pretrain -> ranks on each node of its stages, in place of `ranks-per-node`."""
     nodes: PositiveInt = 1
     """Number of nodes."""
     launcher: Literal["local", "slurm"] = "local"
@@ -412,3 +416,15 @@ class Launch(Section):
     """Settings of `launcher: slurm`."""
     batch_tokens: PositiveInt | None = None
     """Tokens of a micro-batch on one rank in the stages that score. Default: the jobs' own default."""
+
+    @field_validator("ranks")
+    @classmethod
+    def _with_ranks(cls, ranks: dict[str, int]) -> dict[str, int]:
+        if unknown := sorted(set(ranks) - set(RANKED)):
+            known = ", ".join(RANKED)
+            raise ValueError(f"{unknown[0]!r} is no kind of stage with ranks; expected one of {known}")
+        return ranks
+
+    def ranks_of(self, kind: str) -> int:
+        """Ranks on each node of the stages of a kind."""
+        return self.ranks.get(kind, self.ranks_per_node)

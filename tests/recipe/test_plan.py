@@ -27,6 +27,16 @@ def test_every_stage_reads_only_what_an_earlier_one_wrote(tmp_path: Path) -> Non
     assert set(names[6:10]) == {f"finetune/{m}-seed{s}" for m in ("sft", "ra-moe") for s in (1, 2)}
 
 
+def test_a_kind_of_stage_may_have_ranks_of_its_own_and_reruns_nothing(tmp_path: Path) -> None:
+    plain, own = plan(tmp_path), plan(tmp_path, launch={"ranks-per-node": 2, "ranks": {"finetune": 4}})
+    assert {stage.ranks for stage in own.values() if stage.kind == "finetune"} == {4}
+    others = {stage.ranks for name, stage in own.items() if stage.kind != "finetune" and plain[name].ranks}
+    assert others == {2}
+    assert {name: stage.settings for name, stage in own.items()} == {
+        name: stage.settings for name, stage in plain.items()
+    }
+
+
 def test_files_that_a_command_names_are_inputs_or_outputs(tmp_path: Path) -> None:
     for stage in plan(tmp_path).values():
         if stage.ranks == 0:

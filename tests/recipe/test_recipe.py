@@ -221,6 +221,24 @@ def test_layouts_that_fit_pass_and_more_ranks_than_devices_do_not() -> None:
         check_layout(both, 2)
 
 
+def test_each_kind_of_stage_is_checked_with_its_own_ranks() -> None:
+    """A batch of 8 fits two data-parallel replicas of micro-batch 4, and not four."""
+    sizes = {"micro-batch-size": 4, "global-batch-size": 8}
+    check_layout(recipe(train=sizes, launch={"ranks": {"pretrain": 2, "finetune": 2, "evaluate": 3}}), None)
+    for kind in ("pretrain", "finetune"):
+        with pytest.raises(
+            RamoeError, match=r"launch gives 1 x 4 = 4 ranks .* make 4 data-parallel replicas"
+        ):
+            check_layout(recipe(train=sizes, launch={"ranks": {kind: 4}}), None)
+    tensor = {"tensor-model-parallel-size": 2, "sequence-parallel": True}
+    with pytest.raises(RamoeError, match=r"change launch\.ranks\.evaluate"):
+        check_layout(recipe(parallel=tensor, launch={"ranks-per-node": 2, "ranks": {"evaluate": 1}}), None)
+    with pytest.raises(RamoeError, match=r"launch\.ranks\.taxonomy is 4, but this node has 2 CUDA devices"):
+        check_layout(recipe(launch={"ranks": {"taxonomy": 4}}), 2)
+    with pytest.raises(RamoeError, match="'report' is no kind of stage with ranks"):
+        recipe(launch={"ranks": {"report": 2}})
+
+
 def test_devices_are_those_of_the_driver_that_are_visible(tmp_path: Path) -> None:
     assert cuda_devices({}, tmp_path / "absent") is None
     for name in ("0", "1", "2"):
