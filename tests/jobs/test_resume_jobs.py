@@ -32,6 +32,7 @@ OUTPUTS = {
         "experts.safetensors",
         "experts-last.safetensors",
         "divergence.csv",
+        "divergence-by-task.csv",
         "priors.safetensors",
         "usage.safetensors",
     },
