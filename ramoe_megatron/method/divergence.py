@@ -116,8 +116,8 @@ class DivergenceCurve:
             row
             for place, task in enumerate(self.tasks)
             for language, sums in zip(self.languages, self.sums[:, place], strict=True)
-            for row in _rows(language, task, sums, layer_numbers)
             if sums[1:].any()
+            for row in _rows(language, task, sums, layer_numbers)
         ]
 
 

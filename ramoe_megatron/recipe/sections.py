@@ -6,7 +6,7 @@ names, types, defaults and rules.
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_type_hints
 
 from pydantic import (
@@ -296,6 +296,14 @@ KINDS = (
 )
 RANKED = ("pretrain", "taxonomy", "profile", "priors", "predict", "steer", "finetune", "evaluate")
 """Kinds of stages that start ranks of Megatron."""
+
+
+def _refuse_unknown(given: Iterable[str], kinds: Sequence[str], told: str) -> None:
+    """Raise ValueError for a name that is none of the kinds."""
+    if unknown := sorted(set(given) - set(kinds)):
+        raise ValueError(f"{unknown[0]!r} {told}; expected one of {', '.join(kinds)}")
+
+
 # Options of sbatch that a stage's job sets itself, each with what to do instead.
 _OWN = "leave it out"
 RESERVED_SBATCH = {
@@ -369,8 +377,7 @@ class Slurm(Section):
     @field_validator("stages")
     @classmethod
     def _kinds(cls, stages: dict[str, Any]) -> dict[str, Any]:
-        if unknown := sorted(set(stages) - set(KINDS)):
-            raise ValueError(f"{unknown[0]!r} is not a kind of stage; expected one of {', '.join(KINDS)}")
+        _refuse_unknown(stages, KINDS, "is not a kind of stage")
         return stages
 
     @model_validator(mode="after")
@@ -420,9 +427,7 @@ class Launch(Section):
     @field_validator("ranks")
     @classmethod
     def _with_ranks(cls, ranks: dict[str, int]) -> dict[str, int]:
-        if unknown := sorted(set(ranks) - set(RANKED)):
-            known = ", ".join(RANKED)
-            raise ValueError(f"{unknown[0]!r} is no kind of stage with ranks; expected one of {known}")
+        _refuse_unknown(ranks, RANKED, "is no kind of stage with ranks")
         return ranks
 
     def ranks_of(self, kind: str) -> int:
