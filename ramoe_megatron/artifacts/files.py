@@ -24,6 +24,7 @@ FORMATS: dict[str, tuple[int, tuple[str, ...]]] = {
         "bases", "methods", "reference", "headline", "claims", "cells", "english", "cost", "mass",
         "transplant",
     )),
+    "ramoe-map": (1, ("worlds", "rows", "bands", "correlations", "cells")),
     "ramoe-tuning": (1, ("split", "seeds", "bases", "budget", "rows")),
     "ramoe-stage": (1, ("recipe", "stage")),
     "ramoe-slurm": (1, ("recipe", "jobs")),

@@ -103,7 +103,27 @@ def anchors(
     _show(out / "anchors.json")
 
 
-FILE_COMMANDS = (status, predict, inspect, anchors)
+@click.command("map")
+@click.argument(
+    "comparisons", metavar="COMPARISON...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+@click.option("--out", type=FOLDER, default=Path("runs/map"), show_default=True, help="Folder of the map.")
+@click.option(
+    "--document", type=FILE, help="Also write the Markdown document here, and its data beside it as .json."
+)
+def gain_map(comparisons: tuple[Path, ...], out: Path, document: Path | None) -> None:
+    """Show where alignment helps: comparisons of several worlds, side by side.
+
+    COMPARISON is a folder that `ramoe compare` wrote, or its comparison.json. The map has what alignment adds
+    to the same training without it, by world, by number of examples (ids-per-task) and by ci share. Writes
+    map.json, map.html and map.md.
+    """
+    from ramoe_megatron.report.comparison.gain_map import write_map
+
+    click.echo(f"map: {write_map(comparisons, out, document)}")
+
+
+FILE_COMMANDS = (status, predict, inspect, anchors, gain_map)
 """`commands.py` adds them to `ramoe`."""
 
 

@@ -23,7 +23,16 @@ from ramoe_megatron.method.experts import describe_empty, rule_from
 from ramoe_megatron.method.taxonomy import summarise
 from ramoe_megatron.report import artefact_tables as tables
 from ramoe_megatron.report.comparison.document import comparison_sections
-from ramoe_megatron.report.rendering import CellValue, Part, Table, console, console_sections, facts_table
+from ramoe_megatron.report.comparison.gain_map import map_sections
+from ramoe_megatron.report.rendering import (
+    CellValue,
+    PageSection,
+    Part,
+    Table,
+    console,
+    console_sections,
+    facts_table,
+)
 from ramoe_megatron.report.vocabulary import Record, number
 
 LAYER_HEADS = ("MoE layer (from 0)", "layer_number")
@@ -47,15 +56,15 @@ def describe(path: str | os.PathLike[str]) -> RenderableType:
     binary = "ramoe-experts, ramoe-priors or ramoe-usage"
     document: Any = open_any(path, binary)[1] if tensors else read_json(path)
     name = document.get("format") if isinstance(document, dict) else None
-    expected = (*_DESCRIBE, "ramoe-comparison")
+    expected = (*_DESCRIBE, *_DOCUMENTS)
     if name not in expected:
         raise RamoeError(
             f"{path}: found format {name!r}, expected one of {', '.join(expected)}; give an artefact of a run"
         )
     check_document(path, document, name)
     try:
-        if name == "ramoe-comparison":
-            return console_sections(comparison_sections(document))
+        if name in _DOCUMENTS:
+            return console_sections(_DOCUMENTS[name](document))
         return console(_DESCRIBE[name](path, document))
     except (KeyError, TypeError, AttributeError) as error:
         raise RamoeError(
@@ -252,4 +261,8 @@ _DESCRIBE: dict[str, Callable[[Path, Record], list[Part]]] = {
     "ramoe-experts": _experts_parts,
     "ramoe-priors": _priors_parts,
     "ramoe-usage": _usage_parts,
+}
+_DOCUMENTS: dict[str, Callable[[Record], list[PageSection]]] = {
+    "ramoe-comparison": comparison_sections,
+    "ramoe-map": map_sections,
 }

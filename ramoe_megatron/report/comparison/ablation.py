@@ -28,35 +28,63 @@ COEFF = "ramoe-coeff"
 """The flag of every method that aligns."""
 
 
-def ablation_rows(study: Study, found: Sequence[Row], known: Collection[str], tuned: bool) -> list[Row]:
+def added_rows(study: Study, tuned: bool) -> list[Row]:
+    """What alignment adds to each method that aligns.
+
+    A row has `added`, the method's change against the method that trains alike without alignment; the name of
+    that method, `beside`; and `examples`, the number of ids of each task that both train on, None for all.
+
+    Args:
+        tuned: whether each method has a learning rate chosen for it, which then need not be the same.
+    """
+    rows = []
+    for method in study.others:
+        run = _first_run(study, method)
+        beside = _without_alignment(study, run, method, {"lr"} if tuned else set())
+        if beside is not None:
+            flags = _stage_flags((run.manifest or {}).get("stages", {}), "finetune", method) or {}
+            ids = flags.get("ramoe-ids-per-task")
+            rows.append(
+                {
+                    "method": method,
+                    "beside": beside,
+                    "examples": None if ids is None else int(ids),
+                    "added": study.against(method, beside, study.target_keys),
+                }
+            )
+    return rows
+
+
+def ablation_rows(
+    study: Study, found: Sequence[Row], known: Collection[str], added: Sequence[Row]
+) -> list[Row]:
     """The recipe's further methods: what each one changes, and its changes in accuracy.
 
     The changes are against the reference (with the p of the headline) and against the base model. A method
-    that aligns also has `without`, its change against the method that trains alike without alignment, whose
-    name is `beside`.
+    that aligns also has `without` and `beside`, from `added_rows`.
 
     Args:
         found: rows of the headline.
         known: methods that are no further ones.
-        tuned: whether each method has a learning rate chosen for it, which then need not be the same.
+        added: rows of `added_rows`.
     """
-    rows = []
-    for row in found:
-        method = row["method"]
-        if method not in known:
-            run = next(run for run in study.runs.values() if method in run.methods)
-            beside = _without_alignment(study, run, method, {"lr"} if tuned else set())
-            rows.append(
-                {
-                    "method": method,
-                    "settings": _settings(study, run, method),
-                    "against": row["against"],
-                    "from_base": row["from_base"],
-                    "beside": beside,
-                    "without": beside and study.against(method, beside, study.target_keys),
-                }
-            )
-    return rows
+    beside = {row["method"]: row for row in added}
+    return [
+        {
+            "method": method,
+            "settings": _settings(study, _first_run(study, method), method),
+            "against": row["against"],
+            "from_base": row["from_base"],
+            "beside": beside.get(method, {}).get("beside"),
+            "without": beside.get(method, {}).get("added"),
+        }
+        for row in found
+        if (method := row["method"]) not in known
+    ]
+
+
+def _first_run(study: Study, method: str) -> RunInputs:
+    return next(run for run in study.runs.values() if method in run.methods)
 
 
 def _without_alignment(study: Study, run: RunInputs, method: str, free: Collection[str]) -> str | None:
@@ -72,7 +100,7 @@ def _without_alignment(study: Study, run: RunInputs, method: str, free: Collecti
         for name, flags in found.items()
         if flags is not None
     }
-    if COEFF not in (found.get(method) or {}):
+    if float((found.get(method) or {}).get(COEFF, 0)) == 0:
         return None
     return next(
         (

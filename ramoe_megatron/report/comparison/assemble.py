@@ -6,7 +6,7 @@ from typing import Any
 
 from ramoe_megatron.artifacts.files import atomic_write_text, package_version, save_document
 from ramoe_megatron.report.comparison import contrasts
-from ramoe_megatron.report.comparison.ablation import ablation_rows, training_rows
+from ramoe_megatron.report.comparison.ablation import ablation_rows, added_rows, training_rows
 from ramoe_megatron.report.comparison.contrasts import CLAIMS, Claim
 from ramoe_megatron.report.comparison.costs import cost_rows
 from ramoe_megatron.report.comparison.document import comparison_markdown, comparison_page
@@ -57,6 +57,7 @@ def compare(
     study = Study(runs, by_method, first.anchor, reference, main)
     known = {"base", reference, main, OFF, *presets, *(claim.control for claim in claims)}
     headline = contrasts.headline_rows(study)
+    added = added_rows(study, tuned=tuning is not None)
     return {
         "package_version": package_version(),
         "command": command,
@@ -80,7 +81,8 @@ def compare(
         "divergence_gap": divergence_gap_rows(study),
         "transplant": transplant_rows(study),
         "coefficient_zero": contrasts.zero_rows(study, OFF),
-        "ablation": ablation_rows(study, headline, known, tuned=tuning is not None),
+        "added": added,
+        "ablation": ablation_rows(study, headline, known, added),
         "counts": contrasts.counts_table(study),
     }
 
