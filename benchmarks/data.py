@@ -30,7 +30,7 @@ from ramoe_megatron.artifacts.priors import Priors
 from ramoe_megatron.artifacts.records import write_taxonomy
 from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.data.parallel import write_rows
-from ramoe_megatron.method.taxonomy import TaxonomyRow
+from ramoe_megatron.method.categories import TaxonomyRow
 
 SIZES = (10_000, 100_000, 1_000_000)
 LANGUAGES = ("en", "ar", "de", "hi", "sw", "th", "tr", "zh")

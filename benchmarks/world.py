@@ -16,8 +16,8 @@ from ramoe_megatron.artifacts.tensors import TOKENS, ModelShape
 from ramoe_megatron.data.encode import Encoded, Tokenizer, encode
 from ramoe_megatron.data.parallel import Example, write_rows
 from ramoe_megatron.data.tokenizer import train_tokenizer
+from ramoe_megatron.method.categories import TaxonomyRow
 from ramoe_megatron.method.divergence import Zone
-from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 LETTERS = "".join(chr(0x4E00 + number) for number in range(256))
 VOCABULARY = 4 + 256 + 1 + len(LETTERS)

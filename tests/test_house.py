@@ -85,17 +85,12 @@ def test_only_mcore_and_the_jobs_import_megatron() -> None:
                 assert room(module) in ("mcore", "jobs"), f"{module} imports Megatron"
 
 
-SAME_IDEA = {"predict", "taxonomy", "olmoe", "phimoe", "gpt_oss"}
-"""A stage's formulas in `method/` and its job in `jobs/` share the name of the stage. A family's tensors in
-`models/` and its modules in `mcore/families/` share the name of the family."""
-
-
 def test_no_two_modules_have_one_name() -> None:
     homes: dict[str, list[str]] = defaultdict(list)
     for module, path in MODULES.items():
         if not path.name.startswith("__"):
             homes[path.stem].append(module)
-    assert not {name: found for name, found in homes.items() if len(found) > 1 and name not in SAME_IDEA}
+    assert not {name: found for name, found in homes.items() if len(found) > 1}
 
 
 def test_no_two_files_of_tests_have_one_name() -> None:

@@ -24,7 +24,7 @@ from ramoe_megatron.artifacts.priors import Priors
 from ramoe_megatron.artifacts.records import read_taxonomy, write_taxonomy
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.anchors import anchored, answered, choose, counts, refuse_examples
-from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
+from ramoe_megatron.method.categories import TaxonomyRow, summarise
 
 
 def gather(priors: Mapping[str, Priors], chosen: Mapping[str, str]) -> tuple[list[str], Tensor]:

@@ -11,8 +11,8 @@ from typing import Any, get_type_hints
 
 from ramoe_megatron.artifacts.files import atomic_write_text, refuse_unwritable
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.categories import TaxonomyRow
 from ramoe_megatron.method.divergence import DivergenceRow
-from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 _TAXONOMY_TYPES = get_type_hints(TaxonomyRow)
 _EXAMPLE_TYPES = {"id": str, "task": str, "language": str, "correct": bool}

@@ -26,7 +26,7 @@ from ramoe_megatron.data.parallel import Example, load_examples
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.offline_job import data_digests
 from ramoe_megatron.mcore.arguments import DataOptions
-from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
+from ramoe_megatron.method.categories import TaxonomyRow, summarise
 
 ROW_NUMBER = f"{{{DOC_ID}}}"
 NAMED = 5

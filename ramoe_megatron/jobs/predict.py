@@ -29,9 +29,9 @@ from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import run_job
 from ramoe_megatron.mcore.start import Start
+from ramoe_megatron.method.categories import summarise
 from ramoe_megatron.method.layers import parse_layers
-from ramoe_megatron.method.predict import TransplantOutcome, predict
-from ramoe_megatron.method.taxonomy import summarise
+from ramoe_megatron.method.prediction import TransplantOutcome, predict
 
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline.model import OfflineModel

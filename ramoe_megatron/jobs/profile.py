@@ -44,10 +44,10 @@ from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.flags import options_from_args
 from ramoe_megatron.mcore.launch import is_rank_0, run_job
 from ramoe_megatron.mcore.start import Start
+from ramoe_megatron.method.categories import TaxonomyRow
 from ramoe_megatron.method.divergence import DivergenceCurve, Zone, mean_curve, zone_from_curve
 from ramoe_megatron.method.experts import FrequencySum, Rule, delta, describe_empty, parse_rule, task_experts
 from ramoe_megatron.method.layers import parse_layers
-from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 if TYPE_CHECKING:
     from ramoe_megatron.mcore.offline.model import OfflineModel

@@ -29,7 +29,7 @@ from ramoe_megatron.jobs.shards import Shards, depends_on
 from ramoe_megatron.mcore.arguments import DataOptions
 from ramoe_megatron.mcore.launch import run_job
 from ramoe_megatron.mcore.start import Start
-from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
+from ramoe_megatron.method.categories import TaxonomyRow, summarise
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ramoe_megatron.errors import RamoeError
-from ramoe_megatron.method.taxonomy import TaxonomyRow
+from ramoe_megatron.method.categories import TaxonomyRow
 
 
 def answered(rows: Sequence[TaxonomyRow], anchor: str, anchors: Sequence[str]) -> dict[str, dict[str, bool]]:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ramoe_megatron.artifacts.tensors import ModelShape
+from ramoe_megatron.method.categories import CATEGORIES
 from ramoe_megatron.method.divergence import NoZone, Zone
 from ramoe_megatron.method.steering import Steering
-from ramoe_megatron.method.taxonomy import CATEGORIES
 from ramoe_megatron.report.rendering import Bullets, Part, Table
 from ramoe_megatron.report.vocabulary import (
     NONE,

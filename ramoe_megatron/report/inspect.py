@@ -18,9 +18,9 @@ from ramoe_megatron.artifacts.records import first_line, read_divergence, read_e
 from ramoe_megatron.artifacts.tensors import open_any
 from ramoe_megatron.artifacts.usage import UsageFile
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.categories import summarise
 from ramoe_megatron.method.divergence import DivergenceRow, Zone, mean_curve, zone_from_curve
 from ramoe_megatron.method.experts import describe_empty, rule_from
-from ramoe_megatron.method.taxonomy import summarise
 from ramoe_megatron.report import artefact_tables as tables
 from ramoe_megatron.report.comparison.document import comparison_sections
 from ramoe_megatron.report.comparison.gain_map import map_sections

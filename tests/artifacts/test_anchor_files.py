@@ -16,7 +16,7 @@ from ramoe_megatron.artifacts.records import read_taxonomy, write_taxonomy
 from ramoe_megatron.cli import main
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.anchors import anchored, answered, counts
-from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
+from ramoe_megatron.method.categories import TaxonomyRow, summarise
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ramoe_megatron.artifacts.anchor_files import gather
 from ramoe_megatron.artifacts.priors import Priors
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.method.anchors import anchored, answered, choose, counts
-from ramoe_megatron.method.taxonomy import TaxonomyRow
+from ramoe_megatron.method.categories import TaxonomyRow
 
 orders = st.lists(st.sampled_from(["en", "zh", "es"]), min_size=1, max_size=3, unique=True)
 

@@ -21,8 +21,8 @@ from ramoe_megatron.artifacts.files import (
 )
 from ramoe_megatron.artifacts.records import read_divergence, read_taxonomy, write_divergence, write_taxonomy
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.categories import TaxonomyRow
 from ramoe_megatron.method.divergence import DivergenceRow
-from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 # --- whole or not at all ---
 

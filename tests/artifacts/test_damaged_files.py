@@ -25,8 +25,8 @@ from ramoe_megatron.artifacts.usage import UsageFile
 from ramoe_megatron.data.parallel import load_examples
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.jobs.shards import Shards
+from ramoe_megatron.method.categories import TaxonomyRow
 from ramoe_megatron.method.divergence import DivergenceRow, NoZone
-from ramoe_megatron.method.taxonomy import TaxonomyRow
 from ramoe_megatron.recipe.manifest import Manifest
 from ramoe_megatron.report.inputs import load_run
 from ramoe_megatron.report.inspect import describe

@@ -11,7 +11,7 @@ from ramoe_megatron.artifacts.files import load_document, sha256
 from ramoe_megatron.artifacts.records import read_taxonomy
 from ramoe_megatron.artifacts.samples import sample_line
 from ramoe_megatron.jobs.from_samples import main
-from ramoe_megatron.method.taxonomy import category
+from ramoe_megatron.method.categories import category
 
 RIGHT = {"en": [1, 1, 0, 0, 1], "sw": [1, 0, 1, 0, 1], "yo": [0, 0, 0, 1, 1]}
 """Language -> whether each document is answered correctly."""

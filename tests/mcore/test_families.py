@@ -229,7 +229,7 @@ def gathered(four: list[dict[str, torch.Tensor]], key: str) -> torch.Tensor:
 def test_sparse_mixer_is_that_of_transformers(jitter: float) -> None:
     from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
-    from ramoe_megatron.mcore.families.phimoe import sparse_mixer
+    from ramoe_megatron.mcore.families.phimoe_modules import sparse_mixer
 
     generator = torch.Generator().manual_seed(3)
     levels = torch.tensor([-1.0, 0.0, 1.0, 2.0, 9.0]).repeat(100)[:, None]
@@ -251,7 +251,7 @@ def routers() -> list[Any]:
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from ramoe_megatron.mcore.families.phimoe import SparseMixerRouter
+    from ramoe_megatron.mcore.families.phimoe_modules import SparseMixerRouter
 
     config = TransformerConfig(
         num_layers=1, hidden_size=8, num_attention_heads=1, num_moe_experts=4, moe_router_topk=2,
@@ -272,7 +272,7 @@ def test_a_sparse_mixer_router_has_the_losses_of_megatron_and_is_observed(
 
     from ramoe_megatron.mcore.carrier import routing_context
     from ramoe_megatron.mcore.cpu.backend import cpu_backend
-    from ramoe_megatron.mcore.families.phimoe import SparseMixerRouter
+    from ramoe_megatron.mcore.families.phimoe_modules import SparseMixerRouter
     from ramoe_megatron.mcore.router import open_router
 
     class Listener:
@@ -362,7 +362,7 @@ def test_modules_that_cannot_be_used_are_rejected(
 
 
 def test_longer_sequences_than_longrope_was_trained_with_are_rejected() -> None:
-    from ramoe_megatron.mcore.families.phimoe import RotaryEmbedding, use_short_factors
+    from ramoe_megatron.mcore.families.phimoe_modules import RotaryEmbedding, use_short_factors
 
     group = types.SimpleNamespace(size=lambda: 1)
     rope = RotaryEmbedding(8, 1.0, use_cpu_initialization=True, cp_group=group)

@@ -21,7 +21,7 @@ from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.data.dataset import SFTDataset
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.labels import AlignedDataset, shuffled_ids
-from ramoe_megatron.method.taxonomy import TaxonomyRow
+from ramoe_megatron.method.categories import TaxonomyRow
 
 
 def dataset(

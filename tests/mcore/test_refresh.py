@@ -22,7 +22,7 @@ from ramoe_megatron.mcore.train.refresh import (
     refuse_refresh,
     refuse_unanswerable,
 )
-from ramoe_megatron.method.taxonomy import TaxonomyRow
+from ramoe_megatron.method.categories import TaxonomyRow
 
 TOKENIZER = SmallTokenizer()
 IDS = ("q1", "q2", "q3")

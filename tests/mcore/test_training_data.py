@@ -19,8 +19,8 @@ from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.labels import categories
 from ramoe_megatron.mcore.arguments import DataOptions, RoutingAlignmentConfig
 from ramoe_megatron.mcore.train.datasets import TrainingInputs, check_data
+from ramoe_megatron.method.categories import TaxonomyRow
 from ramoe_megatron.method.divergence import Zone
-from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 IDS = [f"sum/{number}" for number in range(9)]
 TOKENIZER = SmallTokenizer()

@@ -21,7 +21,7 @@ from ramoe_megatron.artifacts.records import read_taxonomy, write_taxonomy
 from ramoe_megatron.cli import main
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.findings import Line
-from ramoe_megatron.method.taxonomy import TaxonomyRow
+from ramoe_megatron.method.categories import TaxonomyRow
 from ramoe_megatron.recipe import doctor
 from ramoe_megatron.recipe.load import validate
 from ramoe_megatron.recipe.manifest import Manifest

@@ -17,9 +17,9 @@ from ramoe_megatron.artifacts.records import write_divergence, write_taxonomy
 from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.artifacts.usage import UsageFile
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.categories import TaxonomyRow, summarise
 from ramoe_megatron.method.divergence import DivergenceRow, NoZone, Zone
-from ramoe_megatron.method.predict import TransplantOutcome, predict
-from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
+from ramoe_megatron.method.prediction import TransplantOutcome, predict
 from ramoe_megatron.report.inspect import describe
 
 SHAPE = ModelShape(num_moe_layers=3, num_experts=4, topk=2, score_function="softmax", hidden_size=8)

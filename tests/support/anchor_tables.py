@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ramoe_megatron.artifacts.priors import Priors
 from ramoe_megatron.artifacts.tensors import ModelShape
-from ramoe_megatron.method.taxonomy import TaxonomyRow
+from ramoe_megatron.method.categories import TaxonomyRow
 
 SHAPE = ModelShape(num_moe_layers=2, num_experts=3, topk=1, score_function="softmax", hidden_size=4)
 LANGUAGES = ("zh", "es", "sw")

@@ -11,8 +11,8 @@ from ramoe_megatron.artifacts.priors import Priors
 from ramoe_megatron.artifacts.records import write_taxonomy
 from ramoe_megatron.artifacts.tensors import ModelShape
 from ramoe_megatron.mcore.arguments import RoutingAlignmentConfig
+from ramoe_megatron.method.categories import TaxonomyRow
 from ramoe_megatron.method.divergence import Zone
-from ramoe_megatron.method.taxonomy import TaxonomyRow
 
 TOKENIZER = SmallTokenizer()
 SHAPE = ModelShape(num_moe_layers=4, num_experts=8, topk=2, score_function="softmax", hidden_size=16)

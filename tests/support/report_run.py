@@ -13,9 +13,9 @@ from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import save_document
 from ramoe_megatron.artifacts.records import write_divergence
 from ramoe_megatron.artifacts.tensors import ModelShape
+from ramoe_megatron.method.categories import TaxonomyPair, TaxonomyRow, summarise
 from ramoe_megatron.method.divergence import DivergenceRow, Zone
-from ramoe_megatron.method.predict import TransplantOutcome, predict
-from ramoe_megatron.method.taxonomy import TaxonomyPair, TaxonomyRow, summarise
+from ramoe_megatron.method.prediction import TransplantOutcome, predict
 
 HOSTILE = "<script>alert('$x$')</script>"
 TASKS = ("currency", "month arithmetic", HOSTILE)

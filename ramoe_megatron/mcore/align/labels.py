@@ -17,7 +17,7 @@ from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.options import RoutingAlignmentConfig
 from ramoe_megatron.mcore.align.resolve import resolve
-from ramoe_megatron.method.taxonomy import CATEGORIES
+from ramoe_megatron.method.categories import CATEGORIES
 
 ALIGNED = {"ci": ("ci",), "ci+cc": ("ci", "cc"), "all": CATEGORIES}
 """The aligned categories for each value of `--ramoe-examples`."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ramoe_megatron.data.codes import groups_of
+from ramoe_megatron.method.categories import CATEGORIES
 from ramoe_megatron.method.layers import span
-from ramoe_megatron.method.taxonomy import CATEGORIES
 
 if TYPE_CHECKING:
     from ramoe_megatron.data.parallel import Example

@@ -58,7 +58,7 @@ def with_modules(config: Any, note: ModelNote | None) -> Any:
         raise RamoeError(
             f"{note.folder} is a {note.family} model, which needs layers of its own: remove --spec"
         )
-    made = import_module(f"{__name__}.{note.modules}")
+    made = import_module(f"{__name__}.{note.modules}_modules")
     changes: ModelChanges = getattr(made, f"{note.modules}_changes")(note)
     config.transformer_layer_spec = ChangedLayers(changes.layer)
     if changes.softmax_scale is not None:

@@ -25,7 +25,7 @@ from ramoe_megatron.data.parallel import Example
 from ramoe_megatron.data.sampler import named_rng
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.align.labels import ALIGNED, ExampleLabels
-from ramoe_megatron.method.taxonomy import CATEGORIES, TaxonomyRow
+from ramoe_megatron.method.categories import CATEGORIES, TaxonomyRow
 
 FOLDER = "ramoe-refresh"
 BATCH_TOKENS = 4096

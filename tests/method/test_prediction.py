@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from ramoe_megatron.artifacts.files import load_document, save_document
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.categories import TaxonomyRow, summarise
 from ramoe_megatron.method.divergence import DivergenceRow
-from ramoe_megatron.method.predict import (
+from ramoe_megatron.method.prediction import (
     PAPER_N,
     PAPER_R,
     RECORD,
@@ -18,7 +19,6 @@ from ramoe_megatron.method.predict import (
     predict,
     zone_divergence,
 )
-from ramoe_megatron.method.taxonomy import TaxonomyRow, summarise
 from ramoe_megatron.statistics import paired_proportions, pearson
 
 TAXONOMY = summarise(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramoe_megatron.method.taxonomy import CATEGORIES, TaxonomyRow, category, summarise
+from ramoe_megatron.method.categories import CATEGORIES, TaxonomyRow, category, summarise
 from ramoe_megatron.statistics import wilson
 
 rows_strategy = st.lists(

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ramoe_megatron.errors import RamoeError
+from ramoe_megatron.method.categories import TaxonomyPair
 from ramoe_megatron.method.divergence import DivergenceRow
-from ramoe_megatron.method.taxonomy import TaxonomyPair
 from ramoe_megatron.statistics import Difference, clustered_difference, paired_proportions
 
 PAPER_R = 0.70
