@@ -176,6 +176,16 @@ def test_a_lone_seed_gives_no_verdict_and_no_p(tmp_path: Path) -> None:
     assert "no interval: too few seeds" in comparison_findings(c)[0]
 
 
+def test_the_main_method_is_ra_moe_or_the_first_one_that_was_run(tmp_path: Path) -> None:
+    runs = {
+        name: write_run(tmp_path / name, {**rising("wide"), **plain(*more)})
+        for name, more in (("one", ["narrow"]), ("two", ["ra-moe"]))
+    }
+    assert {name: compare([run])["main"] for name, run in runs.items()} == {"one": "wide", "two": "ra-moe"}
+    assert compare([runs["two"]], main="wide")["main"] == "wide"
+    assert comparison_findings(compare([runs["one"]]))[0].startswith("wide scored 7.5 points higher than sft")
+
+
 def test_each_base_model_is_told_with_what_it_left_to_gain(tmp_path: Path) -> None:
     """ci 1 + 3 + 0 + 5 of 40 rows, and 2 of each 10."""
     ci = {("a", "es"): 1, ("a", "tr"): 3, ("b", "es"): 0, ("b", "tr"): 5}

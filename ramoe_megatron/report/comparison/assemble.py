@@ -27,7 +27,7 @@ OFF = "coeff-zero"
 def compare(
     folders: Sequence[Path],
     reference: str = "sft",
-    main: str = "ra-moe",
+    main: str | None = None,
     claims: Sequence[Claim] = CLAIMS,
     presets: Collection[str] = PRESETS,
     command: str = "",
@@ -38,7 +38,8 @@ def compare(
     Args:
         folders: run folders, one a base model, each finished.
         reference: the method that all others are compared with.
-        main: the method whose transplant table and claims are of interest.
+        main: the method whose transplant table and claims are of interest. Default: ra-moe, or the first
+            method beside the reference where ra-moe was not run.
         claims: controls; one that was not run gives no row.
         presets: methods that are no ablation; controls of `claims` are none either.
         command: the command line that made the comparison, to be quoted.
@@ -52,7 +53,10 @@ def compare(
     runs = load_folders(folders, reference)
     first = next(iter(runs.values()))
     evaluations = [e for run in runs.values() for e in run.evaluations]
-    order = dict.fromkeys(["base", reference, main, *(m for run in runs.values() for m in run.methods)])
+    ran = [method for run in runs.values() for method in run.methods]
+    others = [method for method in ran if method not in ("base", reference)]
+    main = main or ("ra-moe" if "ra-moe" in ran else next(iter(others), "ra-moe"))
+    order = dict.fromkeys(["base", reference, main, *ran])
     by_method = {m: own for m in order if (own := [e for e in evaluations if e.method == m])}
     study = Study(runs, by_method, first.anchor, reference, main)
     known = {"base", reference, main, OFF, *presets, *(claim.control for claim in claims)}
