@@ -413,16 +413,28 @@ def drawn_study(tmp_path: Path) -> Path:
     return tmp_path / "docs/study.json"
 
 
-@pytest.mark.parametrize("published", [False, True])
+def test_sara_was_compared_on_the_same_base_models_beside_the_same_sft() -> None:
+    found = []
+    for name in ("tuned", "sara"):
+        counts = load_document(RESULTS / f"{name}.json", "ramoe-comparison")["counts"]
+        shared = [r for r in counts["rows"] if r["method"] in ("base", "sft")]
+        found.append(
+            (counts["cells"], sorted(shared, key=lambda r: (r["method"], r["base"], r["seed"] or 0)))
+        )
+    assert len(found[0][1]) == 3 + 15
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("published", "number"), [("", 3), ("tuned", 15), ("sara", 1)])
 def test_every_p_value_can_be_computed_again_from_the_json_beside_the_document(
-    tmp_path: Path, published: bool
+    tmp_path: Path, published: str, number: int
 ) -> None:
     """The t-test within base models of the differences by seed, by scipy's t, only from `counts`."""
-    data = RESULTS / "tuned.json" if published else drawn_study(tmp_path)
+    data = RESULTS / f"{published}.json" if published else drawn_study(tmp_path)
     c = load_document(data, "ramoe-comparison")
     assert "`counts`" in data.with_suffix(".md").read_text().replace("\\", "")
     methods = {r["method"] for r in c["headline"] if r["against"]}
-    assert len(methods) == (15 if published else 3)
+    assert len(methods) == number
     by_method: dict[str, list[dict[str, Any]]] = {}
     for each in c["counts"]["rows"]:
         by_method.setdefault(each["method"], []).append(each)
@@ -449,9 +461,10 @@ def test_every_p_value_can_be_computed_again_from_the_json_beside_the_document(
         assert row(c["headline"], method=method)["against"]["p"] == pytest.approx(p(method, "sft", target))
     for claim in c["claims"]:
         assert claim["p"] == pytest.approx(p(claim["method"], claim["control"], target))
+    main = c["main"]
     for task, language in [cell for cell, wanted in zip(cells, target, strict=True) if wanted]:
-        found = row(c["cells"], method="ra-moe", task=task, language=language)["against"]
-        expected = p("ra-moe", "sft", [cell == (task, language) for cell in cells])
+        found = row(c["cells"], method=main, task=task, language=language)["against"]
+        expected = p(main, "sft", [cell == (task, language) for cell in cells])
         assert found["p"] == pytest.approx(expected, abs=1e-12)
-    english = row(c["english"], method="ra-moe")["against"]
-    assert english["p"] == pytest.approx(p("ra-moe", "sft", [not wanted for wanted in target]))
+    english = row(c["english"], method=main)["against"]
+    assert english["p"] == pytest.approx(p(main, "sft", [not wanted for wanted in target]))
