@@ -20,7 +20,7 @@ world() { # NAME BASES "IDS..." CHANGES...: methods on all 32 ids of each task, 
 }
 
 world middle 1,2 "16 8 4"
-world large 1 "16 8 4" data.world.weight_target=0.015 \
+world large 1,2 "16 8 4" data.world.weight_target=0.015 \
     'data.world.target_shares={es: 0.02, tr: 0.0167, fi: 0.0133, sw: 0.01, ar: 0.0067, hi: 0.005}'
 world small 1 8 data.world.weight_target=0.06 \
     'data.world.target_shares={es: 0.18, tr: 0.15, fi: 0.12, sw: 0.09, ar: 0.06, hi: 0.045}'
