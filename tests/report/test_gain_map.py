@@ -1,12 +1,15 @@
 """The map: what alignment adds is the difference of two methods, by world and by ci share."""
 
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from comparison_runs import SEEDS, TARGETS, Outcomes, row, write_run
+from scipy import stats
 
 from ramoe_megatron.artifacts.files import load_document
 from ramoe_megatron.cli import main
@@ -92,6 +95,33 @@ def test_the_document_tells_each_method(found: dict[str, Any]) -> None:
     assert "| near | wide-4 | sft-4 | 4 |" in text
     assert "| wide | 40 to 100 | 4 | 2 | +5.0" in text
     assert not any(word in text for word in ("None", "nan", "{"))
+
+
+def test_the_published_map_agrees_with_its_seeds_and_its_pairs() -> None:
+    """The p-values again with scipy, from the differences by seed; the bands from the pairs themselves."""
+    m = load_document(Path(__file__).parents[2] / "docs/results/map.json", "ramoe-map")
+    assert len(m["rows"]) == 14
+    for r in m["rows"]:
+        by_base: dict[str, list[float]] = {}
+        for each in r["added"]["by_seed"]:
+            by_base.setdefault(each["base"], []).append(each["change"])
+        values = [value for own in by_base.values() for value in own]
+        squares = sum((value - statistics.mean(own)) ** 2 for own in by_base.values() for value in own)
+        degrees = len(values) - len(by_base)
+        t = statistics.mean(values) / math.sqrt(squares / degrees / len(values))
+        assert r["added"]["p"] == pytest.approx(2 * stats.t.sf(abs(t), degrees))
+        cells = [c for c in m["cells"] if (c["world"], c["method"]) == (r["world"], r["method"])]
+        assert len(cells) == 18 * len(by_base)
+    for band in m["bands"]:
+        own = [
+            cell["added"]
+            for cell in m["cells"]
+            if cell["method"] == band["method"] and band["from"] <= cell["ci_share"] < band["to"]
+        ]
+        assert (band["added"]["n"], band["added"]["change"]) == (
+            len(own),
+            pytest.approx(statistics.mean(own)),
+        )
 
 
 def test_worlds_that_cannot_be_mapped_are_refused(tmp_path: Path) -> None:
