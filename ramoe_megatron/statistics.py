@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -125,6 +125,14 @@ def pearson(
     return Correlation(
         r=r, low=math.tanh(math.atanh(r) - half), high=math.tanh(math.atanh(r) + half), p=p, n=len(x)
     )
+
+
+def correlation_entries(
+    x: Sequence[float], y: Sequence[float], groups: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """`pearson` as entries r, low, high, p and n of a table's row; without a correlation only n is known."""
+    found = pearson(x, y, groups)
+    return asdict(found) if found else {**dict.fromkeys(("r", "low", "high", "p")), "n": len(x)}
 
 
 def stratified_difference(strata: Mapping[str, Sequence[float]]) -> Difference:

@@ -9,7 +9,7 @@ import click
 
 from ramoe_megatron.artifacts.files import refuse_unwritable
 from ramoe_megatron.cli import models
-from ramoe_megatron.cli.show import EXISTING, FILE, FILE_COMMANDS, FOLDER, wide_console
+from ramoe_megatron.cli.show import DOCUMENT, EXISTING, FILE, FILE_COMMANDS, FOLDER, wide_console
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.mcore.unfinished import STATUS
 
@@ -393,9 +393,7 @@ def _numbers(_context: click.Context, parameter: click.Parameter, value: str | N
     help="Change a value of the recipe, as in `ramoe run`.",
 )
 @click.option("--out", type=FOLDER, help="Folder of the runs and of the comparison.  [default: runs/NAME]")
-@click.option(
-    "--document", type=FILE, help="Also write the Markdown document here, and its data beside it as .json."
-)
+@DOCUMENT
 @click.option("--dry-run", is_flag=True, help="Only print what would run and why.")
 def compare(
     recipe: Path,

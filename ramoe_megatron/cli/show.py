@@ -9,6 +9,9 @@ from ramoe_megatron.errors import RamoeError
 
 FILE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+DOCUMENT = click.option(
+    "--document", type=FILE, help="Also write the Markdown document here, and its data beside it as .json."
+)
 EXISTING = click.Path(path_type=Path, file_okay=False, exists=True)
 
 
@@ -108,9 +111,7 @@ def anchors(
     "comparisons", metavar="COMPARISON...", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
 @click.option("--out", type=FOLDER, default=Path("runs/map"), show_default=True, help="Folder of the map.")
-@click.option(
-    "--document", type=FILE, help="Also write the Markdown document here, and its data beside it as .json."
-)
+@DOCUMENT
 def gain_map(comparisons: tuple[Path, ...], out: Path, document: Path | None) -> None:
     """Show where alignment helps: comparisons of several worlds, side by side.
 

@@ -5,14 +5,13 @@ the anchor's routing goes with how much less accurate the base model is than in 
 language, the same is asked over its tasks.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 from ramoe_megatron.report.inputs import RunInputs
 from ramoe_megatron.report.pairing import pooled
-from ramoe_megatron.statistics import pearson
+from ramoe_megatron.statistics import correlation_entries
 
 
 def gap_points(run: RunInputs) -> list[dict[str, Any]]:
@@ -55,9 +54,8 @@ def gap_correlations(
     for layer in sorted({point["layer"] for point in points}):
         own = [place for place, point in enumerate(points) if point["layer"] == layer]
         x, y = ([points[place][side] for place in own] for side in ("divergence", "gap"))
-        found = pearson(x, y, None if groups is None else [groups[place] for place in own])
-        empty: dict[str, Any] = dict.fromkeys(("r", "low", "high", "p"))
-        rows.append({"layer": layer, "n": len(own), **(dataclasses.asdict(found) if found else empty)})
+        own_groups = None if groups is None else [groups[place] for place in own]
+        rows.append({"layer": layer, "n": len(own), **correlation_entries(x, y, own_groups)})
     return rows
 
 

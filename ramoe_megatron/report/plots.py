@@ -95,6 +95,11 @@ def method_style(method: str, place: int) -> tuple[str, str]:
     )
 
 
+def mark_style(place: int) -> dict[str, Any]:
+    """Colour and marker of the series at this place."""
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+
+
 def shade_zone(axis: "Axes", run: RunInputs) -> None:
     if run.zone is not None:
         style: dict[str, Any] = {"color": "#F0E442", "alpha": 0.35, "lw": 0, "zorder": 0}
@@ -276,9 +281,8 @@ def scatter(
     for axis, (title, points) in zip(axes, shown, strict=True):
         for place, task in enumerate(tasks):
             own = [point for point in points if point["task"] == task]
-            colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
             across, up = [100 * p[x] for p in own], [100 * p[y] for p in own]
-            axis.scatter(across, up, label=plain(task), color=colour, marker=marker, s=22)
+            axis.scatter(across, up, label=plain(task), **mark_style(place), s=22)
         axis.axhline(0, color="#888888", lw=0.8)
         axis.set(title=plain(title), xlabel=x_label, ylabel=y_label)
         axis.margins(0.08)  # room for the names

@@ -1,16 +1,13 @@
 """The documents of a comparison: sentences for given figures, marks, and no gaps in the text."""
 
-import math
 import random
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison_runs import CELLS, SEEDS, TARGETS, Outcomes, plain, rising, row, write_run
+from comparison_runs import CELLS, SEEDS, TARGETS, Outcomes, p_within, plain, rising, row, write_run
 from rich.console import Console
-from scipy import stats
 
 from ramoe_megatron.artifacts.files import load_document, save_document
 from ramoe_megatron.report.comparison.assemble import compare, write_comparison
@@ -443,17 +440,16 @@ def test_every_p_value_can_be_computed_again_from_the_json_beside_the_document(
         right, n = (sum(v for v, w in zip(each[key], wanted, strict=True) if w) for key in ("correct", "n"))
         return right / n
 
-    def p(method: str, other: str, wanted: list[bool]) -> float:
+    def differences(method: str, other: str, wanted: list[bool]) -> dict[str, list[float]]:
         by_base: dict[str, list[float]] = {}
         for a in by_method[method]:
             for b in by_method[other]:
                 if a["base"] == b["base"] and (a["seed"] == b["seed"] or None in (a["seed"], b["seed"])):
                     by_base.setdefault(a["base"], []).append(share(a, wanted) - share(b, wanted))
-        values = [value for own in by_base.values() for value in own]
-        degrees = len(values) - len(by_base)
-        squares = sum((value - statistics.mean(own)) ** 2 for own in by_base.values() for value in own)
-        error = math.sqrt(squares / degrees / len(values))
-        return float(2 * stats.t.sf(abs(statistics.mean(values)) / error, degrees))
+        return by_base
+
+    def p(method: str, other: str, wanted: list[bool]) -> float:
+        return p_within(differences(method, other, wanted))
 
     cells = [(cell["task"], cell["language"]) for cell in c["counts"]["cells"]]
     target = [language != c["anchor"] for _, language in cells]
@@ -464,8 +460,10 @@ def test_every_p_value_can_be_computed_again_from_the_json_beside_the_document(
     main = c["main"]
     for task, language in [cell for cell, wanted in zip(cells, target, strict=True) if wanted]:
         found = row(c["cells"], method=main, task=task, language=language)["against"]
-        expected = p(main, "sft", [cell == (task, language) for cell in cells])
-        # Seeds that all differ alike have no spread, so no p; by hand it is zero up to rounding.
-        assert (found["p"] or 0) == pytest.approx(expected, abs=1e-12)
+        by_base = differences(main, "sft", [cell == (task, language) for cell in cells])
+        if found["p"] is None:  # seeds that all differ alike have no spread to estimate
+            assert all(max(own) - min(own) < 1e-12 for own in by_base.values())
+        else:
+            assert found["p"] == pytest.approx(p_within(by_base), abs=1e-12)
     english = row(c["english"], method=main)["against"]
     assert english["p"] == pytest.approx(p(main, "sft", [not wanted for wanted in target]))

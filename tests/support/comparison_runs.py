@@ -1,12 +1,15 @@
 """Finished run folders with known contents: every right answer is chosen by the test."""
 
 import json
+import math
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from scipy import stats
 
 from ramoe_megatron.artifacts.expert_file import ExpertFile
 from ramoe_megatron.artifacts.files import save_document
@@ -44,6 +47,15 @@ def rising(method: str = "ra-moe", sign: int = 1) -> Outcomes:
 def row(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     (found,) = (r for r in rows if all(r[key] == value for key, value in wanted.items()))
     return found
+
+
+def p_within(by_base: Mapping[str, list[float]]) -> float:
+    """p of the mean difference by the spread within base models, with scipy's t."""
+    values = [value for own in by_base.values() for value in own]
+    degrees = len(values) - len(by_base)
+    squares = sum((value - statistics.mean(own)) ** 2 for own in by_base.values() for value in own)
+    error = math.sqrt(squares / degrees / len(values))
+    return float(2 * stats.t.sf(abs(statistics.mean(values)) / error, degrees))
 
 
 def write_run(root: Path, outcomes: Mapping[tuple[str, int | None], Right], **extra: Any) -> Path:

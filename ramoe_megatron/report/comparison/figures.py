@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from ramoe_megatron.report.comparison.study import ALPHA
 from ramoe_megatron.report.plots import (
     COLOURS,
-    MARKERS,
     by_method,
     gap_axes,
     gap_curve,
     legend_below,
+    mark_style,
     panels,
     plain,
     save_all,
@@ -65,10 +65,7 @@ def forest_figure(c: Record) -> "Figure | None":
     axis.use_sticky_edges = False  # otherwise the longest band would end at the frame
     names = [base["base"] for base in c["bases"]]
     several = len(names) > 1
-    marks: dict[str, dict[str, Any]] = {
-        name: {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)], "ms": 4.5}
-        for at, name in enumerate(names)
-    }
+    marks: dict[str, dict[str, Any]] = {name: {**mark_style(at), "ms": 4.5} for at, name in enumerate(names)}
     for place, row in enumerate(rows):
         found, examples = row["against"], row["against"]["by_example"]
         if examples["low"] is not None:
@@ -156,8 +153,8 @@ def comparison_gap_figure(c: Record) -> "Figure | None":
     names = [base["base"] for base in c["bases"]]
     for at, name in enumerate(names if len(names) > 1 else []):
         own = [row for row in rows if row["base"] == name]
-        style: dict[str, Any] = {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)]}
-        axis.plot([row["layer"] for row in own], [row["r"] for row in own], ms=4, label=plain(name), **style)
+        layers, values = ([row[side] for row in own] for side in ("layer", "r"))
+        axis.plot(layers, values, ms=4, label=plain(name), **mark_style(at))
     gap_curve(axis, [row for row in rows if row["base"] is None], "black", "within base models")
     gap_curve(axis, pairs, COLOURS[len(names) % len(COLOURS)], "tasks within languages")
     gap_axes(axis)

@@ -11,12 +11,12 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ramoe_megatron.artifacts.files import atomic_write_text, load_document, package_version, save_document
 from ramoe_megatron.errors import RamoeError
 from ramoe_megatron.report.comparison.study import Row, correct
-from ramoe_megatron.report.plots import COLOURS, MARKERS, legend_below, panels, plain, save_all
+from ramoe_megatron.report.plots import legend_below, mark_style, panels, plain, save_all
 from ramoe_megatron.report.rendering import (
     Bullets,
     Code,
@@ -38,7 +38,7 @@ from ramoe_megatron.report.vocabulary import (
     points,
     seeds_higher,
 )
-from ramoe_megatron.statistics import clustered_difference, pearson
+from ramoe_megatron.statistics import clustered_difference, correlation_entries
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -82,24 +82,22 @@ def gain_map(comparisons: Mapping[str, Record], command: str = "") -> Row:
         worlds += [{"world": world, **{name: base[name] for name in shown}} for base in c["bases"]]
         from_base = {row["method"]: row["from_base"] for row in c["headline"]}
         anchor = {row["method"]: row["from_base"] for row in c["english"]}
-        for row in c["added"]:
+        for row in sorted(c["added"], key=lambda row: -(row["examples"] or float("inf"))):
             changes = {
                 "beside_from_base": from_base.get(row["beside"]),
                 "anchor_from_base": anchor.get(row["method"]),
             }
             rows.append({"world": world, **row, "added": row["added"] and {**row["added"]}, **changes})
-            cells += [{"world": world, **cell} for cell in _cells(c, row)]
+        cells += [{"world": world, **cell} for cell in _cells(c)]
     correct([row["added"] for row in rows if row["added"] is not None])
-    rows.sort(key=lambda row: ([*comparisons].index(row["world"]), -(row["examples"] or float("inf"))))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     bands = [band for method in methods for band in _bands(cells, method)]
     correlations = []
     for method in methods:
         own = [cell for cell in cells if cell["method"] == method]
         shares, gains = ([cell[name] for cell in own] for name in ("ci_share", "added"))
-        found = pearson(shares, gains, [f"{cell['world']}/{cell['base']}" for cell in own])
-        none = dict.fromkeys(("r", "low", "high", "p")) | {"n": len(own)}
-        correlations.append({"method": method, **(dataclasses.asdict(found) if found else none)})
+        found = correlation_entries(shares, gains, [f"{cell['world']}/{cell['base']}" for cell in own])
+        correlations.append({"method": method, **found})
     return {
         "package_version": package_version(),
         "command": command,
@@ -111,23 +109,21 @@ def gain_map(comparisons: Mapping[str, Record], command: str = "") -> Row:
     }
 
 
-def _cells(c: Record, row: Record) -> list[Row]:
-    """What training and alignment add to each (base, task, language), means over its seeds."""
+def _cells(c: Record) -> list[Row]:
+    """What training and alignment add to each (method, base, task, language), means over its seeds."""
+    shown = ("method", "base", "task", "language", "ci_share")
     found: dict[tuple[str, ...], Row] = {
         (point["method"], point["base"], point["task"], point["language"]): point
         for point in c["ci_gain"]["points"]
     }
     cells = []
-    for (method, *place), point in found.items():
-        beside = found.get((row["beside"], *place))
-        if method == row["method"] and beside is not None:
-            cells.append(
-                {
-                    **{name: point[name] for name in ("method", "base", "task", "language", "ci_share")},
-                    "trained": beside["over_base"],
-                    "added": point["over_base"] - beside["over_base"],
-                }
-            )
+    for row in c["added"]:
+        for (method, *place), point in found.items():
+            beside = found.get((row["beside"], *place))
+            if method == row["method"] and beside is not None:
+                before = beside["over_base"]
+                changes = {"trained": before, "added": point["over_base"] - before}
+                cells.append({**{name: point[name] for name in shown}, **changes})
     return cells
 
 
@@ -285,6 +281,11 @@ def _band(row: Record) -> str:
     return f"{100 * row['from']:.0f} to {100 * row['to']:.0f}"
 
 
+def _end(row: Record, end: str) -> float:
+    """An end of the interval, or the value itself without an interval."""
+    return float(row["change"] if row[end] is None else row[end])
+
+
 def bands_figure(m: Record) -> "Drawing | None":
     figure, (axis,) = panels(1, 7.5, 3.4)
     methods = list(dict.fromkeys(row["method"] for row in m["bands"]))
@@ -293,14 +294,10 @@ def bands_figure(m: Record) -> "Drawing | None":
         across = [BANDS.index(row["from"]) + 0.12 * (at - (len(methods) - 1) / 2) for row in own]
         up = [100 * row["added"]["change"] for row in own]
         ends = [
-            [
-                100 * sign * ((row["added"][end] or row["added"]["change"]) - row["added"]["change"])
-                for row in own
-            ]
-            for end, sign in (("low", -1), ("high", 1))
+            [abs(100 * _end(row["added"], end) - y) for row, y in zip(own, up, strict=True)]
+            for end in ("low", "high")
         ]
-        style: dict[str, Any] = {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)]}
-        axis.errorbar(across, up, yerr=ends, ls="", ms=5, lw=1.2, label=plain(method), **style)
+        axis.errorbar(across, up, yerr=ends, ls="", ms=5, lw=1.2, label=plain(method), **mark_style(at))
     axis.axhline(0, color="#555555", lw=0.9)
     limits = [_band({"from": low, "to": high}) for low, high in itertools.pairwise(BANDS)]
     axis.set_xticks(range(len(limits)), limits)

@@ -1,13 +1,12 @@
 """What goes with gain and gap: ci share and its headroom, the transplant test's sign, routing divergence."""
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from ramoe_megatron.report.comparison.study import Cell, Row, Study
 from ramoe_megatron.report.divergence_gap import gap_correlations, gap_points, split_by_unit
 from ramoe_megatron.report.run_results import ci_shares
-from ramoe_megatron.statistics import fisher, pearson, wilson
+from ramoe_megatron.statistics import correlation_entries, fisher, wilson
 
 SIGNS = {1: "up", -1: "down"}
 
@@ -45,12 +44,7 @@ def ci_gain_rows(study: Study) -> Row:
                     if p["method"] == method and p[f"over_{over}"] is not None and base in (None, p["base"])
                 ]
                 x, y = ([p[side] for p in usable] for side in ("ci_share", f"over_{over}"))
-                found = pearson(x, y, [p["base"] for p in usable])
-                numbers = (
-                    dataclasses.asdict(found)
-                    if found
-                    else dict.fromkeys(("r", "low", "high", "p")) | {"n": len(usable)}
-                )
+                numbers = correlation_entries(x, y, [p["base"] for p in usable])
                 correlations.append({"method": method, "over": over, "base": base, **numbers})
     return {"correlations": correlations, "points": points}
 
